@@ -1,0 +1,49 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+.PHONY: help setup demo test slow check format bench clean
+
+help:
+	@echo "make demo    sample a grid of handwritten digits: digits.png"
+	@echo "make test    run the tests (ARGS='-k name' to choose)"
+	@echo "make check   ruff and mypy"
+	@echo "make bench   the benchmarks, ours against diffusers in one run"
+	@echo "make slow    the long sweeps"
+	@echo "make format  let ruff format the code"
+
+setup: $(STAMP)
+
+# The stamp comes last, so that an interrupted installation is taken up again.
+$(STAMP): pyproject.toml constraints.txt scripts/make_venv.sh
+	@echo "Installing into $(VENV); this takes a few minutes once."
+	sh scripts/make_venv.sh $(PYTHON) $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/fastddim sample --out digits.png
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+slow: setup
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python -m fastddim.bench $(ARGS)
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,0 +1,55 @@
+"""DDIM sampling at the speed of the hardware. The public names load on first use, so that the import itself is free."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_ROOMS = {
+    "config": ("Clip", "DDIMConfig", "DynamicThreshold"),
+    "schedule": ("Schedule",),
+    "coefficients": ("StepTable",),
+    "reference": ("ddim_step",),
+    "scheduler": ("DDIMInverseScheduler", "DDIMScheduler", "DDIMSchedulerOutput"),
+    "sampler": ("Sampler",),
+    "pipeline": ("DDIMPipeline", "load_pipeline"),
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+
+__all__ = [
+    "Clip",
+    "DDIMConfig",
+    "DDIMInverseScheduler",
+    "DDIMPipeline",
+    "DDIMScheduler",
+    "DDIMSchedulerOutput",
+    "DynamicThreshold",
+    "Sampler",
+    "Schedule",
+    "StepTable",
+    "ddim_step",
+    "load_pipeline",
+]
+
+if TYPE_CHECKING:
+    from fastddim.coefficients import StepTable
+    from fastddim.config import Clip, DDIMConfig, DynamicThreshold
+    from fastddim.pipeline import DDIMPipeline, load_pipeline
+    from fastddim.reference import ddim_step
+    from fastddim.sampler import Sampler
+    from fastddim.schedule import Schedule
+    from fastddim.scheduler import DDIMInverseScheduler, DDIMScheduler, DDIMSchedulerOutput
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module 'fastddim' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"fastddim.{_ROOM_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,379 @@
+"""The command line: `fastddim sample` and `fastddim info`. torch and diffusers load inside the commands that need them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+import fastddim
+from fastddim.config import require_int, require_number
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastddim.pipeline import DDIMPipeline
+    from fastddim.sampler import Sampler
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+_DEFAULT_GUIDANCE = 2.0
+# typer may bring its own copy of click, and exports of it only this subclass of the usage error.
+_UsageError: Any = typer.BadParameter.__base__
+
+# Each package under the names of its builds.
+_PACKAGES = {
+    "torch": ("torch",),
+    "triton": ("triton", "pytorch-triton-rocm", "triton-rocm", "triton-windows"),
+    "diffusers": ("diffusers",),
+    "numpy": ("numpy",),
+    "onnx": ("onnx",),
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
+}
+
+app = typer.Typer(name="fastddim", add_completion=False, pretty_exceptions_enable=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0, 2 for an error of the user's, 130 when interrupted.
+
+    Args:
+        arguments: without the program's name; `sys.argv` by default.
+    """
+    try:
+        status = app(args=None if arguments is None else list(arguments), prog_name="fastddim", standalone_mode=False)
+    except _UsageError as error:
+        return _fail(f"{error.format_message()} See fastddim --help.")
+    except (ValueError, OSError) as error:
+        return _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    return status if isinstance(status, int) else 0
+
+
+def _fail(message: str) -> int:
+    line = Text(f"error: {' '.join(message.split())}", style="red")
+    Console(stderr=True).print(line, soft_wrap=True)
+    return USER_ERROR
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastddim {fastddim.__version__}")
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """DDIM sampling at the speed of the hardware."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A validated `sample` command: everything but the work."""
+
+    sampler: Sampler
+    null: int | None
+    labels: list[int] | None
+    num_images: int
+    batch_size: int
+    seed: int
+
+
+@app.command()
+def sample(
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER_OR_HUB_ID", help="A diffusers folder or hub id. [default: the embedded digits]"),
+    ] = None,
+    num_images: Annotated[int, typer.Option(help="How many images.")] = 100,
+    steps: Annotated[int, typer.Option(help="Model calls per image.")] = 50,
+    eta: Annotated[float, typer.Option(help="Noise in [0, 1]: 0 is DDIM, 1 is DDPM.")] = 0.0,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            help=f"Classifier-free guidance; 1 is off. [default: {_DEFAULT_GUIDANCE:g} for models with classes]"
+        ),
+    ] = None,
+    guidance_rescale: Annotated[float, typer.Option(help="Guidance rescale in [0, 1].")] = 0.0,
+    labels: Annotated[
+        str | None, typer.Option(metavar="INTEGERS", help='Classes such as "0,1,2", repeated in turn. [default: all]')
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Image k is drawn from seed + k.")] = 0,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images at a time. [default: by image size, at most 100]")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The picture to write: .png, .jpg, .webp, .bmp or .tif.")] = Path(
+        "grid.png"
+    ),
+    device: Annotated[str | None, typer.Option(help="cpu or cuda[:N]. [default: cuda where there is one]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, and no progress bar.")] = False,
+) -> None:
+    """Sample images and write them as one picture, a row for each class."""
+    from fastddim.pictures import check_writable
+
+    # What is cheap to check comes before the seconds that loading torch and the model takes.
+    require_int("--num-images", num_images, 1)
+    require_int("--steps", steps, 1)
+    require_number("--eta", eta, 0.0, 1.0)
+    require_number("--guidance-rescale", guidance_rescale, 0.0, 1.0)
+    if guidance_scale is not None:
+        require_number("--guidance-scale", guidance_scale, -1e4, 1e4)
+    require_int("--seed", seed, 0, 2**64 - num_images)
+    if batch_size is not None:
+        require_int("--batch-size", batch_size, 1)
+    classes = None if labels is None else _parse_labels(labels)
+    with _naming("path", "--out"):
+        check_writable(out)
+    target = _pick_device(device)
+
+    pipeline = _load(model)
+    null = _null_class(pipeline)
+    scale = _pick_guidance(guidance_scale, guidance_rescale, null)
+    cycle = _pick_labels(classes, null)
+    require_int("--steps", steps, 1, int(pipeline.scheduler.config.num_train_timesteps))
+    sampler = fastddim.Sampler(
+        pipeline.unet.to(target),
+        pipeline.scheduler,
+        steps,
+        eta=eta,
+        guidance_scale=scale,
+        guidance_rescale=guidance_rescale,
+    )
+    height, width = _image_size(sampler)
+    run = _Run(
+        sampler=sampler,
+        null=null,
+        labels=None if cycle is None else [cycle[k % len(cycle)] for k in range(num_images)],
+        num_images=num_images,
+        # At most as many pixels at a time as 128 images of 32x32, which a small machine's memory holds.
+        batch_size=batch_size or max(1, min(100, 128 * 32 * 32 // (height * width))),
+        seed=seed,
+    )
+    seconds = _sample_to(run, out, progress=not as_json)
+    summary = {
+        "path": str(out),
+        "num_images": num_images,
+        "steps": steps,
+        "eta": eta,
+        "guidance_scale": scale,
+        "guidance_rescale": guidance_rescale,
+        "seed": seed,
+        "seconds": seconds,
+        "seconds_per_image": seconds / num_images,
+        "device": str(sampler.device),
+        "labels": run.labels,
+    }
+    if as_json:
+        typer.echo(json.dumps(summary))
+    else:
+        typer.echo(f"{str(out)!r}: {num_images} images, {seconds / num_images:.3g} s per image on {sampler.device}")
+
+
+@contextlib.contextmanager
+def _naming(argument: str, option: str) -> Iterator[None]:
+    """Let an error that the library raises for an argument name the option that the user typed."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{option}: {str(error).removeprefix(f'{argument}: ')}") from error
+
+
+def _parse_labels(text: str) -> list[int]:
+    labels = []
+    for part in text.split(","):
+        if not part.strip().isdecimal():
+            raise ValueError(
+                f"--labels: {part.strip()!r} in {text!r}; pass classes as integers with commas, such as 0,1,2"
+            )
+        labels.append(int(part))
+    return labels
+
+
+def _pick_device(name: str | None) -> torch.device:
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        return torch.device("cuda" if gpus else "cpu")
+    valid = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{index}" for index in range(gpus))]
+    if name not in valid:
+        raise ValueError(f"--device: {name!r} is not on this machine; pass one of {', '.join(valid)}")
+    return torch.device(name)
+
+
+def _load(model: str | None) -> DDIMPipeline:
+    import diffusers
+
+    # Errors come as exceptions; diffusers' own lines and bars would only repeat them.
+    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)
+    diffusers.utils.logging.disable_progress_bar()
+    with _naming("model", "--model"):
+        return fastddim.load_pipeline(model)
+
+
+def _null_class(pipeline: DDIMPipeline) -> int | None:
+    from fastddim.pipeline import null_class
+
+    return null_class(pipeline.unet)
+
+
+def _pick_guidance(scale: float | None, rescale: float, null: int | None) -> float | None:
+    """The guidance scale; None, which halves the work, where guidance would change nothing."""
+    if scale is None and null is not None:
+        scale = _DEFAULT_GUIDANCE
+    if scale == 1.0:
+        scale = None
+    if scale is not None and null is None:
+        raise ValueError(f"--guidance-scale: {scale!r}, but this model has no classes; leave it out")
+    if scale is None and rescale:
+        raise ValueError(
+            f"--guidance-rescale: {rescale!r} without guidance; leave it out, or pass a --guidance-scale above 1"
+        )
+    return scale
+
+
+def _pick_labels(classes: list[int] | None, null: int | None) -> list[int] | None:
+    """The classes to repeat; None for a model without classes."""
+    if null is None:
+        if classes is not None:
+            raise ValueError(f"--labels: {','.join(map(str, classes))}, but this model has no classes; leave them out")
+        return None
+    for label in classes or ():
+        if label > null:
+            raise ValueError(f"--labels: {label}; pass integers in [0, {null}] ({null} is no class)")
+    return classes or list(range(max(null, 1)))
+
+
+def _image_size(sampler: Sampler) -> tuple[int, int]:
+    shape = sampler.sample_shape
+    if shape is None or len(shape) != 3 or shape[0] not in (1, 3):
+        raise ValueError(f"--model: it makes samples of shape {shape}; pass one that makes pictures of 1 or 3 channels")
+    return shape[1], shape[2]
+
+
+def _sample_to(run: _Run, out: Path, progress: bool) -> float:
+    """Sample and write the picture; returns the seconds that sampling took."""
+    from fastddim.pictures import GridLayout, check_writable, make_grid, save_picture
+
+    with _naming("path", "--out"):
+        check_writable(out, GridLayout.plan(run.num_images, *_image_size(run.sampler), run.labels).size)
+    start = time.perf_counter()
+    images = _sample_batches(run, progress)
+    seconds = time.perf_counter() - start
+    picture = make_grid(images, run.labels)
+    with _naming("path", "--out"):
+        save_picture(picture, out)
+    return seconds
+
+
+def _sample_batches(run: _Run, progress: bool) -> torch.Tensor:
+    """`[num_images, C, H, W]` float32 on the CPU, a batch at a time."""
+    import torch
+
+    console = Console(stderr=True)
+    columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
+    firsts = range(0, run.num_images, run.batch_size)
+    batches = []
+    with Progress(*columns, console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
+        task = bar.add_task("sampling", total=len(firsts) * len(run.sampler.table))
+        for first in firsts:
+            count = min(run.batch_size, run.num_images - first)
+            kwargs: dict[str, Any] = {}
+            if run.labels is not None:
+                kwargs["class_labels"] = torch.tensor(run.labels[first : first + count])
+            if run.sampler.guidance_scale is not None and run.null is not None:
+                kwargs["uncond_kwargs"] = {"class_labels": torch.full((count,), run.null)}
+            try:
+                images = run.sampler(count, seeds=run.seed + first, callback=lambda *_: bar.advance(task), **kwargs)
+            except torch.OutOfMemoryError as error:
+                raise ValueError(
+                    f"--batch-size: {run.batch_size} does not fit in the memory of {run.sampler.device}; pass a smaller one"
+                ) from error
+            assert isinstance(images, torch.Tensor)
+            batches.append(images.float().cpu())
+    return torch.cat(batches)
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """Show versions, devices, and which backends can run here."""
+    devices = _devices()
+    report = {"versions": _versions(), "devices": devices, "backends": _backends(len(devices) > 1)}
+    if as_json:
+        typer.echo(json.dumps(report))
+        return
+    for name, version in report["versions"].items():
+        typer.echo(f"{name:<12} {version or 'not installed'}")
+    typer.echo("\ndevices")
+    for device in devices:
+        typer.echo(f"  {device['device']:<10} {device['name']}")
+    typer.echo("\nbackends")
+    for name, backend in report["backends"].items():
+        typer.echo(f"  {name:<12} {'yes' if backend['usable'] else 'no: ' + backend['reason']}")
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"fastddim": fastddim.__version__, "python": platform.python_version()}
+    for package, distributions in _PACKAGES.items():
+        versions[package] = None
+        for distribution in distributions:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions[package] = versions[package] or importlib.metadata.version(distribution)
+    return versions
+
+
+def _devices() -> list[dict[str, str]]:
+    """The CPU, then the CUDA or HIP devices."""
+    import torch
+
+    devices = [{"device": "cpu", "name": f"{platform.machine()}, {torch.get_num_threads()} threads"}]
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        devices.append({"device": f"cuda:{index}", "name": torch.cuda.get_device_name(index)})
+    return devices
+
+
+def _backends(has_gpu: bool) -> dict[str, dict[str, Any]]:
+    """What can run the step here, and all that keeps the others from it."""
+    needs = {
+        "reference": [],
+        "triton": [_missing("triton", "pip install triton"), "" if has_gpu else "needs a CUDA or HIP device"],
+        "onnxruntime": [_missing("onnxruntime", "pip install fastddim[onnx]")],
+        "tensorrt": [
+            _missing("tensorrt", "pip install fastddim[tensorrt]"),
+            "" if has_gpu else "needs a CUDA device",
+        ],
+    }
+    # A room that is not written yet cannot run, whatever is installed.
+    rooms = {"reference": "reference", "triton": "kernels", "onnxruntime": "export", "tensorrt": "export"}
+    report = {}
+    for name, reasons in needs.items():
+        written = importlib.util.find_spec(f"fastddim.{rooms[name]}") is not None
+        found = [*filter(None, reasons), *([] if written else [f"not part of fastddim {fastddim.__version__} yet"])]
+        report[name] = {"usable": not found, "reason": "; ".join(found) or None}
+    return report
+
+
+def _missing(package: str, remedy: str) -> str:
+    return "" if importlib.util.find_spec(package) else f"{package} is not installed ({remedy})"

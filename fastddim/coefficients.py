@@ -1,0 +1,189 @@
+"""The DDIM step as six numbers: `(t, t_next)` pairs become a `StepTable`.
+
+Every deterministic or stochastic DDIM step (arXiv:2010.02502, equations 12 and 16) is
+
+    x0     = limit(x0_from_x * x + x0_from_output * out)
+    x_next = next_from_x * x + next_from_output * out + next_from_x0 * x0 + noise_scale * noise
+
+so prediction type, eta, spacing and the epsilon convention end here and no step implementation branches on them.
+
+Notation: alpha_bar is the paper's alpha_t (diffusers' `alphas_cumprod[t]`), `signal = sqrt(alpha_bar)`,
+`sigma = sqrt(1 - alpha_bar)`, the suffix `_next` the less noisy side of the step; `std_dev` is the paper's sigma_t(eta).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+
+from fastddim.config import PREDICTION_TYPES, VARIANCE_TYPES, require_choice
+from fastddim.schedule import FINAL, FloatArray, Schedule
+
+Coefficient: TypeAlias = float | torch.Tensor
+
+
+class StepCoefficients(NamedTuple):
+    """One row of a `StepTable`: Python numbers, or tensors that broadcast over the state."""
+
+    x0_from_x: Coefficient
+    x0_from_output: Coefficient
+    next_from_x: Coefficient
+    next_from_output: Coefficient
+    next_from_x0: Coefficient
+    noise_scale: Coefficient
+
+
+NUM_COLUMNS = len(StepCoefficients._fields)
+
+
+def columns(
+    signal: FloatArray,
+    sigma: FloatArray,
+    signal_next: FloatArray,
+    direction: FloatArray,
+    noise_scale: FloatArray,
+    prediction_type: str,
+    use_clipped_model_output: bool,
+) -> FloatArray:
+    """`[n, 6]` float64 columns of `n` steps from their square roots, `[n]` each.
+
+    Args:
+        signal, sigma: `sqrt(alpha_bar)` and `sqrt(1 - alpha_bar)` at `t`.
+        signal_next: `sqrt(alpha_bar_next)`.
+        direction: the factor of epsilon, `sqrt(1 - alpha_bar_next - std_dev**2)`.
+        noise_scale: the factor of the noise.
+        prediction_type: what the model predicts: `epsilon`, `sample` or `v_prediction`.
+        use_clipped_model_output: derive epsilon from the limited x0 instead of the raw model output.
+    """
+    zero = np.zeros_like(signal)
+    # A step from pure noise (signal 0) or from a clean state (sigma 0) has infinite columns, as diffusers' step has.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if prediction_type == "epsilon":
+            x0 = (1 / signal, -sigma / signal)
+            eps = (zero, zero + 1, zero)
+        elif prediction_type == "sample":
+            x0 = (zero, zero + 1)
+            eps = (1 / sigma, -signal / sigma, zero)
+        else:
+            x0 = (signal, -sigma)
+            eps = (sigma, signal, zero)
+        if use_clipped_model_output:
+            eps = (1 / sigma, zero, -signal / sigma)
+        from_x, from_output, from_x0 = (direction * factor for factor in eps)
+    return np.stack([*x0, from_x, from_output, signal_next + from_x0, noise_scale], axis=1)
+
+
+def noise_factors(
+    alpha_bar: FloatArray, alpha_bar_next: FloatArray, eta: FloatArray, variance_type: str
+) -> tuple[FloatArray, FloatArray]:
+    """`(direction, noise_scale)` of each step, float64 `[n]`.
+
+    `fixed_small` is equation 16, sigma_t(eta). `fixed_large` keeps the direction of eta 1 and draws noise at the
+    paper's sigma-hat, `sqrt(1 - alpha_bar / alpha_bar_next)` (appendix D.3): DDPM with the larger variance.
+    """
+    large = 1 - alpha_bar / alpha_bar_next
+    variance = (1 - alpha_bar_next) / np.maximum(1 - alpha_bar, np.finfo(np.float64).tiny) * large
+    std_dev = eta * np.sqrt(variance)
+    direction = np.sqrt(np.maximum(1 - alpha_bar_next - std_dev**2, 0.0))
+    return direction, std_dev if variance_type == "fixed_small" else np.sqrt(large)
+
+
+def _check_eta(eta: float | Sequence[float], num_steps: int, variance_type: str) -> FloatArray:
+    values = np.asarray(eta, dtype=np.float64)
+    if values.ndim > 1 or (values.ndim == 1 and len(values) != num_steps):
+        raise ValueError(f"eta: shape {values.shape}; pass one number, or one for each of the {num_steps} steps")
+    if not np.all((values >= 0) & (values <= 1)):
+        raise ValueError(f"eta: {eta!r}; pass numbers in [0, 1] (0 is DDIM, 1 is DDPM)")
+    if variance_type == "fixed_large" and not np.all(values == 1):
+        raise ValueError(f"variance_type: 'fixed_large' is DDPM's larger variance, so eta is 1 there; eta: {eta!r}")
+    return np.broadcast_to(values, (num_steps,))
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """Everything a run's steps need, immutable: threads and samplers share it freely.
+
+    Attributes:
+        timesteps: the training timestep of each step, what the model is called with.
+        columns: `[num_steps, 6]` float64, read-only, in the order of `StepCoefficients`.
+        rows: the same as Python numbers; each step implementation rounds them once, to its own precision.
+    """
+
+    timesteps: tuple[int, ...]
+    columns: FloatArray
+    rows: tuple[StepCoefficients, ...]
+
+    @classmethod
+    def from_columns(cls, timesteps: Sequence[int], values: FloatArray) -> StepTable:
+        """Wrap `[n, 6]` columns and their `n` timesteps."""
+        owned = np.array(values, dtype=np.float64)
+        if owned.shape != (len(timesteps), NUM_COLUMNS):
+            raise ValueError(f"columns: shape {owned.shape}; pass ({len(timesteps)}, {NUM_COLUMNS})")
+        owned.setflags(write=False)
+        return cls(tuple(timesteps), owned, tuple(StepCoefficients(*row) for row in owned.tolist()))
+
+    @classmethod
+    def build(
+        cls,
+        schedule: Schedule,
+        pairs: Sequence[tuple[int, int]],
+        *,
+        eta: float | Sequence[float] = 0.0,
+        variance_type: str = "fixed_small",
+        prediction_type: str | None = None,
+        use_clipped_model_output: bool = False,
+    ) -> StepTable:
+        """The table of a list of transitions.
+
+        Args:
+            schedule: where alpha_bar comes from.
+            pairs: `(t, t_next)` in sampling order, e.g. `schedule.pairs(50)`.
+            eta: in [0, 1], one for all steps or one per step; 0 is DDIM, 1 is DDPM.
+            variance_type: `"fixed_small"`, or `"fixed_large"` for the paper's sigma-hat (needs eta 1).
+            prediction_type: what the model predicts; the schedule's own by default.
+            use_clipped_model_output: derive epsilon from the limited x0 (Glide's convention).
+
+        Raises:
+            ValueError: a value out of range, a pair that does not descend, or an epsilon prediction at a timestep
+                without signal (zero terminal SNR), from which x0 cannot be told.
+        """
+        kind = schedule.config.prediction_type if prediction_type is None else prediction_type
+        require_choice("prediction_type", kind, PREDICTION_TYPES)
+        require_choice("variance_type", variance_type, VARIANCE_TYPES)
+        if not pairs:
+            raise ValueError("pairs: empty; pass at least one (t, t_next)")
+        n_train = schedule.config.num_train_timesteps
+        for t, t_next in pairs:
+            if not FINAL <= t_next < t < n_train:
+                raise ValueError(f"pairs: ({t}, {t_next}); pass {FINAL} <= t_next < t < {n_train}")
+        timesteps, following = zip(*pairs, strict=True)
+        alpha_bar, alpha_bar_next = schedule.alpha_bar(timesteps), schedule.alpha_bar(following)
+        if kind == "epsilon" and alpha_bar.min() == 0:
+            raise ValueError(
+                f"prediction_type: 'epsilon' at timestep {timesteps[int(alpha_bar.argmin())]}, which has no signal (zero"
+                " terminal SNR), so x0 cannot be told from it; use a v_prediction or sample model, or a spacing that"
+                " does not start there ('leading')"
+            )
+        etas = _check_eta(eta, len(pairs), variance_type)
+        direction, noise_scale = noise_factors(alpha_bar, alpha_bar_next, etas, variance_type)
+        sigma, signal = np.sqrt(1 - alpha_bar), np.sqrt(alpha_bar)
+        return cls.from_columns(
+            timesteps,
+            columns(signal, sigma, np.sqrt(alpha_bar_next), direction, noise_scale, kind, use_clipped_model_output),
+        )
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether any step adds noise."""
+        return bool((self.columns[:, -1] != 0).any())
+
+    def tensor(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """`[num_steps, 6]` copy of the columns on a device."""
+        return torch.tensor(self.columns, dtype=dtype, device=device)

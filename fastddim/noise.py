@@ -1,0 +1,152 @@
+"""Counter-based normal noise: (seed, step, element) gives the same bits in numpy, in torch, and on any device.
+
+Philox4x32-10 (Salmon et al., SC'11) keyed by a 64-bit seed turns the counter `(element // 4, 0, step, stream)` into four
+words, and Box-Muller turns those into four normals. Logarithm, sine and cosine are polynomials in float32 additions and
+multiplications, so that any IEEE machine that does not contract them to fused multiply-adds gives the same bits.
+Needs numpy only; torch is imported where a tensor is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
+
+STREAM_STEP = 0
+STREAM_INITIAL = 1
+
+_MASK = 0xFFFFFFFF
+_PHILOX_M = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_W = (0x9E3779B9, 0xBB67AE85)
+# Minimax fits: sin(pi/2 f) / f and cos(pi/2 f) in f**2 on |f| <= 1/2 (5e-9, 3e-8), and (log(1 + t) - t + t**2 / 2) / t**3
+# on [sqrt(1/2) - 1, sqrt(2) - 1] (3e-8 of the logarithm).
+_SIN = (1.57079632, -0.645963479, 0.0796802281, -0.00460217699)
+_COS = (0.999999972, -1.23369701, 0.253598644, -0.0204083525)
+_LOG = (0.333338379, -0.25001732, 0.199660708, -0.16566227, 0.148710846, -0.143447577, 0.0892735042)
+_SQRT_HALF_BITS = 0x3F3504F3
+_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
+
+
+def philox(counter: Sequence[Any], seed_words: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
+    """Philox4x32-10 over int64 arrays (numpy or torch) that hold 32-bit words: four counter words, two key words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed_words
+    for _ in range(10):
+        # The products pass 2**63 and wrap, which leaves both 32-bit halves right.
+        p0, p1 = c0 * _PHILOX_M[0], c2 * _PHILOX_M[1]
+        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + _PHILOX_W[0]) & _MASK, (k1 + _PHILOX_W[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def _to_float(xp: ModuleType, words: Any) -> Any:
+    return words.astype(np.float32) if xp is np else words.to(xp.float32)
+
+
+def _sqrt(xp: ModuleType, x: Any) -> Any:
+    # torch's float32 square root on a CPU is not correctly rounded (MKL); the rounded float64 one is.
+    return np.sqrt(x) if xp is np else x.double().sqrt().float()
+
+
+def _polynomial(x: Any, coefficients: Sequence[float]) -> Any:
+    total = x * coefficients[-1] + coefficients[-2]
+    for coefficient in coefficients[-3::-1]:
+        total = total * x + coefficient
+    return total
+
+
+def _log(xp: ModuleType, u: Any) -> Any:
+    """Natural logarithm of float32 `u` in (0, 1], at most 0, relative error below 1e-6."""
+    bits = u.view(xp.int32) - _SQRT_HALF_BITS
+    exponent = bits >> 23
+    mantissa = (bits - (exponent << 23) + _SQRT_HALF_BITS).view(xp.float32)
+    t = mantissa - 1.0
+    square = t * t
+    tail = square * t * _polynomial(t, _LOG) - square * 0.5
+    e = _to_float(xp, exponent)
+    return e * _LN2_HIGH + (t + (tail + e * _LN2_LOW))
+
+
+def box_muller(xp: ModuleType, word0: Any, word1: Any) -> tuple[Any, Any]:
+    """Two independent float32 normals from two 32-bit words (int64 arrays of `xp`, numpy or torch)."""
+    # A half-step off zero: the radius ends at 6.76 instead of infinity.
+    u = _to_float(xp, word0) * 2.0**-32 + 2.0**-33
+    radius = _sqrt(xp, _log(xp, u) * -2.0)
+    # The top two bits choose the quadrant, the others the angle in it, in [-1/2, 1/2) quarter turns.
+    f = _to_float(xp, (word1 & 0x3FFFFFFF) - 0x20000000) * 2.0**-30
+    square = f * f
+    sine, cosine = f * _polynomial(square, _SIN), _polynomial(square, _COS)
+    odd, negative = (word1 & 0x40000000) != 0, (word1 & 0x80000000) != 0
+    x, y = xp.where(odd, -sine, cosine), xp.where(odd, cosine, sine)
+    return radius * xp.where(negative, -x, x), radius * xp.where(negative, -y, y)
+
+
+def _normal(xp: ModuleType, seed_words: Sequence[Any], group: Any, step: int, stream: int) -> Any:
+    """`[B, 4 * groups]` from `[B, 1]` key words and `[1, groups]` element // 4."""
+    base = group + seed_words[0] * 0
+    r0, r1, r2, r3 = philox((base & _MASK, base >> 32, base * 0 + step, base * 0 + stream), seed_words)
+    parts = (*box_muller(xp, r0, r1), *box_muller(xp, r2, r3))
+    return xp.stack(parts, -1).reshape(base.shape[0], -1)
+
+
+def check_seeds(seeds: int | Sequence[int], batch_size: int) -> list[int]:
+    """One seed per sample; an integer `s` stands for `s, s + 1, ..., s + batch_size - 1`.
+
+    Raises:
+        ValueError: another number of seeds than samples, or a seed outside [0, 2**64).
+    """
+    values = [seeds + k for k in range(batch_size)] if isinstance(seeds, int) else [int(seed) for seed in seeds]
+    if len(values) != batch_size:
+        raise ValueError(f"seeds: {len(values)} for a batch of {batch_size}; pass one per sample, or one integer")
+    for seed in values:
+        if not 0 <= seed < 1 << 64:
+            raise ValueError(f"seeds: {seed}; pass integers in [0, 2**64)")
+    return values
+
+
+def normal_numpy(
+    seeds: Sequence[int], step: int, shape: Sequence[int], stream: int = STREAM_STEP
+) -> npt.NDArray[np.float32]:
+    """Standard normal noise for a batch, without torch.
+
+    Args:
+        seeds: one per sample, each in [0, 2**64).
+        step: the index of the step in its run.
+        shape: of one sample, without the batch dimension.
+        stream: `STREAM_STEP` for a step's noise, `STREAM_INITIAL` for the starting state.
+
+    Returns:
+        `[len(seeds), *shape]` float32. Sample k depends on `seeds[k]`, `step` and `stream` alone.
+    """
+    n = int(np.prod(shape, dtype=np.int64))
+    words = [np.array([[seed >> shift & _MASK] for seed in seeds], dtype=np.int64) for shift in (0, 32)]
+    values = _normal(np, words, np.arange((n + 3) // 4, dtype=np.int64)[None], step, stream)
+    return np.ascontiguousarray(values[:, :n]).reshape(len(seeds), *shape)
+
+
+def normal(
+    seeds: Sequence[int],
+    step: int,
+    shape: Sequence[int],
+    stream: int = STREAM_STEP,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """`normal_numpy` as a torch tensor `[len(seeds), *shape]`, computed on `device`; the float32 bits are the same.
+
+    `dtype` (float32 by default) rounds the finished values.
+    """
+    import torch
+
+    n = int(np.prod(shape, dtype=np.int64))
+    words = [torch.tensor([[seed >> shift & _MASK] for seed in seeds], device=device) for shift in (0, 32)]
+    group = torch.arange((n + 3) // 4, device=device)[None]
+    values: torch.Tensor = _normal(torch, words, group, step, stream)[:, :n].reshape(len(seeds), *shape)
+    return values.to(torch.float32 if dtype is None else dtype)

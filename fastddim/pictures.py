@@ -1,0 +1,279 @@
+"""From tensors to a file: a grid of tiles with labels, and a picture that is written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    import torch
+
+_FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
+_SAVE_OPTIONS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}
+_LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}
+_GAP = 4
+_TILE = 48
+_WHITE = 255
+
+
+def check_writable(path: str | Path, size: tuple[int, int] | None = None) -> None:
+    """Raise now what `save_picture` would raise after the work is done.
+
+    Args:
+        path: where the picture is to go.
+        size: its width and height in pixels, where they are known.
+
+    Raises:
+        ValueError: a suffix without a picture format, a path that is no regular file, a picture too large for its format.
+        OSError: no such folder, a path that is a folder, or a file or folder that cannot be written.
+    """
+    path = Path(path)
+    target = os.path.realpath(path)
+    if os.path.isdir(target):
+        raise IsADirectoryError(
+            f"path: {str(path)!r} is a folder; pass a file in it, such as {str(path / 'grid.png')!r}"
+        )
+    picture_format = _format_of(path)
+    folder = os.path.dirname(target)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"path: {str(path)!r} is in a folder that does not exist; create {folder!r} first")
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise ValueError(f"path: {str(path)!r} is a device or a pipe; pass a regular file")
+    if os.path.exists(target) and not os.access(target, os.W_OK):
+        raise PermissionError(f"path: {str(path)!r} is write-protected; pass another file or change its permissions")
+    # A probe, as permission bits say nothing of read-only mounts; the lookup finds names that are too long.
+    probe = _temporary_beside(target)
+    try:
+        _check_name(target)
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise type(error)(f"path: {str(path)!r} cannot be written ({error.strerror}); pass another path") from error
+    limit = _LONGEST_SIDE.get(picture_format)
+    if size is not None and limit is not None and max(size) > limit:
+        raise ValueError(
+            f"path: {str(path)!r} would be {size[0]}x{size[1]} pixels, and {picture_format} ends at {limit};"
+            " pass a .png path or fewer images"
+        )
+
+
+def save_picture(image: Image.Image, path: str | Path) -> None:
+    """Write a picture whole or not at all: an earlier file at `path` stays as it was until the new one is on disk.
+
+    Args:
+        image: the picture.
+        path: its suffix chooses the format; symbolic links are followed, and an existing file's permissions are kept.
+
+    Raises:
+        ValueError: a suffix without a picture format.
+        OSError: the file could not be written; no part of it is left.
+    """
+    picture_format = _format_of(Path(path))
+    target = os.path.realpath(path)
+    temporary = _temporary_beside(target)
+    try:
+        with open(temporary, "xb") as file:
+            image.save(file, format=picture_format, **_SAVE_OPTIONS.get(picture_format, {}))
+            file.flush()
+            os.fsync(file.fileno())
+        if os.path.exists(target):
+            shutil.copymode(target, temporary)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise OSError(f"path: {str(path)!r} was not written ({error.strerror or error}); pass another path") from error
+    finally:
+        # After a successful replace there is nothing left to remove.
+        temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class GridLayout:
+    """Where each tile of a grid goes. Images of one label share rows if any label repeats; else rows fill in order.
+
+    Attributes:
+        rows: the image indices in each row.
+        tile: width and height of a tile in pixels, scaled.
+        scale: pixels per image pixel.
+        cell_width: of a tile, or of the widest tile label if that is wider.
+        header: height above each tile, for its label.
+        margin: width left of the rows, for their labels.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    tile: tuple[int, int]
+    scale: int
+    cell_width: int
+    header: int
+    margin: int
+
+    @classmethod
+    def plan(
+        cls,
+        count: int,
+        height: int,
+        width: int,
+        labels: Sequence[int | str] | None = None,
+        columns: int | None = None,
+        scale: int | None = None,
+    ) -> GridLayout:
+        """Lay out `count` images of `height` by `width` pixels; the arguments are `make_grid`'s.
+
+        Raises:
+            ValueError: a number below 1, or labels of another number than images.
+        """
+        for name, value in (("images", count), ("height", height), ("width", width)):
+            if value < 1:
+                raise ValueError(f"{name}: {value}; pass at least one")
+        for name, option in (("columns", columns), ("scale", scale)):
+            if option is not None and option < 1:
+                raise ValueError(f"{name}: {option}; pass an integer >= 1")
+        if labels is not None and len(labels) != count:
+            raise ValueError(f"labels: {len(labels)} for {count} images; pass one per image")
+        scale = scale or max(1, math.ceil(_TILE / max(height, width)))
+        texts = [] if labels is None else [str(label) for label in labels]
+        by_row = len(set(texts)) < len(texts)
+        text_width = max((_text_size(text)[0] for text in texts), default=0)
+        return cls(
+            rows=_arrange(count, texts if by_row else None, columns),
+            tile=(width * scale, height * scale),
+            scale=scale,
+            cell_width=width * scale if by_row else max(width * scale, text_width),
+            header=max(_text_size(text)[1] for text in texts) + 2 if texts and not by_row else 0,
+            margin=text_width + _GAP if by_row else 0,
+        )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the picture in pixels."""
+        columns = max(len(row) for row in self.rows)
+        return (
+            self.margin + _GAP + columns * (self.cell_width + _GAP),
+            _GAP + len(self.rows) * (self.header + self.tile[1] + _GAP),
+        )
+
+    def corner(self, row: int, column: int) -> tuple[int, int]:
+        """The top left pixel `(x, y)` of a tile."""
+        inset = (self.cell_width - self.tile[0]) // 2
+        return (
+            self.margin + _GAP + column * (self.cell_width + _GAP) + inset,
+            _GAP + row * (self.header + self.tile[1] + _GAP) + self.header,
+        )
+
+
+def make_grid(
+    images: torch.Tensor,
+    labels: Sequence[int | str] | None = None,
+    columns: int | None = None,
+    scale: int | None = None,
+) -> Image.Image:
+    """Draw a batch as tiles with white gaps.
+
+    Args:
+        images: `[B, C, H, W]` in [-1, 1], of any floating dtype and on any device, C 1 (grey) or 3 (colour); values
+            outside are clipped.
+        labels: one per image. If some repeat, images of one label share rows and the label stands left of them; else
+            each stands over its tile.
+        columns: tiles in a row; by default about square, and not below 10.
+        scale: pixels per image pixel, nearest neighbour; by default tiles come to 48 pixels or more.
+
+    Returns:
+        A picture of mode `L` or `RGB`.
+
+    Raises:
+        ValueError: another shape or dtype, values that are not finite, labels of another number than images.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"images: shape {tuple(images.shape)}; pass [B, C, H, W] with C 1 (grey) or 3 (colour)")
+    if not images.is_floating_point():
+        raise ValueError(f"images: {images.dtype}; pass floating-point values in [-1, 1]")
+    count, channels, height, width = images.shape
+    layout = GridLayout.plan(count, height, width, labels, columns, scale)
+    _check_finite(images)
+    # uint8 by rounding, as diffusers does it.
+    pixels = ((images.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    mode = "L" if channels == 1 else "RGB"
+    picture = Image.new(mode, layout.size, _WHITE if channels == 1 else (_WHITE,) * 3)
+    for row, indices in enumerate(layout.rows):
+        for column, index in enumerate(indices):
+            tile = Image.fromarray(pixels[index, :, :, 0] if channels == 1 else pixels[index])
+            picture.paste(tile.resize(layout.tile, Image.Resampling.NEAREST), layout.corner(row, column))
+    if labels is not None:
+        _draw_labels(picture, layout, [str(label) for label in labels])
+    return picture
+
+
+def _arrange(count: int, texts: Sequence[str] | None, columns: int | None) -> tuple[tuple[int, ...], ...]:
+    """Image indices in rows; with texts, a row holds images of one text only."""
+    groups: dict[str, list[int]] = {}
+    for index in range(count):
+        groups.setdefault("" if texts is None else texts[index], []).append(index)
+    if columns is None:
+        columns = max(10, math.isqrt(count - 1) + 1)
+    return tuple(
+        tuple(group[first : first + columns]) for group in groups.values() for first in range(0, len(group), columns)
+    )
+
+
+def _draw_labels(picture: Image.Image, layout: GridLayout, texts: Sequence[str]) -> None:
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default()
+    for row, indices in enumerate(layout.rows):
+        for column, index in enumerate(indices):
+            x, y = layout.corner(row, column)
+            width, height = _text_size(texts[index])
+            if layout.header:
+                draw.text((x + (layout.tile[0] - width) // 2, y - height - 1), texts[index], fill=0, font=font)
+            elif column == 0:
+                draw.text((layout.margin - width, y + (layout.tile[1] - height) // 2), texts[index], fill=0, font=font)
+
+
+def _text_size(text: str) -> tuple[int, int]:
+    _, _, right, bottom = ImageFont.load_default().getbbox(text)
+    return math.ceil(right), math.ceil(bottom)
+
+
+def _check_finite(images: torch.Tensor) -> None:
+    bad = (~images.isfinite()).flatten(1).sum(1)
+    broken = bad.nonzero().flatten().tolist()
+    if broken:
+        raise ValueError(
+            f"images: {len(broken)} of {len(images)} hold NaN or infinity (image {broken[0]}: {int(bad[broken[0]])} values);"
+            " the model overflowed: check its weights, or run it in float32"
+        )
+
+
+def _format_of(path: Path) -> str:
+    Image.init()
+    picture_format = _FORMATS.get(path.suffix.lower())
+    if picture_format not in Image.SAVE:
+        valid = ", ".join(suffix for suffix, name in _FORMATS.items() if name in Image.SAVE)
+        raise ValueError(f"path: {str(path)!r} has the suffix {path.suffix!r}; pass one of {valid}")
+    assert picture_format is not None
+    return picture_format
+
+
+def _temporary_beside(target: str) -> Path:
+    # Its own short name, so that a target name near the file system's limit still has a temporary one.
+    return Path(os.path.dirname(target)) / f".fastddim-{secrets.token_hex(8)}.tmp"
+
+
+def _check_name(target: str) -> None:
+    """Raise the `OSError` that the file system has for this name, if it is more than that the file is not there."""
+    with contextlib.suppress(FileNotFoundError):
+        os.lstat(target)

@@ -1,0 +1,180 @@
+"""`DDIMPipeline`: diffusers' signature with our scheduler, class labels and guidance; and the loading of model folders."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+from fastddim.reference import combine_guidance
+from fastddim.scheduler import DDIMScheduler
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED_MODEL = Path(__file__).parent / "models" / "digits"
+
+
+def null_class(unet: Any) -> int | None:
+    """The label that means "no class": the last class embedding, as in DiT; None for a model without classes."""
+    num_classes = getattr(unet.config, "num_class_embeds", None)
+    return None if num_classes is None else num_classes - 1
+
+
+class DDIMPipeline(diffusers.DDIMPipeline):  # type: ignore[misc]
+    """diffusers' `DDIMPipeline` with `fastddim.DDIMScheduler`, and class labels with guidance where the UNet takes them.
+
+    What it saves is a plain diffusers folder, which loads without fastddim.
+
+    Args:
+        unet: a `UNet2DModel` or anything with its call and configuration.
+        scheduler: any scheduler whose configuration DDIM can take; it is converted.
+    """
+
+    def __init__(self, unet: torch.nn.Module, scheduler: SchedulerMixin) -> None:
+        DiffusionPipeline.__init__(self)
+        self.register_modules(unet=unet, scheduler=DDIMScheduler.from_config(scheduler.config))
+        self.register_to_config(scheduler=("diffusers", "DDIMScheduler"))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        eta: float = 0.0,
+        num_inference_steps: int = 50,
+        use_clipped_model_output: bool | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        *,
+        class_labels: Sequence[int] | torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Generate images.
+
+        Args:
+            batch_size: number of images.
+            generator: draws the starting state and, with `eta > 0`, the steps' noise; a list has one for each image.
+            eta: 0 is DDIM, 1 is DDPM.
+            num_inference_steps: number of model calls.
+            use_clipped_model_output: derive epsilon from the clipped x0; None is diffusers' default, False.
+            output_type: `"pil"`, `"np"` (`[B, H, W, C]` in [0, 1]) or `"pt"` (`[B, C, H, W]` in [0, 1]).
+            return_dict: return an `ImagePipelineOutput` rather than a tuple.
+            class_labels: one label per image, for class-conditional UNets; None samples the "no class" label.
+            guidance_scale: classifier-free guidance against the "no class" label; 1 is off.
+
+        Raises:
+            ValueError: generators or labels of another number than images, labels for a UNet without classes or out of
+                range, guidance without labels, an unknown output type.
+        """
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"generator: a list of {len(generator)} for batch_size {batch_size}; pass one per image")
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type: {output_type!r}; pass 'pil', 'np' or 'pt'")
+        guided = guidance_scale != 1.0
+        labels = self._labels(class_labels, batch_size, guided)
+        if not 0.0 <= eta <= 1.0:
+            logger.warning("eta: %r is outside [0, 1]; 0 is DDIM, 1 is DDPM", eta)
+        config = self.scheduler.config
+        if guided and not use_clipped_model_output and (config.clip_sample or config.thresholding):
+            logger.warning(
+                "guidance_scale %g with a clipped x0 and the raw epsilon drifts away from any picture;"
+                " pass use_clipped_model_output=True",
+                guidance_scale,
+            )
+
+        size = self.unet.config.sample_size
+        shape = (batch_size, self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+        image = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
+        self.scheduler.set_timesteps(num_inference_steps)
+        label_kwargs = {} if labels is None else {"class_labels": labels}
+        for t in self.progress_bar(self.scheduler.timesteps):
+            model_input = torch.cat([image, image]) if guided else image
+            output = self.unet(model_input, t, **label_kwargs).sample
+            if guided:
+                output = combine_guidance(output, guidance_scale)
+            image = self.scheduler.step(
+                output, t, image, eta=eta, use_clipped_model_output=use_clipped_model_output, generator=generator
+            ).prev_sample
+
+        image = (image / 2 + 0.5).clamp(0, 1)
+        images: Any = image
+        if output_type != "pt":
+            images = image.cpu().permute(0, 2, 3, 1).float().numpy()
+            if output_type == "pil":
+                images = self.numpy_to_pil(images)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _labels(
+        self, labels: Sequence[int] | torch.Tensor | None, batch_size: int, guided: bool
+    ) -> torch.Tensor | None:
+        """Labels `[B]`, or `[2 * B]` with the "no class" half first when guided; None for a UNet without classes."""
+        null = null_class(self.unet)
+        if labels is None:
+            if guided:
+                raise ValueError("guidance_scale: guidance needs class_labels; pass them, or guidance_scale=1.0")
+            return None if null is None else torch.full((batch_size,), null, device=self._execution_device)
+        if null is None:
+            raise ValueError("class_labels: this UNet has no classes; leave them out")
+        tensor = torch.as_tensor(labels, dtype=torch.int64, device=self._execution_device)
+        if tensor.shape != (batch_size,):
+            raise ValueError(
+                f"class_labels: shape {tuple(tensor.shape)}; pass one label for each of {batch_size} images"
+            )
+        if not bool(((tensor >= 0) & (tensor <= null)).all()):
+            raise ValueError(f"class_labels: {tensor.tolist()}; pass integers in [0, {null}] ({null} is no class)")
+        return torch.cat([torch.full_like(tensor, null), tensor]) if guided else tensor
+
+
+def load_pipeline(model: str | Path | None = None) -> DDIMPipeline:
+    """Load a model folder as a `DDIMPipeline`.
+
+    Args:
+        model: a diffusers pipeline folder (`model_index.json`, `unet/`, `scheduler/`), a hub id such as
+            `google/ddpm-cifar10-32` (downloaded by diffusers), or None for the embedded handwritten-digits model.
+
+    Raises:
+        FileNotFoundError: no such folder, or a file that it must have is missing.
+        ValueError: a weight file that is truncated or does not fit the configuration.
+    """
+    source = EMBEDDED_MODEL if model is None else Path(model)
+    if not source.exists():
+        if model is not None and _is_hub_id(str(model)):
+            return _from_diffusers(str(model))
+        raise FileNotFoundError(
+            f"model: {str(source)!r} is no folder; pass a diffusers folder or a hub id 'owner/name'"
+        )
+    for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
+        if not (source / name).is_file():
+            raise FileNotFoundError(f"model: {str(source / name)!r} is missing; pass a diffusers pipeline folder")
+    if not any((source / "unet").glob("diffusion_pytorch_model*.safetensors")) and not any(
+        (source / "unet").glob("*.bin")
+    ):
+        raise FileNotFoundError(
+            f"model: {str(source / 'unet')!r} has no weight file (diffusion_pytorch_model.safetensors)"
+        )
+    return _from_diffusers(str(source))
+
+
+def _is_hub_id(name: str) -> bool:
+    owner, slash, repository = name.partition("/")
+    return bool(slash and owner and repository) and "/" not in repository and not name.startswith((".", "~"))
+
+
+def _from_diffusers(name: str) -> DDIMPipeline:
+    try:
+        pipeline: DDIMPipeline = DDIMPipeline.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"model: {name!r} cannot be loaded: {error}") from error
+    except Exception as error:  # safetensors and torch raise their own types on damaged files
+        raise ValueError(
+            f"model: the weights of {name!r} are damaged or do not fit its configuration: {error}"
+        ) from error
+    return pipeline

@@ -1,0 +1,266 @@
+"""The DDIM step in plain torch: the truth that every faster step is compared with, and the CPU's own path."""
+
+from __future__ import annotations
+
+import torch
+
+from fastddim.coefficients import Coefficient, StepCoefficients, StepTable
+from fastddim.config import Clip, Limit
+
+# Above this many elements float32 no longer counts them one by one.
+EXACT_FLOAT32_COUNT = 1 << 24
+
+
+def abs_quantile(sample: torch.Tensor, ratio: float) -> torch.Tensor:
+    """`torch.quantile(sample.flatten(1).abs(), ratio, dim=1)` to the bit, without its sort and its size limit.
+
+    Args:
+        sample: `[B, ...]`, float32 or float64.
+        ratio: in [0, 1].
+
+    Returns:
+        `[B]`, the dtype of `sample`. A sample with a NaN gives NaN.
+    """
+    magnitudes = sample.flatten(1).abs()
+    n = magnitudes.shape[1]
+    # torch.quantile takes the rank in the data's own dtype.
+    exact = sample.dtype == torch.float64 or n > EXACT_FLOAT32_COUNT
+    rank_dtype = torch.float64 if exact else torch.float32
+    rank = torch.tensor(ratio, dtype=rank_dtype) * (n - 1)
+    lower = int(rank)
+    weight = float(rank - lower)
+    upper = min(lower + 1, n - 1)
+    if 2 * lower >= n:
+        largest = magnitudes.topk(n - lower, dim=1).values
+        below, above, top = largest[:, n - lower - 1], largest[:, n - upper - 1], largest[:, 0]
+    else:
+        smallest = magnitudes.topk(upper + 1, dim=1, largest=False).values
+        below, above, top = smallest[:, lower], smallest[:, upper], magnitudes.amax(dim=1)
+    quantile = torch.lerp(below, above, weight) if weight else below
+    return torch.where(top.isnan(), top, quantile)
+
+
+def apply_limit(x0: torch.Tensor, limit: Limit) -> torch.Tensor:
+    """Clip or dynamically threshold a fresh `x0` `[B, ...]`, in place where that is possible."""
+    if limit is None:
+        return x0
+    if isinstance(limit, Clip):
+        return x0.clamp_(-limit.range, limit.range)
+    if limit.max_value <= 1:
+        # The quantile is clamped to [1, max_value] from above last, so it cannot matter.
+        return x0.clamp_(-limit.max_value, limit.max_value).div_(limit.max_value)
+    scale = abs_quantile(x0, limit.ratio).clamp(1.0, limit.max_value).view(-1, *[1] * (x0.ndim - 1))
+    return torch.clamp(x0, -scale, scale).div_(scale)
+
+
+def combine_guidance(
+    model_output: torch.Tensor,
+    guidance_scale: Coefficient,
+    guidance_rescale: Coefficient = 0.0,
+    *,
+    cond_first: bool = False,
+) -> torch.Tensor:
+    """Classifier-free guidance (arXiv:2207.12598) with the rescale of arXiv:2305.08891, section 3.4.
+
+    Args:
+        model_output: `[2 * B, ...]`, unconditional half first, as diffusers stacks them.
+        guidance_scale: `uncond + guidance_scale * (cond - uncond)`; a number, or `[B]`.
+        guidance_rescale: phi in [0, 1]; how far to pull each sample's standard deviation back to the conditional one's.
+        cond_first: the conditional half comes first, as in DiT.
+
+    Returns:
+        `[B, ...]`, the dtype of `model_output`.
+    """
+    batch = model_output.shape[0] // 2
+    first, second = model_output[:batch], model_output[batch:]
+    uncond, cond = (second, first) if cond_first else (first, second)
+    difference = cond - uncond
+    guided = _add_scaled(uncond.clone(), difference, _per_sample(guidance_scale, difference))
+    if isinstance(guidance_rescale, (int, float)) and guidance_rescale == 0:
+        return guided
+    dims = tuple(range(1, cond.ndim))
+    ratio = cond.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
+    phi = _per_sample(guidance_rescale, difference)
+    return guided.mul_(phi * ratio + (1 - phi))
+
+
+def ddim_step(
+    model_output: torch.Tensor,
+    sample: torch.Tensor,
+    table: StepTable | torch.Tensor,
+    step: int | torch.Tensor,
+    *,
+    limit: Limit = None,
+    noise: torch.Tensor | None = None,
+    guidance_scale: Coefficient | None = None,
+    guidance_rescale: Coefficient = 0.0,
+    cond_first: bool = False,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One DDIM step for a batch: guidance, x0, limit, direction, noise.
+
+    Arithmetic is float64 where a tensor is, float32 otherwise. Differentiable, unless `out` is given.
+
+    Args:
+        model_output: `[B, ...]`, or `[2 * B, ...]` stacked with guidance; any float dtype.
+        sample: the current state `[B, ...]`, any rank, any float dtype.
+        table: the run's `StepTable`, or its `[num_steps, 6]` tensor on the state's device.
+        step: the row for all samples, or an integer tensor `[]` or `[B]` with each sample's own row.
+        limit: `Clip`, `DynamicThreshold` or None.
+        noise: `[B, ...]` standard normal, needed where the row's `noise_scale` is not 0.
+        guidance_scale: None for an unguided step, else a number or `[B]`.
+        guidance_rescale: phi in [0, 1], a number or `[B]`.
+        cond_first: the conditional half of `model_output` comes first.
+        out: `[B, ...]` to write the next state to; may be `sample` itself. Its dtype is the result's.
+
+    Returns:
+        `(x_next, x0)`, both of the state's shape and dtype: the next state and the limited prediction of x0.
+
+    Raises:
+        ValueError: shapes, devices or dtypes that do not fit; a stochastic row without noise.
+        IndexError: an integer `step` outside the table.
+    """
+    _check_tensors(model_output, sample, noise, guided=guidance_scale is not None, out=out)
+    tensors = (model_output, sample) if noise is None else (model_output, sample, noise)
+    compute = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    row = _look_up(table, step, sample, compute)
+    if noise is None and isinstance(row.noise_scale, float) and row.noise_scale != 0:
+        raise ValueError(f"noise: None, but step {step} adds noise; pass a standard normal tensor like the state")
+    output = model_output.to(compute)
+    if guidance_scale is not None:
+        output = combine_guidance(output, guidance_scale, guidance_rescale, cond_first=cond_first)
+    state_dtype = sample.dtype if out is None else out.dtype
+    direct_out = out if out is not None and out.dtype == compute else None
+    x_next, x0 = step_with_row(
+        output, sample.to(compute), row, limit, None if noise is None else noise.to(compute), direct_out
+    )
+    if out is not None:
+        return (out if direct_out is not None else out.copy_(x_next)), x0.to(state_dtype)
+    return x_next.to(state_dtype), x0.to(state_dtype)
+
+
+def step_with_row(
+    output: torch.Tensor,
+    x: torch.Tensor,
+    row: StepCoefficients,
+    limit: Limit,
+    noise: torch.Tensor | None,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two lines of maths, on checked tensors of one dtype, in as few passes as torch has: `(x_next, x0)`."""
+    x0 = apply_limit(_combine(x, row.x0_from_x, output, row.x0_from_output), limit)
+    if _is_zero(row.next_from_x):
+        x_next = _combine(output, row.next_from_output, x0, row.next_from_x0, out)
+    elif _is_zero(row.next_from_output):
+        x_next = _combine(x, row.next_from_x, x0, row.next_from_x0, out)
+    else:
+        x_next = _combine(x, row.next_from_x, output, row.next_from_output, out)
+        x_next = _add_scaled(x_next, x0, row.next_from_x0)
+    if noise is not None and not _is_zero(row.noise_scale):
+        x_next = _add_scaled(x_next, noise, row.noise_scale)
+    return x_next, x0
+
+
+def _is_zero(coefficient: Coefficient) -> bool:
+    return coefficient.__class__ is float and coefficient == 0.0
+
+
+def _combine(
+    a: torch.Tensor, a_scale: Coefficient, b: torch.Tensor, b_scale: Coefficient, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`a_scale * a + b_scale * b` in a new tensor or `out`, which may be `a` or `b`."""
+    if isinstance(a_scale, torch.Tensor) or isinstance(b_scale, torch.Tensor):
+        return torch.add(a * a_scale, b * b_scale, out=out)
+    # Factoring out the larger number leaves two roundings of the result's own size, and `alpha` is the cheapest scalar.
+    if abs(a_scale) < abs(b_scale):
+        a, a_scale, b, b_scale = b, b_scale, a, a_scale
+    if b_scale == 0:
+        return torch.mul(a, _scalar(a_scale, a.dtype), out=out)
+    return torch.add(a, b, alpha=b_scale / a_scale, out=out).mul_(_scalar(a_scale, a.dtype))
+
+
+_SCALARS: dict[tuple[float, torch.dtype], torch.Tensor] = {}
+
+
+def _scalar(value: float, dtype: torch.dtype) -> torch.Tensor | float:
+    """`value` as a kept 0-dim tensor: torch makes a new one of a Python factor each time, at the cost of a small operation."""
+    if torch.compiler.is_compiling():
+        return value
+    kept = _SCALARS.get((value, dtype))
+    if kept is None:
+        with torch.inference_mode(False):
+            kept = torch.tensor(value, dtype=dtype, device="cpu")
+        if type(kept) is not torch.Tensor:  # a tracer's stand-in must not outlive its trace
+            return kept
+        if len(_SCALARS) >= 4096:
+            _SCALARS.clear()
+        _SCALARS[value, dtype] = kept
+    return kept
+
+
+def _add_scaled(total: torch.Tensor, term: torch.Tensor, coefficient: Coefficient) -> torch.Tensor:
+    """`total += coefficient * term` in one pass."""
+    if isinstance(coefficient, torch.Tensor):
+        return total.addcmul_(term, coefficient)
+    return total.add_(term, alpha=coefficient)
+
+
+def _per_sample(value: Coefficient, like: torch.Tensor) -> Coefficient:
+    """A number as it is; a `[B]` tensor shaped to broadcast over `like`'s other dimensions."""
+    if not isinstance(value, torch.Tensor):
+        return float(value)
+    if value.ndim > 1 or (value.ndim == 1 and value.shape[0] != like.shape[0]):
+        raise ValueError(f"per-sample value: shape {tuple(value.shape)}; pass a number or a [{like.shape[0]}] tensor")
+    return value.to(like.device, like.dtype).view(-1, *[1] * (like.ndim - 1))
+
+
+def _look_up(
+    table: StepTable | torch.Tensor, step: int | torch.Tensor, like: torch.Tensor, compute: torch.dtype
+) -> StepCoefficients:
+    """The row, as Python floats where the step is one number and as broadcastable tensors where it is a tensor."""
+    if isinstance(table, StepTable) and not isinstance(step, torch.Tensor):
+        if not 0 <= step < len(table):
+            raise IndexError(f"step: {step} is outside the table of {len(table)} steps")
+        return table.rows[step]
+    columns = table.tensor(like.device, compute) if isinstance(table, StepTable) else table.to(compute)
+    if columns.device != like.device:
+        raise ValueError(
+            f"table: on {columns.device}, but the state is on {like.device}; pass table.to({str(like.device)!r})"
+        )
+    if not isinstance(step, torch.Tensor):
+        return StepCoefficients(*columns[step].unbind())
+    if step.ndim > 1 or (step.ndim == 1 and step.shape[0] != like.shape[0]):
+        raise ValueError(f"step: shape {tuple(step.shape)}; pass an integer, or a [] or [{like.shape[0]}] tensor")
+    rows = columns.index_select(0, step.to(columns.device).reshape(-1))
+    return StepCoefficients(*(column.view(-1, *[1] * (like.ndim - 1)) for column in rows.unbind(1)))
+
+
+def _check_tensors(
+    model_output: torch.Tensor,
+    sample: torch.Tensor,
+    noise: torch.Tensor | None,
+    *,
+    guided: bool,
+    out: torch.Tensor | None,
+) -> None:
+    shape = sample.shape
+    if not shape:
+        raise ValueError("sample: a scalar; pass a state [B, ...]")
+    expected = (2 * shape[0], *shape[1:]) if guided else tuple(shape)
+    named = (("model_output", model_output, expected), ("noise", noise, tuple(shape)), ("out", out, tuple(shape)))
+    if not sample.is_floating_point():
+        raise ValueError(f"sample: dtype {sample.dtype}; pass a floating-point tensor")
+    for name, tensor, wanted in named:
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != wanted:
+            stacked = " (unconditional and conditional halves stacked)" if guided and name == "model_output" else ""
+            raise ValueError(
+                f"{name}: shape {tuple(tensor.shape)}; for a state of {tuple(shape)} pass {wanted}{stacked}"
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name}: dtype {tensor.dtype}; pass a floating-point tensor")
+        if tensor.device != sample.device:
+            raise ValueError(f"{name}: on {tensor.device}, but the state is on {sample.device}; move one of them")
+    if out is not None and torch.is_grad_enabled() and (sample.requires_grad or model_output.requires_grad):
+        raise ValueError("out: not differentiable; leave it out, or call under torch.no_grad()")

@@ -1,0 +1,255 @@
+"""`Sampler`: the DDIM loop as an object. It owns the transitions, the noise and guidance; the model is any callable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from fastddim.coefficients import StepTable
+from fastddim.config import DDIMConfig, Limit, require_number
+from fastddim.noise import STREAM_INITIAL, check_seeds, normal
+from fastddim.reference import ddim_step
+from fastddim.schedule import Schedule
+
+Model = Callable[..., Any]
+Callback = Callable[[int, int, torch.Tensor, torch.Tensor], None]
+
+
+def to_schedule(scheduler: Schedule | DDIMConfig | Any) -> Schedule:
+    """A `Schedule` from one, from a `DDIMConfig`, or from any diffusers scheduler whose configuration DDIM can take.
+
+    Raises:
+        TypeError: something else.
+        ValueError: a configuration that DDIM cannot sample from; the message names the field.
+    """
+    if isinstance(scheduler, Schedule):
+        return scheduler
+    if isinstance(scheduler, DDIMConfig):
+        return Schedule(scheduler)
+    config = getattr(scheduler, "config", None)
+    if not isinstance(config, Mapping):
+        raise TypeError(
+            f"scheduler: {type(scheduler).__name__}; pass a fastddim Schedule, a DDIMConfig or a diffusers scheduler"
+        )
+    return Schedule(DDIMConfig.from_dict(config, ignore_unknown=True))
+
+
+class Sampler:
+    """Samples a model with DDIM, on the exact `(t, t_next)` pairs of its timestep list.
+
+    Args:
+        model: `model(x, t, **kwargs)` with x `[B, ...]` and t `[B]` int64; returns the prediction `[B, ...]`, a tuple
+            that starts with it, or an object with `.sample` (diffusers models). Called with `[2 * B, ...]` when guided.
+        scheduler: a `Schedule`, a `DDIMConfig`, or a diffusers scheduler, of which the configuration is taken.
+        num_inference_steps: number of model calls; timesteps spaced by the configuration's `timestep_spacing`.
+        timesteps: an explicit descending list of training timesteps instead of `num_inference_steps`.
+        eta: in [0, 1], one number or one per step; 0 is DDIM, 1 is DDPM.
+        variance_type: `"fixed_large"` with eta 1 is DDPM with the paper's sigma-hat.
+        guidance_scale: classifier-free guidance; None calls the model without it, once per step on `[B, ...]`.
+        guidance_rescale: in [0, 1]; arXiv:2305.08891, section 3.4.
+        use_clipped_model_output: derive epsilon from the limited x0. True by default where x0 is limited: with the raw
+            epsilon, guidance and a limit drift the state away from any picture.
+        strength: in (0, 1]; below 1 the run starts that far into the chain, from a noised state (image-to-image).
+        transitions: `"exact"`, or `"diffusers"` to reproduce its recomputed neighbours (see `Schedule.pairs`).
+        sample_shape: of one sample, without the batch; read from a diffusers model's configuration by default.
+        dtype: of the state; the model is called in its own parameters' dtype.
+        device: where to sample; the model's own by default.
+
+    Raises:
+        ValueError: any value out of range, before any work; the message names it and what is valid.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        scheduler: Schedule | DDIMConfig | Any,
+        num_inference_steps: int | None = None,
+        *,
+        timesteps: Iterable[int] | None = None,
+        eta: float | Sequence[float] = 0.0,
+        variance_type: str = "fixed_small",
+        guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
+        use_clipped_model_output: bool | None = None,
+        strength: float = 1.0,
+        transitions: str = "exact",
+        sample_shape: Sequence[int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if not callable(model):
+            raise TypeError(f"model: {type(model).__name__} is not callable; pass model(x, t, **kwargs)")
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype: {dtype}; pass a floating-point dtype")
+        require_number("guidance_rescale", guidance_rescale, 0.0, 1.0)
+        if guidance_scale is not None:
+            require_number("guidance_scale", guidance_scale, -1e4, 1e4)
+        elif guidance_rescale:
+            raise ValueError(f"guidance_rescale: {guidance_rescale!r} without guidance_scale; pass both")
+        self.model = model
+        self.schedule = to_schedule(scheduler)
+        self.limit: Limit = self.schedule.config.limit
+        if use_clipped_model_output is None:
+            use_clipped_model_output = self.limit is not None
+        pairs = self.schedule.pairs(
+            num_inference_steps, timesteps=timesteps, strength=strength, transitions=transitions
+        )
+        self.table = StepTable.build(
+            self.schedule,
+            pairs,
+            eta=eta,
+            variance_type=variance_type,
+            use_clipped_model_output=use_clipped_model_output,
+        )
+        self.guidance_scale = guidance_scale
+        self.guidance_rescale = guidance_rescale
+        self.sample_shape = _model_sample_shape(model) if sample_shape is None else tuple(sample_shape)
+        parameter = next(iter(model.parameters()), None) if isinstance(model, torch.nn.Module) else None
+        self.dtype = dtype
+        self.model_dtype = dtype if parameter is None or not parameter.is_floating_point() else parameter.dtype
+        self.device = torch.device(device or ("cpu" if parameter is None else parameter.device))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        start: int | torch.Tensor,
+        *,
+        seeds: int | Sequence[int] | None = None,
+        uncond_kwargs: Mapping[str, Any] | None = None,
+        progress: bool = False,
+        callback: Callback | None = None,
+        return_trajectory: bool = False,
+        **model_kwargs: Any,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Run the loop.
+
+        Args:
+            start: how many samples to draw from `seeds`, or the starting state `[B, ...]` itself.
+            seeds: one per sample, or an integer s for s, s + 1, ...; sample k depends on its own seed alone, whatever
+                the batch. Needed unless a state is given and no step adds noise.
+            uncond_kwargs: with guidance, the model keyword arguments of the unconditional half, for those that differ
+                (e.g. `{"class_labels": null_labels}`).
+            progress: show a progress bar.
+            callback: called after each step as `callback(step, t, x, x0)`; the next step writes over `x`, so clone what
+                you keep; it may raise to stop the run.
+            return_trajectory: also return all states.
+            **model_kwargs: passed on to the model; tensors with B rows are stacked for guidance.
+
+        Returns:
+            `[B, ...]` samples, or `(samples, trajectory)` with trajectory `[num_steps + 1, B, ...]`, the starting
+            state first.
+
+        Raises:
+            ValueError: seeds that are missing or of the wrong number, an unknown sample shape, a state of the wrong
+                shape, `uncond_kwargs` without guidance.
+        """
+        x, seed_list = self._start(start, seeds)
+        kwargs = self._model_kwargs(x.shape[0], model_kwargs, uncond_kwargs)
+        trajectory = [x.clone()] if return_trajectory else None
+        # Each step writes the next state over x.
+        for step, t, x0 in self._steps(x, seed_list, kwargs, progress):
+            if trajectory is not None:
+                trajectory.append(x.clone())
+            if callback is not None:
+                callback(step, t, x, x0)
+        return x if trajectory is None else (x, torch.stack(trajectory))
+
+    def _steps(
+        self, x: torch.Tensor, seeds: list[int] | None, kwargs: Mapping[str, Any], progress: bool
+    ) -> Iterator[tuple[int, int, torch.Tensor]]:
+        guided = self.guidance_scale is not None
+        steps: Iterable[int] = range(len(self.table))
+        if progress:
+            steps = track(steps, description="sampling")
+        for step in steps:
+            t = self.table.timesteps[step]
+            model_input = x.to(self.model_dtype)
+            if guided:
+                model_input = torch.cat([model_input, model_input])
+            output = self._call_model(model_input, t, kwargs)
+            noise = None
+            if seeds is not None and self.table.rows[step].noise_scale != 0:
+                noise = normal(seeds, step, x.shape[1:], device=x.device)
+            _, x0 = ddim_step(
+                output,
+                x,
+                self.table,
+                step,
+                limit=self.limit,
+                noise=noise,
+                guidance_scale=self.guidance_scale,
+                guidance_rescale=self.guidance_rescale,
+                out=x,
+            )
+            yield step, t, x0
+
+    def _call_model(self, x: torch.Tensor, t: int, kwargs: Mapping[str, Any]) -> torch.Tensor:
+        output = self.model(x, torch.full((x.shape[0],), t, dtype=torch.int64, device=x.device), **kwargs)
+        output = getattr(output, "sample", output)
+        tensor: Any = output[0] if isinstance(output, (tuple, list)) else output
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"model: returned {type(tensor).__name__}; it must return a tensor, a tuple, or `.sample`")
+        return tensor
+
+    def _start(
+        self, start: int | torch.Tensor, seeds: int | Sequence[int] | None
+    ) -> tuple[torch.Tensor, list[int] | None]:
+        """A state of our own to work on in place, and the seeds."""
+        if not isinstance(start, torch.Tensor):
+            if isinstance(start, bool) or not isinstance(start, int) or start < 1:
+                raise ValueError(f"start: {start!r}; pass a batch size >= 1, or a state [B, ...]")
+            if self.sample_shape is None:
+                raise ValueError("sample_shape: the model's configuration has none; pass sample_shape= to Sampler")
+        elif self.sample_shape is not None and tuple(start.shape[1:]) != self.sample_shape:
+            raise ValueError(f"start: shape {tuple(start.shape)}; pass [B, {', '.join(map(str, self.sample_shape))}]")
+        elif not start.is_floating_point() or start.ndim < 1:
+            raise ValueError(
+                f"start: {start.dtype} of shape {tuple(start.shape)}; pass a floating-point state [B, ...]"
+            )
+        if seeds is None and (not isinstance(start, torch.Tensor) or self.table.stochastic):
+            raise ValueError("seeds: None; pass one integer per sample, or one integer s for s, s + 1, ...")
+        batch_size = start.shape[0] if isinstance(start, torch.Tensor) else start
+        seed_list = None if seeds is None else check_seeds(seeds, batch_size)
+        if isinstance(start, torch.Tensor):
+            return start.to(self.device, self.dtype, copy=True), seed_list
+        assert seed_list is not None
+        assert self.sample_shape is not None
+        return normal(seed_list, 0, self.sample_shape, STREAM_INITIAL, device=self.device, dtype=self.dtype), seed_list
+
+    def _model_kwargs(
+        self, batch_size: int, kwargs: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """The model's keyword arguments on the device; with guidance, unconditional and conditional rows stacked."""
+        if self.guidance_scale is None:
+            if uncond_kwargs:
+                raise ValueError("uncond_kwargs: given without guidance; pass guidance_scale= to Sampler")
+            return {name: self._place(value) for name, value in kwargs.items()}
+        uncond = dict(uncond_kwargs or {})
+        extra = sorted(set(uncond) - set(kwargs))
+        if extra:
+            raise ValueError(f"uncond_kwargs: {extra} have no conditional counterpart; pass them as keywords too")
+        stacked = {}
+        for name, value in kwargs.items():
+            cond, other = self._place(value), self._place(uncond.get(name, value))
+            if isinstance(cond, torch.Tensor) and cond.ndim and cond.shape[0] == batch_size:
+                if not isinstance(other, torch.Tensor) or other.shape != cond.shape:
+                    raise ValueError(f"uncond_kwargs: {name!r} must be a tensor of shape {tuple(cond.shape)}")
+                cond = torch.cat([other, cond])
+            stacked[name] = cond
+        return stacked
+
+    def _place(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(self.device, self.model_dtype if value.is_floating_point() else None)
+
+
+def _model_sample_shape(model: Model) -> tuple[int, ...] | None:
+    config = getattr(model, "config", None)
+    channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
+    if channels is None or size is None:
+        return None
+    return (channels, size, size) if isinstance(size, int) else (channels, *size)

@@ -1,0 +1,253 @@
+"""`DDIMScheduler` and `DDIMInverseScheduler`: drop-in for diffusers', same numbers and quirks, fewer passes.
+
+They inherit configuration, loading, saving and timestep lists from diffusers' classes and replace `step`: the
+coefficients of all timesteps are computed once, with diffusers' own float32 roundings, and a step is a row of them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput as _DiffusersOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from fastddim.coefficients import StepCoefficients, columns
+from fastddim.config import PREDICTION_TYPES, Limit, limit_from, require_choice
+from fastddim.reference import step_with_row
+from fastddim.schedule import FloatArray
+
+_KEPT_TABLES = 16
+
+
+@dataclass(init=False)
+class DDIMSchedulerOutput(_DiffusersOutput):  # type: ignore[misc]
+    """A step's result.
+
+    Attributes:
+        prev_sample: the next, less noisy state, of the state's shape.
+        pred_original_sample: the limited prediction of x0, of the same shape.
+    """
+
+    def __init__(self, prev_sample: torch.Tensor, pred_original_sample: torch.Tensor | None = None) -> None:
+        # diffusers' generic constructor inspects the fields each time, at the cost of a tensor operation.
+        OrderedDict.__setitem__(self, "prev_sample", prev_sample)
+        object.__setattr__(self, "prev_sample", prev_sample)
+        object.__setattr__(self, "pred_original_sample", pred_original_sample)
+        if pred_original_sample is not None:
+            OrderedDict.__setitem__(self, "pred_original_sample", pred_original_sample)
+
+
+class _TimestepTable:
+    """A row for each timestep a diffusers scheduler accepts: `[-N, N)`, indexed as Python indexes."""
+
+    def __init__(self, values: FloatArray) -> None:
+        self.rows = [StepCoefficients(*row) for row in values.tolist()]
+        self._columns = torch.tensor(values, dtype=torch.float32)
+        self._on_device: dict[torch.device, torch.Tensor] = {}
+
+    def gather(self, timestep: torch.Tensor, device: torch.device) -> StepCoefficients:
+        """The row of a device tensor's timestep, without reading it on the host."""
+        if timestep.device not in self._on_device:
+            self._on_device[timestep.device] = self._columns.to(timestep.device)
+        row = self._on_device[timestep.device][timestep.reshape(())].to(device)
+        return StepCoefficients(*row.unbind())
+
+
+class _TableStep:
+    """What the two schedulers share: the tables' cache and the step through a row."""
+
+    alphas_cumprod: torch.Tensor
+    num_inference_steps: int | None
+    _cache: dict[tuple[float, bool], _TimestepTable]
+    _cache_key: tuple[Any, ...] = ()
+    _limit: Limit
+
+    def _columns(self, eta: float, use_clipped_model_output: bool) -> FloatArray:
+        raise NotImplementedError
+
+    def _table(self, eta: float, use_clipped_model_output: bool) -> _TimestepTable:
+        config = self._internal_dict  # type: ignore[attr-defined]
+        alphas, n = self.alphas_cumprod, self.num_inference_steps
+        key = self._cache_key
+        if not key or key[0] is not config or key[1] is not alphas or key[2] != n:
+            if n is None:
+                raise ValueError("num_inference_steps: None; call set_timesteps(num_inference_steps) before step()")
+            self._limit = limit_from(config)
+            self._cache, self._cache_key = {}, (config, alphas, n)
+        table = self._cache.get((eta, use_clipped_model_output))
+        if table is None:
+            if len(self._cache) >= _KEPT_TABLES:
+                self._cache.clear()
+            table = _TimestepTable(self._columns(float(eta), use_clipped_model_output))
+            self._cache[(eta, use_clipped_model_output)] = table
+        return table
+
+    def _step(
+        self,
+        table: _TimestepTable,
+        timestep: int | torch.Tensor,
+        model_output: torch.Tensor,
+        sample: torch.Tensor,
+        noise: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu":
+            row = table.gather(timestep, sample.device)
+        else:
+            row = table.rows[timestep]
+        dtype = sample.dtype
+        if model_output.shape != sample.shape:
+            model_output, sample = torch.broadcast_tensors(model_output, sample)  # type: ignore[no-untyped-call]
+        if dtype == torch.float32 and model_output.dtype == torch.float32:
+            return step_with_row(model_output, sample, row, self._limit, noise)
+        dtype = torch.promote_types(dtype, model_output.dtype)
+        compute = torch.promote_types(dtype, torch.float32)
+        if noise is not None:
+            noise = noise.to(compute)
+        x_next, x0 = step_with_row(model_output.to(compute), sample.to(compute), row, self._limit, noise)
+        return x_next.to(dtype), x0.to(dtype)
+
+    def _transitions(self, step_ratio: int, final: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Alpha_bar at t, and at `t - step_ratio` or the end of the chain, for t in `[0, N)` and then `[-N, 0)`."""
+        alphas = self.alphas_cumprod.cpu()
+        n_train = len(alphas)
+        t = torch.cat([torch.arange(n_train), torch.arange(-n_train, 0)])
+        before = (t - step_ratio).clamp_max(n_train - 1)
+        return alphas[t], torch.where(before >= 0, alphas[before.clamp_min(0)], final.cpu())
+
+    def _as_columns(self, roots: tuple[torch.Tensor, ...], use_clipped_model_output: bool) -> FloatArray:
+        kind = self._internal_dict["prediction_type"]  # type: ignore[attr-defined]
+        require_choice("prediction_type", kind, PREDICTION_TYPES)
+        signal, sigma, signal_next, direction, noise_scale = (root.double().numpy() for root in roots)
+        return columns(signal, sigma, signal_next, direction, noise_scale, kind, use_clipped_model_output)
+
+    def add_noise(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """diffusers' `add_noise`; `alphas_cumprod` stays where it is instead of following the samples' device."""
+        alphas = self.alphas_cumprod
+        try:
+            noisy: torch.Tensor = super().add_noise(*args, **kwargs)  # type: ignore[misc]
+            return noisy
+        finally:
+            self.alphas_cumprod = alphas
+
+    def get_velocity(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """diffusers' `get_velocity`; `alphas_cumprod` stays where it is."""
+        alphas = self.alphas_cumprod
+        try:
+            velocity: torch.Tensor = super().get_velocity(*args, **kwargs)  # type: ignore[misc]
+            return velocity
+        finally:
+            self.alphas_cumprod = alphas
+
+
+class DDIMScheduler(_TableStep, diffusers.DDIMScheduler):  # type: ignore[misc]
+    """diffusers' `DDIMScheduler` with a faster `step`: same arguments, same numbers to float32 rounding.
+
+    Takes every constructor argument of `diffusers.DDIMScheduler` and accepts whatever it accepts; it warns where that
+    is almost surely a mistake (`fastddim.Sampler` refuses there). Half-precision states are computed in float32 and
+    rounded once, which is more exact than diffusers.
+    """
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Set the timesteps of a run, as diffusers does; `timesteps` is int64, descending, on `device`."""
+        super().set_timesteps(num_inference_steps, device)
+        config = self.config
+        if (
+            config.rescale_betas_zero_snr
+            and config.prediction_type == "epsilon"
+            and config.timestep_spacing != "leading"
+        ):
+            warnings.warn(
+                "prediction_type 'epsilon' with rescale_betas_zero_snr starts at a timestep without signal, where x0"
+                " cannot be told from epsilon; use a v_prediction or sample model, or timestep_spacing='leading'",
+                stacklevel=2,
+            )
+
+    def _columns(self, eta: float, use_clipped_model_output: bool) -> FloatArray:
+        assert self.num_inference_steps is not None
+        step_ratio = self.config.num_train_timesteps // self.num_inference_steps
+        alpha_bar, alpha_bar_next = self._transitions(step_ratio, self.final_alpha_cumprod)
+        # float32 from here to the square roots: diffusers' own roundings, which matter where 1 - alpha_bar is small.
+        variance = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
+        std_dev = eta * variance**0.5
+        direction = (1 - alpha_bar_next - std_dev**2) ** 0.5
+        roots = (alpha_bar**0.5, (1 - alpha_bar) ** 0.5, alpha_bar_next**0.5, direction, std_dev)
+        return self._as_columns(roots, use_clipped_model_output)
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> DDIMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """One step from `timestep` to `timestep - num_train_timesteps // num_inference_steps`.
+
+        Args:
+            model_output: what the model predicts (`config.prediction_type`), `[B, ...]`, any float dtype.
+            timestep: a Python integer or a one-element integer tensor, which stays on its device.
+            sample: the current state `[B, ...]`.
+            eta: 0 is DDIM, 1 is DDPM.
+            use_clipped_model_output: derive epsilon from the clipped x0.
+            generator: draws the noise where `eta > 0`; a list has one for each sample.
+            variance_noise: `[B, ...]` noise to use instead.
+            return_dict: return a `DDIMSchedulerOutput` rather than `(prev_sample, pred_original_sample)`.
+
+        Raises:
+            ValueError: called before `set_timesteps`, or with both a generator and a `variance_noise`.
+        """
+        table = self._table(eta, bool(use_clipped_model_output))
+        noise = None
+        if eta > 0:
+            if variance_noise is not None and generator is not None:
+                raise ValueError("generator, variance_noise: both given; pass at most one of the two")
+            if eta > 1:
+                warnings.warn(f"eta: {eta!r} is outside [0, 1]; 0 is DDIM, 1 is DDPM", stacklevel=2)
+            noise = variance_noise
+            if noise is None:
+                noise = randn_tensor(
+                    model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
+                )
+        prev_sample, pred_original_sample = self._step(table, timestep, model_output, sample, noise)
+        if not return_dict:
+            return prev_sample, pred_original_sample
+        return DDIMSchedulerOutput(prev_sample, pred_original_sample)
+
+
+class DDIMInverseScheduler(_TableStep, diffusers.DDIMInverseScheduler):  # type: ignore[misc]
+    """diffusers' `DDIMInverseScheduler` (from a clean state towards noise) with a faster `step`, same numbers."""
+
+    def _columns(self, eta: float, use_clipped_model_output: bool) -> FloatArray:
+        assert self.num_inference_steps is not None
+        step_ratio = self.config.num_train_timesteps // self.num_inference_steps
+        alpha_bar_next, alpha_bar = self._transitions(step_ratio, self.initial_alpha_cumprod)
+        direction = (1 - alpha_bar_next) ** 0.5
+        noise_scale = torch.zeros_like(alpha_bar)
+        roots = (alpha_bar**0.5, (1 - alpha_bar) ** 0.5, alpha_bar_next**0.5, direction, noise_scale)
+        return self._as_columns(roots, False)
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        return_dict: bool = True,
+    ) -> DDIMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """One step of the inversion, to `timestep` from the timestep before it. Arguments as `DDIMScheduler.step`'s.
+
+        Raises:
+            ValueError: called before `set_timesteps`.
+        """
+        table = self._table(0.0, False)
+        prev_sample, pred_original_sample = self._step(table, timestep, model_output, sample, None)
+        if not return_dict:
+            return prev_sample, pred_original_sample
+        return DDIMSchedulerOutput(prev_sample, pred_original_sample)
