@@ -17,7 +17,7 @@ help:
 setup: $(STAMP)
 
 # The stamp comes last, so that an interrupted installation is taken up again.
-$(STAMP): pyproject.toml constraints.txt scripts/make_venv.sh
+$(STAMP): pyproject.toml constraints.txt Makefile scripts/make_venv.sh
 	@echo "Installing into $(VENV); this takes a few minutes once."
 	sh scripts/make_venv.sh $(PYTHON) $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

@@ -1,4 +1,4 @@
-"""The command line: `fastddim sample` and `fastddim info`. torch and diffusers load inside the commands that need them."""
+"""The command line: `fastddim sample` and `fastddim info`. torch and diffusers load inside the commands."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ USER_ERROR = 2
 INTERRUPTED = 130
 
 _DEFAULT_GUIDANCE = 2.0
+# One picture holds them all.
+_MOST_IMAGES = 100_000
 # typer may bring its own copy of click, and exports of it only this subclass of the usage error.
 _UsageError: Any = typer.BadParameter.__base__
 
@@ -77,6 +79,21 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
+# typer's own message for these leaves out the value.
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}; pass an integer.") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}; pass a number.") from None
+
+
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
@@ -105,36 +122,41 @@ class _Run:
 def sample(
     model: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER_OR_HUB_ID", help="A diffusers folder or hub id. [default: the embedded digits]"),
+        typer.Option(metavar="FOLDER_OR_HUB_ID", help="A diffusers folder or hub id. Default: the embedded digits."),
     ] = None,
-    num_images: Annotated[int, typer.Option(help="How many images.")] = 100,
-    steps: Annotated[int, typer.Option(help="Model calls per image.")] = 50,
-    eta: Annotated[float, typer.Option(help="Noise in [0, 1]: 0 is DDIM, 1 is DDPM.")] = 0.0,
+    num_images: Annotated[int, typer.Option(parser=_integer, metavar="INTEGER", help="How many images.")] = 100,
+    steps: Annotated[int, typer.Option(parser=_integer, metavar="INTEGER", help="Model calls per image.")] = 50,
+    eta: Annotated[
+        float, typer.Option(parser=_number, metavar="NUMBER", help="Noise in [0, 1]: 0 is DDIM, 1 is DDPM.")
+    ] = 0.0,
     guidance_scale: Annotated[
         float | None,
         typer.Option(
-            help=f"Classifier-free guidance; 1 is off. [default: {_DEFAULT_GUIDANCE:g} for models with classes]"
+            parser=_number,
+            metavar="NUMBER",
+            help=f"Classifier-free guidance; 1 is off. Default: {_DEFAULT_GUIDANCE:g} with classes, else off.",
         ),
     ] = None,
-    guidance_rescale: Annotated[float, typer.Option(help="Guidance rescale in [0, 1].")] = 0.0,
+    guidance_rescale: Annotated[
+        float, typer.Option(parser=_number, metavar="NUMBER", help="Guidance rescale in [0, 1].")
+    ] = 0.0,
     labels: Annotated[
-        str | None, typer.Option(metavar="INTEGERS", help='Classes such as "0,1,2", repeated in turn. [default: all]')
+        str | None, typer.Option(metavar="INTEGERS", help='Classes such as "0,1,2", repeated in turn. Default: all.')
     ] = None,
-    seed: Annotated[int, typer.Option(help="Image k is drawn from seed + k.")] = 0,
+    seed: Annotated[int, typer.Option(parser=_integer, metavar="INTEGER", help="Image k is drawn from seed + k.")] = 0,
     batch_size: Annotated[
-        int | None, typer.Option(help="Images at a time. [default: by image size, at most 100]")
+        int | None,
+        typer.Option(parser=_integer, metavar="INTEGER", help="Images at a time. Default: by size, at most 100."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The picture to write: .png, .jpg, .webp, .bmp or .tif.")] = Path(
-        "grid.png"
-    ),
-    device: Annotated[str | None, typer.Option(help="cpu or cuda[:N]. [default: cuda where there is one]")] = None,
+    out: Annotated[Path, typer.Option(help="The picture: .png, .jpg, .webp, .bmp or .tif.")] = Path("grid.png"),
+    device: Annotated[str | None, typer.Option(help="cpu or cuda[:N]. Default: cuda where there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, and no progress bar.")] = False,
 ) -> None:
     """Sample images and write them as one picture, a row for each class."""
     from fastddim.pictures import check_writable
 
     # What is cheap to check comes before the seconds that loading torch and the model takes.
-    require_int("--num-images", num_images, 1)
+    require_int("--num-images", num_images, 1, _MOST_IMAGES)
     require_int("--steps", steps, 1)
     require_number("--eta", eta, 0.0, 1.0)
     require_number("--guidance-rescale", guidance_rescale, 0.0, 1.0)
@@ -204,9 +226,7 @@ def _parse_labels(text: str) -> list[int]:
     labels = []
     for part in text.split(","):
         if not part.strip().isdecimal():
-            raise ValueError(
-                f"--labels: {part.strip()!r} in {text!r}; pass classes as integers with commas, such as 0,1,2"
-            )
+            raise ValueError(f"--labels: {part.strip()!r} in {text!r}; pass integers with commas, such as 0,1,2")
         labels.append(int(part))
     return labels
 
@@ -307,10 +327,12 @@ def _sample_batches(run: _Run, progress: bool) -> torch.Tensor:
                 kwargs["uncond_kwargs"] = {"class_labels": torch.full((count,), run.null)}
             try:
                 images = run.sampler(count, seeds=run.seed + first, callback=lambda *_: bar.advance(task), **kwargs)
-            except torch.OutOfMemoryError as error:
-                raise ValueError(
-                    f"--batch-size: {run.batch_size} does not fit in the memory of {run.sampler.device}; pass a smaller one"
-                ) from error
+            except RuntimeError as error:
+                # torch has a type for a GPU's memory only.
+                if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                    raise
+                text = f"--batch-size: {run.batch_size} exceeds the memory of {run.sampler.device}; pass a smaller one"
+                raise ValueError(text) from error
             assert isinstance(images, torch.Tensor)
             batches.append(images.float().cpu())
     return torch.cat(batches)
@@ -320,17 +342,17 @@ def _sample_batches(run: _Run, progress: bool) -> torch.Tensor:
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
     """Show versions, devices, and which backends can run here."""
     devices = _devices()
-    report = {"versions": _versions(), "devices": devices, "backends": _backends(len(devices) > 1)}
+    versions, backends = _versions(), _backends(len(devices) > 1)
     if as_json:
-        typer.echo(json.dumps(report))
+        typer.echo(json.dumps({"versions": versions, "devices": devices, "backends": backends}))
         return
-    for name, version in report["versions"].items():
+    for name, version in versions.items():
         typer.echo(f"{name:<12} {version or 'not installed'}")
     typer.echo("\ndevices")
     for device in devices:
         typer.echo(f"  {device['device']:<10} {device['name']}")
     typer.echo("\nbackends")
-    for name, backend in report["backends"].items():
+    for name, backend in backends.items():
         typer.echo(f"  {name:<12} {'yes' if backend['usable'] else 'no: ' + backend['reason']}")
 
 
@@ -367,7 +389,7 @@ def _backends(has_gpu: bool) -> dict[str, dict[str, Any]]:
     }
     # A room that is not written yet cannot run, whatever is installed.
     rooms = {"reference": "reference", "triton": "kernels", "onnxruntime": "export", "tensorrt": "export"}
-    report = {}
+    report: dict[str, dict[str, Any]] = {}
     for name, reasons in needs.items():
         written = importlib.util.find_spec(f"fastddim.{rooms[name]}") is not None
         found = [*filter(None, reasons), *([] if written else [f"not part of fastddim {fastddim.__version__} yet"])]

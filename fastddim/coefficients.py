@@ -86,9 +86,10 @@ def noise_factors(
     paper's sigma-hat, `sqrt(1 - alpha_bar / alpha_bar_next)` (appendix D.3): DDPM with the larger variance.
     """
     large = 1 - alpha_bar / alpha_bar_next
-    variance = (1 - alpha_bar_next) / np.maximum(1 - alpha_bar, np.finfo(np.float64).tiny) * large
-    std_dev = eta * np.sqrt(variance)
-    direction = np.sqrt(np.maximum(1 - alpha_bar_next - std_dev**2, 0.0))
+    ratio = (1 - alpha_bar_next) / np.maximum(1 - alpha_bar, np.finfo(np.float64).tiny)
+    std_dev = eta * np.sqrt(ratio * large)
+    # 1 - alpha_bar_next - std_dev**2 as a sum of positive terms: at eta 1 the difference cancels to nothing.
+    direction = np.sqrt(ratio * ((1 - eta**2) * large + alpha_bar * (1 - alpha_bar_next) / alpha_bar_next))
     return direction, std_dev if variance_type == "fixed_small" else np.sqrt(large)
 
 

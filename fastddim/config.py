@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,13 +28,14 @@ def require_choice(name: str, value: Any, choices: Iterable[str]) -> None:
 def require_int(name: str, value: Any, low: int, high: int | None = None) -> None:
     """Raise a `ValueError` unless `value` is an integer in `[low, high]`."""
     bound = f">= {low}" if high is None else f"in [{low}, {high}]"
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+    integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not integral or value < low or (high is not None and value > high):
         raise ValueError(f"{name}: {value!r}; pass an integer {bound}")
 
 
 def require_number(name: str, value: Any, low: float, high: float) -> None:
     """Raise a `ValueError` unless `value` is a finite number in `[low, high]`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= float(value) <= high:
         raise ValueError(f"{name}: {value!r}; pass a number in [{low:g}, {high:g}]")
 
 
@@ -62,7 +64,7 @@ class DynamicThreshold:
     def __post_init__(self) -> None:
         require_number("dynamic_thresholding_ratio", self.ratio, 0.0, 1.0)
         if not 0 < self.max_value < float("inf"):
-            raise ValueError(f"sample_max_value: {self.max_value!r}; pass a finite number >= 1")
+            raise ValueError(f"sample_max_value: {self.max_value!r}; pass a finite number > 0")
 
 
 Limit = Clip | DynamicThreshold | None
@@ -120,10 +122,13 @@ class DDIMConfig:
 
     def _count_trained_betas(self) -> int:
         betas = self.trained_betas or ()
-        bad = next((i for i, beta in enumerate(betas) if not 0 < beta <= 1), None)
+        last = len(betas) - 1
+        bad = next((i for i, beta in enumerate(betas) if not (0 < beta < 1 or (beta == 1 and i == last))), None)
         if not betas or bad is not None:
             what = "empty" if bad is None else f"entry {bad} is {betas[bad]!r}"
-            raise ValueError(f"trained_betas: {what}; pass one number in (0, 1] per training timestep")
+            raise ValueError(
+                f"trained_betas: {what}; pass one number in (0, 1) per training timestep, the last may be 1"
+            )
         if self.num_train_timesteps not in (1000, len(betas)):
             raise ValueError(
                 f"num_train_timesteps: {self.num_train_timesteps} differs from the {len(betas)} trained_betas;"

@@ -96,16 +96,17 @@ def _normal(xp: ModuleType, seed_words: Sequence[Any], group: Any, step: int, st
 
 
 def check_seeds(seeds: int | Sequence[int], batch_size: int) -> list[int]:
-    """One seed per sample; an integer `s` stands for `s, s + 1, ..., s + batch_size - 1`.
+    """One seed per sample, of a sequence, array or tensor; an integer `s` stands for `s, s + 1, ..., s + batch_size - 1`.
 
     Raises:
         ValueError: another number of seeds than samples, or a seed outside [0, 2**64).
     """
-    values = [seeds + k for k in range(batch_size)] if isinstance(seeds, int) else [int(seed) for seed in seeds]
+    given: Any = seeds.tolist() if hasattr(seeds, "tolist") else seeds
+    values = [given + k for k in range(batch_size)] if isinstance(given, int) else list(given)
     if len(values) != batch_size:
         raise ValueError(f"seeds: {len(values)} for a batch of {batch_size}; pass one per sample, or one integer")
     for seed in values:
-        if not 0 <= seed < 1 << 64:
+        if not isinstance(seed, int) or not 0 <= seed < 1 << 64:
             raise ValueError(f"seeds: {seed}; pass integers in [0, 2**64)")
     return values
 

@@ -41,15 +41,13 @@ def check_writable(path: str | Path, size: tuple[int, int] | None = None) -> Non
         size: its width and height in pixels, where they are known.
 
     Raises:
-        ValueError: a suffix without a picture format, a path that is no regular file, a picture too large for its format.
+        ValueError: a suffix without a picture format, no regular file, a picture too large for its format.
         OSError: no such folder, a path that is a folder, or a file or folder that cannot be written.
     """
     path = Path(path)
     target = os.path.realpath(path)
     if os.path.isdir(target):
-        raise IsADirectoryError(
-            f"path: {str(path)!r} is a folder; pass a file in it, such as {str(path / 'grid.png')!r}"
-        )
+        raise IsADirectoryError(f"path: {str(path)!r} is a folder; pass a file, such as {str(path / 'grid.png')!r}")
     picture_format = _format_of(path)
     folder = os.path.dirname(target)
     if not os.path.isdir(folder):
@@ -149,13 +147,14 @@ class GridLayout:
         scale = scale or max(1, math.ceil(_TILE / max(height, width)))
         texts = [] if labels is None else [str(label) for label in labels]
         by_row = len(set(texts)) < len(texts)
-        text_width = max((_text_size(text)[0] for text in texts), default=0)
+        sizes = [_text_size(text) for text in set(texts)]
+        text_width = max((size[0] for size in sizes), default=0)
         return cls(
             rows=_arrange(count, texts if by_row else None, columns),
             tile=(width * scale, height * scale),
             scale=scale,
             cell_width=width * scale if by_row else max(width * scale, text_width),
-            header=max(_text_size(text)[1] for text in texts) + 2 if texts and not by_row else 0,
+            header=max(size[1] for size in sizes) + 2 if texts and not by_row else 0,
             margin=text_width + _GAP if by_row else 0,
         )
 
@@ -253,8 +252,8 @@ def _check_finite(images: torch.Tensor) -> None:
     broken = bad.nonzero().flatten().tolist()
     if broken:
         raise ValueError(
-            f"images: {len(broken)} of {len(images)} hold NaN or infinity (image {broken[0]}: {int(bad[broken[0]])} values);"
-            " the model overflowed: check its weights, or run it in float32"
+            f"images: {len(broken)} of {len(images)} hold NaN or infinity, first image {broken[0]}"
+            f" ({int(bad[broken[0]])} values); the model overflowed: check its weights, or run it in float32"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,6 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from fastddim.reference import combine_guidance
 from fastddim.scheduler import DDIMScheduler
-
-logger = logging.getLogger(__name__)
 
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "digits"
 
@@ -80,13 +78,13 @@ class DDIMPipeline(diffusers.DDIMPipeline):  # type: ignore[misc]
         guided = guidance_scale != 1.0
         labels = self._labels(class_labels, batch_size, guided)
         if not 0.0 <= eta <= 1.0:
-            logger.warning("eta: %r is outside [0, 1]; 0 is DDIM, 1 is DDPM", eta)
+            warnings.warn(f"eta: {eta!r} is outside [0, 1]; 0 is DDIM, 1 is DDPM", stacklevel=2)
         config = self.scheduler.config
         if guided and not use_clipped_model_output and (config.clip_sample or config.thresholding):
-            logger.warning(
-                "guidance_scale %g with a clipped x0 and the raw epsilon drifts away from any picture;"
+            warnings.warn(
+                f"guidance_scale {guidance_scale:g} with a limited x0 and the raw epsilon drifts away from any picture;"
                 " pass use_clipped_model_output=True",
-                guidance_scale,
+                stacklevel=2,
             )
 
         size = self.unet.config.sample_size

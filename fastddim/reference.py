@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from fastddim.coefficients import Coefficient, StepCoefficients, StepTable
@@ -21,7 +23,7 @@ def abs_quantile(sample: torch.Tensor, ratio: float) -> torch.Tensor:
     Returns:
         `[B]`, the dtype of `sample`. A sample with a NaN gives NaN.
     """
-    magnitudes = sample.flatten(1).abs()
+    magnitudes = sample.reshape(sample.shape[0], math.prod(sample.shape[1:])).abs()
     n = magnitudes.shape[1]
     # torch.quantile takes the rank in the data's own dtype.
     exact = sample.dtype == torch.float64 or n > EXACT_FLOAT32_COUNT
@@ -29,15 +31,14 @@ def abs_quantile(sample: torch.Tensor, ratio: float) -> torch.Tensor:
     rank = torch.tensor(ratio, dtype=rank_dtype) * (n - 1)
     lower = int(rank)
     weight = float(rank - lower)
-    upper = min(lower + 1, n - 1)
+    upper = lower + (weight > 0)
     if 2 * lower >= n:
         largest = magnitudes.topk(n - lower, dim=1).values
         below, above, top = largest[:, n - lower - 1], largest[:, n - upper - 1], largest[:, 0]
     else:
         smallest = magnitudes.topk(upper + 1, dim=1, largest=False).values
         below, above, top = smallest[:, lower], smallest[:, upper], magnitudes.amax(dim=1)
-    quantile = torch.lerp(below, above, weight) if weight else below
-    return torch.where(top.isnan(), top, quantile)
+    return torch.where(top.isnan(), top, torch.lerp(below, above, weight))
 
 
 def apply_limit(x0: torch.Tensor, limit: Limit) -> torch.Tensor:
@@ -70,18 +71,22 @@ def combine_guidance(
 
     Returns:
         `[B, ...]`, the dtype of `model_output`.
+
+    Raises:
+        ValueError: an odd number of rows, or per-sample values that are not `[B]`.
     """
-    batch = model_output.shape[0] // 2
+    batch, odd = divmod(model_output.shape[0], 2)
+    if odd:
+        raise ValueError(f"model_output: {model_output.shape[0]} rows; pass two halves of one batch, [2 * B, ...]")
     first, second = model_output[:batch], model_output[batch:]
     uncond, cond = (second, first) if cond_first else (first, second)
-    difference = cond - uncond
-    guided = _add_scaled(uncond.clone(), difference, _per_sample(guidance_scale, difference))
+    guided = torch.lerp(uncond, cond, _per_sample(guidance_scale, cond))
     if isinstance(guidance_rescale, (int, float)) and guidance_rescale == 0:
         return guided
     dims = tuple(range(1, cond.ndim))
     ratio = cond.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
-    phi = _per_sample(guidance_rescale, difference)
-    return guided.mul_(phi * ratio + (1 - phi))
+    phi = _per_sample(guidance_rescale, cond)
+    return guided * (phi * ratio + (1 - phi))
 
 
 def ddim_step(
@@ -107,7 +112,7 @@ def ddim_step(
         table: the run's `StepTable`, or its `[num_steps, 6]` tensor on the state's device.
         step: the row for all samples, or an integer tensor `[]` or `[B]` with each sample's own row.
         limit: `Clip`, `DynamicThreshold` or None.
-        noise: `[B, ...]` standard normal, needed where the row's `noise_scale` is not 0.
+        noise: `[B, ...]` standard normal, needed where the row's `noise_scale` is not 0 (not checked for rows on a GPU).
         guidance_scale: None for an unguided step, else a number or `[B]`.
         guidance_rescale: phi in [0, 1], a number or `[B]`.
         cond_first: the conditional half of `model_output` comes first.
@@ -124,7 +129,7 @@ def ddim_step(
     tensors = (model_output, sample) if noise is None else (model_output, sample, noise)
     compute = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     row = _look_up(table, step, sample, compute)
-    if noise is None and isinstance(row.noise_scale, float) and row.noise_scale != 0:
+    if noise is None and _is_stochastic(row):
         raise ValueError(f"noise: None, but step {step} adds noise; pass a standard normal tensor like the state")
     output = model_output.to(compute)
     if guidance_scale is not None:
@@ -159,6 +164,14 @@ def step_with_row(
     if noise is not None and not _is_zero(row.noise_scale):
         x_next = _add_scaled(x_next, noise, row.noise_scale)
     return x_next, x0
+
+
+def _is_stochastic(row: StepCoefficients) -> bool:
+    scale = row.noise_scale
+    if isinstance(scale, torch.Tensor):
+        # Rows on a device are not read on the host: there the caller answers for the noise.
+        return scale.device.type == "cpu" and not torch.compiler.is_compiling() and bool((scale != 0).any())
+    return scale != 0
 
 
 def _is_zero(coefficient: Coefficient) -> bool:
@@ -218,9 +231,9 @@ def _look_up(
     table: StepTable | torch.Tensor, step: int | torch.Tensor, like: torch.Tensor, compute: torch.dtype
 ) -> StepCoefficients:
     """The row, as Python floats where the step is one number and as broadcastable tensors where it is a tensor."""
+    if not isinstance(step, torch.Tensor) and not 0 <= step < len(table):
+        raise IndexError(f"step: {step} is outside the table of {len(table)} steps")
     if isinstance(table, StepTable) and not isinstance(step, torch.Tensor):
-        if not 0 <= step < len(table):
-            raise IndexError(f"step: {step} is outside the table of {len(table)} steps")
         return table.rows[step]
     columns = table.tensor(like.device, compute) if isinstance(table, StepTable) else table.to(compute)
     if columns.device != like.device:
@@ -262,5 +275,6 @@ def _check_tensors(
             raise ValueError(f"{name}: dtype {tensor.dtype}; pass a floating-point tensor")
         if tensor.device != sample.device:
             raise ValueError(f"{name}: on {tensor.device}, but the state is on {sample.device}; move one of them")
-    if out is not None and torch.is_grad_enabled() and (sample.requires_grad or model_output.requires_grad):
+    inputs = (sample, model_output, noise)
+    if out is not None and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         raise ValueError("out: not differentiable; leave it out, or call under torch.no_grad()")

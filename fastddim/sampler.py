@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -156,6 +157,16 @@ class Sampler:
             if callback is not None:
                 callback(step, t, x, x0)
         return x if trajectory is None else (x, torch.stack(trajectory))
+
+    def add_noise(self, x0: torch.Tensor, seeds: int | Sequence[int]) -> torch.Tensor:
+        """A clean `x0` `[B, ...]` noised to where this run starts: the state to call a sampler of `strength < 1` with.
+
+        The noise is the starting state that the same seeds draw. Returns `[B, ...]` in the sampler's dtype.
+        """
+        alpha_bar = float(self.schedule.alpha_bar(self.table.timesteps[:1])[0])
+        noise = normal(check_seeds(seeds, x0.shape[0]), 0, x0.shape[1:], STREAM_INITIAL, device=self.device)
+        noised = x0.to(self.device, noise.dtype) * math.sqrt(alpha_bar) + noise * math.sqrt(1 - alpha_bar)
+        return noised.to(self.dtype)
 
     def _steps(
         self, x: torch.Tensor, seeds: list[int] | None, kwargs: Mapping[str, Any], progress: bool

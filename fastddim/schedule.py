@@ -84,12 +84,13 @@ def make_timesteps(config: DDIMConfig, num_inference_steps: int) -> list[int]:
 
 def check_timesteps(timesteps: Iterable[int], num_train_timesteps: int) -> list[int]:
     """Validate an explicit list: strictly descending integers in `[0, num_train_timesteps)`, at least one."""
-    checked = [int(t) for t in timesteps]
+    checked = []
+    for t in timesteps:
+        require_int("timesteps", t, 0, num_train_timesteps - 1)
+        checked.append(int(t))
     if not checked:
         raise ValueError("timesteps: empty; pass at least one")
     for i, t in enumerate(checked):
-        if not 0 <= t < num_train_timesteps:
-            raise ValueError(f"timesteps: entry {i} is {t}; pass integers in [0, {num_train_timesteps - 1}]")
         if i and t >= checked[i - 1]:
             raise ValueError(
                 f"timesteps: entry {i} ({t}) is not below entry {i - 1} ({checked[i - 1]}); pass them descending"

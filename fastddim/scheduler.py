@@ -6,12 +6,17 @@ coefficients of all timesteps are computed once, with diffusers' own float32 rou
 
 from __future__ import annotations
 
+import operator
 import warnings
+from abc import abstractmethod
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput as _DiffusersOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -22,6 +27,7 @@ from fastddim.reference import step_with_row
 from fastddim.schedule import FloatArray
 
 _KEPT_TABLES = 16
+_LEAST_SIGNAL = 1e-30
 
 
 @dataclass(init=False)
@@ -43,18 +49,39 @@ class DDIMSchedulerOutput(_DiffusersOutput):  # type: ignore[misc]
 
 
 class _TimestepTable:
-    """A row for each timestep a diffusers scheduler accepts: `[-N, N)`, indexed as Python indexes."""
+    """A row for each timestep a diffusers scheduler accepts: `[-N, N)`, indexed as Python indexes.
 
-    def __init__(self, values: FloatArray) -> None:
-        self.rows = [StepCoefficients(*row) for row in values.tolist()]
-        self._columns = torch.tensor(values, dtype=torch.float32)
+    Args:
+        columns_of: the columns `[n, 6]` float64 of int64 timesteps `[n]`, or `[1, 6]` of a 0-dim one.
+        n_train: N.
+    """
+
+    def __init__(self, columns_of: Callable[[torch.Tensor], FloatArray], n_train: int) -> None:
+        self._columns_of = columns_of
+        self._n_train = n_train
+        self._rows: dict[int, StepCoefficients] = {}
         self._on_device: dict[torch.device, torch.Tensor] = {}
+
+    def row(self, timestep: int | torch.Tensor) -> StepCoefficients:
+        """The row of a timestep that the host knows, as Python numbers."""
+        index = operator.index(timestep)
+        row = self._rows.get(index)
+        if row is None:
+            if not -self._n_train <= index < self._n_train:
+                raise IndexError(f"timestep: {index} is outside the {self._n_train} training timesteps")
+            row = self._rows[index] = StepCoefficients(*self._columns_of(torch.tensor(index))[0].tolist())
+        return row
 
     def gather(self, timestep: torch.Tensor, device: torch.device) -> StepCoefficients:
         """The row of a device tensor's timestep, without reading it on the host."""
         if timestep.device not in self._on_device:
-            self._on_device[timestep.device] = self._columns.to(timestep.device)
-        row = self._on_device[timestep.device][timestep.reshape(())].to(device)
+            every = self._columns_of(torch.cat([torch.arange(self._n_train), torch.arange(-self._n_train, 0)]))
+            ascending, negative = np.split(every, 2)
+            # NaN between the two halves: no host checks a device timestep past the end, so it has to show.
+            rows = np.concatenate([ascending, np.full_like(ascending, np.nan), negative])
+            self._on_device[timestep.device] = torch.tensor(rows, dtype=torch.float32, device=timestep.device)
+        # Indexing with a 0-dim tensor would read it on the host.
+        row = self._on_device[timestep.device][timestep.reshape(1)][0].to(device)
         return StepCoefficients(*row.unbind())
 
 
@@ -67,8 +94,9 @@ class _TableStep:
     _cache_key: tuple[Any, ...] = ()
     _limit: Limit
 
-    def _columns(self, eta: float, use_clipped_model_output: bool) -> FloatArray:
-        raise NotImplementedError
+    @abstractmethod
+    def _columns(self, timesteps: torch.Tensor, eta: float, use_clipped_model_output: bool) -> FloatArray:
+        """The columns `[n, 6]` of int64 timesteps `[n]` or `[]`, with diffusers' roundings."""
 
     def _table(self, eta: float, use_clipped_model_output: bool) -> _TimestepTable:
         config = self._internal_dict  # type: ignore[attr-defined]
@@ -83,7 +111,8 @@ class _TableStep:
         if table is None:
             if len(self._cache) >= _KEPT_TABLES:
                 self._cache.clear()
-            table = _TimestepTable(self._columns(float(eta), use_clipped_model_output))
+            columns_of = partial(self._columns, eta=eta, use_clipped_model_output=use_clipped_model_output)
+            table = _TimestepTable(columns_of, len(alphas))
             self._cache[(eta, use_clipped_model_output)] = table
         return table
 
@@ -98,7 +127,7 @@ class _TableStep:
         if isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu":
             row = table.gather(timestep, sample.device)
         else:
-            row = table.rows[timestep]
+            row = table.row(timestep)
         dtype = sample.dtype
         if model_output.shape != sample.shape:
             model_output, sample = torch.broadcast_tensors(model_output, sample)  # type: ignore[no-untyped-call]
@@ -111,18 +140,21 @@ class _TableStep:
         x_next, x0 = step_with_row(model_output.to(compute), sample.to(compute), row, self._limit, noise)
         return x_next.to(dtype), x0.to(dtype)
 
-    def _transitions(self, step_ratio: int, final: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Alpha_bar at t, and at `t - step_ratio` or the end of the chain, for t in `[0, N)` and then `[-N, 0)`."""
+    def _transition(
+        self, timesteps: torch.Tensor, final_alpha_cumprod: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 alpha_bar at each t, and at diffusers' neighbour `t - N // num_inference_steps` or the clean end."""
+        assert self.num_inference_steps is not None
         alphas = self.alphas_cumprod.cpu()
-        n_train = len(alphas)
-        t = torch.cat([torch.arange(n_train), torch.arange(-n_train, 0)])
-        before = (t - step_ratio).clamp_max(n_train - 1)
-        return alphas[t], torch.where(before >= 0, alphas[before.clamp_min(0)], final.cpu())
+        before = (timesteps - len(alphas) // self.num_inference_steps).clamp_max(len(alphas) - 1)
+        return alphas[timesteps], torch.where(before >= 0, alphas[before.clamp_min(0)], final_alpha_cumprod.cpu())
 
-    def _as_columns(self, roots: tuple[torch.Tensor, ...], use_clipped_model_output: bool) -> FloatArray:
+    def _as_columns(self, *roots: torch.Tensor, use_clipped_model_output: bool) -> FloatArray:
         kind = self._internal_dict["prediction_type"]  # type: ignore[attr-defined]
         require_choice("prediction_type", kind, PREDICTION_TYPES)
-        signal, sigma, signal_next, direction, noise_scale = (root.double().numpy() for root in roots)
+        signal, sigma, signal_next, direction, noise_scale = (root.double().reshape(-1).numpy() for root in roots)
+        # Without signal diffusers divides by 0 and clips the infinity; a huge number clips alike and stays a number.
+        signal = np.maximum(signal, _LEAST_SIGNAL)
         return columns(signal, sigma, signal_next, direction, noise_scale, kind, use_clipped_model_output)
 
     def add_noise(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -167,16 +199,14 @@ class DDIMScheduler(_TableStep, diffusers.DDIMScheduler):  # type: ignore[misc]
                 stacklevel=2,
             )
 
-    def _columns(self, eta: float, use_clipped_model_output: bool) -> FloatArray:
-        assert self.num_inference_steps is not None
-        step_ratio = self.config.num_train_timesteps // self.num_inference_steps
-        alpha_bar, alpha_bar_next = self._transitions(step_ratio, self.final_alpha_cumprod)
-        # float32 from here to the square roots: diffusers' own roundings, which matter where 1 - alpha_bar is small.
+    def _columns(self, timesteps: torch.Tensor, eta: float, use_clipped_model_output: bool) -> FloatArray:
+        alpha_bar, alpha_bar_next = self._transition(timesteps, self.final_alpha_cumprod)
+        # diffusers' own float32 operations, one by one: their roundings matter where 1 - alpha_bar is small.
         variance = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
         std_dev = eta * variance**0.5
         direction = (1 - alpha_bar_next - std_dev**2) ** 0.5
         roots = (alpha_bar**0.5, (1 - alpha_bar) ** 0.5, alpha_bar_next**0.5, direction, std_dev)
-        return self._as_columns(roots, use_clipped_model_output)
+        return self._as_columns(*roots, use_clipped_model_output=use_clipped_model_output)
 
     def step(
         self,
@@ -225,14 +255,11 @@ class DDIMScheduler(_TableStep, diffusers.DDIMScheduler):  # type: ignore[misc]
 class DDIMInverseScheduler(_TableStep, diffusers.DDIMInverseScheduler):  # type: ignore[misc]
     """diffusers' `DDIMInverseScheduler` (from a clean state towards noise) with a faster `step`, same numbers."""
 
-    def _columns(self, eta: float, use_clipped_model_output: bool) -> FloatArray:
-        assert self.num_inference_steps is not None
-        step_ratio = self.config.num_train_timesteps // self.num_inference_steps
-        alpha_bar_next, alpha_bar = self._transitions(step_ratio, self.initial_alpha_cumprod)
+    def _columns(self, timesteps: torch.Tensor, eta: float, use_clipped_model_output: bool) -> FloatArray:
+        alpha_bar_next, alpha_bar = self._transition(timesteps, self.initial_alpha_cumprod)
         direction = (1 - alpha_bar_next) ** 0.5
-        noise_scale = torch.zeros_like(alpha_bar)
-        roots = (alpha_bar**0.5, (1 - alpha_bar) ** 0.5, alpha_bar_next**0.5, direction, noise_scale)
-        return self._as_columns(roots, False)
+        roots = (alpha_bar**0.5, (1 - alpha_bar) ** 0.5, alpha_bar_next**0.5, direction, torch.zeros_like(alpha_bar))
+        return self._as_columns(*roots, use_clipped_model_output=use_clipped_model_output)
 
     def step(
         self,

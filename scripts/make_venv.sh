@@ -3,9 +3,11 @@
 set -eu
 python=$1
 venv=$2
-if ! "$python" -m venv "$venv" >/dev/null 2>&1; then
-    rm -rf "$venv"
-    package="python$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv"
+# Asked first, so that a PYTHON that does not run ends here, before anything is installed or changed.
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+# Debian's python3-venv is what brings ensurepip.
+if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+    package="python$version-venv"
     root=""
     if [ "$(id -u)" != 0 ]; then
         root="sudo -n"
@@ -16,5 +18,5 @@ if ! "$python" -m venv "$venv" >/dev/null 2>&1; then
     fi
     $root apt-get update -qq
     $root apt-get install -y -qq "$package"
-    "$python" -m venv "$venv"
 fi
+"$python" -m venv "$venv"

@@ -1,0 +1,88 @@
+"""The DDIM step as the papers write it, in numpy float64: what candidates are judged by, sharing no code with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepProblem:
+    """One step of a run of 50 with diffusers' default schedule (linear betas, `leading` spacing).
+
+    Attributes:
+        shape: of the state, `[B, ...]`.
+        prediction_type: `epsilon` or `v_prediction`.
+        threshold: the largest divisor of dynamic thresholding at ratio 0.995; None clips x0 to [-1, 1] instead.
+        eta: 0 is DDIM; above 0 the step takes a noise.
+        guidance_scale: None, or the scale for a model output of `[2 * B, ...]`, unconditional half first.
+    """
+
+    shape: tuple[int, ...]
+    prediction_type: str = "epsilon"
+    threshold: float | None = None
+    eta: float = 0.0
+    guidance_scale: float | None = None
+
+    num_train_timesteps = 1000
+    num_steps = 50
+    index = 25
+    ratio = 0.995
+
+    @property
+    def timestep(self) -> int:
+        """The training timestep that the step starts from."""
+        return (self.num_steps - 1 - self.index) * (self.num_train_timesteps // self.num_steps)
+
+    def alpha_bars(self) -> tuple[float, float]:
+        """The paper's alpha at the timestep and at the next, less noisy one."""
+        alpha_bar = np.cumprod(1 - np.linspace(0.0001, 0.02, self.num_train_timesteps))
+        following = self.timestep - self.num_train_timesteps // self.num_steps
+        return float(alpha_bar[self.timestep]), float(alpha_bar[following])
+
+
+def draw_inputs(problem: StepProblem, seed: int = 0) -> tuple[Array, Array, Array]:
+    """`(model_output, sample, noise)` rounded to float32: a noisy picture and a model that is right to one part in ten.
+
+    Some of the predicted x0 is beyond 1, and its 0.995 quantile in (1, 2), so that either limit has work to do.
+    """
+    rng = np.random.default_rng(seed)
+    signal_squared, _ = problem.alpha_bars()
+    signal, sigma = signal_squared**0.5, (1 - signal_squared) ** 0.5
+    x0, eps = 0.5 * rng.standard_normal(problem.shape), rng.standard_normal(problem.shape)
+    clean = signal * eps - sigma * x0 if problem.prediction_type == "v_prediction" else eps
+    halves = 1 if problem.guidance_scale is None else 2
+    output = np.concatenate([clean + 0.1 * rng.standard_normal(problem.shape) for _ in range(halves)])
+    arrays = (output, signal * x0 + sigma * eps, rng.standard_normal(problem.shape))
+    model_output, sample, noise = (array.astype(np.float32).astype(np.float64) for array in arrays)
+    return model_output, sample, noise
+
+
+def textbook_step(problem: StepProblem, model_output: Array, sample: Array, noise: Array) -> tuple[Array, Array]:
+    """`(x_next, x0)` in float64: arXiv:2010.02502, equations 12 and 16.
+
+    Guidance is arXiv:2207.12598, velocity arXiv:2202.00512, thresholding arXiv:2205.11487, section 2.3.
+    """
+    if problem.guidance_scale is not None:
+        uncond, cond = np.split(model_output, 2)
+        model_output = uncond + problem.guidance_scale * (cond - uncond)
+    alpha_bar, alpha_bar_next = problem.alpha_bars()
+    if problem.prediction_type == "v_prediction":
+        x0 = np.sqrt(alpha_bar) * sample - np.sqrt(1 - alpha_bar) * model_output
+        eps = np.sqrt(alpha_bar) * model_output + np.sqrt(1 - alpha_bar) * sample
+    else:
+        x0 = (sample - np.sqrt(1 - alpha_bar) * model_output) / np.sqrt(alpha_bar)
+        eps = model_output
+    if problem.threshold is None:
+        x0 = np.clip(x0, -1, 1)
+    else:
+        flat = x0.reshape(len(x0), -1)
+        s = np.clip(np.quantile(np.abs(flat), problem.ratio, axis=1, keepdims=True), 1, problem.threshold)
+        x0 = (np.clip(flat, -s, s) / s).reshape(x0.shape)
+    std_dev = problem.eta * np.sqrt((1 - alpha_bar_next) / (1 - alpha_bar)) * np.sqrt(1 - alpha_bar / alpha_bar_next)
+    direction = np.sqrt(1 - alpha_bar_next - std_dev**2) * eps
+    return np.sqrt(alpha_bar_next) * x0 + direction + std_dev * noise, x0

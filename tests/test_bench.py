@@ -1,0 +1,356 @@
+"""The bench judges rightly, survives what candidates do, and writes what it promises."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import fastddim
+from fastddim.bench import __main__ as bench
+from fastddim.bench import report, timing
+from fastddim.bench.cases import SUITES, Call, Candidate, Case, StepInputs, import_suite, step_case, step_suite
+from fastddim.bench.textbook import StepProblem, draw_inputs, textbook_step
+
+TINY = (2, 3, 8, 8)
+PROBLEMS = {
+    "epsilon": StepProblem(shape=TINY),
+    "v_prediction": StepProblem(shape=TINY, prediction_type="v_prediction"),
+    "eta": StepProblem(shape=TINY, eta=1.0),
+    "threshold": StepProblem(shape=TINY, threshold=2.0),
+}
+
+
+def toy_case(*candidates: Candidate, target: float | None = None, expected: Any = (0.0, 4.0)) -> Case:
+    return Case("step", "toy", candidates, lambda: None, lambda _: (np.array(expected),), target)
+
+
+def constant(name: str, *values: float) -> Candidate:
+    return Candidate(name, lambda _: lambda: (torch.tensor(values),))
+
+
+def broken(name: str, good_calls: int) -> Candidate:
+    """Right for some calls over all its lifetime, then it raises."""
+    calls = []
+
+    def call() -> tuple[torch.Tensor]:
+        calls.append(None)
+        if len(calls) > good_calls:
+            raise RuntimeError(f"planted\nafter {good_calls}")
+        return (torch.tensor([0.0, 4.0]),)
+
+    return Candidate(name, lambda _: call)
+
+
+def planted(column: str, offset: float) -> Candidate:
+    """`ddim_step` with one coefficient off."""
+
+    def make(inputs: StepInputs) -> Call:
+        problem = inputs.problem
+        schedule = fastddim.Schedule(fastddim.DDIMConfig(prediction_type=problem.prediction_type))
+        table = fastddim.StepTable.build(schedule, schedule.pairs(problem.num_steps), eta=problem.eta)
+        values = table.columns.copy()
+        values[:, table.rows[0]._fields.index(column)] += offset
+        table = fastddim.StepTable.from_columns(table.timesteps, values)
+        limit = fastddim.Clip() if problem.threshold is None else fastddim.DynamicThreshold(0.995, problem.threshold)
+        return lambda: fastddim.ddim_step(
+            inputs.model_output, inputs.sample, table, problem.index, limit=limit, noise=inputs.noise
+        )
+
+    return Candidate(f"{column} + {offset}", make)
+
+
+@pytest.fixture
+def only(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Put the given cases in the place of the step suite."""
+
+    def replace(*cases: Case) -> None:
+        monkeypatch.setitem(SUITES, "step", lambda quick: list(cases))
+
+    return replace
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_textbook_agrees_with_diffusers_in_float64(name: str) -> None:
+    problem = PROBLEMS[name]
+    output, sample, noise = draw_inputs(problem)
+    scheduler = diffusers.DDIMScheduler(
+        prediction_type=problem.prediction_type,
+        thresholding=problem.threshold is not None,
+        sample_max_value=problem.threshold or 1.0,
+    )
+    scheduler.set_timesteps(problem.num_steps)
+    assert int(scheduler.timesteps[problem.index]) == problem.timestep
+    tensors = [torch.from_numpy(array) for array in (output, sample, noise)]
+    kwargs = {"eta": problem.eta, "variance_noise": tensors[2]} if problem.eta else {}
+    theirs = scheduler.step(tensors[0], problem.timestep, tensors[1], return_dict=False, **kwargs)
+    # diffusers' alphas_cumprod is float32, whatever the state's dtype.
+    assert timing.relative_error(theirs, textbook_step(problem, output, sample, noise)) < 5e-6
+
+
+@pytest.mark.parametrize("problem", [StepProblem(shape=(8, 3, 64, 64), threshold=2.0)])
+def test_inputs_give_both_limits_work(problem: StepProblem) -> None:
+    free = dataclasses.replace(problem, threshold=1e9)
+    _, x0 = textbook_step(free, *draw_inputs(free))
+    _, clipped = textbook_step(dataclasses.replace(problem, threshold=None), *draw_inputs(problem))
+    beyond = float((np.abs(clipped) == 1).mean())
+    assert 0.02 < beyond < 0.3
+    # Dividing by s > 1, and not by its cap, is what makes the threshold's quantile count.
+    ratio = clipped[np.abs(clipped) < 0.5] / x0[np.abs(clipped) < 0.5]
+    assert 1.2 < ratio.min() < ratio.max() < 1.95
+
+
+@pytest.mark.parametrize("case", step_suite(quick=True), ids=lambda case: case.name)
+def test_registered_candidates_are_right_far_within_the_tolerance(case: Case) -> None:
+    rows = timing.run_case(case, timing.QUICK)
+    assert [row.status for row in rows] == ["ok"] * len(case.candidates)
+    assert all(row.error is not None and row.error < case.tolerance / 4 for row in rows)
+    assert rows[1].ratio == pytest.approx(rows[1].median_s / rows[0].median_s)
+    for row in rows:
+        assert row.rounds >= 1
+        assert 0 < row.p20_s <= row.median_s <= row.p80_s
+        assert row.cold_s > 0
+
+
+@pytest.mark.parametrize("offset", [1e-3, -1e-3])
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [
+        *((name, column) for name in PROBLEMS for column in ("x0_from_x", "x0_from_output", "next_from_x0")),
+        *((name, "next_from_output") for name in PROBLEMS),
+        ("v_prediction", "next_from_x"),
+        ("eta", "noise_scale"),
+    ],
+)
+def test_a_coefficient_off_by_a_thousandth_is_wrong(name: str, column: str, offset: float) -> None:
+    wrong, right = planted(column, offset), planted(column, 0.0)
+    rows = timing.run_case(step_case(name, PROBLEMS[name], None, (wrong, right)), timing.QUICK)
+    assert [row.status for row in rows] == ["wrong", "ok", "ok"]
+    assert rows[0].median_s is rows[0].cold_s is None
+    assert "relative error" in rows[0].message
+
+
+@pytest.mark.parametrize(
+    ("values", "status"),
+    [
+        ((0.0, 4.0), "ok"),
+        ((0.0, 4.0 + 6e-5), "ok"),
+        ((1e-4, 4.0), "wrong"),
+        ((float("nan"), 4.0), "wrong"),
+        ((0.0, float("inf")), "wrong"),
+        ((0.0, 4.0, 0.0), "raised"),
+    ],
+)
+def test_verdicts(values: tuple[float, ...], status: str) -> None:
+    (row,) = timing.run_case(toy_case(constant("it", *values)), timing.QUICK)
+    assert row.status == status
+    assert (row.median_s is not None) == (status == "ok")
+    json.dumps(dataclasses.asdict(row), allow_nan=False)
+
+
+def test_a_wrong_candidate_is_never_timed() -> None:
+    calls = []
+
+    def call() -> tuple[torch.Tensor]:
+        calls.append(None)
+        return (torch.tensor([1.0, 4.0]),)
+
+    timing.run_case(toy_case(Candidate("wrong", lambda _: call)), timing.QUICK)
+    assert len(calls) == 1
+
+
+def test_candidates_take_turns_without_autograd() -> None:
+    turns: list[str] = []
+
+    def noted(name: str) -> Candidate:
+        def call() -> tuple[torch.Tensor]:
+            assert not torch.is_grad_enabled()
+            # Longer than a sample, so that each sample is one call.
+            time.sleep(3e-3)
+            turns.append(name)
+            return (torch.tensor([0.0, 4.0]),)
+
+        return Candidate(name, lambda _: call)
+
+    rows = timing.run_case(toy_case(noted("A"), noted("B")), timing.Settings(4, 4, 0.0))
+    assert "".join(turns[-8:]) == "ABABABAB"
+    assert [row.rounds for row in rows] == [4, 4]
+
+
+# One call verifies, three or fewer warm up, and the others are timed.
+@pytest.mark.parametrize("good_calls", [0, 1, 10])
+def test_a_candidate_that_raises_leaves_the_others_alone(good_calls: int) -> None:
+    rows = timing.run_case(toy_case(broken("bad", good_calls), constant("good", 0.0, 4.0)), timing.QUICK)
+    assert [row.status for row in rows] == ["raised", "ok"]
+    assert rows[0].message == f"RuntimeError: planted after {good_calls}"
+    assert rows[0].median_s is None
+    assert rows[1].median_s is not None
+    assert rows[1].ratio is None
+
+
+def test_a_case_that_cannot_be_set_up_is_reported_for_each_candidate() -> None:
+    case = dataclasses.replace(toy_case(constant("a", 0.0, 4.0), constant("b", 0.0, 4.0)), inputs=lambda: 1 / 0)
+    rows = timing.run_case(case, timing.QUICK)
+    assert [row.status for row in rows] == ["raised", "raised"]
+    assert "ZeroDivisionError" in rows[0].message
+
+
+@pytest.mark.parametrize(("target", "met"), [(1e-9, True), (1e9, False), (None, None)])
+def test_targets_are_for_baselines(target: float | None, met: bool | None) -> None:
+    case = toy_case(constant("ours", 0.0, 4.0), constant("theirs", 0.0, 4.0), target=target)
+    rows = timing.run_case(case, timing.QUICK)
+    assert [row.target_met for row in rows] == [None, met]
+    assert rows[0].ratio is None
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_allocator_modes_decide_whether_large_tensors_cost_page_faults() -> None:
+    code = (
+        "import resource, sys, torch\n"
+        "from fastddim.bench.timing import set_allocator\n"
+        "assert set_allocator(sys.argv[1]) == sys.argv[1]\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "x = torch.ones(1 << 20); [x + 1 for _ in range(10)]; start = faults()\n"
+        "[None for _ in range(100) if (x + 1) is None]; print(faults() - start)"
+    )
+    # Each of the 100 sums has 4 MB, 1024 pages unless the kernel hands out larger ones.
+    faults = {}
+    for mode in ("keep", "fresh"):
+        command = [sys.executable, "-c", code, mode]
+        done = subprocess.run(command, cwd=Path(fastddim.__file__).parents[1], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        faults[mode] = int(done.stdout)
+    assert faults["keep"] < 50
+    assert faults["fresh"] > 100
+
+
+def test_suites_have_the_bars() -> None:
+    bars = {case.name: case.target for case in step_suite() if case.target}
+    assert bars == {"default [1,4,64,64]": 4.0, "default [8,3,256,256]": 5.0, "threshold [8,3,256,256]": 5.0}
+    assert import_suite()[0].target == pytest.approx(1 / 1.5)
+    assert not any(case.target for case in step_suite(quick=True))
+    for make_cases in SUITES.values():
+        names = [case.name for case in make_cases(False)]
+        assert len(set(names)) == len(names)
+
+
+def test_a_failing_import_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = import_suite()[0]
+    call = case.candidates[0].make(None)
+    np.testing.assert_array_equal(call(), case.reference(None))
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="import fastddim"):
+        call()
+
+
+def test_quick_run_writes_both_files(
+    tmp_path: Path, only: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    only(toy_case(constant("ours [x]", 0.0, 4.0), constant("theirs", 0.0, 4.0), target=1e-9))
+    paths = tmp_path / "out.json", tmp_path / "out.md"
+    paths[0].write_text("earlier")
+    arguments = ["--suite", "step", "--quick", "--json", str(paths[0]), "--markdown", str(paths[1])]
+    assert bench.main(arguments) == 0
+    shown = capfd.readouterr()
+    assert "ours [x]" in shown.out
+    assert shown.err == ""
+
+    result = json.loads(paths[0].read_text())
+    assert (result["format"], result["suite"], result["quick"]) == (1, "step", True)
+    assert result["allocator"] in timing.ALLOCATORS
+    known = result["environment"]
+    assert known["device"]
+    assert known["threads"] == torch.get_num_threads()
+    assert known["versions"]["torch"] == torch.__version__
+    assert known["versions"]["diffusers"] == diffusers.__version__
+    assert {"python", "triton", "fastddim"} <= known["versions"].keys()
+    assert "commit" in known
+    ours, theirs = result["rows"]
+    assert (ours["candidate"], ours["ours"], theirs["ours"]) == ("ours [x]", True, False)
+    assert theirs["ratio"] == pytest.approx(theirs["median_s"] / ours["median_s"])
+    assert theirs["target_met"] is True
+    table = [line for line in paths[1].read_text().splitlines() if line.startswith("|")]
+    assert len(table) == 4
+    assert len({line.count("|") for line in table}) == 1
+    assert sorted(os.listdir(tmp_path)) == ["out.json", "out.md"]
+
+
+@pytest.mark.parametrize("bad", [constant("bad", 1.0, 4.0), broken("bad", 0)], ids=["wrong", "raised"])
+def test_a_failure_is_status_1_and_in_the_files(
+    tmp_path: Path, only: Callable[..., None], capfd: pytest.CaptureFixture[str], bad: Candidate
+) -> None:
+    only(toy_case(bad), toy_case(constant("good", 0.0, 4.0)))
+    path = tmp_path / "out.json"
+    assert bench.main(["--suite", "step", "--quick", "--json", str(path)]) == 1
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["status"] == "ok" for row in rows] == [False, True]
+    shown = capfd.readouterr()
+    assert rows[0]["message"] in shown.err
+    assert rows[0]["status"].upper() in shown.out
+
+
+def refused(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+    """The one-line error of a command that must fail before it runs a case."""
+    assert bench.main(["--quick", *arguments]) == 2
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: ")
+    assert len(shown.err.strip().splitlines()) == 1
+    return shown.err
+
+
+def test_user_errors_come_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "_run", lambda *_: pytest.fail("the run started"))
+    message = refused(["--suite", "stepp"], capfd)
+    assert all(name in message for name in ("'stepp'", "'step'", "'import'", "'all'"))
+    assert all(name in refused(["--allocator", "new"], capfd) for name in ("'new'", "'keep'", "'fresh'", "'system'"))
+    for option in ("--json", "--markdown"):
+        for path in (tmp_path, tmp_path / "no" / "out", "/dev/full", tmp_path / ("x" * 300)):
+            message = refused([option, str(path)], capfd)
+            assert option in message
+            assert repr(str(path)) in message
+    assert "two files" in refused(["--json", str(tmp_path / "a"), "--markdown", str(tmp_path / "a")], capfd)
+    assert "--nope" in refused(["--nope"], capfd)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_failed_write_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "out.json"
+    path.write_text("earlier")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"--json: .*out\.json' was not written \(No space left"):
+        report.write_text("--json", path, "later")
+    assert path.read_text() == "earlier"
+    assert os.listdir(tmp_path) == ["out.json"]
+
+
+def test_quick_step_suite_as_a_command_takes_less_than_30_seconds(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    root = Path(fastddim.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "fastddim.bench", "--suite", "step", "--quick", "--json", str(path)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(path.read_text())["rows"]) == 2 * len(step_suite(quick=True))

@@ -1,0 +1,161 @@
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastddim.coefficients import NUM_COLUMNS, StepTable
+from fastddim.config import BETA_SCHEDULES, PREDICTION_TYPES, TIMESTEP_SPACINGS, DDIMConfig
+from fastddim.schedule import FINAL, Schedule
+from oracle import ddim
+
+
+@st.composite
+def runs(draw):
+    """A schedule over the whole configuration space, and a run's options."""
+    prediction_type = draw(st.sampled_from(PREDICTION_TYPES))
+    config = DDIMConfig(
+        beta_schedule=draw(st.sampled_from(BETA_SCHEDULES)),
+        prediction_type=prediction_type,
+        timestep_spacing=draw(st.sampled_from(TIMESTEP_SPACINGS)),
+        rescale_betas_zero_snr=prediction_type != "epsilon" and draw(st.booleans()),
+        set_alpha_to_one=draw(st.booleans()),
+    )
+    large = draw(st.booleans())
+    return Schedule(config), {
+        "num_inference_steps": draw(st.integers(1, 1000)),
+        "strength": draw(st.sampled_from([1.0, 0.9999, 0.5])) if draw(st.booleans()) else 1.0,
+        "transitions": draw(st.sampled_from(["exact", "diffusers"])),
+        "eta": 1.0 if large else draw(st.floats(0, 1)),
+        "variance_type": "fixed_large" if large else "fixed_small",
+        "use_clipped_model_output": draw(st.booleans()),
+    }
+
+
+def pairs_of(schedule, options):
+    n, strength = options["num_inference_steps"], options["strength"]
+    if int(n * strength) == 0:
+        strength = 1.0
+    return schedule.pairs(n, strength=strength, transitions=options["transitions"])
+
+
+def table_of(schedule, pairs, options):
+    keys = ("eta", "variance_type", "use_clipped_model_output")
+    return StepTable.build(schedule, pairs, **{key: options[key] for key in keys})
+
+
+@given(runs(), st.data())
+def test_the_six_columns_are_the_textbook_step_in_float64(run, data):
+    schedule, options = run
+    pairs = pairs_of(schedule, options)
+    table = table_of(schedule, pairs, options)
+    i = data.draw(st.integers(0, len(pairs) - 1))
+    rng = np.random.default_rng(i)
+    x, output, noise = rng.standard_normal((3, 2, 40))
+    clip = data.draw(st.sampled_from([None, 0.7]))
+    alpha_bar, alpha_bar_next = schedule.alpha_bar(pairs[i])
+    expected = ddim(
+        x,
+        output,
+        alpha_bar,
+        alpha_bar_next,
+        schedule.config.prediction_type,
+        eta=options["eta"],
+        noise=noise,
+        clip=clip,
+        rederive=options["use_clipped_model_output"],
+        large_variance=options["variance_type"] == "fixed_large",
+    )
+    x0_x, x0_out, next_x, next_out, next_x0, scale = table.columns[i]
+    x0 = x0_x * x + x0_out * output
+    size = np.abs(expected.x0_unlimited).max()
+    np.testing.assert_allclose(
+        x0, expected.x0_unlimited, rtol=0, atol=1e-13 * max(size, 1 / np.sqrt(max(alpha_bar, 1e-30)) if x0_x > 1 else 1)
+    )
+    x0 = x0 if clip is None else x0.clip(-clip, clip)
+    x_next = next_x * x + next_out * output + next_x0 * x0 + scale * noise
+    terms = max(abs(next_x), abs(next_out), abs(next_x0) * max(np.abs(x0).max(), 1), 1)
+    # Near timestep 0 both sides divide by 1 - alpha_bar, whose own rounding is 1e-16 / (1 - alpha_bar).
+    np.testing.assert_allclose(x_next, expected.x_next, rtol=0, atol=3e-12 * terms)
+
+
+def test_eta_one_is_ddpm_and_zero_adds_no_noise():
+    schedule = Schedule()
+    pairs = [(t, t - 1) for t in range(999, -1, -1)]
+    assert not StepTable.build(schedule, pairs).stochastic
+    table = StepTable.build(schedule, pairs, eta=1.0)
+    betas = np.linspace(0.0001, 0.02, 1000)
+    alphas_cumprod = np.cumprod(1 - betas)
+    # DDPM's posterior variance, arXiv:2006.11239, equation 7; the last step is clean.
+    posterior = (1 - alphas_cumprod[:-1]) / (1 - alphas_cumprod[1:]) * betas[1:]
+    np.testing.assert_allclose(table.columns[:-1, 5] ** 2, posterior[::-1], rtol=1e-9)
+    assert table.columns[-1, 5] == 0
+    large = StepTable.build(schedule, pairs, eta=1.0, variance_type="fixed_large")
+    np.testing.assert_allclose(large.columns[:, 5] ** 2, betas[::-1], rtol=1e-9)
+
+
+def test_eta_may_differ_by_step():
+    schedule = Schedule()
+    pairs = schedule.pairs(4)
+    mixed = StepTable.build(schedule, pairs, eta=[0.0, 1.0, 0.5, 0.0])
+    for i, eta in enumerate([0.0, 1.0, 0.5, 0.0]):
+        assert (mixed.columns[i] == StepTable.build(schedule, pairs, eta=eta).columns[i]).all()
+
+
+def test_a_table_is_immutable_shared_by_threads_and_survives_pickling():
+    schedule = Schedule()
+    table = StepTable.build(schedule, schedule.pairs(50), eta=0.3)
+    with pytest.raises(ValueError, match="read-only"):
+        table.columns[0, 0] = 0.0
+    with pytest.raises(AttributeError):
+        table.rows = ()
+    again = pickle.loads(pickle.dumps(table))
+    assert (again.columns == table.columns).all()
+    tensor = table.tensor()
+    tensor.zero_()
+    with ThreadPoolExecutor(8) as pool:
+        sums = list(pool.map(lambda _: float(table.tensor(dtype=torch.float64).sum()), range(32)))
+    assert sums == [float(torch.tensor(table.columns).sum())] * 32
+
+
+def test_the_tensor_is_the_columns_rounded_once():
+    schedule = Schedule(DDIMConfig(prediction_type="v_prediction"))
+    table = StepTable.build(schedule, schedule.pairs(20), eta=1.0)
+    assert table.tensor().shape == (20, NUM_COLUMNS)
+    assert (table.tensor().numpy() == table.columns.astype(np.float32)).all()
+    assert [tuple(row) for row in table.rows] == [tuple(row) for row in table.columns.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"eta": 1.5}, ["eta", "1.5", "[0, 1]"]),
+        ({"eta": -0.1}, ["eta", "-0.1"]),
+        ({"eta": float("nan")}, ["eta", "nan"]),
+        ({"eta": [0.0, 1.0]}, ["eta", "(2,)", "10 steps"]),
+        ({"variance_type": "fixed_large"}, ["variance_type", "eta"]),
+        ({"variance_type": "large"}, ["variance_type", "'large'", "'fixed_large'"]),
+        ({"prediction_type": "noise"}, ["prediction_type", "'noise'", "'epsilon'"]),
+        ({"pairs": []}, ["pairs", "empty"]),
+        ({"pairs": [(5, 5)]}, ["pairs", "(5, 5)"]),
+        ({"pairs": [(5, -2)]}, ["pairs", "(5, -2)", str(FINAL)]),
+        ({"pairs": [(1000, 5)]}, ["pairs", "(1000, 5)", "1000"]),
+    ],
+)
+def test_bad_options_are_refused(options, parts):
+    schedule = Schedule()
+    pairs = options.pop("pairs", schedule.pairs(10))
+    with pytest.raises(ValueError) as caught:
+        StepTable.build(schedule, pairs, **options)
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_epsilon_from_a_timestep_without_signal_is_refused():
+    schedule = Schedule(DDIMConfig(rescale_betas_zero_snr=True, timestep_spacing="trailing"))
+    with pytest.raises(ValueError, match=r"'epsilon' at timestep 999.*v_prediction"):
+        StepTable.build(schedule, schedule.pairs(10))
+    assert len(StepTable.build(schedule, schedule.pairs(10), prediction_type="v_prediction")) == 10
+    assert len(StepTable.build(schedule, schedule.pairs(10)[1:])) == 9

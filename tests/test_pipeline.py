@@ -1,0 +1,190 @@
+import json
+import socket
+import warnings
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from fastddim import DDIMPipeline, DDIMScheduler, load_pipeline
+
+
+def small_unet(num_class_embeds=None):
+    torch.manual_seed(0)
+    return diffusers.UNet2DModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+        num_class_embeds=num_class_embeds,
+    ).eval()
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.mark.parametrize("options", [{}, {"eta": 1.0}, {"num_inference_steps": 7, "use_clipped_model_output": True}])
+@pytest.mark.parametrize("output_type", ["np", "pt", "pil"])
+def test_the_pictures_are_diffusers(options, output_type):
+    unet, scheduler = small_unet(), diffusers.DDIMScheduler(beta_schedule="scaled_linear")
+    images = []
+    for pipeline in (DDIMPipeline, diffusers.DDIMPipeline):
+        generators = [torch.Generator().manual_seed(k) for k in range(2)]
+        call = {
+            "num_inference_steps": 10,
+            "batch_size": 2,
+            "generator": generators,
+            "output_type": output_type,
+            **options,
+        }
+        images.append(quiet(pipeline(unet, scheduler))(**call).images)
+    ours, theirs = (np.stack([np.asarray(image) for image in batch]).astype(np.float64) for batch in images)
+    assert type(images[0]) is type(images[1])
+    assert ours.shape == theirs.shape
+    np.testing.assert_allclose(ours, theirs, atol=1 if output_type == "pil" else 1e-5)
+
+
+def test_a_tuple_is_returned_on_request_and_any_ddim_configuration_is_taken():
+    scheduler = diffusers.DDPMScheduler(prediction_type="v_prediction")
+    pipe = quiet(DDIMPipeline(small_unet(), scheduler))
+    assert isinstance(pipe.scheduler, DDIMScheduler)
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    result = pipe(num_inference_steps=2, output_type="pt", return_dict=False, generator=torch.Generator())
+    assert type(result) is tuple
+    assert result[0].shape == (1, 3, 8, 8)
+
+
+def test_class_labels_with_guidance_are_the_written_out_loop():
+    unet = small_unet(num_class_embeds=5)
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    pipe = quiet(DDIMPipeline(unet, scheduler))
+    call = {"num_inference_steps": 5, "batch_size": 2, "output_type": "pt"}
+    result = pipe(**call, generator=torch.Generator().manual_seed(1), class_labels=[0, 3], guidance_scale=2.5).images
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    scheduler.set_timesteps(5)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            cond = unet(x, t, class_labels=torch.tensor([0, 3])).sample
+            uncond = unet(x, t, class_labels=torch.tensor([4, 4])).sample
+            x = scheduler.step(uncond + 2.5 * (cond - uncond), t, x).prev_sample
+    torch.testing.assert_close(result, (x / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
+
+
+def test_without_labels_a_class_conditional_model_samples_no_class():
+    pipe = quiet(DDIMPipeline(small_unet(num_class_embeds=5), diffusers.DDIMScheduler()))
+    call = {"num_inference_steps": 2, "output_type": "pt"}
+    unlabelled = pipe(**call, generator=torch.Generator().manual_seed(0)).images
+    labelled = pipe(**call, generator=torch.Generator().manual_seed(0), class_labels=[4]).images
+    assert torch.equal(unlabelled, labelled)
+
+
+def test_guidance_with_a_clip_and_raw_epsilon_is_warned_of_once():
+    pipe = quiet(DDIMPipeline(small_unet(num_class_embeds=5), diffusers.DDIMScheduler()))
+    call = {"num_inference_steps": 1, "output_type": "pt", "class_labels": [1], "guidance_scale": 2.0}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        pipe(**call, use_clipped_model_output=True)
+        assert not caught
+        for _ in range(2):
+            pipe(**call)
+    assert ["use_clipped_model_output=True" in str(warning.message) for warning in caught] == [True]
+
+
+def test_a_saved_pipeline_is_a_plain_diffusers_folder(tmp_path):
+    pipe = quiet(DDIMPipeline(small_unet(), diffusers.DDIMScheduler()))
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert "fastddim" not in json.dumps(index)
+    call = {"num_inference_steps": 3, "output_type": "pt"}
+    expected = pipe(**call, generator=torch.Generator().manual_seed(0)).images
+    stock = quiet(diffusers.DiffusionPipeline.from_pretrained(tmp_path))
+    assert type(stock) is diffusers.DDIMPipeline
+    assert type(stock.scheduler) is diffusers.DDIMScheduler
+    for loaded in (stock, quiet(load_pipeline(tmp_path))):
+        images = loaded(**call, generator=torch.Generator().manual_seed(0)).images
+        torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+
+
+def test_the_embedded_model_is_a_diffusers_folder_too():
+    from fastddim.pipeline import EMBEDDED_MODEL
+
+    stock = diffusers.DiffusionPipeline.from_pretrained(EMBEDDED_MODEL)
+    assert stock.unet.config.num_class_embeds == 11
+    assert stock.unet.dtype == torch.float32
+    assert load_pipeline().scheduler.config.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize(
+    ("call", "parts"),
+    [
+        ({"generator": [torch.Generator()], "batch_size": 2}, ["generator", "1", "2"]),
+        ({"output_type": "jpg"}, ["output_type", "'jpg'", "'pil'"]),
+        ({"class_labels": [0]}, ["class_labels", "no classes"]),
+        ({"guidance_scale": 2.0}, ["guidance_scale", "class_labels"]),
+    ],
+)
+def test_bad_calls_are_refused(call, parts):
+    pipe = quiet(DDIMPipeline(small_unet(), diffusers.DDIMScheduler()))
+    with pytest.raises(ValueError) as caught:
+        pipe(**call)
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+@pytest.mark.parametrize(("labels", "parts"), [([0], ["(1,)", "2"]), ([0, 5], ["[0, 5]", "[0, 4]"]), ([-1, 0], ["-1"])])
+def test_bad_labels_are_refused(labels, parts):
+    pipe = quiet(DDIMPipeline(small_unet(num_class_embeds=5), diffusers.DDIMScheduler()))
+    with pytest.raises(ValueError, match="class_labels") as caught:
+        pipe(batch_size=2, class_labels=labels)
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+@pytest.fixture
+def folder(tmp_path):
+    DDIMPipeline(small_unet(), diffusers.DDIMScheduler()).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_missing_folder_or_file_is_named(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"absent.*hub id"):
+        load_pipeline(tmp_path / "absent")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"unet.*no weight file"):
+        load_pipeline(folder)
+    (folder / "model_index.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model_index\.json"):
+        load_pipeline(folder)
+
+
+def test_damaged_weights_are_refused(folder):
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"not safetensors at all"):
+        weights.write_bytes(damaged)
+        with pytest.raises(ValueError, match="model"):
+            load_pipeline(folder)
+
+
+def test_weights_of_another_configuration_are_refused(folder):
+    config = folder / "unet" / "config.json"
+    values = json.loads(config.read_text())
+    values["block_out_channels"] = [16, 32]
+    config.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="model"):
+        load_pipeline(folder)

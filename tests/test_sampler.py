@@ -1,0 +1,283 @@
+from concurrent.futures import ThreadPoolExecutor
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from fastddim import DDIMConfig, DDIMScheduler, Sampler, Schedule, load_pipeline
+from fastddim.noise import STREAM_INITIAL, normal_numpy
+from oracle import ddim, guide
+
+SHAPE = (3, 4, 4)
+
+
+def numpy_model(x, t, shift=0.0):
+    return 0.5 * np.tanh(x) + 0.05 * np.cos(t / 200) + shift
+
+
+def torch_model(x, t, shift=None):
+    t = t.view(-1, *[1] * (x.ndim - 1))
+    shift = 0.0 if shift is None else shift.view(-1, *[1] * (x.ndim - 1))
+    return 0.5 * torch.tanh(x) + (0.05 * torch.cos(t / 200) + shift).to(x.dtype)
+
+
+def oracle_loop(config, pairs, seeds, shape, eta=0.0, guidance=None, rederive=True, start=None, large_variance=False):
+    """The loop in float64: the papers' step, noise by the seeds."""
+    schedule = Schedule(config)
+    x = normal_numpy(seeds, 0, shape, STREAM_INITIAL).astype(np.float64) if start is None else start
+    etas = np.broadcast_to(eta, len(pairs))
+    for step, (t, t_next) in enumerate(pairs):
+        output = numpy_model(x, t)
+        if guidance is not None:
+            scale, rescale, shift = guidance
+            output = guide(numpy_model(x, t), numpy_model(x, t, shift), scale, rescale)
+        x = ddim(
+            x,
+            output,
+            *schedule.alpha_bar((t, t_next)),
+            config.prediction_type,
+            eta=etas[step],
+            noise=normal_numpy(seeds, step, shape),
+            clip=config.clip_sample_range if config.clip_sample else None,
+            rederive=rederive,
+            large_variance=large_variance,
+        ).x_next
+    return x
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("shape", [(5,), (7, 2), (3, 4, 4), (2, 3, 4, 4)])
+def test_the_loop_is_the_oracles(prediction_type, eta, shape):
+    config = DDIMConfig(prediction_type=prediction_type, timestep_spacing="trailing")
+    sampler = Sampler(torch_model, config, 30, eta=eta, sample_shape=shape)
+    expected = oracle_loop(config, Schedule(config).pairs(30), [4, 9], shape, eta)
+    np.testing.assert_allclose(sampler(2, seeds=[4, 9]), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eta": list(np.linspace(0, 1, 12))},
+        {"eta": 1.0, "variance_type": "fixed_large"},
+        {"use_clipped_model_output": False},
+        {"transitions": "diffusers"},
+        {"timesteps": [990, 700, 333, 20]},
+        {"strength": 0.5},
+    ],
+)
+def test_each_option_is_the_oracles(options):
+    config = DDIMConfig(beta_schedule="scaled_linear", prediction_type="v_prediction", timestep_spacing="linspace")
+    steps = None if "timesteps" in options else 12
+    chosen = {key: options[key] for key in ("timesteps", "strength", "transitions") if key in options}
+    pairs = Schedule(config).pairs(steps, **chosen)
+    sampler = Sampler(torch_model, config, steps, sample_shape=SHAPE, **options)
+    expected = oracle_loop(
+        config,
+        pairs,
+        [1, 2],
+        SHAPE,
+        options.get("eta", 0.0),
+        rederive=options.get("use_clipped_model_output", True),
+        large_variance="variance_type" in options,
+    )
+    np.testing.assert_allclose(sampler(2, seeds=[1, 2]), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_guidance_stacks_the_unconditional_half_first(rescale):
+    config = DDIMConfig(prediction_type="v_prediction")
+    sampler = Sampler(torch_model, config, 8, guidance_scale=3.0, guidance_rescale=rescale, sample_shape=SHAPE)
+    result = sampler(2, seeds=0, shift=torch.full((2,), 0.3), uncond_kwargs={"shift": torch.zeros(2)})
+    expected = oracle_loop(config, Schedule(config).pairs(8), [0, 1], SHAPE, guidance=(3.0, rescale, 0.3))
+    np.testing.assert_allclose(result, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("guidance_scale", [None, 2.0])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_seed_gives_the_same_picture_alone_in_a_batch_and_elsewhere(guidance_scale, eta):
+    pipe = load_pipeline()
+    sampler = Sampler(pipe.unet, pipe.scheduler, 10, eta=eta, guidance_scale=guidance_scale)
+
+    def draw(seeds, labels):
+        kwargs = {"class_labels": torch.tensor(labels)}
+        uncond = None if guidance_scale is None else {"class_labels": torch.full((len(labels),), 10)}
+        return sampler(len(seeds), seeds=seeds, uncond_kwargs=uncond, **kwargs)
+
+    alone = draw([42], [7])
+    first = draw([42, 1, 2, 3, 4, 5, 6], [7, 0, 1, 2, 3, 4, 5])
+    fifth = draw([1, 2, 3, 4, 42, 5, 6], [0, 1, 2, 3, 7, 4, 5])
+    torch.testing.assert_close(first[:1], alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(fifth[4:5], alone, rtol=0, atol=1e-5)
+    assert (first[1] - alone[0]).abs().max() > 0.1
+
+
+def test_the_embedded_model_draws_the_digits_asked_for():
+    from sklearn.datasets import load_digits
+    from sklearn.svm import SVC
+
+    digits = load_digits()
+    classifier = SVC(gamma="scale", C=10).fit(digits.images.reshape(-1, 64) / 8 - 1, digits.target)
+    pipe = load_pipeline()
+    sampler = Sampler(pipe.unet, pipe.scheduler, 20, guidance_scale=2.0)
+    labels = torch.arange(50) % 10
+    images = sampler(50, seeds=1000, class_labels=labels, uncond_kwargs={"class_labels": torch.full_like(labels, 10)})
+    small = torch.nn.functional.avg_pool2d(images, 2).flatten(1)
+    assert (classifier.predict(small.numpy()) == labels.numpy()).mean() >= 0.97
+
+
+def test_a_diffusers_scheduler_gives_its_configuration_and_its_transitions():
+    theirs = diffusers.DDIMScheduler(timestep_spacing="trailing", clip_sample=False)
+    theirs.set_timesteps(30)
+    x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    sampler = Sampler(torch_model, theirs, 30, transitions="diffusers", sample_shape=SHAPE)
+    expected = x
+    for t in theirs.timesteps:
+        expected = theirs.step(torch_model(expected, t.reshape(1)), t, expected).prev_sample
+    torch.testing.assert_close(sampler(x), expected, rtol=1e-4, atol=1e-4)
+    euler = Sampler(torch_model, diffusers.EulerDiscreteScheduler(beta_end=0.012), 10, sample_shape=SHAPE)
+    assert euler.schedule.config.beta_end == 0.012
+    assert DDIMScheduler.from_config(theirs.config).config.timestep_spacing == "trailing"
+
+
+def test_callbacks_and_trajectory_show_every_state():
+    sampler = Sampler(torch_model, DDIMConfig(), 6, sample_shape=SHAPE)
+    seen = []
+    result, trajectory = sampler(
+        2,
+        seeds=0,
+        return_trajectory=True,
+        progress=True,
+        callback=lambda *step: seen.append((*step[:2], step[2].clone())),
+    )
+    assert trajectory.shape == (7, 2, *SHAPE)
+    assert torch.equal(trajectory[-1], result)
+    assert [step[:2] for step in seen] == list(enumerate(sampler.table.timesteps))
+    assert all(torch.equal(state, trajectory[k + 1]) for k, (_, _, state) in enumerate(seen))
+    np.testing.assert_array_equal(trajectory[0], normal_numpy([0, 1], 0, SHAPE, STREAM_INITIAL))
+
+
+def test_a_callback_may_stop_the_run():
+    calls = []
+
+    def stop(step, t, x, x0):
+        calls.append(step)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Sampler(torch_model, DDIMConfig(), 6, sample_shape=SHAPE)(1, seeds=0, callback=stop)
+    assert calls == [0, 1, 2]
+
+
+def test_a_models_answer_may_be_a_tensor_a_tuple_or_an_output():
+    class Output:
+        def __init__(self, sample):
+            self.sample = sample
+
+    results = [
+        Sampler(lambda x, t, wrap=wrap: wrap(torch_model(x, t)), DDIMConfig(), 3, sample_shape=SHAPE)(1, seeds=0)
+        for wrap in (lambda y: y, lambda y: (y, None), Output)
+    ]
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    with pytest.raises(TypeError, match="model: returned NoneType"):
+        Sampler(lambda x, t: None, DDIMConfig(), 3, sample_shape=SHAPE)(1, seeds=0)
+
+
+def test_a_half_precision_model_keeps_a_float32_state():
+    seen = set()
+
+    class Half(torch.nn.Linear):
+        def forward(self, x, t, condition):
+            seen.update({x.dtype, condition.dtype})
+            return super().forward(x)
+
+    model = Half(4, 4).to(torch.bfloat16)
+    result = Sampler(model, DDIMConfig(), 3, sample_shape=(4,))(2, seeds=0, condition=torch.ones(2, 4))
+    assert result.dtype == torch.float32
+    assert seen == {torch.bfloat16}
+
+
+def test_the_callers_state_is_left_alone():
+    x = torch.randn(2, *SHAPE)
+    kept = x.clone()
+    Sampler(torch_model, DDIMConfig(), 3)(x)
+    assert torch.equal(x, kept)
+
+
+def test_add_noise_is_the_forward_process_at_the_first_timestep():
+    sampler = Sampler(torch_model, DDIMConfig(), 10, strength=0.4, sample_shape=SHAPE)
+    x0 = torch.randn(2, *SHAPE)
+    noise = torch.tensor(normal_numpy([5, 6], 0, SHAPE, STREAM_INITIAL))
+    t = torch.tensor([sampler.table.timesteps[0]] * 2)
+    assert t[0] == 300
+    torch.testing.assert_close(sampler.add_noise(x0, 5), diffusers.DDIMScheduler().add_noise(x0, noise, t))
+
+
+def test_threads_may_share_a_sampler():
+    sampler = Sampler(torch_model, DDIMConfig(), 10, eta=1.0, sample_shape=SHAPE)
+    expected = [sampler(2, seeds=10 * k) for k in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        results = list(pool.map(lambda k: sampler(2, seeds=10 * k), range(6)))
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def fail(*args, **kwargs):
+    raise AssertionError("the model was called before the arguments were checked")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "parts"),
+    [
+        ({"scheduler": 5}, TypeError, ["scheduler", "int", "Schedule"]),
+        ({"model": 5}, TypeError, ["model", "int"]),
+        ({"num_inference_steps": 1001}, ValueError, ["num_inference_steps", "1001", "[1, 1000]"]),
+        ({"num_inference_steps": None}, ValueError, ["num_inference_steps", "timesteps"]),
+        ({"eta": 1.1}, ValueError, ["eta", "1.1", "[0, 1]"]),
+        ({"guidance_scale": float("nan")}, ValueError, ["guidance_scale", "nan"]),
+        ({"guidance_rescale": 0.5}, ValueError, ["guidance_rescale", "0.5", "guidance_scale"]),
+        ({"guidance_scale": 2.0, "guidance_rescale": 1.5}, ValueError, ["guidance_rescale", "1.5", "[0, 1]"]),
+        ({"dtype": torch.int64}, ValueError, ["dtype", "int64"]),
+        ({"strength": 0}, ValueError, ["strength", "0"]),
+        (
+            {"scheduler": DDIMConfig(rescale_betas_zero_snr=True, timestep_spacing="trailing")},
+            ValueError,
+            ["'epsilon'", "999", "v_prediction"],
+        ),
+    ],
+)
+def test_bad_options_are_refused(options, error, parts):
+    arguments = {"model": fail, "scheduler": DDIMConfig(), "num_inference_steps": 5, "sample_shape": SHAPE, **options}
+    with pytest.raises(error) as caught:
+        Sampler(**arguments)
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+@pytest.mark.parametrize(
+    ("options", "call", "parts"),
+    [
+        ({}, {"start": 2}, ["seeds", "None"]),
+        ({}, {"start": 2, "seeds": [1]}, ["seeds", "1", "batch of 2"]),
+        ({}, {"start": 0, "seeds": 1}, ["start", "0", ">= 1"]),
+        ({}, {"start": torch.zeros(2, 5)}, ["start", "(2, 5)", "[B, 3, 4, 4]"]),
+        ({}, {"start": torch.zeros(2, *SHAPE, dtype=torch.int64)}, ["start", "int64"]),
+        ({"eta": 1.0}, {"start": torch.zeros(2, *SHAPE)}, ["seeds", "None"]),
+        ({"sample_shape": None}, {"start": 2, "seeds": 1}, ["sample_shape"]),
+        ({}, {"start": 1, "seeds": 1, "uncond_kwargs": {"a": 1}}, ["uncond_kwargs", "guidance_scale"]),
+        ({"guidance_scale": 2.0}, {"start": 1, "seeds": 1, "uncond_kwargs": {"a": 1}}, ["uncond_kwargs", "['a']"]),
+        (
+            {"guidance_scale": 2.0},
+            {"start": 2, "seeds": 1, "a": torch.zeros(2), "uncond_kwargs": {"a": torch.zeros(3)}},
+            ["uncond_kwargs", "'a'", "(2,)"],
+        ),
+    ],
+)
+def test_bad_calls_are_refused_before_the_model_runs(options, call, parts):
+    sampler = Sampler(
+        **{"model": fail, "scheduler": DDIMConfig(), "num_inference_steps": 5, "sample_shape": SHAPE, **options}
+    )
+    with pytest.raises(ValueError) as caught:
+        sampler(**call)
+    assert all(part in str(caught.value) for part in parts), caught.value
