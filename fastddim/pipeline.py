@@ -140,25 +140,26 @@ def load_pipeline(model: str | Path | None = None) -> DDIMPipeline:
 
     Raises:
         FileNotFoundError: no such folder, or a file that it must have is missing.
-        ValueError: a weight file that is truncated or does not fit the configuration.
+        ValueError: a weight file that is truncated or does not fit the configuration, or a hub id that cannot be fetched.
     """
-    source = EMBEDDED_MODEL if model is None else Path(model)
-    if not source.exists():
-        if model is not None and _is_hub_id(str(model)):
-            return _from_diffusers(str(model))
+    if model is None:
+        folder = EMBEDDED_MODEL
+    else:
+        folder = Path(model)
+        if not folder.exists() and _is_hub_id(str(model)):
+            return _from_diffusers(str(model), "is no folder here, and as a hub id it cannot be loaded")
+    if not folder.is_dir():
         raise FileNotFoundError(
-            f"model: {str(source)!r} is no folder; pass a diffusers folder or a hub id 'owner/name'"
+            f"model: {str(folder)!r} is no folder; pass a diffusers folder or a hub id 'owner/name'"
         )
     for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
-        if not (source / name).is_file():
-            raise FileNotFoundError(f"model: {str(source / name)!r} is missing; pass a diffusers pipeline folder")
-    if not any((source / "unet").glob("diffusion_pytorch_model*.safetensors")) and not any(
-        (source / "unet").glob("*.bin")
-    ):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"model: {str(folder / name)!r} is missing; pass a diffusers pipeline folder")
+    if not any(next((folder / "unet").glob(pattern), None) for pattern in ("*.safetensors", "*.bin")):
         raise FileNotFoundError(
-            f"model: {str(source / 'unet')!r} has no weight file (diffusion_pytorch_model.safetensors)"
+            f"model: {str(folder / 'unet')!r} has no weight file; it should hold diffusion_pytorch_model.safetensors"
         )
-    return _from_diffusers(str(source))
+    return _from_diffusers(str(folder), "has a damaged file, or weights that do not fit its configuration")
 
 
 def _is_hub_id(name: str) -> bool:
@@ -166,13 +167,9 @@ def _is_hub_id(name: str) -> bool:
     return bool(slash and owner and repository) and "/" not in repository and not name.startswith((".", "~"))
 
 
-def _from_diffusers(name: str) -> DDIMPipeline:
+def _from_diffusers(name: str, problem: str) -> DDIMPipeline:
     try:
         pipeline: DDIMPipeline = DDIMPipeline.from_pretrained(name)
-    except OSError as error:
-        raise ValueError(f"model: {name!r} cannot be loaded: {error}") from error
-    except Exception as error:  # safetensors and torch raise their own types on damaged files
-        raise ValueError(
-            f"model: the weights of {name!r} are damaged or do not fit its configuration: {error}"
-        ) from error
+    except Exception as error:  # diffusers, safetensors, torch and the hub's client each raise their own types
+        raise ValueError(f"model: {name!r} {problem}: {error}") from error
     return pipeline

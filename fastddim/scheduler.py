@@ -1,7 +1,7 @@
 """`DDIMScheduler` and `DDIMInverseScheduler`: drop-in for diffusers', same numbers and quirks, fewer passes.
 
-They inherit configuration, loading, saving and timestep lists from diffusers' classes and replace `step`: the
-coefficients of all timesteps are computed once, with diffusers' own float32 roundings, and a step is a row of them.
+They inherit configuration, loading, saving and timestep lists from diffusers' classes and replace `step`: a timestep's
+six coefficients are computed at its first use, with diffusers' own float32 roundings, and kept.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import operator
 import warnings
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -79,7 +80,9 @@ class _TimestepTable:
             ascending, negative = np.split(every, 2)
             # NaN between the two halves: no host checks a device timestep past the end, so it has to show.
             rows = np.concatenate([ascending, np.full_like(ascending, np.nan), negative])
-            self._on_device[timestep.device] = torch.tensor(rows, dtype=torch.float32, device=timestep.device)
+            # Kept for later calls, which may need gradients.
+            with torch.inference_mode(False):
+                self._on_device[timestep.device] = torch.tensor(rows, dtype=torch.float32, device=timestep.device)
         # Indexing with a 0-dim tensor would read it on the host.
         row = self._on_device[timestep.device][timestep.reshape(1)][0].to(device)
         return StepCoefficients(*row.unbind())
@@ -157,23 +160,26 @@ class _TableStep:
         signal = np.maximum(signal, _LEAST_SIGNAL)
         return columns(signal, sigma, signal_next, direction, noise_scale, kind, use_clipped_model_output)
 
-    def add_noise(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """diffusers' `add_noise`; `alphas_cumprod` stays where it is instead of following the samples' device."""
+    @contextmanager
+    def _alphas_kept(self) -> Iterator[None]:
+        # diffusers moves alphas_cumprod to its argument's device; a step would have to read it back.
         alphas = self.alphas_cumprod
         try:
-            noisy: torch.Tensor = super().add_noise(*args, **kwargs)  # type: ignore[misc]
-            return noisy
+            yield
         finally:
             self.alphas_cumprod = alphas
 
+    def add_noise(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """diffusers' `add_noise`; `alphas_cumprod` stays where it is instead of following the samples' device."""
+        with self._alphas_kept():
+            noisy: torch.Tensor = super().add_noise(*args, **kwargs)  # type: ignore[misc]
+        return noisy
+
     def get_velocity(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """diffusers' `get_velocity`; `alphas_cumprod` stays where it is."""
-        alphas = self.alphas_cumprod
-        try:
+        with self._alphas_kept():
             velocity: torch.Tensor = super().get_velocity(*args, **kwargs)  # type: ignore[misc]
-            return velocity
-        finally:
-            self.alphas_cumprod = alphas
+        return velocity
 
 
 class DDIMScheduler(_TableStep, diffusers.DDIMScheduler):  # type: ignore[misc]
