@@ -153,7 +153,7 @@ def sample(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, and no progress bar.")] = False,
 ) -> None:
     """Sample images and write them as one picture, a row for each class."""
-    from fastddim.pictures import check_writable
+    from fastddim.pictures import check_picture
 
     # What is cheap to check comes before the seconds that loading torch and the model takes.
     require_int("--num-images", num_images, 1, _MOST_IMAGES)
@@ -167,7 +167,7 @@ def sample(
         require_int("--batch-size", batch_size, 1)
     classes = None if labels is None else _parse_labels(labels)
     with _naming("path", "--out"):
-        check_writable(out)
+        check_picture(out)
     target = _pick_device(device)
 
     pipeline = _load(model)
@@ -295,10 +295,10 @@ def _image_size(sampler: Sampler) -> tuple[int, int]:
 
 def _sample_to(run: _Run, out: Path, progress: bool) -> float:
     """Sample and write the picture; returns the seconds that sampling took."""
-    from fastddim.pictures import GridLayout, check_writable, make_grid, save_picture
+    from fastddim.pictures import GridLayout, check_picture, make_grid, save_picture
 
     with _naming("path", "--out"):
-        check_writable(out, GridLayout.plan(run.num_images, *_image_size(run.sampler), run.labels).size)
+        check_picture(out, GridLayout.plan(run.num_images, *_image_size(run.sampler), run.labels).size)
     start = time.perf_counter()
     images = _sample_batches(run, progress)
     seconds = time.perf_counter() - start

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import secrets
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
+
+from fastddim.files import check_writable, write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +32,7 @@ _TILE = 48
 _WHITE = 255
 
 
-def check_writable(path: str | Path, size: tuple[int, int] | None = None) -> None:
+def check_picture(path: str | Path, size: tuple[int, int] | None = None) -> None:
     """Raise now what `save_picture` would raise after the work is done.
 
     Args:
@@ -44,61 +43,30 @@ def check_writable(path: str | Path, size: tuple[int, int] | None = None) -> Non
         ValueError: a suffix without a picture format, no regular file, a picture too large for its format.
         OSError: no such folder, a path that is a folder, or a file or folder that cannot be written.
     """
-    path = Path(path)
-    target = os.path.realpath(path)
-    if os.path.isdir(target):
-        raise IsADirectoryError(f"path: {str(path)!r} is a folder; pass a file, such as {str(path / 'grid.png')!r}")
-    picture_format = _format_of(path)
-    folder = os.path.dirname(target)
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"path: {str(path)!r} is in a folder that does not exist; create {folder!r} first")
-    if os.path.exists(target) and not os.path.isfile(target):
-        raise ValueError(f"path: {str(path)!r} is a device or a pipe; pass a regular file")
-    if os.path.exists(target) and not os.access(target, os.W_OK):
-        raise PermissionError(f"path: {str(path)!r} is write-protected; pass another file or change its permissions")
-    # A probe, as permission bits say nothing of read-only mounts; the lookup finds names that are too long.
-    probe = _temporary_beside(target)
-    try:
-        _check_name(target)
-        probe.touch(exist_ok=False)
-        probe.unlink()
-    except OSError as error:
-        raise type(error)(f"path: {str(path)!r} cannot be written ({error.strerror}); pass another path") from error
-    limit = _LONGEST_SIDE.get(picture_format)
-    if size is not None and limit is not None and max(size) > limit:
-        raise ValueError(
-            f"path: {str(path)!r} would be {size[0]}x{size[1]} pixels, and {picture_format} ends at {limit};"
-            " pass a .png path or fewer images"
-        )
+    if not os.path.isdir(path):
+        kind = _format_of(Path(path))
+        limit = _LONGEST_SIDE.get(kind)
+        if size is not None and limit is not None and max(size) > limit:
+            raise ValueError(
+                f"path: {str(path)!r} would be {size[0]}x{size[1]} pixels, and {kind} ends at {limit};"
+                " pass a .png path or fewer images"
+            )
+    check_writable(path)
 
 
 def save_picture(image: Image.Image, path: str | Path) -> None:
-    """Write a picture whole or not at all: an earlier file at `path` stays as it was until the new one is on disk.
+    """Write a picture whole or not at all.
 
     Args:
         image: the picture.
-        path: its suffix chooses the format; symbolic links are followed, and an existing file's permissions are kept.
+        path: its suffix chooses the format.
 
     Raises:
         ValueError: a suffix without a picture format.
-        OSError: the file could not be written; no part of it is left.
+        OSError: the file could not be written; no part of it is left, and an earlier one is as it was.
     """
-    picture_format = _format_of(Path(path))
-    target = os.path.realpath(path)
-    temporary = _temporary_beside(target)
-    try:
-        with open(temporary, "xb") as file:
-            image.save(file, format=picture_format, **_SAVE_OPTIONS.get(picture_format, {}))
-            file.flush()
-            os.fsync(file.fileno())
-        if os.path.exists(target):
-            shutil.copymode(target, temporary)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise OSError(f"path: {str(path)!r} was not written ({error.strerror or error}); pass another path") from error
-    finally:
-        # After a successful replace there is nothing left to remove.
-        temporary.unlink(missing_ok=True)
+    kind = _format_of(Path(path))
+    write_whole(path, lambda file: image.save(file, format=kind, **_SAVE_OPTIONS.get(kind, {})))
 
 
 @dataclass(frozen=True)
@@ -265,14 +233,3 @@ def _format_of(path: Path) -> str:
         raise ValueError(f"path: {str(path)!r} has the suffix {path.suffix!r}; pass one of {valid}")
     assert picture_format is not None
     return picture_format
-
-
-def _temporary_beside(target: str) -> Path:
-    # Its own short name, so that a target name near the file system's limit still has a temporary one.
-    return Path(os.path.dirname(target)) / f".fastddim-{secrets.token_hex(8)}.tmp"
-
-
-def _check_name(target: str) -> None:
-    """Raise the `OSError` that the file system has for this name, if it is more than that the file is not there."""
-    with contextlib.suppress(FileNotFoundError):
-        os.lstat(target)

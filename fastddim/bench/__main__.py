@@ -16,6 +16,7 @@ from fastddim.bench import report
 from fastddim.bench.cases import SUITES, Case
 from fastddim.bench.timing import ALLOCATORS, OK, QUICK, Row, Settings, run_case, set_allocator
 from fastddim.config import require_choice
+from fastddim.files import check_writable
 
 FAILED = 1
 USER_ERROR = 2
@@ -71,7 +72,7 @@ def bench(
     require_choice("--allocator", allocator, ALLOCATORS)
     files = [(option, path) for option, path in (("--json", json_file), ("--markdown", markdown)) if path is not None]
     for option, path in files:
-        report.check_writable(option, path)
+        check_writable(path, option)
     if len({path.resolve() for _, path in files}) < len(files):
         raise ValueError(f"--json, --markdown: both {str(json_file)!r}; pass two files")
     chosen = SUITES if suite == _ALL else {suite: SUITES[suite]}

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
 import os
 import platform
-import secrets
-import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastddim.bench.timing import OK, Row
+from fastddim.files import write_whole
 
 _HEADINGS = ("case", "candidate", "cold", "median", "p20", "p80", "ratio", "target")
 _PACKAGES = ("torch", "diffusers", "triton", "numpy")
@@ -126,59 +124,9 @@ def make_json(report: dict[str, Any]) -> str:
     return json.dumps(report, indent=1, allow_nan=False) + "\n"
 
 
-def check_writable(option: str, path: Path) -> None:
-    """Raise now what `write_text` would raise after the run.
-
-    Raises:
-        ValueError: a path that is a device or a pipe.
-        OSError: no such folder, a path that is a folder, or a file or folder that cannot be written.
-    """
-    target = Path(os.path.realpath(path))
-    # os.path says no to a name that is too long, where pathlib raises.
-    if os.path.isdir(target):
-        raise IsADirectoryError(f"{option}: {str(path)!r} is a folder; pass a file in it")
-    if not os.path.isdir(target.parent):
-        raise FileNotFoundError(f"{option}: {str(path)!r} is in a folder that does not exist; create it first")
-    if os.path.exists(target) and not os.path.isfile(target):
-        raise ValueError(f"{option}: {str(path)!r} is a device or a pipe; pass a regular file")
-    if os.path.exists(target) and not os.access(target, os.W_OK):
-        raise PermissionError(f"{option}: {str(path)!r} is write-protected; pass another file")
-    # A probe, as permission bits say nothing of read-only mounts; the lookup finds names that are too long.
-    probe = _beside(target)
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            target.lstat()
-        probe.touch(exist_ok=False)
-        probe.unlink()
-    except OSError as error:
-        raise type(error)(f"{option}: {str(path)!r} cannot be written ({error.strerror}); pass another path") from error
-
-
 def write_text(option: str, path: Path, text: str) -> None:
-    """Write a file whole or not at all; an earlier one stays until the new one is on disk.
-
-    Raises:
-        OSError: the file could not be written; no part of it is left.
-    """
-    target = Path(os.path.realpath(path))
-    temporary = _beside(target)
-    try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        if target.exists():
-            shutil.copymode(target, temporary)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise OSError(f"{option}: {str(path)!r} was not written ({error.strerror or error})") from error
-    finally:
-        # After a successful replace there is nothing left to remove.
-        temporary.unlink(missing_ok=True)
-
-
-def _beside(target: Path) -> Path:
-    return target.parent / f".fastddim-{secrets.token_hex(8)}.tmp"
+    """Write a file whole or not at all; messages call it by its command-line option."""
+    write_whole(path, lambda file: file.write(text.encode()), option)
 
 
 def _cells(row: Row) -> list[str]:
