@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import track
 
 from fastddim.coefficients import StepTable
@@ -137,7 +138,8 @@ class Sampler:
             callback: called after each step as `callback(step, t, x, x0)`; the next step writes over `x`, so clone what
                 you keep; it may raise to stop the run.
             return_trajectory: also return all states.
-            **model_kwargs: passed on to the model; tensors with B rows are stacked for guidance.
+            **model_kwargs: passed on to the model, floating-point tensors in its dtype; tensors of B rows are stacked
+                for guidance.
 
         Returns:
             `[B, ...]` samples, or `(samples, trajectory)` with trajectory `[num_steps + 1, B, ...]`, the starting
@@ -174,7 +176,7 @@ class Sampler:
         guided = self.guidance_scale is not None
         steps: Iterable[int] = range(len(self.table))
         if progress:
-            steps = track(steps, description="sampling")
+            steps = track(steps, description="sampling", console=Console(stderr=True))
         for step in steps:
             t = self.table.timesteps[step]
             model_input = x.to(self.model_dtype)
@@ -249,6 +251,10 @@ class Sampler:
                 if not isinstance(other, torch.Tensor) or other.shape != cond.shape:
                     raise ValueError(f"uncond_kwargs: {name!r} must be a tensor of shape {tuple(cond.shape)}")
                 cond = torch.cat([other, cond])
+            elif name in uncond:
+                raise ValueError(
+                    f"uncond_kwargs: {name!r} is no tensor of {batch_size} rows; leave it out, or stack it"
+                )
             stacked[name] = cond
         return stacked
 

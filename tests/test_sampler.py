@@ -272,6 +272,11 @@ def test_bad_options_are_refused(options, error, parts):
             {"start": 2, "seeds": 1, "a": torch.zeros(2), "uncond_kwargs": {"a": torch.zeros(3)}},
             ["uncond_kwargs", "'a'", "(2,)"],
         ),
+        (
+            {"guidance_scale": 2.0},
+            {"start": 2, "seeds": 1, "a": 1.0, "uncond_kwargs": {"a": 0.0}},
+            ["uncond_kwargs", "'a'", "2 rows"],
+        ),
     ],
 )
 def test_bad_calls_are_refused_before_the_model_runs(options, call, parts):

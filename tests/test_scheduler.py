@@ -349,7 +349,8 @@ def test_threads_may_share_a_scheduler():
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_it_serves_a_stable_diffusion_pipeline():
+@pytest.mark.parametrize("image_to_image", [False, True])
+def test_it_serves_stable_diffusion_pipelines(image_to_image):
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(
         block_out_channels=(16, 32),
@@ -362,22 +363,18 @@ def test_it_serves_a_stable_diffusion_pipeline():
         attention_head_dim=4,
     )
     vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8)
-    embeds = {"prompt_embeds": randn((1, 4, 8), 0), "negative_prompt_embeds": randn((1, 4, 8), 1)}
+    call = {"num_inference_steps": 7, "eta": 0.5, "output_type": "np"}
+    call |= {"prompt_embeds": randn((1, 4, 8), 0), "negative_prompt_embeds": randn((1, 4, 8), 1)}
+    if image_to_image:
+        pipeline = diffusers.StableDiffusionImg2ImgPipeline
+        call |= {"image": randn((1, 3, 8, 8), 2).clamp(-1, 1), "strength": 0.6}
+    else:
+        pipeline = diffusers.StableDiffusionPipeline
+        call |= {"height": 8, "width": 8}
     pictures = []
-    for scheduler in pair({"limit": {"clip_sample": False}}):
-        pipe = diffusers.StableDiffusionPipeline(
-            vae, None, None, unet, scheduler, None, None, requires_safety_checker=False
-        )
+    for scheduler in pair({"limit": {"clip_sample": False}, "steps_offset": 1}):
+        pipe = pipeline(vae, None, None, unet, scheduler, None, None, requires_safety_checker=False)
         pipe.set_progress_bar_config(disable=True)
-        generator = torch.Generator().manual_seed(3)
-        call = {
-            "num_inference_steps": 7,
-            "eta": 0.5,
-            "generator": generator,
-            "output_type": "np",
-            "height": 8,
-            "width": 8,
-        }
-        pictures.append(pipe(**embeds, **call).images)
+        pictures.append(pipe(**call, generator=torch.Generator().manual_seed(3)).images)
     np.testing.assert_allclose(*pictures, atol=1e-4)
     assert pictures[0].std() > 0
