@@ -278,3 +278,5 @@ def _check_tensors(
     inputs = (sample, model_output, noise)
     if out is not None and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         raise ValueError("out: not differentiable; leave it out, or call under torch.no_grad()")
+    if out is not None and noise is not None and out.data_ptr() == noise.data_ptr():
+        raise ValueError("out: the same memory as noise, which is read last; pass the state or another tensor")

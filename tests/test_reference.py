@@ -14,6 +14,7 @@ from test_coefficients import pairs_of, runs, table_of
 
 FLOAT32_ULP = 2.0**-23
 LIMITS = [None, Clip(1.0), Clip(0.4), DynamicThreshold(0.9, 3.0), DynamicThreshold(0.995, 1.0)]
+SHARED = torch.zeros(2, 3, 4, 4)
 SHAPES = [(1,), (3, 1), (2, 7), (2, 16, 7), (1, 3, 5, 4), (2, 4, 8, 8), (1, 2, 3, 4, 5)]
 
 
@@ -255,6 +256,7 @@ def test_the_step_is_differentiable(prediction_type):
         ({"model_output": torch.zeros(2, 3, 4, 4, dtype=torch.bool)}, ValueError, ["model_output", "bool"]),
         ({"model_output": torch.zeros(2, 3, 4, 4, device="meta")}, ValueError, ["model_output", "meta", "cpu"]),
         ({"eta": 1.0}, ValueError, ["noise", "None", "step 2"]),
+        ({"eta": 1.0, "noise": SHARED, "out": SHARED}, ValueError, ["out", "noise"]),
         ({"step": 10}, IndexError, ["step", "10"]),
         ({"step": -1}, IndexError, ["step", "-1"]),
         ({"step": torch.zeros(3, dtype=torch.int64)}, ValueError, ["step", "(3,)", "[2]"]),
