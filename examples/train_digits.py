@@ -93,7 +93,7 @@ def train(num_steps: int, batch_size: int, learning_rate: float, seed: int) -> U
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist yet")
-    parser.add_argument("--num-steps", type=int, default=16_000)
+    parser.add_argument("--num-steps", type=int, default=9000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
