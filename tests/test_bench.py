@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -215,7 +214,6 @@ def test_targets_are_for_baselines(target: float | None, met: bool | None) -> No
     assert rows[0].ratio is None
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_allocator_modes_decide_whether_large_tensors_cost_page_faults() -> None:
     code = (
         "import resource, sys, torch\n"
