@@ -14,7 +14,7 @@ Notation: alpha_bar is the paper's alpha_t (diffusers' `alphas_cumprod[t]`), `si
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -117,6 +117,9 @@ class StepTable:
     timesteps: tuple[int, ...]
     columns: FloatArray
     rows: tuple[StepCoefficients, ...]
+    _on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def from_columns(cls, timesteps: Sequence[int], values: FloatArray) -> StepTable:
@@ -188,3 +191,12 @@ class StepTable:
     def tensor(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """`[num_steps, 6]` copy of the columns on a device."""
         return torch.tensor(self.columns, dtype=dtype, device=device)
+
+    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Kept on a device: the float32 columns `[num_steps, 6]` and the row numbers, int64 `[num_steps]`. Not to write to."""
+        kept = self._on_device.get(device)
+        if kept is None:
+            with torch.inference_mode(False):
+                kept = (self.tensor(device), torch.arange(len(self), device=device))
+            self._on_device[device] = kept
+        return kept

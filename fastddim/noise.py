@@ -26,11 +26,11 @@ _PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_W = (0x9E3779B9, 0xBB67AE85)
 # Minimax fits: sin(pi/2 f) / f and cos(pi/2 f) in f**2 on |f| <= 1/2 (5e-9, 3e-8), and (log(1 + t) - t + t**2 / 2) / t**3
 # on [sqrt(1/2) - 1, sqrt(2) - 1] (3e-8 of the logarithm).
-_SIN = (1.57079632, -0.645963479, 0.0796802281, -0.00460217699)
-_COS = (0.999999972, -1.23369701, 0.253598644, -0.0204083525)
-_LOG = (0.333338379, -0.25001732, 0.199660708, -0.16566227, 0.148710846, -0.143447577, 0.0892735042)
-_SQRT_HALF_BITS = 0x3F3504F3
-_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
+SIN = (1.57079632, -0.645963479, 0.0796802281, -0.00460217699)
+COS = (0.999999972, -1.23369701, 0.253598644, -0.0204083525)
+LOG = (0.333338379, -0.25001732, 0.199660708, -0.16566227, 0.148710846, -0.143447577, 0.0892735042)
+SQRT_HALF_BITS = 0x3F3504F3
+LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
 
 
 def philox(counter: Sequence[Any], seed_words: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
@@ -63,14 +63,14 @@ def _polynomial(x: Any, coefficients: Sequence[float]) -> Any:
 
 def _log(xp: ModuleType, u: Any) -> Any:
     """Natural logarithm of float32 `u` in (0, 1], at most 0, relative error below 1e-6."""
-    bits = u.view(xp.int32) - _SQRT_HALF_BITS
+    bits = u.view(xp.int32) - SQRT_HALF_BITS
     exponent = bits >> 23
-    mantissa = (bits - (exponent << 23) + _SQRT_HALF_BITS).view(xp.float32)
+    mantissa = (bits - (exponent << 23) + SQRT_HALF_BITS).view(xp.float32)
     t = mantissa - 1.0
     square = t * t
-    tail = square * t * _polynomial(t, _LOG) - square * 0.5
+    tail = square * t * _polynomial(t, LOG) - square * 0.5
     e = _to_float(xp, exponent)
-    return e * _LN2_HIGH + (t + (tail + e * _LN2_LOW))
+    return e * LN2_HIGH + (t + (tail + e * LN2_LOW))
 
 
 def box_muller(xp: ModuleType, word0: Any, word1: Any) -> tuple[Any, Any]:
@@ -81,13 +81,13 @@ def box_muller(xp: ModuleType, word0: Any, word1: Any) -> tuple[Any, Any]:
     # The top two bits choose the quadrant, the others the angle in it, in [-1/2, 1/2) quarter turns.
     f = _to_float(xp, (word1 & 0x3FFFFFFF) - 0x20000000) * 2.0**-30
     square = f * f
-    sine, cosine = f * _polynomial(square, _SIN), _polynomial(square, _COS)
+    sine, cosine = f * _polynomial(square, SIN), _polynomial(square, COS)
     odd, negative = (word1 & 0x40000000) != 0, (word1 & 0x80000000) != 0
     x, y = xp.where(odd, -sine, cosine), xp.where(odd, cosine, sine)
     return radius * xp.where(negative, -x, x), radius * xp.where(negative, -y, y)
 
 
-def _normal(xp: ModuleType, seed_words: Sequence[Any], group: Any, step: int, stream: int) -> Any:
+def _normal(xp: ModuleType, seed_words: Sequence[Any], group: Any, step: Any, stream: int) -> Any:
     """`[B, 4 * groups]` from `[B, 1]` key words and `[1, groups]` element // 4."""
     base = group + seed_words[0] * 0
     r0, r1, r2, r3 = philox((base & _MASK, base >> 32, base * 0 + step, base * 0 + stream), seed_words)
@@ -146,8 +146,28 @@ def normal(
     """
     import torch
 
+    return normal_for(seed_tensor(seeds, device), step, shape, stream).to(torch.float32 if dtype is None else dtype)
+
+
+def seed_tensor(seeds: Sequence[int], device: torch.device | str | None = None) -> torch.Tensor:
+    """`[len(seeds)]` int64 with the 64 bits of each seed in [0, 2**64): those from 2**63 on become negative."""
+    import torch
+
+    return torch.tensor([seed - (seed >> 63 << 64) for seed in seeds], dtype=torch.int64, device=device)
+
+
+def normal_for(
+    seeds: torch.Tensor, step: int | torch.Tensor, shape: Sequence[int], stream: int = STREAM_STEP
+) -> torch.Tensor:
+    """`normal` where the seeds are on a device already: `[B, *shape]` float32 for seeds `[B]` of `seed_tensor`.
+
+    `step` may be an integer tensor `[]` or `[B]`, each sample's own.
+    """
+    import torch
+
     n = int(np.prod(shape, dtype=np.int64))
-    words = [torch.tensor([[seed >> shift & _MASK] for seed in seeds], device=device) for shift in (0, 32)]
-    group = torch.arange((n + 3) // 4, device=device)[None]
-    values: torch.Tensor = _normal(torch, words, group, step, stream)[:, :n].reshape(len(seeds), *shape)
-    return values.to(torch.float32 if dtype is None else dtype)
+    words = [(seeds[:, None] >> shift) & _MASK for shift in (0, 32)]
+    group = torch.arange((n + 3) // 4, device=seeds.device)[None]
+    steps = step.reshape(-1, 1).long() & _MASK if isinstance(step, torch.Tensor) else step
+    values: torch.Tensor = _normal(torch, words, group, steps, stream)[:, :n].reshape(seeds.shape[0], *shape)
+    return values

@@ -6,8 +6,10 @@ import math
 
 import torch
 
+from fastddim.arguments import check_step_arguments
 from fastddim.coefficients import Coefficient, StepCoefficients, StepTable
 from fastddim.config import Clip, Limit
+from fastddim.noise import normal_for
 
 # Above this many elements float32 no longer counts them one by one.
 EXACT_FLOAT32_COUNT = 1 << 24
@@ -83,8 +85,9 @@ def combine_guidance(
     guided = torch.lerp(uncond, cond, _per_sample(guidance_scale, cond))
     if isinstance(guidance_rescale, (int, float)) and guidance_rescale == 0:
         return guided
-    dims = tuple(range(1, cond.ndim))
-    ratio = cond.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
+    # One row per sample: over no dimension at all, as a state [B] would have it, torch reduces the whole batch.
+    ratio = cond.reshape(batch, -1).std(1) / guided.reshape(batch, -1).std(1)
+    ratio = ratio.view(-1, *[1] * (cond.ndim - 1))
     phi = _per_sample(guidance_rescale, cond)
     return guided * (phi * ratio + (1 - phi))
 
@@ -97,14 +100,22 @@ def ddim_step(
     *,
     limit: Limit = None,
     noise: torch.Tensor | None = None,
+    seeds: torch.Tensor | None = None,
+    first_row: torch.Tensor | None = None,
     guidance_scale: Coefficient | None = None,
     guidance_rescale: Coefficient = 0.0,
     cond_first: bool = False,
     out: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One DDIM step for a batch: guidance, x0, limit, direction, noise.
+    return_x0: bool = True,
+    model_input: torch.Tensor | None = None,
+    advance: bool = False,
+    timesteps: torch.Tensor | None = None,
+    next_timestep: torch.Tensor | None = None,
+    workspace: object = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One DDIM step for a batch: guidance, x0, limit, direction, noise, and the next model input.
 
-    Arithmetic is float64 where a tensor is, float32 otherwise. Differentiable, unless `out` is given.
+    Arithmetic is float64 where a tensor is, float32 otherwise. Differentiable, unless `out` or `model_input` is given.
 
     Args:
         model_output: `[B, ...]`, or `[2 * B, ...]` stacked with guidance; any float dtype.
@@ -112,25 +123,60 @@ def ddim_step(
         table: the run's `StepTable`, or its `[num_steps, 6]` tensor on the state's device.
         step: the row for all samples, or an integer tensor `[]` or `[B]` with each sample's own row.
         limit: `Clip`, `DynamicThreshold` or None.
-        noise: `[B, ...]` standard normal, needed where the row's `noise_scale` is not 0 (not checked for rows on a GPU).
+        noise: `[B, ...]` standard normal; noise or seeds are needed where the row's `noise_scale` is not 0 (not checked
+            for rows on a GPU).
+        seeds: `[B]` int64, the 64 bits of each sample's seed (`noise.seed_tensor`): the noise is `noise.normal`'s.
+        first_row: `[B]`, the row at which each sample's run starts; its noise counts its steps from there. The table's
+            first row by default.
         guidance_scale: None for an unguided step, else a number or `[B]`.
         guidance_rescale: phi in [0, 1], a number or `[B]`.
         cond_first: the conditional half of `model_output` comes first.
         out: `[B, ...]` to write the next state to; may be `sample` itself. Its dtype is the result's.
+        return_x0: whether x0 is wanted; without, None is returned for it.
+        model_input: `[B, ...]`, or `[2 * B, ...]` with guidance, to write the next state to as well, in its own dtype
+            and for both halves.
+        advance: add one to the tensor `step` after the step.
+        timesteps: `[num_steps]`, with `next_timestep`: what the model is called with at each row.
+        next_timestep: `[B]`, or `[2 * B]` with guidance, which gets the timestep of the row advanced to; kept as it is
+            after the last row.
+        workspace: scratch memory of the fused kernel; not needed here.
 
     Returns:
         `(x_next, x0)`, both of the state's shape and dtype: the next state and the limited prediction of x0.
 
     Raises:
+        TypeError: something that is not a tensor where one is needed.
         ValueError: shapes, devices or dtypes that do not fit; a stochastic row without noise.
-        IndexError: an integer `step` outside the table.
+        IndexError: a `step` outside the table.
     """
-    _check_tensors(model_output, sample, noise, guided=guidance_scale is not None, out=out)
+    check_step_arguments(
+        model_output,
+        sample,
+        table,
+        step,
+        noise=noise,
+        seeds=seeds,
+        first_row=first_row,
+        guidance_scale=guidance_scale,
+        guidance_rescale=guidance_rescale,
+        out=out,
+        model_input=model_input,
+        advance=advance,
+        timesteps=timesteps,
+        next_timestep=next_timestep,
+    )
+    if out is not None and noise is not None and out.data_ptr() == noise.data_ptr():
+        raise ValueError("out: the same memory as noise, which is read last; pass the state or another tensor")
     tensors = (model_output, sample) if noise is None else (model_output, sample, noise)
     compute = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     row = _look_up(table, step, sample, compute)
-    if noise is None and _is_stochastic(row):
-        raise ValueError(f"noise: None, but step {step} adds noise; pass a standard normal tensor like the state")
+    if noise is None and seeds is None and _is_stochastic(row):
+        raise ValueError(
+            f"noise: None, but step {step} adds noise; pass a standard normal tensor like the state, or seeds"
+        )
+    if seeds is not None and not _is_zero(row.noise_scale):
+        rows = torch.as_tensor(step, device=sample.device) if first_row is None else step - first_row
+        noise = normal_for(seeds, rows, sample.shape[1:])
     output = model_output.to(compute)
     if guidance_scale is not None:
         output = combine_guidance(output, guidance_scale, guidance_rescale, cond_first=cond_first)
@@ -139,9 +185,18 @@ def ddim_step(
     x_next, x0 = step_with_row(
         output, sample.to(compute), row, limit, None if noise is None else noise.to(compute), direct_out
     )
-    if out is not None:
-        return (out if direct_out is not None else out.copy_(x_next)), x0.to(state_dtype)
-    return x_next.to(state_dtype), x0.to(state_dtype)
+    if model_input is not None:
+        model_input.view(-1, *sample.shape).copy_(x_next)
+    if advance:
+        assert isinstance(step, torch.Tensor)
+        step.add_(1)
+        if timesteps is not None and next_timestep is not None:
+            following = timesteps[step.clamp_max(len(timesteps) - 1).reshape(-1)].to(next_timestep.dtype)
+            kept = next_timestep.view(-1, sample.shape[0])
+            kept.copy_(torch.where(step < len(timesteps), following, kept))
+    if direct_out is None:
+        x_next = x_next.to(state_dtype) if out is None else out.copy_(x_next)
+    return x_next, x0.to(state_dtype) if return_x0 else None
 
 
 def step_with_row(
@@ -183,7 +238,7 @@ def _combine(
 ) -> torch.Tensor:
     """`a_scale * a + b_scale * b` in a new tensor or `out`, which may be `a` or `b`."""
     if isinstance(a_scale, torch.Tensor) or isinstance(b_scale, torch.Tensor):
-        return torch.add(a * a_scale, b * b_scale, out=out)
+        return torch.add(_scaled(a, a_scale), _scaled(b, b_scale), out=out)
     # Factoring out the larger number leaves two roundings of the result's own size, and `alpha` is the cheapest scalar.
     if abs(a_scale) < abs(b_scale):
         a, a_scale, b, b_scale = b, b_scale, a, a_scale
@@ -211,10 +266,17 @@ def _scalar(value: float, dtype: torch.dtype) -> torch.Tensor | float:
     return kept
 
 
+def _scaled(term: torch.Tensor, coefficient: Coefficient) -> torch.Tensor:
+    """`coefficient * term`, where a coefficient of 0 leaves even an infinite term out, as a row of numbers does."""
+    if isinstance(coefficient, torch.Tensor):
+        return torch.where(coefficient == 0, 0.0, term * coefficient)
+    return term * coefficient
+
+
 def _add_scaled(total: torch.Tensor, term: torch.Tensor, coefficient: Coefficient) -> torch.Tensor:
     """`total += coefficient * term` in one pass."""
     if isinstance(coefficient, torch.Tensor):
-        return total.addcmul_(term, coefficient)
+        return total.add_(_scaled(term, coefficient))
     return total.add_(term, alpha=coefficient)
 
 
@@ -231,52 +293,10 @@ def _look_up(
     table: StepTable | torch.Tensor, step: int | torch.Tensor, like: torch.Tensor, compute: torch.dtype
 ) -> StepCoefficients:
     """The row, as Python floats where the step is one number and as broadcastable tensors where it is a tensor."""
-    if not isinstance(step, torch.Tensor) and not 0 <= step < len(table):
-        raise IndexError(f"step: {step} is outside the table of {len(table)} steps")
     if isinstance(table, StepTable) and not isinstance(step, torch.Tensor):
         return table.rows[step]
     columns = table.tensor(like.device, compute) if isinstance(table, StepTable) else table.to(compute)
-    if columns.device != like.device:
-        raise ValueError(
-            f"table: on {columns.device}, but the state is on {like.device}; pass table.to({str(like.device)!r})"
-        )
     if not isinstance(step, torch.Tensor):
         return StepCoefficients(*columns[step].unbind())
-    if step.ndim > 1 or (step.ndim == 1 and step.shape[0] != like.shape[0]):
-        raise ValueError(f"step: shape {tuple(step.shape)}; pass an integer, or a [] or [{like.shape[0]}] tensor")
     rows = columns.index_select(0, step.to(columns.device).reshape(-1))
     return StepCoefficients(*(column.view(-1, *[1] * (like.ndim - 1)) for column in rows.unbind(1)))
-
-
-def _check_tensors(
-    model_output: torch.Tensor,
-    sample: torch.Tensor,
-    noise: torch.Tensor | None,
-    *,
-    guided: bool,
-    out: torch.Tensor | None,
-) -> None:
-    shape = sample.shape
-    if not shape:
-        raise ValueError("sample: a scalar; pass a state [B, ...]")
-    expected = (2 * shape[0], *shape[1:]) if guided else tuple(shape)
-    named = (("model_output", model_output, expected), ("noise", noise, tuple(shape)), ("out", out, tuple(shape)))
-    if not sample.is_floating_point():
-        raise ValueError(f"sample: dtype {sample.dtype}; pass a floating-point tensor")
-    for name, tensor, wanted in named:
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != wanted:
-            stacked = " (unconditional and conditional halves stacked)" if guided and name == "model_output" else ""
-            raise ValueError(
-                f"{name}: shape {tuple(tensor.shape)}; for a state of {tuple(shape)} pass {wanted}{stacked}"
-            )
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name}: dtype {tensor.dtype}; pass a floating-point tensor")
-        if tensor.device != sample.device:
-            raise ValueError(f"{name}: on {tensor.device}, but the state is on {sample.device}; move one of them")
-    inputs = (sample, model_output, noise)
-    if out is not None and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        raise ValueError("out: not differentiable; leave it out, or call under torch.no_grad()")
-    if out is not None and noise is not None and out.data_ptr() == noise.data_ptr():
-        raise ValueError("out: the same memory as noise, which is read last; pass the state or another tensor")

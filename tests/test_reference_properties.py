@@ -109,7 +109,7 @@ def test_a_step_is_the_oracles_for_any_dtype_rank_guidance_and_rows(
         limit=limit,
         noise=noise,
         guidance_scale=2.5 if guided else None,
-        guidance_rescale=rescale if x[0].numel() > 1 else 0.0,
+        guidance_rescale=rescale if guided and x[0].numel() > 1 else 0.0,
     )
     assert x_next.dtype == x0.dtype == dtype and x_next.shape == x0.shape == x.shape
     assert all(torch.equal(a, b) for a, b in zip((x, noise, stacked), kept, strict=True))

@@ -1,0 +1,79 @@
+"""`fastddim/noise.py` on the device, bit for bit: Philox4x32-10 and the polynomial Box-Muller, for Triton kernels.
+
+Kernels that call this must be compiled with `enable_fp_fusion=False`: a fused multiply-add would change the bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastddim import noise
+
+_SIN = tuple(tl.constexpr(value) for value in noise.SIN)
+_COS = tuple(tl.constexpr(value) for value in noise.COS)
+_LOG = tuple(tl.constexpr(value) for value in noise.LOG)
+SIN0, SIN1, SIN2, SIN3 = _SIN
+COS0, COS1, COS2, COS3 = _COS
+LOG0, LOG1, LOG2, LOG3, LOG4, LOG5, LOG6 = _LOG
+SQRT_HALF_BITS = tl.constexpr(noise.SQRT_HALF_BITS)
+LN2_HIGH = tl.constexpr(noise.LN2_HIGH)
+LN2_LOW = tl.constexpr(noise.LN2_LOW)
+STREAM_STEP = tl.constexpr(noise.STREAM_STEP)
+
+
+@triton.jit
+def _log(u):
+    bits = u.to(tl.int32, bitcast=True) - SQRT_HALF_BITS
+    exponent = bits >> 23
+    mantissa = (bits - (exponent << 23) + SQRT_HALF_BITS).to(tl.float32, bitcast=True)
+    t = mantissa - 1.0
+    square = t * t
+    poly = t * LOG6 + LOG5
+    poly = poly * t + LOG4
+    poly = poly * t + LOG3
+    poly = poly * t + LOG2
+    poly = poly * t + LOG1
+    poly = poly * t + LOG0
+    tail = square * t * poly - square * 0.5
+    e = exponent.to(tl.float32)
+    return e * LN2_HIGH + (t + (tail + e * LN2_LOW))
+
+
+@triton.jit
+def box_muller(word0, word1):
+    """Two independent float32 normals from two uint32 words of any shape."""
+    u = word0.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+    radius = tl.sqrt_rn(_log(u) * -2.0)
+    bits = word1.to(tl.int32, bitcast=True)
+    f = ((bits & 0x3FFFFFFF) - 0x20000000).to(tl.float32) * 9.313225746154785e-10
+    square = f * f
+    sine = square * SIN3 + SIN2
+    sine = sine * square + SIN1
+    sine = f * (sine * square + SIN0)
+    cosine = square * COS3 + COS2
+    cosine = cosine * square + COS1
+    cosine = cosine * square + COS0
+    odd = (bits & 0x40000000) != 0
+    # The quarter turns differ from (cosine, sine) by a swap and signs; a sign is its bit, flipped.
+    sign = bits & -2147483648
+    x = tl.where(odd, sine, cosine).to(tl.int32, bitcast=True) ^ sign ^ tl.where(odd, -2147483648, 0)
+    y = tl.where(odd, cosine, sine).to(tl.int32, bitcast=True) ^ sign
+    return radius * x.to(tl.float32, bitcast=True), radius * y.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def normal_block(seed, step, start, BLOCK: tl.constexpr):
+    """`[BLOCK]` float32: a step's noise for elements `start ... start + BLOCK - 1` of one sample.
+
+    seed: int64 scalar, read as 64 bits; step: integer scalar; start: a multiple of BLOCK, BLOCK of 4.
+    """
+    first = start // 4
+    # start is a multiple of BLOCK, so no carry reaches the high word within a block.
+    low = (first & 0xFFFFFFFF).to(tl.uint32) + tl.arange(0, BLOCK // 4).to(tl.uint32)
+    zero = low * 0
+    high = (first >> 32).to(tl.uint32) + zero
+    r0, r1, r2, r3 = tl.philox(seed, low, high, step.to(tl.uint32) + zero, zero + STREAM_STEP)
+    n0, n1 = box_muller(r0, r1)
+    n2, n3 = box_muller(r2, r3)
+    return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))

@@ -1,0 +1,296 @@
+"""Whole-sample statistics for samples that do not fit one program: standard deviations and the dynamic threshold, exact.
+
+Many programs read a sample; the last of them to finish (a ticket counts) sums up. The threshold takes two such launches:
+a histogram of the bit patterns of |x0| in (1, max_value], 2,048 bins wide, then one of single patterns within the bin
+that holds the quantile's rank. Each launch leaves the counters it used at zero, so a workspace is cleared once, ever.
+
+A workspace row is one sample's: `SLOTS` counters and the two histograms. Behind the `[batch, 2]` statistics lie four
+float32 sums for each program.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastddim.kernels.step import (
+    INFINITY_BITS,
+    LARGEST_INT,
+    NUM_COLUMNS,
+    ONE_BITS,
+    limit_scale,
+    load_guided,
+    predict,
+    quantile_rank,
+    rescale_factor,
+)
+
+# The counters; the ticket is the first.
+AT_MOST_ONE = tl.constexpr(1)
+LARGEST_TO_ONE = tl.constexpr(2)
+TOP = tl.constexpr(3)
+INFINITIES = tl.constexpr(4)
+# The smallest pattern above the bin, as its distance from the largest integer, so that zero means none.
+ABOVE = tl.constexpr(5)
+# What the first launch leaves for the second: the bin (-1: the rank is the last one up to 1; -2: done), and the count
+# below it.
+BIN = tl.constexpr(6)
+BELOW_BIN = tl.constexpr(7)
+SLOTS = tl.constexpr(16)
+CHUNK = tl.constexpr(512)
+BINS = tl.constexpr(2048)
+DONE = tl.constexpr(-2)
+
+
+@triton.jit
+def take_ticket(counter_ptr, programs):
+    """Whether this program is the last of `programs` to get here; the counter is back at zero then."""
+    # All warps' atomics and stores have to be out before one thread takes the ticket.
+    tl.debug_barrier()
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == programs - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last
+
+
+@triton.jit
+def part(x, live, size):
+    """Mean of a program's elements, and the sum of their squared distances from it."""
+    mean = tl.sum(tl.where(live, x, 0.0), 0) / size
+    centred = tl.where(live, x - mean, 0.0)
+    return mean, tl.sum(centred * centred, 0)
+
+
+@triton.jit
+def combined_square(parts, blocks, n, BLOCK: tl.constexpr):
+    """Sum of squared distances from the mean of all n elements, from each program's (mean, sum of squares)."""
+    total = tl.full([], 0.0, tl.float32)
+    for k in range(0, blocks, CHUNK):
+        block = k + tl.arange(0, CHUNK)
+        sizes = tl.minimum(tl.maximum(n - block.to(tl.int64) * BLOCK, 0), BLOCK).to(tl.float32)
+        means = tl.load(parts + block * 4, mask=block < blocks, other=0.0, volatile=True)
+        total += tl.sum(sizes * means, 0)
+    mean = total / tl.cast(n, tl.float32)
+    square = tl.full([], 0.0, tl.float32)
+    for k in range(0, blocks, CHUNK):
+        block = k + tl.arange(0, CHUNK)
+        sizes = tl.minimum(tl.maximum(n - block.to(tl.int64) * BLOCK, 0), BLOCK).to(tl.float32)
+        means = tl.load(parts + block * 4, mask=block < blocks, other=0.0, volatile=True)
+        inner = tl.load(parts + block * 4 + 1, mask=block < blocks, other=0.0, volatile=True)
+        square += tl.sum(tl.where(block < blocks, inner + sizes * (means - mean) * (means - mean), 0.0), 0)
+    return square
+
+
+@triton.jit(
+    do_not_specialize=["batch", "channels", "row_size"],
+    do_not_specialize_on_alignment=["guidance_ptr", "rescale_ptr", "statistics_ptr", "workspace_ptr"],
+)
+def rescale_kernel(
+    output_ptr,
+    guidance_ptr,
+    rescale_ptr,
+    statistics_ptr,
+    workspace_ptr,
+    n,
+    batch,
+    channels,
+    row_size,
+    COND_FIRST: tl.constexpr,
+    SCALE_PER_SAMPLE: tl.constexpr,
+    RESCALE_PER_SAMPLE: tl.constexpr,
+    SAMPLE_AXIS: tl.constexpr,
+    OUTPUT_CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Each sample's guidance rescale factor into `statistics[b, 1]`."""
+    b = tl.program_id(SAMPLE_AXIS).to(tl.int64)
+    block = tl.program_id(1 - SAMPLE_AXIS)
+    blocks = tl.num_programs(1 - SAMPLE_AXIS)
+    start = block.to(tl.int64) * BLOCK
+    lanes = tl.arange(0, BLOCK)
+    size = tl.minimum(n - start, BLOCK).to(tl.int32)
+    live = lanes < size
+    out, cond = load_guided(
+        output_ptr, guidance_ptr, b, batch, start, lanes, live, n, channels, COND_FIRST, SCALE_PER_SAMPLE,
+        OUTPUT_CHANNELS_LAST,
+    )  # fmt: skip
+    parts = statistics_ptr + batch * 2 + b * blocks * 4
+    mean, square = part(out, live, size.to(tl.float32))
+    cond_mean, cond_square = part(cond, live, size.to(tl.float32))
+    tl.store(parts + block * 4, mean)
+    tl.store(parts + block * 4 + 1, square)
+    tl.store(parts + block * 4 + 2, cond_mean)
+    tl.store(parts + block * 4 + 3, cond_square)
+    if take_ticket(workspace_ptr + b * row_size, blocks):
+        # Both deviations have the same denominator, and n - 1 > 0 here.
+        std = tl.sqrt_rn(combined_square(parts, blocks, n, BLOCK))
+        cond_std = tl.sqrt_rn(combined_square(parts + 2, blocks, n, BLOCK))
+        phi = tl.load(rescale_ptr + (b if RESCALE_PER_SAMPLE else 0)).to(tl.float32)
+        tl.store(statistics_ptr + b * 2 + 1, rescale_factor(cond_std, std, phi))
+
+
+@triton.jit
+def magnitude_bits(
+    sample_ptr,
+    output_ptr,
+    table_ptr,
+    step_ptr,
+    guidance_ptr,
+    statistics_ptr,
+    b,
+    start,
+    lanes,
+    live,
+    n,
+    batch,
+    num_steps,
+    channels,
+    GUIDED: tl.constexpr,
+    RESCALED: tl.constexpr,
+    COND_FIRST: tl.constexpr,
+    SCALE_PER_SAMPLE: tl.constexpr,
+    ROW_PER_SAMPLE: tl.constexpr,
+    OUTPUT_CHANNELS_LAST: tl.constexpr,
+):
+    """Bit patterns of |x0| before the limit, as the step kernel computes it."""
+    row = tl.load(step_ptr + (b if ROW_PER_SAMPLE else 0)).to(tl.int64)
+    inside = tl.minimum(tl.maximum(row, 0), num_steps - 1)
+    columns = table_ptr + inside.to(tl.int32) * NUM_COLUMNS
+    factor = tl.full([], 1.0, tl.float32)
+    if RESCALED:
+        factor = tl.load(statistics_ptr + b * 2 + 1)
+    x, out, x0 = predict(
+        sample_ptr, output_ptr, guidance_ptr, b, batch, start, lanes, live, n, channels, tl.load(columns),
+        tl.load(columns + 1), factor, GUIDED, RESCALED, COND_FIRST, SCALE_PER_SAMPLE, OUTPUT_CHANNELS_LAST,
+    )  # fmt: skip
+    return tl.abs(x0).to(tl.int32, bitcast=True)
+
+
+@triton.jit(
+    do_not_specialize=["batch", "num_steps", "channels", "row_size", "shift"],
+    do_not_specialize_on_alignment=["table_ptr", "step_ptr", "guidance_ptr", "statistics_ptr", "workspace_ptr"],
+)
+def histogram_kernel(
+    sample_ptr,
+    output_ptr,
+    table_ptr,
+    step_ptr,
+    guidance_ptr,
+    statistics_ptr,
+    workspace_ptr,
+    n,
+    batch,
+    num_steps,
+    channels,
+    row_size,
+    shift,
+    REFINE: tl.constexpr,
+    GUIDED: tl.constexpr,
+    RESCALED: tl.constexpr,
+    COND_FIRST: tl.constexpr,
+    SCALE_PER_SAMPLE: tl.constexpr,
+    ROW_PER_SAMPLE: tl.constexpr,
+    SAMPLE_AXIS: tl.constexpr,
+    RATIO: tl.constexpr,
+    MAX_VALUE: tl.constexpr,
+    OUTPUT_CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The dynamic threshold of each sample into `statistics[b, 0]`: first the bin, then with REFINE the value.
+
+    shift: the bins are `1 << shift` bit patterns wide, and the second histogram has as many.
+    """
+    b = tl.program_id(SAMPLE_AXIS).to(tl.int64)
+    start = tl.program_id(1 - SAMPLE_AXIS).to(tl.int64) * BLOCK
+    blocks = tl.num_programs(1 - SAMPLE_AXIS)
+    lanes = tl.arange(0, BLOCK)
+    live = lanes < tl.minimum(n - start, BLOCK).to(tl.int32)
+    workspace = workspace_ptr + b * row_size
+    coarse = workspace + SLOTS
+    fine = coarse + BINS
+    lower, weight = quantile_rank(n, RATIO)
+    upper = lower + (weight > 0.0).to(tl.int32)
+    bin = tl.load(workspace + BIN)
+    # A sample whose threshold the first launch knew is not read again.
+    if not REFINE or bin != DONE:
+        bits = magnitude_bits(
+            sample_ptr, output_ptr, table_ptr, step_ptr, guidance_ptr, statistics_ptr, b, start, lanes, live, n,
+            batch, num_steps, channels, GUIDED, RESCALED, COND_FIRST, SCALE_PER_SAMPLE, ROW_PER_SAMPLE,
+            OUTPUT_CHANNELS_LAST,
+        )  # fmt: skip
+        if REFINE:
+            # The bin -1 is empty: all of (1, ...) is above it.
+            floor = ONE_BITS + 1 + tl.maximum(bin, 0) * (1 << shift)
+            end = ONE_BITS + (bin + 1) * (1 << shift)
+            inside = live & (bits >= floor) & (bits <= end)
+            tl.atomic_add(fine + (bits - floor), 1, mask=inside, sem="relaxed")
+            above = tl.max(tl.where(live & (bits > end), LARGEST_INT - bits, 0), 0)
+            tl.atomic_max(workspace + ABOVE, above, sem="relaxed")
+            if take_ticket(workspace, blocks):
+                if bin < 0:
+                    below = tl.load(workspace + LARGEST_TO_ONE, volatile=True)
+                    next_above = LARGEST_INT - tl.load(workspace + ABOVE, volatile=True)
+                else:
+                    seen = tl.load(workspace + BELOW_BIN, volatile=True)
+                    below = LARGEST_INT - tl.load(workspace + ABOVE, volatile=True)
+                    next_above = below
+                    width = 1 << shift
+                    for k in range(0, width, BINS):
+                        entry = k + tl.arange(0, BINS)
+                        counts = tl.load(fine + entry, mask=entry < width, other=0, volatile=True)
+                        totals = seen + tl.cumsum(counts, 0)
+                        patterns = floor + entry
+                        # The first pattern at which the count passes the rank.
+                        below = tl.minimum(below, tl.min(tl.where(totals > lower, patterns, LARGEST_INT), 0))
+                        next_above = tl.minimum(next_above, tl.min(tl.where(totals > upper, patterns, LARGEST_INT), 0))
+                        tl.store(fine + entry, tl.zeros_like(entry), mask=entry < width)
+                        seen += tl.sum(counts, 0)
+                tl.store(workspace + ABOVE, 0)
+                tl.store(workspace + LARGEST_TO_ONE, 0)
+                tl.store(statistics_ptr + b * 2, limit_scale(below, next_above, weight, MAX_VALUE))
+        else:
+            ceiling = tl.full([], MAX_VALUE, tl.float32).to(tl.int32, bitcast=True)
+            low = live & (bits <= ONE_BITS)
+            tl.atomic_add(workspace + AT_MOST_ONE, tl.sum(low.to(tl.int32), 0), sem="relaxed")
+            tl.atomic_max(workspace + LARGEST_TO_ONE, tl.max(tl.where(low, bits, 0), 0), sem="relaxed")
+            top = tl.max(tl.where(live, bits, 0), 0)
+            tl.atomic_max(workspace + TOP, top, sem="relaxed")
+            if top >= INFINITY_BITS:
+                infinite = tl.sum((live & (bits >= INFINITY_BITS)).to(tl.int32), 0)
+                tl.atomic_add(workspace + INFINITIES, infinite, sem="relaxed")
+            between = live & (bits > ONE_BITS) & (bits <= ceiling)
+            tl.atomic_add(coarse + ((bits - ONE_BITS - 1) >> shift), 1, mask=between, sem="relaxed")
+            if take_ticket(workspace, blocks):
+                at_most_one = tl.load(workspace + AT_MOST_ONE, volatile=True)
+                top = tl.load(workspace + TOP, volatile=True)
+                finite = tl.cast(n, tl.int32) - tl.load(workspace + INFINITIES, volatile=True)
+                entry = tl.arange(0, BINS)
+                counts = tl.load(coarse + entry, volatile=True)
+                totals = at_most_one + tl.cumsum(counts, 0)
+                in_range = at_most_one + tl.sum(counts, 0)
+                tl.store(coarse + entry, tl.zeros_like(entry))
+                bin = tl.full([], DONE, tl.int32)
+                scale = tl.full([], 1.0, tl.float32)
+                below_bin = at_most_one
+                if top > INFINITY_BITS:
+                    scale = float("nan")
+                elif at_most_one > upper:
+                    scale = tl.full([], 1.0, tl.float32)
+                elif at_most_one > lower:
+                    bin = tl.full([], -1, tl.int32)
+                elif in_range > lower:
+                    bin = tl.sum((totals <= lower).to(tl.int32), 0)
+                    below_bin = tl.max(tl.where(totals <= lower, totals, at_most_one), 0)
+                else:
+                    # Over MAX_VALUE, unless torch.lerp's own arithmetic on infinities gives NaN.
+                    below = tl.where(finite > lower, ceiling, INFINITY_BITS)
+                    above = tl.where(finite > upper, ceiling, INFINITY_BITS)
+                    scale = limit_scale(below, above, weight, MAX_VALUE)
+                tl.store(workspace + BIN, bin)
+                tl.store(workspace + BELOW_BIN, below_bin)
+                tl.store(workspace + AT_MOST_ONE, 0)
+                tl.store(workspace + TOP, 0)
+                tl.store(workspace + INFINITIES, 0)
+                if bin != -1:
+                    tl.store(workspace + LARGEST_TO_ONE, 0)
+                tl.store(statistics_ptr + b * 2, scale)

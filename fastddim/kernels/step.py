@@ -1,0 +1,428 @@
+"""The fused DDIM step: one Triton kernel from the raw model output to the next model input.
+
+For each element of each sample, in float32, with the sample's own row of six coefficients:
+
+    out    = uncond + guidance_scale * (cond - uncond), rescaled towards cond's standard deviation
+    x0     = limit(x0_from_x * x + x0_from_output * out)
+    x_next = next_from_x * x + next_from_output * out + next_from_x0 * x0 + noise_scale * noise
+
+A coefficient of 0 leaves its term out, as in the reference: an infinite model output must not turn into NaN there.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastddim.kernels.philox import normal_block
+
+ONE_BITS = tl.constexpr(0x3F800000)
+INFINITY_BITS = tl.constexpr(0x7F800000)
+LARGEST_INT = tl.constexpr(0x7FFFFFFF)
+NUM_COLUMNS = tl.constexpr(6)
+
+
+@triton.jit
+def add_term(total, coefficient, term):
+    """`total + coefficient * term`, where a coefficient of 0 leaves even an infinite term out."""
+    if coefficient != 0.0:
+        total = tl.fma(tl.zeros_like(total) + coefficient, term, total)
+    return total
+
+
+@triton.jit
+def spread(start, lanes, n, channels, CHANNELS_LAST: tl.constexpr):
+    """Offsets in memory of elements `start + lanes` (in C order) of a sample of n elements."""
+    if CHANNELS_LAST:
+        element = start.to(tl.int32) + lanes
+        pixels = n // channels
+        offsets = (element % pixels) * channels + element // pixels
+    else:
+        offsets = start + lanes
+    return offsets
+
+
+@triton.jit
+def load(ptr, first, start, lanes, live, n, channels, CHANNELS_LAST: tl.constexpr):
+    """float32 elements `start + lanes` of the sample whose memory begins at `ptr + first`."""
+    if CHANNELS_LAST:
+        address = ptr + first + spread(start, lanes, n, channels, CHANNELS_LAST)
+    else:
+        # The scalars first: one 64-bit addition a program, and the lanes stay 32-bit.
+        address = (ptr + (first + start)) + lanes
+    return tl.load(address, mask=live).to(tl.float32)
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Round float32 to DTYPE, ties to even."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        # The interpreter's own conversion truncates.
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000) >> 16
+        result = rounded.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = x.to(DTYPE)
+    return result
+
+
+@triton.jit
+def store(ptr, first, start, lanes, live, n, channels, x, CHANNELS_LAST: tl.constexpr, INTERPRETED: tl.constexpr):
+    """The counterpart of `load`, rounded to the pointer's dtype."""
+    if CHANNELS_LAST:
+        address = ptr + first + spread(start, lanes, n, channels, CHANNELS_LAST)
+    else:
+        address = (ptr + (first + start)) + lanes
+    tl.store(address, narrow(x, ptr.dtype.element_ty, INTERPRETED), mask=live)
+
+
+@triton.jit
+def load_guided(
+    output_ptr,
+    guidance_ptr,
+    b,
+    batch,
+    start,
+    lanes,
+    live,
+    n,
+    channels,
+    COND_FIRST: tl.constexpr,
+    SCALE_PER_SAMPLE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """The guided output and the conditional one."""
+    scale = tl.load(guidance_ptr + (b if SCALE_PER_SAMPLE else 0)).to(tl.float32)
+    # torch.lerp starts from the nearer end, which decides where infinities cancel; here by swapping the pointers.
+    from_cond = scale >= 0.5
+    weight = tl.where(from_cond, 1.0 - scale, scale)
+    base_second = from_cond if not COND_FIRST else scale < 0.5
+    half = batch.to(tl.int64) * n
+    first = b * n
+    base_first = first + tl.where(base_second, half, 0)
+    other_first = first + tl.where(base_second, 0, half)
+    base = load(output_ptr, base_first, start, lanes, live, n, channels, CHANNELS_LAST)
+    other = load(output_ptr, other_first, start, lanes, live, n, channels, CHANNELS_LAST)
+    guided = tl.fma(tl.zeros_like(base) + weight, other - base, base)
+    return guided, tl.where(from_cond, base, other)
+
+
+@triton.jit
+def predict(
+    sample_ptr,
+    output_ptr,
+    guidance_ptr,
+    b,
+    batch,
+    start,
+    lanes,
+    live,
+    n,
+    channels,
+    x0_from_x,
+    x0_from_output,
+    factor,
+    GUIDED: tl.constexpr,
+    RESCALED: tl.constexpr,
+    COND_FIRST: tl.constexpr,
+    SCALE_PER_SAMPLE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """The state, the model's (guided, rescaled) output, and x0 before the limit."""
+    x = load(sample_ptr, b * n, start, lanes, live, n, channels, False)
+    if GUIDED:
+        out, cond = load_guided(
+            output_ptr, guidance_ptr, b, batch, start, lanes, live, n, channels, COND_FIRST, SCALE_PER_SAMPLE,
+            CHANNELS_LAST,
+        )  # fmt: skip
+        if RESCALED:
+            out = out * factor
+    else:
+        out = load(output_ptr, b * n, start, lanes, live, n, channels, CHANNELS_LAST)
+    return x, out, add_term(x0_from_x * x, x0_from_output, out)
+
+
+@triton.jit
+def deviation(x, live, n):
+    """Unbiased standard deviation of the n live elements; NaN for one element, as in torch."""
+    count = tl.cast(n, tl.float32)
+    mean = tl.sum(tl.where(live, x, 0.0), 0) / count
+    centred = tl.where(live, x - mean, 0.0)
+    return tl.sqrt_rn(tl.div_rn(tl.sum(centred * centred, 0), count - 1.0))
+
+
+@triton.jit
+def rescale_factor(std_cond, std_guided, phi):
+    return phi * tl.div_rn(std_cond, std_guided) + (1.0 - phi)
+
+
+@triton.jit
+def quantile_rank(n, RATIO: tl.constexpr):
+    """`torch.quantile`'s rank of RATIO among n: the lower index, and the weight of the one above it."""
+    if n > 16777216:
+        # torch counts in float64 where float32 cannot.
+        exact = tl.full([], RATIO, tl.float64) * tl.cast(n - 1, tl.float64)
+        lower = exact.to(tl.int32)
+        weight = (exact - lower.to(tl.float64)).to(tl.float32)
+    else:
+        rank = tl.full([], RATIO, tl.float32) * tl.cast(n - 1, tl.float32)
+        lower = rank.to(tl.int32)
+        weight = rank - lower.to(tl.float32)
+    return lower, weight
+
+
+@triton.jit
+def limit_scale(below_bits, above_bits, weight, MAX_VALUE: tl.constexpr):
+    """torch.lerp between two neighbouring order statistics (given as bit patterns), clamped to [1, MAX_VALUE]."""
+    below = below_bits.to(tl.float32, bitcast=True)
+    above = above_bits.to(tl.float32, bitcast=True)
+    gap = above - below
+    near_below = weight < 0.5
+    # torch.lerp fuses its multiplication and addition; float64 holds the product of two float32 exactly.
+    base = tl.where(near_below, below, above).to(tl.float64)
+    factor = tl.where(near_below, weight, -(1.0 - weight)).to(tl.float64)
+    quantile = (base + factor * gap.to(tl.float64)).to(tl.float32)
+    clamped = tl.where(quantile > MAX_VALUE, MAX_VALUE, tl.where(quantile < 1.0, 1.0, quantile))
+    return clamped.to(tl.float32)
+
+
+@triton.jit
+def threshold_scale(x0, live, n, RATIO: tl.constexpr, MAX_VALUE: tl.constexpr):
+    """The dynamic threshold of a whole sample in one program: `clamp(torch.quantile(|x0|, RATIO), 1, MAX_VALUE)`.
+
+    Magnitudes are ordered as their bit patterns are, so bisection on the pattern ends at the exact order statistic.
+    """
+    lower, weight = quantile_rank(n, RATIO)
+    upper = lower + (weight > 0.0).to(tl.int32)
+    bits = tl.abs(x0).to(tl.int32, bitcast=True)
+    top = tl.max(tl.where(live, bits, 0), 0)
+    bits = tl.where(live, bits, LARGEST_INT)
+    at_most_one = tl.sum((bits <= ONE_BITS).to(tl.int32), 0)
+    scale = tl.full([], 1.0, tl.float32)
+    if top > INFINITY_BITS:
+        scale = float("nan")
+    elif at_most_one <= upper:
+        lo = tl.full([], ONE_BITS, tl.int32)
+        hi = top
+        hi_count = tl.cast(n, tl.int32)
+        if at_most_one > lower:
+            hi = lo
+            hi_count = at_most_one
+        else:
+            ceiling = tl.full([], MAX_VALUE, tl.float32).to(tl.int32, bitcast=True)
+            if (top > ceiling) & (top < INFINITY_BITS):
+                count = tl.sum((bits <= ceiling).to(tl.int32), 0)
+                if count > lower:
+                    hi = ceiling
+                    hi_count = count
+                else:
+                    # The quantile is over MAX_VALUE, by how much does not matter.
+                    lo = top
+            # count(lo) <= lower < count(hi); with just lower + 1 up to hi, the largest of them is the one.
+            while (hi - lo > 1) & (hi_count != lower + 1):
+                middle = lo + ((hi - lo) >> 1)
+                count = tl.sum((bits <= middle).to(tl.int32), 0)
+                if count > lower:
+                    hi = middle
+                    hi_count = count
+                else:
+                    lo = middle
+        below = tl.max(tl.where(bits <= hi, bits, 0), 0)
+        above = below
+        if hi_count <= upper:
+            above = tl.min(tl.where(bits > hi, bits, LARGEST_INT), 0)
+        scale = limit_scale(below, above, weight, MAX_VALUE)
+    return scale
+
+
+@triton.jit
+def apply_threshold(x0, scale):
+    """`clamp(x0, -scale, scale) / scale`; a scale that is NaN makes every element NaN."""
+    limited = tl.clamp(x0, tl.zeros_like(x0) - scale, tl.zeros_like(x0) + scale, propagate_nan=tl.PropagateNan.ALL)
+    if scale != 1.0:
+        # One correction of the reciprocal's product is the rounded quotient.
+        inverse = tl.zeros_like(x0) + tl.div_rn(tl.full([], 1.0, tl.float32), scale)
+        quotient = limited * inverse
+        limited = tl.fma(tl.fma(-quotient, tl.zeros_like(x0) + scale, limited), inverse, quotient)
+    return limited
+
+
+@triton.jit
+def advance_step(
+    step_ptr,
+    timesteps_ptr,
+    next_timestep_ptr,
+    index,
+    row,
+    num_steps,
+    rows,
+    ROW_PER_SAMPLE: tl.constexpr,
+    COPIES: tl.constexpr,
+):
+    """Move an index on and write the timestep the next model call needs, for one sample or (a shared index) for all."""
+    tl.store(step_ptr + index, (row + 1).to(step_ptr.dtype.element_ty))
+    if timesteps_ptr is not None:
+        if (row + 1 >= 0) & (row + 1 < num_steps):
+            timestep = tl.load(timesteps_ptr + row + 1).to(next_timestep_ptr.dtype.element_ty)
+            if ROW_PER_SAMPLE:
+                for copy in tl.static_range(COPIES):
+                    tl.store(next_timestep_ptr + index + copy * rows, timestep)
+            else:
+                for k in range(0, rows * COPIES, 128):
+                    lanes = k + tl.arange(0, 128)
+                    tl.store(next_timestep_ptr + lanes, timestep, mask=lanes < rows * COPIES)
+
+
+@triton.jit(
+    do_not_specialize=["batch", "num_steps", "channels", "rows"],
+    do_not_specialize_on_alignment=[
+        "table_ptr",
+        "step_ptr",
+        "guidance_ptr",
+        "rescale_ptr",
+        "statistics_ptr",
+        "seeds_ptr",
+        "first_row_ptr",
+        "timesteps_ptr",
+        "next_timestep_ptr",
+        "tickets_ptr",
+    ],
+)
+def ddim_step_kernel(
+    output_ptr,
+    sample_ptr,
+    table_ptr,
+    step_ptr,
+    guidance_ptr,
+    rescale_ptr,
+    statistics_ptr,
+    noise_ptr,
+    seeds_ptr,
+    first_row_ptr,
+    next_ptr,
+    x0_ptr,
+    input_ptr,
+    timesteps_ptr,
+    next_timestep_ptr,
+    tickets_ptr,
+    n,
+    batch,
+    num_steps,
+    channels,
+    rows,
+    GUIDED: tl.constexpr,
+    COND_FIRST: tl.constexpr,
+    SCALE_PER_SAMPLE: tl.constexpr,
+    RESCALE_PER_SAMPLE: tl.constexpr,
+    ROW_PER_SAMPLE: tl.constexpr,
+    LIMIT: tl.constexpr,
+    RANGE: tl.constexpr,
+    RATIO: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SAMPLE_AXIS: tl.constexpr,
+    OUTPUT_CHANNELS_LAST: tl.constexpr,
+    INPUT_CHANNELS_LAST: tl.constexpr,
+    ADVANCE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One step of BLOCK elements of one sample; with WHOLE, of a whole sample.
+
+    statistics_ptr: `[batch, 2]` float32, each sample's threshold and rescale factor, where WHOLE cannot give them.
+    tickets_ptr: int32 zeros, one for each index of step_ptr, where several programs read an index that moves on.
+    rows: the batch size, also where `n` elements are those of a whole batch.
+    LIMIT: "none", "clip" to RANGE, "threshold" with RATIO and at most RANGE, or "fixed", the threshold RANGE.
+    """
+    b = tl.program_id(SAMPLE_AXIS).to(tl.int64)
+    start = tl.program_id(1 - SAMPLE_AXIS).to(tl.int64) * BLOCK
+    lanes = tl.arange(0, BLOCK)
+    live = None
+    if not EVEN:
+        live = lanes < tl.minimum(n - start, BLOCK).to(tl.int32)
+    first = b * n
+
+    row = tl.load(step_ptr + (b if ROW_PER_SAMPLE else 0)).to(tl.int64)
+    # No host sees this index, so one outside the table has to show: its results are NaN.
+    inside = tl.minimum(tl.maximum(row, 0), num_steps - 1)
+    poison = tl.where(row == inside, 0.0, float("nan"))
+    columns = table_ptr + inside.to(tl.int32) * NUM_COLUMNS
+    x0_from_x = tl.load(columns) + poison
+    x0_from_output = tl.load(columns + 1)
+    next_from_x = tl.load(columns + 2)
+    next_from_output = tl.load(columns + 3)
+    next_from_x0 = tl.load(columns + 4)
+    noise_scale = tl.load(columns + 5)
+
+    # Two scalars sum up a whole sample; what they were found from is read again, as registers hold it only once.
+    factor = tl.full([], 1.0, tl.float32)
+    scale = tl.full([], 1.0, tl.float32)
+    if WHOLE:
+        if GUIDED and rescale_ptr is not None:
+            out, cond = load_guided(
+                output_ptr, guidance_ptr, b, batch, start, lanes, live, n, channels, COND_FIRST, SCALE_PER_SAMPLE,
+                OUTPUT_CHANNELS_LAST,
+            )  # fmt: skip
+            phi = tl.load(rescale_ptr + (b if RESCALE_PER_SAMPLE else 0)).to(tl.float32)
+            factor = rescale_factor(deviation(cond, live, n), deviation(out, live, n), phi)
+            tl.debug_barrier()
+        if LIMIT == "threshold":
+            x, out, x0 = predict(
+                sample_ptr, output_ptr, guidance_ptr, b, batch, start, lanes, live, n, channels, x0_from_x,
+                x0_from_output, factor, GUIDED, rescale_ptr is not None, COND_FIRST, SCALE_PER_SAMPLE,
+                OUTPUT_CHANNELS_LAST,
+            )  # fmt: skip
+            scale = threshold_scale(x0, live, n, RATIO, RANGE)
+            tl.debug_barrier()
+    elif statistics_ptr is not None:
+        scale = tl.load(statistics_ptr + b * 2)
+        factor = tl.load(statistics_ptr + b * 2 + 1)
+
+    x, out, x0 = predict(
+        sample_ptr, output_ptr, guidance_ptr, b, batch, start, lanes, live, n, channels, x0_from_x, x0_from_output,
+        factor, GUIDED, rescale_ptr is not None, COND_FIRST, SCALE_PER_SAMPLE, OUTPUT_CHANNELS_LAST,
+    )  # fmt: skip
+    if LIMIT == "clip":
+        x0 = tl.clamp(x0, -RANGE, RANGE, propagate_nan=tl.PropagateNan.ALL)
+    if LIMIT == "fixed":
+        x0 = apply_threshold(x0, tl.full([], RANGE, tl.float32))
+    if LIMIT == "threshold":
+        x0 = apply_threshold(x0, scale)
+
+    x_next = add_term(next_from_x0 * x0, next_from_output, out)
+    x_next = add_term(x_next, next_from_x, x)
+    if noise_ptr is not None:
+        noise = load(noise_ptr, first, start, lanes, live, n, channels, False)
+        x_next = add_term(x_next, noise_scale, noise)
+    if seeds_ptr is not None:
+        if noise_scale != 0.0:
+            noise_step = row
+            if first_row_ptr is not None:
+                noise_step = row - tl.load(first_row_ptr + b).to(tl.int64)
+            noise = normal_block(tl.load(seeds_ptr + b), noise_step, start, BLOCK)
+            x_next = tl.fma(tl.zeros_like(noise) + noise_scale, noise, x_next)
+
+    store(next_ptr, first, start, lanes, live, n, channels, x_next, False, INTERPRETED)
+    if x0_ptr is not None:
+        store(x0_ptr, first, start, lanes, live, n, channels, x0, False, INTERPRETED)
+    if input_ptr is not None:
+        store(input_ptr, first, start, lanes, live, n, channels, x_next, INPUT_CHANNELS_LAST, INTERPRETED)
+        if GUIDED:
+            second = first + batch.to(tl.int64) * n
+            store(input_ptr, second, start, lanes, live, n, channels, x_next, INPUT_CHANNELS_LAST, INTERPRETED)
+
+    if ADVANCE:
+        # Every warp has to have read the index before one of them moves it on.
+        tl.debug_barrier()
+        index = b if ROW_PER_SAMPLE else b * 0
+        last = True
+        if tickets_ptr is not None:
+            readers = (1 if ROW_PER_SAMPLE else batch) * tl.cdiv(n, BLOCK)
+            last = tl.atomic_add(tickets_ptr + index, 1, sem="acq_rel") == readers - 1
+            if last:
+                tl.store(tickets_ptr + index, 0)
+        if last:
+            copies: tl.constexpr = 2 if GUIDED else 1
+            advance_step(
+                step_ptr, timesteps_ptr, next_timestep_ptr, index, row, num_steps, rows, ROW_PER_SAMPLE, copies,
+            )  # fmt: skip
