@@ -11,7 +11,7 @@ _ROOMS = {
     "config": ("Clip", "DDIMConfig", "DynamicThreshold"),
     "schedule": ("Schedule",),
     "coefficients": ("StepTable",),
-    "reference": ("ddim_step",),
+    "backends": ("ddim_step",),
     "scheduler": ("DDIMInverseScheduler", "DDIMScheduler", "DDIMSchedulerOutput"),
     "sampler": ("Sampler",),
     "pipeline": ("DDIMPipeline", "load_pipeline"),
@@ -34,10 +34,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from fastddim.backends import ddim_step
     from fastddim.coefficients import StepTable
     from fastddim.config import Clip, DDIMConfig, DynamicThreshold
     from fastddim.pipeline import DDIMPipeline, load_pipeline
-    from fastddim.reference import ddim_step
     from fastddim.sampler import Sampler
     from fastddim.schedule import Schedule
     from fastddim.scheduler import DDIMInverseScheduler, DDIMScheduler, DDIMSchedulerOutput

@@ -121,7 +121,8 @@ def ddim_step(
         model_output: `[B, ...]`, or `[2 * B, ...]` stacked with guidance; any float dtype.
         sample: the current state `[B, ...]`, any rank, any float dtype.
         table: the run's `StepTable`, or its `[num_steps, 6]` tensor on the state's device.
-        step: the row for all samples, or an integer tensor `[]` or `[B]` with each sample's own row.
+        step: the row for all samples, or an integer tensor `[]` or `[B]` with each sample's own row; in a tensor,
+            negative numbers count from the end.
         limit: `Clip`, `DynamicThreshold` or None.
         noise: `[B, ...]` standard normal; noise or seeds are needed where the row's `noise_scale` is not 0 (not checked
             for rows on a GPU).
@@ -298,5 +299,5 @@ def _look_up(
     columns = table.tensor(like.device, compute) if isinstance(table, StepTable) else table.to(compute)
     if not isinstance(step, torch.Tensor):
         return StepCoefficients(*columns[step].unbind())
-    rows = columns.index_select(0, step.to(columns.device).reshape(-1))
+    rows = columns[step.to(columns.device).reshape(-1)]
     return StepCoefficients(*(column.view(-1, *[1] * (like.ndim - 1)) for column in rows.unbind(1)))

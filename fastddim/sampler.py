@@ -10,10 +10,10 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from fastddim.backends import check_backend, ddim_step
 from fastddim.coefficients import StepTable
 from fastddim.config import DDIMConfig, Limit, require_number
-from fastddim.noise import STREAM_INITIAL, check_seeds, normal
-from fastddim.reference import ddim_step
+from fastddim.noise import STREAM_INITIAL, check_seeds, normal, seed_tensor
 from fastddim.schedule import Schedule
 
 Model = Callable[..., Any]
@@ -59,6 +59,7 @@ class Sampler:
         sample_shape: of one sample, without the batch; read from a diffusers model's configuration by default.
         dtype: of the state; the model is called in its own parameters' dtype.
         device: where to sample; the model's own by default.
+        backend: of the step, `"auto"`, `"triton"` or `"reference"`; see `fastddim.ddim_step`.
 
     Raises:
         ValueError: any value out of range, before any work; the message names it and what is valid.
@@ -81,6 +82,7 @@ class Sampler:
         sample_shape: Sequence[int] | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        backend: str = "auto",
     ) -> None:
         if not callable(model):
             raise TypeError(f"model: {type(model).__name__} is not callable; pass model(x, t, **kwargs)")
@@ -91,6 +93,8 @@ class Sampler:
             require_number("guidance_scale", guidance_scale, -1e4, 1e4)
         elif guidance_rescale:
             raise ValueError(f"guidance_rescale: {guidance_rescale!r} without guidance_scale; pass both")
+        check_backend(backend)
+        self.backend = backend
         self.model = model
         self.schedule = to_schedule(scheduler)
         self.limit: Limit = self.schedule.config.limit
@@ -174,33 +178,40 @@ class Sampler:
         self, x: torch.Tensor, seeds: list[int] | None, kwargs: Mapping[str, Any], progress: bool
     ) -> Iterator[tuple[int, int, torch.Tensor]]:
         guided = self.guidance_scale is not None
+        copies = 2 if guided else 1
+        device_seeds = None if seeds is None else seed_tensor(seeds, x.device)
+        timesteps = torch.tensor(self.table.timesteps, device=x.device)[:, None].repeat(1, copies * x.shape[0])
+        # Unguided and of the same dtype, the state itself is what the model takes.
+        model_input = None
+        if guided or self.model_dtype != x.dtype:
+            model_input = torch.cat([x] * copies).to(self.model_dtype)
         steps: Iterable[int] = range(len(self.table))
         if progress:
             steps = track(steps, description="sampling", console=Console(stderr=True))
         for step in steps:
-            t = self.table.timesteps[step]
-            model_input = x.to(self.model_dtype)
-            if guided:
-                model_input = torch.cat([model_input, model_input])
-            output = self._call_model(model_input, t, kwargs)
-            noise = None
-            if seeds is not None and self.table.rows[step].noise_scale != 0:
-                noise = normal(seeds, step, x.shape[1:], device=x.device)
+            given = x if model_input is None else model_input
+            output = self._call_model(given, timesteps[step], kwargs)
+            if output.untyped_storage().data_ptr() == given.untyped_storage().data_ptr():
+                # A view of its input, over which the step writes while it reads the output.
+                output = output.clone()
             _, x0 = ddim_step(
                 output,
                 x,
                 self.table,
                 step,
+                backend=self.backend,
                 limit=self.limit,
-                noise=noise,
+                seeds=device_seeds if self.table.rows[step].noise_scale != 0 else None,
                 guidance_scale=self.guidance_scale,
                 guidance_rescale=self.guidance_rescale,
                 out=x,
+                model_input=model_input,
             )
-            yield step, t, x0
+            assert x0 is not None
+            yield step, self.table.timesteps[step], x0
 
-    def _call_model(self, x: torch.Tensor, t: int, kwargs: Mapping[str, Any]) -> torch.Tensor:
-        output = self.model(x, torch.full((x.shape[0],), t, dtype=torch.int64, device=x.device), **kwargs)
+    def _call_model(self, x: torch.Tensor, t: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
+        output = self.model(x, t, **kwargs)
         output = getattr(output, "sample", output)
         tensor: Any = output[0] if isinstance(output, (tuple, list)) else output
         if not isinstance(tensor, torch.Tensor):

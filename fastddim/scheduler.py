@@ -22,6 +22,7 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput as _DiffusersOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from fastddim.backends import check_backend, try_fused
 from fastddim.coefficients import StepCoefficients, columns
 from fastddim.config import PREDICTION_TYPES, Limit, limit_from, require_choice
 from fastddim.reference import step_with_row
@@ -61,7 +62,7 @@ class _TimestepTable:
         self._columns_of = columns_of
         self._n_train = n_train
         self._rows: dict[int, StepCoefficients] = {}
-        self._on_device: dict[torch.device, torch.Tensor] = {}
+        self._on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def row(self, timestep: int | torch.Tensor) -> StepCoefficients:
         """The row of a timestep that the host knows, as Python numbers."""
@@ -75,17 +76,30 @@ class _TimestepTable:
 
     def gather(self, timestep: torch.Tensor, device: torch.device) -> StepCoefficients:
         """The row of a device tensor's timestep, without reading it on the host."""
-        if timestep.device not in self._on_device:
+        # Indexing with a 0-dim tensor would read it on the host.
+        return StepCoefficients(*self.on(timestep.device)[0][timestep.reshape(1)][0].to(device).unbind())
+
+    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Kept on a device: the rows of timesteps 0 ... N - 1, NaN, then -N ... -1; and those timesteps as 0-dim tensors."""
+        kept = self._on_device.get(device)
+        if kept is None:
             every = self._columns_of(torch.cat([torch.arange(self._n_train), torch.arange(-self._n_train, 0)]))
             ascending, negative = np.split(every, 2)
             # NaN between the two halves: no host checks a device timestep past the end, so it has to show.
             rows = np.concatenate([ascending, np.full_like(ascending, np.nan), negative])
             # Kept for later calls, which may need gradients.
             with torch.inference_mode(False):
-                self._on_device[timestep.device] = torch.tensor(rows, dtype=torch.float32, device=timestep.device)
-        # Indexing with a 0-dim tensor would read it on the host.
-        row = self._on_device[timestep.device][timestep.reshape(1)][0].to(device)
-        return StepCoefficients(*row.unbind())
+                index = torch.arange(len(rows), device=device)
+                kept = self._on_device[device] = (torch.tensor(rows, dtype=torch.float32, device=device), index)
+        return kept
+
+    def index(self, timestep: int | torch.Tensor, device: torch.device) -> torch.Tensor:
+        """The row of a timestep as an integer tensor `[]` on a device, without reading a device tensor on the host."""
+        if isinstance(timestep, torch.Tensor) and timestep.device == device:
+            return timestep.reshape(()).long()
+        number = operator.index(timestep)
+        self.row(number)  # refuses what is outside
+        return self.on(device)[1][number]
 
 
 class _TableStep:
@@ -95,6 +109,7 @@ class _TableStep:
     num_inference_steps: int | None
     _cache: dict[tuple[float, bool], _TimestepTable]
     _cache_key: tuple[Any, ...] = ()
+    backend: str = "auto"
     _limit: Limit
 
     @abstractmethod
@@ -127,6 +142,10 @@ class _TableStep:
         sample: torch.Tensor,
         noise: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if sample.is_cuda or self.backend != "auto":
+            fused = self._try_fused(table, timestep, model_output, sample, noise)
+            if fused is not None:
+                return fused
         if isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu":
             row = table.gather(timestep, sample.device)
         else:
@@ -142,6 +161,27 @@ class _TableStep:
             noise = noise.to(compute)
         x_next, x0 = step_with_row(model_output.to(compute), sample.to(compute), row, self._limit, noise)
         return x_next.to(dtype), x0.to(dtype)
+
+    def _try_fused(
+        self,
+        table: _TimestepTable,
+        timestep: int | torch.Tensor,
+        model_output: torch.Tensor,
+        sample: torch.Tensor,
+        noise: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if check_backend(self.backend) == "reference" or model_output.shape != sample.shape:
+            return None
+        rows = table.on(sample.device)[0]
+        index = table.index(timestep, sample.device)
+        dtype = torch.promote_types(sample.dtype, model_output.dtype)
+        out = None if dtype == sample.dtype else torch.empty_like(sample, dtype=dtype)
+        fused = try_fused(self.backend, model_output, sample, rows, index, limit=self._limit, noise=noise, out=out)
+        if fused is None:
+            return None
+        prev_sample, pred_original_sample = fused
+        assert pred_original_sample is not None
+        return prev_sample, pred_original_sample
 
     def _transition(
         self, timesteps: torch.Tensor, final_alpha_cumprod: torch.Tensor
@@ -188,6 +228,10 @@ class DDIMScheduler(_TableStep, diffusers.DDIMScheduler):  # type: ignore[misc]
     Takes every constructor argument of `diffusers.DDIMScheduler` and accepts whatever it accepts; it warns where that
     is almost surely a mistake (`fastddim.Sampler` refuses there). Half-precision states are computed in float32 and
     rounded once, which is more exact than diffusers.
+
+    Attributes:
+        backend: which implementation takes the step: `"auto"` (the fused kernel on a GPU), `"triton"` or `"reference"`;
+            see `fastddim.ddim_step`. Not part of the configuration.
     """
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:

@@ -23,6 +23,7 @@ from fastddim.kernels.step import (
     predict,
     quantile_rank,
     rescale_factor,
+    table_row,
 )
 
 # The counters; the ticket is the first.
@@ -32,14 +33,16 @@ TOP = tl.constexpr(3)
 INFINITIES = tl.constexpr(4)
 # The smallest pattern above the bin, as its distance from the largest integer, so that zero means none.
 ABOVE = tl.constexpr(5)
-# What the first launch leaves for the second: the bin (-1: the rank is the last one up to 1; -2: done), and the count
-# below it.
+# What the first launch leaves for the second: the bin, counted from FIRST_BIN (DONE: the threshold is known already;
+# UP_TO_ONE: the rank is the last one up to 1), and the count below it.
 BIN = tl.constexpr(6)
 BELOW_BIN = tl.constexpr(7)
 SLOTS = tl.constexpr(16)
 CHUNK = tl.constexpr(512)
 BINS = tl.constexpr(2048)
-DONE = tl.constexpr(-2)
+DONE = tl.constexpr(0)
+UP_TO_ONE = tl.constexpr(1)
+FIRST_BIN = tl.constexpr(2)
 
 
 @triton.jit
@@ -154,7 +157,7 @@ def magnitude_bits(
 ):
     """Bit patterns of |x0| before the limit, as the step kernel computes it."""
     row = tl.load(step_ptr + (b if ROW_PER_SAMPLE else 0)).to(tl.int64)
-    inside = tl.minimum(tl.maximum(row, 0), num_steps - 1)
+    inside = table_row(row, num_steps)
     columns = table_ptr + inside.to(tl.int32) * NUM_COLUMNS
     factor = tl.full([], 1.0, tl.float32)
     if RESCALED:
@@ -219,15 +222,15 @@ def histogram_kernel(
             OUTPUT_CHANNELS_LAST,
         )  # fmt: skip
         if REFINE:
-            # The bin -1 is empty: all of (1, ...) is above it.
-            floor = ONE_BITS + 1 + tl.maximum(bin, 0) * (1 << shift)
-            end = ONE_BITS + (bin + 1) * (1 << shift)
+            # UP_TO_ONE is an empty bin: all of (1, ...) is above it.
+            floor = ONE_BITS + 1 + tl.maximum(bin - FIRST_BIN, 0) * (1 << shift)
+            end = ONE_BITS + (bin - UP_TO_ONE) * (1 << shift)
             inside = live & (bits >= floor) & (bits <= end)
             tl.atomic_add(fine + (bits - floor), 1, mask=inside, sem="relaxed")
             above = tl.max(tl.where(live & (bits > end), LARGEST_INT - bits, 0), 0)
             tl.atomic_max(workspace + ABOVE, above, sem="relaxed")
             if take_ticket(workspace, blocks):
-                if bin < 0:
+                if bin == UP_TO_ONE:
                     below = tl.load(workspace + LARGEST_TO_ONE, volatile=True)
                     next_above = LARGEST_INT - tl.load(workspace + ABOVE, volatile=True)
                 else:
@@ -247,6 +250,8 @@ def histogram_kernel(
                         seen += tl.sum(counts, 0)
                 tl.store(workspace + ABOVE, 0)
                 tl.store(workspace + LARGEST_TO_ONE, 0)
+                tl.store(workspace + BIN, DONE)
+                tl.store(workspace + BELOW_BIN, 0)
                 tl.store(statistics_ptr + b * 2, limit_scale(below, next_above, weight, MAX_VALUE))
         else:
             ceiling = tl.full([], MAX_VALUE, tl.float32).to(tl.int32, bitcast=True)
@@ -277,20 +282,21 @@ def histogram_kernel(
                 elif at_most_one > upper:
                     scale = tl.full([], 1.0, tl.float32)
                 elif at_most_one > lower:
-                    bin = tl.full([], -1, tl.int32)
+                    bin = tl.full([], UP_TO_ONE, tl.int32)
                 elif in_range > lower:
-                    bin = tl.sum((totals <= lower).to(tl.int32), 0)
+                    bin = tl.sum((totals <= lower).to(tl.int32), 0) + FIRST_BIN
                     below_bin = tl.max(tl.where(totals <= lower, totals, at_most_one), 0)
                 else:
                     # Over MAX_VALUE, unless torch.lerp's own arithmetic on infinities gives NaN.
                     below = tl.where(finite > lower, ceiling, INFINITY_BITS)
                     above = tl.where(finite > upper, ceiling, INFINITY_BITS)
                     scale = limit_scale(below, above, weight, MAX_VALUE)
-                tl.store(workspace + BIN, bin)
-                tl.store(workspace + BELOW_BIN, below_bin)
+                if bin != DONE:
+                    tl.store(workspace + BIN, bin)
+                    tl.store(workspace + BELOW_BIN, below_bin)
                 tl.store(workspace + AT_MOST_ONE, 0)
                 tl.store(workspace + TOP, 0)
                 tl.store(workspace + INFINITIES, 0)
-                if bin != -1:
+                if bin != UP_TO_ONE:
                     tl.store(workspace + LARGEST_TO_ONE, 0)
                 tl.store(statistics_ptr + b * 2, scale)

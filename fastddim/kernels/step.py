@@ -31,6 +31,12 @@ def add_term(total, coefficient, term):
 
 
 @triton.jit
+def table_row(row, num_steps):
+    """The row of an index, negative ones counted from the end, and the nearest row of one outside the table."""
+    return tl.minimum(tl.maximum(tl.where(row < 0, row + num_steps, row), 0), num_steps - 1)
+
+
+@triton.jit
 def spread(start, lanes, n, channels, CHANNELS_LAST: tl.constexpr):
     """Offsets in memory of elements `start + lanes` (in C order) of a sample of n elements."""
     if CHANNELS_LAST:
@@ -343,9 +349,9 @@ def ddim_step_kernel(
     first = b * n
 
     row = tl.load(step_ptr + (b if ROW_PER_SAMPLE else 0)).to(tl.int64)
+    inside = table_row(row, num_steps)
     # No host sees this index, so one outside the table has to show: its results are NaN.
-    inside = tl.minimum(tl.maximum(row, 0), num_steps - 1)
-    poison = tl.where(row == inside, 0.0, float("nan"))
+    poison = tl.where((row == inside) | (row + num_steps == inside), 0.0, float("nan"))
     columns = table_ptr + inside.to(tl.int32) * NUM_COLUMNS
     x0_from_x = tl.load(columns) + poison
     x0_from_output = tl.load(columns + 1)

@@ -1,0 +1,132 @@
+"""Which implementation takes a step: the fused kernel where it can run, the reference elsewhere."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from typing import Any
+
+import torch
+
+from fastddim.coefficients import StepTable
+from fastddim.config import require_choice
+from fastddim.reference import ddim_step as reference_step
+
+BACKENDS = ("auto", "reference", "triton")
+VARIABLE = "FASTDDIM_BACKEND"
+
+_log = logging.getLogger("fastddim")
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Why the kernel was not used, each logged once; and the devices on which it did not compile.
+_logged: set[str] = set()
+_unavailable: dict[torch.device, str] = {}
+
+
+def check_backend(backend: str) -> str:
+    """`backend`, but `"reference"` for `"auto"` where the environment variable FASTDDIM_BACKEND says so.
+
+    Raises:
+        ValueError: not one of `BACKENDS`; the message names the argument or the variable.
+    """
+    require_choice("backend", backend, BACKENDS)
+    if backend != "auto":
+        return backend
+    switched = os.environ.get(VARIABLE) or "auto"
+    require_choice(VARIABLE, switched, ("auto", "reference"))
+    return switched
+
+
+def try_fused(
+    backend: str,
+    model_output: torch.Tensor,
+    sample: torch.Tensor,
+    table: StepTable | torch.Tensor,
+    step: int | torch.Tensor,
+    **arguments: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """The fused step's result, or None where the reference has to take the step.
+
+    A reason that the owner of a GPU would not expect is logged, once.
+
+    Args:
+        backend: as `ddim_step`'s.
+        model_output, sample, table, step, arguments: `fastddim.reference.ddim_step`'s.
+    """
+    chosen = check_backend(backend)
+    if chosen == "reference" or (chosen == "auto" and not _is_on_gpu(sample)):
+        return None
+    if chosen == "auto":
+        tensors = (sample, model_output, *(arguments.get(name) for name in ("noise", "out", "model_input")))
+        reason = _unavailable.get(sample.device) or _reason_against(tensors)
+        if reason is not None:
+            _log_once(reason)
+            return None
+    launch = _kernels("launch")
+    step_function = _kernels("operator").ddim_step if torch.compiler.is_compiling() else launch.ddim_step
+    try:
+        result: tuple[torch.Tensor, torch.Tensor | None] = step_function(model_output, sample, table, step, **arguments)
+        return result
+    except launch.KernelUnavailableError as error:
+        if chosen == "triton":
+            raise
+        _unavailable[sample.device] = str(error)
+        _log_once(str(error))
+        return None
+
+
+def _is_on_gpu(sample: Any) -> bool:
+    return isinstance(sample, torch.Tensor) and sample.is_cuda
+
+
+def _reason_against(tensors: tuple[Any, ...]) -> str | None:
+    given = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+    for tensor in given:
+        if tensor.dtype not in _KERNEL_DTYPES:
+            return f"it takes float32, float16 and bfloat16, not {tensor.dtype}"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return "it has no gradients, and a tensor requires them"
+    try:
+        _kernels("launch")
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    return None
+
+
+def _kernels(module: str) -> Any:
+    return importlib.import_module(f"fastddim.kernels.{module}")
+
+
+def _log_once(reason: str) -> None:
+    if torch.compiler.is_compiling() or reason in _logged:
+        return
+    _logged.add(reason)
+    _log.warning("the fused DDIM kernel is not used, the torch reference takes the step instead: %s", reason)
+
+
+def ddim_step(
+    model_output: torch.Tensor,
+    sample: torch.Tensor,
+    table: StepTable | torch.Tensor,
+    step: int | torch.Tensor,
+    *,
+    backend: str = "auto",
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One DDIM step for a batch, by the fused kernel on a GPU and by plain torch elsewhere.
+
+    Args:
+        backend: `"reference"` or `"triton"` to choose; `"auto"` takes the kernel wherever it can run, and can be
+            switched off with the environment variable `FASTDDIM_BACKEND=reference`.
+        model_output, sample, table, step, options: `fastddim.reference.ddim_step`'s, whose results these are. What the
+            kernel does differently is listed at `fastddim.kernels.ddim_step`.
+
+    Returns:
+        `(x_next, x0)`.
+
+    Raises:
+        TypeError, ValueError, IndexError: as the implementation.
+        KernelUnavailableError: `backend="triton"` where the kernel does not compile.
+    """
+    fused = try_fused(backend, model_output, sample, table, step, **options)
+    return reference_step(model_output, sample, table, step, **options) if fused is None else fused

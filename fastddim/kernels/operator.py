@@ -1,0 +1,126 @@
+"""The fused step as a torch operator, `fastddim::ddim_step`, for `torch.compile` and `torch.export`: no graph break."""
+
+from typing import Any, Optional
+
+import torch
+from torch.library import triton_op, wrap_triton
+
+from fastddim.coefficients import Coefficient, StepTable
+from fastddim.config import Clip, DynamicThreshold, Limit
+from fastddim.kernels.launch import make_entry
+from fastddim.kernels.plan import STEP_POINTERS
+
+
+# torch builds the operator's schema from these annotations, and knows Optional but not `|`.
+@triton_op("fastddim::ddim_step", mutates_args={"out", "x0", "model_input"})
+def _ddim_step(
+    model_output: torch.Tensor,
+    sample: torch.Tensor,
+    table: torch.Tensor,
+    step: torch.Tensor,
+    guidance_scale: Optional[torch.Tensor],  # noqa: UP045
+    guidance_rescale: Optional[torch.Tensor],  # noqa: UP045
+    noise: Optional[torch.Tensor],  # noqa: UP045
+    seeds: Optional[torch.Tensor],  # noqa: UP045
+    first_row: Optional[torch.Tensor],  # noqa: UP045
+    out: torch.Tensor,
+    x0: Optional[torch.Tensor],  # noqa: UP045
+    model_input: Optional[torch.Tensor],  # noqa: UP045
+    limit: str,
+    limit_range: float,
+    limit_ratio: float,
+    cond_first: bool,
+) -> None:
+    limits: dict[str, Limit] = {"none": None}
+    if limit == "clip":
+        limits["clip"] = Clip(limit_range)
+    elif limit == "threshold":
+        limits["threshold"] = DynamicThreshold(limit_ratio, limit_range)
+    entry = make_entry(
+        model_output, sample, table, step, limit=limits[limit], cond_first=cond_first, noise=noise, seeds=seeds,
+        first_row=first_row, guidance_scale=guidance_scale,
+        guidance_rescale=0.0 if guidance_rescale is None else guidance_rescale, out=out, model_input=model_input,
+        advance=False, timesteps=None, next_timestep=None,
+    )  # fmt: skip
+    plan = entry.plan
+    slots: dict[str, Any] = dict.fromkeys(STEP_POINTERS)
+    slots |= {
+        "output": model_output.contiguous() if entry.copied[0] else model_output,
+        "sample": sample.contiguous() if entry.copied[1] else sample,
+        "table": table,
+        "step": step,
+        "guidance": guidance_scale,
+        "rescale": guidance_rescale,
+        "noise": noise.contiguous() if noise is not None and entry.copied[2] else noise,
+        "seeds": seeds,
+        "first_row": first_row,
+        "next": out,
+        "x0": x0,
+        "input": model_input,
+    }
+    if plan.statistics:
+        slots["statistics"] = torch.zeros(plan.statistics, dtype=torch.float32, device=sample.device)
+        slots["counters"] = torch.zeros(plan.counters, dtype=torch.int32, device=sample.device)
+    for call in plan.calls:
+        wrap_triton(call.kernel)[call.grid](
+            *(slots[name] for name in call.pointers),
+            *call.numbers,
+            **call.constants,
+            num_warps=call.num_warps,
+            enable_fp_fusion=False,
+        )
+
+
+def ddim_step(
+    model_output: torch.Tensor,
+    sample: torch.Tensor,
+    table: StepTable | torch.Tensor,
+    step: int | torch.Tensor,
+    *,
+    limit: Limit = None,
+    noise: torch.Tensor | None = None,
+    seeds: torch.Tensor | None = None,
+    first_row: torch.Tensor | None = None,
+    guidance_scale: Coefficient | None = None,
+    guidance_rescale: Coefficient = 0.0,
+    cond_first: bool = False,
+    out: torch.Tensor | None = None,
+    return_x0: bool = True,
+    model_input: torch.Tensor | None = None,
+    advance: bool = False,
+    timesteps: torch.Tensor | None = None,
+    next_timestep: torch.Tensor | None = None,
+    workspace: object = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`fastddim.kernels.ddim_step` while torch traces: the same arguments and results, as one node of the graph.
+
+    Raises:
+        ValueError: `advance`, which a traced graph has no place for: advance the index with torch.
+    """
+    if advance or timesteps is not None or next_timestep is not None:
+        raise ValueError("advance: True under torch.compile or torch.export; move the index on with torch instead")
+    device = sample.device
+    if isinstance(table, StepTable):
+        table = table.tensor(device)
+    if not isinstance(step, torch.Tensor):
+        step = torch.full((1,), step, dtype=torch.int64, device=device).reshape(())
+    contiguous = torch.contiguous_format
+    x_next = torch.empty_like(sample, memory_format=contiguous) if out is None else out
+    x0 = torch.empty_like(x_next) if return_x0 else None
+    rescaled = isinstance(guidance_rescale, torch.Tensor) or guidance_rescale != 0
+    name, limit_range, limit_ratio = "none", 1.0, 1.0
+    if isinstance(limit, Clip):
+        name, limit_range = "clip", float(limit.range)
+    elif limit is not None:
+        name, limit_range, limit_ratio = "threshold", float(limit.max_value), float(limit.ratio)
+    torch.ops.fastddim.ddim_step(
+        model_output, sample.contiguous(), table, step,
+        None if guidance_scale is None else _scalar_tensor(guidance_scale, device),
+        _scalar_tensor(guidance_rescale, device) if rescaled else None,
+        noise, seeds, first_row, x_next, x0, model_input, name, limit_range, limit_ratio, bool(cond_first),
+    )  # fmt: skip
+    return x_next, x0
+
+
+def _scalar_tensor(value: Coefficient, device: torch.device) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else torch.full((), value, dtype=torch.float32, device=device)

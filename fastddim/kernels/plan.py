@@ -1,0 +1,221 @@
+"""Which kernels a step launches, with which constants and grids: decided from sizes and options alone, without tensors."""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from fastddim.config import Clip, Limit
+from fastddim.kernels.statistics import BINS, SLOTS, histogram_kernel, rescale_kernel
+from fastddim.kernels.step import ddim_step_kernel
+
+STEP_POINTERS = (
+    "output", "sample", "table", "step", "guidance", "rescale", "statistics", "noise", "seeds", "first_row",
+    "next", "x0", "input", "timesteps", "next_timestep", "tickets",
+)  # fmt: skip
+_RESCALE_POINTERS = ("output", "guidance", "rescale", "statistics", "counters")
+_HISTOGRAM_POINTERS = ("sample", "output", "table", "step", "guidance", "statistics", "counters")
+
+# The largest sample whose statistics one program takes without spilling registers, on every supported Triton.
+WHOLE_SAMPLE = 16384
+STATISTICS_BLOCK = 4096
+LARGEST_BLOCK = 2048
+# Two warps give a thread 32 elements of the largest block: enough loads in flight, and little overhead for each.
+NUM_WARPS = 2
+# Programs enough for a few waves of any current GPU; below that, smaller blocks.
+_ENOUGH_PROGRAMS = 512
+_MAX_GRID_Y = 65535
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """All that a plan depends on.
+
+    Attributes:
+        batch, elements: samples, and elements of each.
+        num_steps: rows of the table.
+        channels: of the samples, for channels-last tensors.
+        guided, cond_first, scale_per_sample, rescale, rescale_per_sample, row_per_sample: as in `ddim_step`.
+        limit: of x0.
+        drawn: whether the kernel draws the noise.
+        output_channels_last, input_channels_last: the layout of the model's output and of its next input.
+        advance: whether the index moves on.
+    """
+
+    batch: int
+    elements: int
+    num_steps: int = 1
+    channels: int = 1
+    guided: bool = False
+    cond_first: bool = False
+    scale_per_sample: bool = False
+    rescale: bool = False
+    rescale_per_sample: bool = False
+    row_per_sample: bool = False
+    limit: Limit = None
+    drawn: bool = False
+    output_channels_last: bool = False
+    input_channels_last: bool = False
+    advance: bool = False
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """One launch.
+
+    Attributes:
+        kernel: the jitted function.
+        pointers: what its pointer arguments stand for, in order; they come first.
+        numbers: its other run-time arguments, in order.
+        constants: its compile-time arguments, in order.
+        grid: programs in two dimensions.
+        num_warps: of a program.
+    """
+
+    kernel: Any
+    pointers: tuple[str, ...]
+    numbers: tuple[int, ...]
+    constants: dict[str, Any]
+    grid: tuple[int, int]
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The launches of a step, and how much scratch memory they need.
+
+    Attributes:
+        tier: `"elements"`; `"whole"`, a sample in one program; or `"statistics"`, with launches before the step.
+        flat: the batch is treated as one sample, as no sample differs from another.
+        calls: the launches, the step last.
+        tickets, counters, statistics: elements of scratch memory, int32, int32 and float32.
+    """
+
+    tier: str
+    flat: bool
+    calls: tuple[KernelCall, ...]
+    tickets: int = 0
+    counters: int = 0
+    statistics: int = 0
+
+
+def make_plan(shape: StepShape, interpreted: bool = False) -> Plan:
+    """Choose the tier, the blocks and the constants for a step.
+
+    Args:
+        shape: sizes and options; `batch` may be symbolic, and then decides nothing.
+        interpreted: the kernel runs in Triton's interpreter, which rounds bfloat16 otherwise.
+    """
+    batch, n = shape.batch, shape.elements
+    limit_name, limit_range, ratio = _limit_constants(shape.limit)
+    needs_statistics = limit_name == "threshold" or shape.rescale
+    whole = needs_statistics and n <= WHOLE_SAMPLE
+    channels_last = shape.output_channels_last or shape.input_channels_last
+    differ = shape.scale_per_sample or shape.row_per_sample or shape.drawn or needs_statistics or channels_last
+    flat = not differ
+    if flat:
+        batch, n = 1, batch * n
+    if whole:
+        block = max(64, triton.next_power_of_2(n))
+        num_warps = min(16, max(1, block // 512))
+    else:
+        block, num_warps = _element_block(batch, n), NUM_WARPS
+    blocks = 1 if whole else triton.cdiv(n, block)
+    sample_axis, grid = _grid(batch, blocks)
+    guidance = {"COND_FIRST": shape.cond_first, "SCALE_PER_SAMPLE": shape.scale_per_sample}
+    constants: dict[str, Any] = {
+        "GUIDED": shape.guided,
+        **guidance,
+        "RESCALE_PER_SAMPLE": shape.rescale_per_sample,
+        "ROW_PER_SAMPLE": shape.row_per_sample,
+        "LIMIT": limit_name,
+        "RANGE": limit_range,
+        "RATIO": ratio,
+        "WHOLE": whole,
+        "SAMPLE_AXIS": sample_axis,
+        "OUTPUT_CHANNELS_LAST": shape.output_channels_last,
+        "INPUT_CHANNELS_LAST": shape.input_channels_last,
+        "ADVANCE": shape.advance,
+        "INTERPRETED": interpreted,
+        "EVEN": not whole and isinstance(n, int) and n % block == 0,
+        "BLOCK": block,
+    }
+    numbers: tuple[int, ...] = (n, batch, shape.num_steps, shape.channels, shape.batch)
+    step = KernelCall(ddim_step_kernel, STEP_POINTERS, numbers, constants, grid, num_warps)
+    tickets = 0
+    if shape.advance and not (blocks == 1 and (shape.row_per_sample or batch == 1)):
+        tickets = shape.batch if shape.row_per_sample else 1
+    if whole or not needs_statistics:
+        return Plan("whole" if whole else "elements", flat, (step,), tickets)
+
+    blocks = triton.cdiv(n, STATISTICS_BLOCK)
+    sample_axis, grid = _grid(batch, blocks)
+    row_size = SLOTS.value
+    layout = {
+        "SAMPLE_AXIS": sample_axis,
+        "OUTPUT_CHANNELS_LAST": shape.output_channels_last,
+        "BLOCK": STATISTICS_BLOCK,
+    }
+    calls = []
+    if limit_name == "threshold":
+        shift = _bin_shift(limit_range)
+        row_size += BINS.value + (1 << shift)
+        for refine in (False, True):
+            histogram = {
+                "REFINE": refine,
+                "GUIDED": shape.guided,
+                "RESCALED": shape.rescale,
+                **guidance,
+                "ROW_PER_SAMPLE": shape.row_per_sample,
+                "RATIO": ratio,
+                "MAX_VALUE": limit_range,
+                **layout,
+            }
+            numbers = (n, batch, shape.num_steps, shape.channels, row_size, shift)
+            calls.append(KernelCall(histogram_kernel, _HISTOGRAM_POINTERS, numbers, histogram, grid, 8))
+    if shape.rescale:
+        rescale = {**guidance, "RESCALE_PER_SAMPLE": shape.rescale_per_sample, **layout}
+        numbers = (n, batch, shape.channels, row_size)
+        calls.insert(0, KernelCall(rescale_kernel, _RESCALE_POINTERS, numbers, rescale, grid, 8))
+    statistics = 2 * batch + (4 * batch * blocks if shape.rescale else 0)
+    return Plan("statistics", flat, (*calls, step), tickets, batch * row_size, statistics)
+
+
+def _limit_constants(limit: Limit) -> tuple[str, float, float]:
+    """The limit's name in the kernel, its range and its ratio."""
+    if limit is None:
+        return "none", 1.0, 1.0
+    if isinstance(limit, Clip):
+        return "clip", float(limit.range), 1.0
+    if limit.max_value > 1:
+        return "threshold", float(limit.max_value), float(limit.ratio)
+    # The quantile is clamped to at most max_value last, so it cannot matter.
+    return ("clip" if limit.max_value == 1 else "fixed"), float(limit.max_value), 1.0
+
+
+def _element_block(batch: int, n: int) -> int:
+    if isinstance(batch, torch.SymInt) or isinstance(n, torch.SymInt):
+        return LARGEST_BLOCK // 2
+    block = LARGEST_BLOCK
+    while block > 256 and batch * triton.cdiv(n, block) < _ENOUGH_PROGRAMS:
+        block //= 2
+    return min(block, max(64, int(triton.next_power_of_2(n))))
+
+
+def _grid(batch: int, blocks: int) -> tuple[int, tuple[int, int]]:
+    """Which axis counts the samples: the second one, which is the short one, unless there are too many."""
+    if isinstance(batch, torch.SymInt) or batch <= _MAX_GRID_Y:
+        return 1, (blocks, batch)
+    return 0, (batch, blocks)
+
+
+def _bin_shift(maximum: float) -> int:
+    """Bins of `1 << shift` bit patterns are wide enough for all of (1, maximum]."""
+    (bits,) = struct.unpack("<i", struct.pack("<f", maximum))
+    patterns: int = bits - 0x3F800000
+    return max(0, math.ceil(math.log2(max(1, patterns))) - int(math.log2(BINS.value)))
