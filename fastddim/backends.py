@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 from typing import Any
@@ -62,11 +61,14 @@ def try_fused(
         if reason is not None:
             _log_once(reason)
             return None
-    launch = _kernels("launch")
-    step_function = _kernels("operator").ddim_step if torch.compiler.is_compiling() else launch.ddim_step
+    from fastddim.kernels import launch
+
+    if torch.compiler.is_compiling():
+        from fastddim.kernels import operator
+
+        return operator.ddim_step(model_output, sample, table, step, **arguments)
     try:
-        result: tuple[torch.Tensor, torch.Tensor | None] = step_function(model_output, sample, table, step, **arguments)
-        return result
+        return launch.ddim_step(model_output, sample, table, step, **arguments)
     except launch.KernelUnavailableError as error:
         if chosen == "triton":
             raise
@@ -87,14 +89,10 @@ def _reason_against(tensors: tuple[Any, ...]) -> str | None:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         return "it has no gradients, and a tensor requires them"
     try:
-        _kernels("launch")
+        import fastddim.kernels.launch  # noqa: F401
     except ImportError as error:
         return f"triton cannot be imported ({error})"
     return None
-
-
-def _kernels(module: str) -> Any:
-    return importlib.import_module(f"fastddim.kernels.{module}")
 
 
 def _log_once(reason: str) -> None:

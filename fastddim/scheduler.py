@@ -22,7 +22,7 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput as _DiffusersOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from fastddim.backends import check_backend, try_fused
+from fastddim.backends import try_fused
 from fastddim.coefficients import StepCoefficients, columns
 from fastddim.config import PREDICTION_TYPES, Limit, limit_from, require_choice
 from fastddim.reference import step_with_row
@@ -102,6 +102,18 @@ class _TimestepTable:
         return self.on(device)[1][number]
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _traced_rows(
+    scheduler: _TableStep,
+    num_inference_steps: int | None,
+    eta: float,
+    use_clipped_model_output: bool,
+    device: torch.device,
+) -> torch.Tensor:
+    """The rows on a device, found while torch traces instead of by the trace: its arguments are what the trace guards."""
+    return scheduler._table(eta, use_clipped_model_output).on(device)[0]
+
+
 class _TableStep:
     """What the two schedulers share: the tables' cache and the step through a row."""
 
@@ -136,20 +148,32 @@ class _TableStep:
 
     def _step(
         self,
-        table: _TimestepTable,
+        eta: float,
+        use_clipped_model_output: bool,
         timestep: int | torch.Tensor,
         model_output: torch.Tensor,
         sample: torch.Tensor,
         noise: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if sample.is_cuda or self.backend != "auto":
-            fused = self._try_fused(table, timestep, model_output, sample, noise)
+        index: int | torch.Tensor
+        if torch.compiler.is_compiling():
+            rows = _traced_rows(self, self.num_inference_steps, eta, use_clipped_model_output, sample.device)
+            index = torch.as_tensor(timestep, device=sample.device).reshape(())
+            fused = self._try_fused(rows, index, model_output, sample, noise)
             if fused is not None:
                 return fused
-        if isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu":
-            row = table.gather(timestep, sample.device)
+            row = StepCoefficients(*rows[index.reshape(1)][0].unbind())
         else:
-            row = table.row(timestep)
+            table = self._table(eta, use_clipped_model_output)
+            if sample.is_cuda or self.backend != "auto":
+                rows, index = table.on(sample.device)[0], table.index(timestep, sample.device)
+                fused = self._try_fused(rows, index, model_output, sample, noise)
+                if fused is not None:
+                    return fused
+            if isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu":
+                row = table.gather(timestep, sample.device)
+            else:
+                row = table.row(timestep)
         dtype = sample.dtype
         if model_output.shape != sample.shape:
             model_output, sample = torch.broadcast_tensors(model_output, sample)  # type: ignore[no-untyped-call]
@@ -164,18 +188,17 @@ class _TableStep:
 
     def _try_fused(
         self,
-        table: _TimestepTable,
-        timestep: int | torch.Tensor,
+        rows: torch.Tensor,
+        index: torch.Tensor,
         model_output: torch.Tensor,
         sample: torch.Tensor,
         noise: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        if check_backend(self.backend) == "reference" or model_output.shape != sample.shape:
+        if model_output.shape != sample.shape:
             return None
-        rows = table.on(sample.device)[0]
-        index = table.index(timestep, sample.device)
-        dtype = torch.promote_types(sample.dtype, model_output.dtype)
-        out = None if dtype == sample.dtype else torch.empty_like(sample, dtype=dtype)
+        out = None
+        if model_output.dtype != sample.dtype:
+            out = torch.empty_like(sample, dtype=torch.promote_types(sample.dtype, model_output.dtype))
         fused = try_fused(self.backend, model_output, sample, rows, index, limit=self._limit, noise=noise, out=out)
         if fused is None:
             return None
@@ -284,7 +307,6 @@ class DDIMScheduler(_TableStep, diffusers.DDIMScheduler):  # type: ignore[misc]
         Raises:
             ValueError: called before `set_timesteps`, or with both a generator and a `variance_noise`.
         """
-        table = self._table(eta, bool(use_clipped_model_output))
         noise = None
         if eta > 0:
             if variance_noise is not None and generator is not None:
@@ -296,7 +318,9 @@ class DDIMScheduler(_TableStep, diffusers.DDIMScheduler):  # type: ignore[misc]
                 noise = randn_tensor(
                     model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
                 )
-        prev_sample, pred_original_sample = self._step(table, timestep, model_output, sample, noise)
+        prev_sample, pred_original_sample = self._step(
+            eta, bool(use_clipped_model_output), timestep, model_output, sample, noise
+        )
         if not return_dict:
             return prev_sample, pred_original_sample
         return DDIMSchedulerOutput(prev_sample, pred_original_sample)
@@ -323,8 +347,7 @@ class DDIMInverseScheduler(_TableStep, diffusers.DDIMInverseScheduler):  # type:
         Raises:
             ValueError: called before `set_timesteps`.
         """
-        table = self._table(0.0, False)
-        prev_sample, pred_original_sample = self._step(table, timestep, model_output, sample, None)
+        prev_sample, pred_original_sample = self._step(0.0, False, timestep, model_output, sample, None)
         if not return_dict:
             return prev_sample, pred_original_sample
         return DDIMSchedulerOutput(prev_sample, pred_original_sample)

@@ -174,7 +174,9 @@ def ddim_step(
             _spec(table) if isinstance(table, torch.Tensor) else len(table),
             _spec(step) if isinstance(step, torch.Tensor) else type(step),
             _spec(guidance_scale) if isinstance(guidance_scale, torch.Tensor) else type(guidance_scale),
-            _spec(guidance_rescale) if isinstance(guidance_rescale, torch.Tensor) else (type(guidance_rescale), guidance_rescale != 0),
+            _spec(guidance_rescale)
+            if isinstance(guidance_rescale, torch.Tensor)
+            else (type(guidance_rescale), guidance_rescale != 0),
             limit, cond_first, advance,
         )  # fmt: skip
         entry = _ENTRIES.get(key)
