@@ -4,13 +4,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help setup demo test slow check format bench clean
+.PHONY: help setup demo test slow check format bench budget clean
 
 help:
 	@echo "make demo    sample a grid of handwritten digits: digits.png"
 	@echo "make test    run the tests (ARGS='-k name' to choose)"
 	@echo "make check   ruff and mypy"
 	@echo "make bench   the benchmarks, ours against diffusers in one run"
+	@echo "make budget  the kernels compiled for every supported GPU, held to their budget"
 	@echo "make slow    the long sweeps"
 	@echo "make format  let ruff format the code"
 
@@ -44,6 +45,9 @@ format: setup
 bench: setup
 	$(BIN)/python -m fastddim.bench $(ARGS)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+budget: setup
+	$(BIN)/python benchmarks/kernel_budget.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -23,12 +23,14 @@ _HISTOGRAM_POINTERS = ("sample", "output", "table", "step", "guidance", "statist
 
 # The largest sample whose statistics one program takes without spilling registers, on every supported Triton.
 WHOLE_SAMPLE = 16384
-STATISTICS_BLOCK = 4096
+STATISTICS_BLOCK = 2048
 LARGEST_BLOCK = 2048
 # Two warps give a thread 32 elements of the largest block: enough loads in flight, and little overhead for each.
 NUM_WARPS = 2
 # Programs enough for a few waves of any current GPU; below that, smaller blocks.
 _ENOUGH_PROGRAMS = 512
+# What a program that has a whole sample's statistics updates at a time; more elements a thread would spill.
+_CHUNK = 4096
 _MAX_GRID_Y = 65535
 
 
@@ -144,6 +146,7 @@ def make_plan(shape: StepShape, interpreted: bool = False) -> Plan:
         "INTERPRETED": interpreted,
         "EVEN": not whole and isinstance(n, int) and n % block == 0,
         "BLOCK": block,
+        "CHUNK": min(block, _CHUNK) if whole else block,
     }
     numbers: tuple[int, ...] = (n, batch, shape.num_steps, shape.channels, shape.batch)
     step = KernelCall(ddim_step_kernel, STEP_POINTERS, numbers, constants, grid, num_warps)

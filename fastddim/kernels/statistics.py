@@ -19,6 +19,7 @@ from fastddim.kernels.step import (
     NUM_COLUMNS,
     ONE_BITS,
     limit_scale,
+    load_cond,
     load_guided,
     predict,
     quantile_rank,
@@ -113,10 +114,11 @@ def rescale_kernel(
     lanes = tl.arange(0, BLOCK)
     size = tl.minimum(n - start, BLOCK).to(tl.int32)
     live = lanes < size
-    out, cond = load_guided(
+    out = load_guided(
         output_ptr, guidance_ptr, b, batch, start, lanes, live, n, channels, COND_FIRST, SCALE_PER_SAMPLE,
         OUTPUT_CHANNELS_LAST,
     )  # fmt: skip
+    cond = load_cond(output_ptr, b, batch, start, lanes, live, n, channels, COND_FIRST, OUTPUT_CHANNELS_LAST)
     parts = statistics_ptr + batch * 2 + b * blocks * 4
     mean, square = part(out, live, size.to(tl.float32))
     cond_mean, cond_square = part(cond, live, size.to(tl.float32))
@@ -162,7 +164,7 @@ def magnitude_bits(
     factor = tl.full([], 1.0, tl.float32)
     if RESCALED:
         factor = tl.load(statistics_ptr + b * 2 + 1)
-    x, out, x0 = predict(
+    _, _, x0 = predict(
         sample_ptr, output_ptr, guidance_ptr, b, batch, start, lanes, live, n, channels, tl.load(columns),
         tl.load(columns + 1), factor, GUIDED, RESCALED, COND_FIRST, SCALE_PER_SAMPLE, OUTPUT_CHANNELS_LAST,
     )  # fmt: skip

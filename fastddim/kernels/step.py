@@ -97,7 +97,7 @@ def load_guided(
     SCALE_PER_SAMPLE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """The guided output and the conditional one."""
+    """`uncond + scale * (cond - uncond)` of the stacked model output."""
     scale = tl.load(guidance_ptr + (b if SCALE_PER_SAMPLE else 0)).to(tl.float32)
     # torch.lerp starts from the nearer end, which decides where infinities cancel; here by swapping the pointers.
     from_cond = scale >= 0.5
@@ -109,8 +109,27 @@ def load_guided(
     other_first = first + tl.where(base_second, 0, half)
     base = load(output_ptr, base_first, start, lanes, live, n, channels, CHANNELS_LAST)
     other = load(output_ptr, other_first, start, lanes, live, n, channels, CHANNELS_LAST)
-    guided = tl.fma(tl.zeros_like(base) + weight, other - base, base)
-    return guided, tl.where(from_cond, base, other)
+    return tl.fma(tl.zeros_like(base) + weight, other - base, base)
+
+
+@triton.jit
+def load_cond(
+    output_ptr,
+    b,
+    batch,
+    start,
+    lanes,
+    live,
+    n,
+    channels,
+    COND_FIRST: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """The conditional half of the stacked model output."""
+    first = b * n
+    if not COND_FIRST:
+        first += batch.to(tl.int64) * n
+    return load(output_ptr, first, start, lanes, live, n, channels, CHANNELS_LAST)
 
 
 @triton.jit
@@ -137,7 +156,7 @@ def predict(
     """The state, the model's (guided, rescaled) output, and x0 before the limit."""
     x = load(sample_ptr, b * n, start, lanes, live, n, channels, False)
     if GUIDED:
-        out, cond = load_guided(
+        out = load_guided(
             output_ptr, guidance_ptr, b, batch, start, lanes, live, n, channels, COND_FIRST, SCALE_PER_SAMPLE,
             CHANNELS_LAST,
         )  # fmt: skip
@@ -332,8 +351,9 @@ def ddim_step_kernel(
     INTERPRETED: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """One step of BLOCK elements of one sample; with WHOLE, of a whole sample.
+    """One step of BLOCK elements of one sample; with WHOLE, of a whole sample, which is updated CHUNK by CHUNK.
 
     statistics_ptr: `[batch, 2]` float32, each sample's threshold and rescale factor, where WHOLE cannot give them.
     tickets_ptr: int32 zeros, one for each index of step_ptr, where several programs read an index that moves on.
@@ -342,10 +362,6 @@ def ddim_step_kernel(
     """
     b = tl.program_id(SAMPLE_AXIS).to(tl.int64)
     start = tl.program_id(1 - SAMPLE_AXIS).to(tl.int64) * BLOCK
-    lanes = tl.arange(0, BLOCK)
-    live = None
-    if not EVEN:
-        live = lanes < tl.minimum(n - start, BLOCK).to(tl.int32)
     first = b * n
 
     row = tl.load(step_ptr + (b if ROW_PER_SAMPLE else 0)).to(tl.int64)
@@ -364,58 +380,71 @@ def ddim_step_kernel(
     factor = tl.full([], 1.0, tl.float32)
     scale = tl.full([], 1.0, tl.float32)
     if WHOLE:
+        every = tl.arange(0, BLOCK)
+        present = every < tl.cast(n, tl.int32)
         if GUIDED and rescale_ptr is not None:
-            out, cond = load_guided(
-                output_ptr, guidance_ptr, b, batch, start, lanes, live, n, channels, COND_FIRST, SCALE_PER_SAMPLE,
+            phi = tl.load(rescale_ptr + (b if RESCALE_PER_SAMPLE else 0)).to(tl.float32)
+            std_cond = deviation(
+                load_cond(output_ptr, b, batch, start, every, present, n, channels, COND_FIRST, OUTPUT_CHANNELS_LAST),
+                present, n,
+            )  # fmt: skip
+            tl.debug_barrier()
+            guided = load_guided(
+                output_ptr, guidance_ptr, b, batch, start, every, present, n, channels, COND_FIRST, SCALE_PER_SAMPLE,
                 OUTPUT_CHANNELS_LAST,
             )  # fmt: skip
-            phi = tl.load(rescale_ptr + (b if RESCALE_PER_SAMPLE else 0)).to(tl.float32)
-            factor = rescale_factor(deviation(cond, live, n), deviation(out, live, n), phi)
+            factor = rescale_factor(std_cond, deviation(guided, present, n), phi)
             tl.debug_barrier()
         if LIMIT == "threshold":
-            x, out, x0 = predict(
-                sample_ptr, output_ptr, guidance_ptr, b, batch, start, lanes, live, n, channels, x0_from_x,
+            _, _, whole = predict(
+                sample_ptr, output_ptr, guidance_ptr, b, batch, start, every, present, n, channels, x0_from_x,
                 x0_from_output, factor, GUIDED, rescale_ptr is not None, COND_FIRST, SCALE_PER_SAMPLE,
                 OUTPUT_CHANNELS_LAST,
             )  # fmt: skip
-            scale = threshold_scale(x0, live, n, RATIO, RANGE)
+            scale = threshold_scale(whole, present, n, RATIO, RANGE)
             tl.debug_barrier()
     elif statistics_ptr is not None:
         scale = tl.load(statistics_ptr + b * 2)
         factor = tl.load(statistics_ptr + b * 2 + 1)
 
-    x, out, x0 = predict(
-        sample_ptr, output_ptr, guidance_ptr, b, batch, start, lanes, live, n, channels, x0_from_x, x0_from_output,
-        factor, GUIDED, rescale_ptr is not None, COND_FIRST, SCALE_PER_SAMPLE, OUTPUT_CHANNELS_LAST,
-    )  # fmt: skip
-    if LIMIT == "clip":
-        x0 = tl.clamp(x0, -RANGE, RANGE, propagate_nan=tl.PropagateNan.ALL)
-    if LIMIT == "fixed":
-        x0 = apply_threshold(x0, tl.full([], RANGE, tl.float32))
-    if LIMIT == "threshold":
-        x0 = apply_threshold(x0, scale)
+    lanes = tl.arange(0, CHUNK)
+    for offset in range(0, n if WHOLE else 1, CHUNK):
+        here = start + offset
+        live = None
+        if not EVEN:
+            live = lanes < tl.minimum(n - here, CHUNK).to(tl.int32)
+        x, out, x0 = predict(
+            sample_ptr, output_ptr, guidance_ptr, b, batch, here, lanes, live, n, channels, x0_from_x, x0_from_output,
+            factor, GUIDED, rescale_ptr is not None, COND_FIRST, SCALE_PER_SAMPLE, OUTPUT_CHANNELS_LAST,
+        )  # fmt: skip
+        if LIMIT == "clip":
+            x0 = tl.clamp(x0, -RANGE, RANGE, propagate_nan=tl.PropagateNan.ALL)
+        if LIMIT == "fixed":
+            x0 = apply_threshold(x0, tl.full([], RANGE, tl.float32))
+        if LIMIT == "threshold":
+            x0 = apply_threshold(x0, scale)
 
-    x_next = add_term(next_from_x0 * x0, next_from_output, out)
-    x_next = add_term(x_next, next_from_x, x)
-    if noise_ptr is not None:
-        noise = load(noise_ptr, first, start, lanes, live, n, channels, False)
-        x_next = add_term(x_next, noise_scale, noise)
-    if seeds_ptr is not None:
-        if noise_scale != 0.0:
-            noise_step = row
-            if first_row_ptr is not None:
-                noise_step = row - tl.load(first_row_ptr + b).to(tl.int64)
-            noise = normal_block(tl.load(seeds_ptr + b), noise_step, start, BLOCK)
-            x_next = tl.fma(tl.zeros_like(noise) + noise_scale, noise, x_next)
+        x_next = add_term(next_from_x0 * x0, next_from_output, out)
+        x_next = add_term(x_next, next_from_x, x)
+        if noise_ptr is not None:
+            noise = load(noise_ptr, first, here, lanes, live, n, channels, False)
+            x_next = add_term(x_next, noise_scale, noise)
+        if seeds_ptr is not None:
+            if noise_scale != 0.0:
+                noise_step = row
+                if first_row_ptr is not None:
+                    noise_step = row - tl.load(first_row_ptr + b).to(tl.int64)
+                noise = normal_block(tl.load(seeds_ptr + b), noise_step, here, CHUNK)
+                x_next = tl.fma(tl.zeros_like(noise) + noise_scale, noise, x_next)
 
-    store(next_ptr, first, start, lanes, live, n, channels, x_next, False, INTERPRETED)
-    if x0_ptr is not None:
-        store(x0_ptr, first, start, lanes, live, n, channels, x0, False, INTERPRETED)
-    if input_ptr is not None:
-        store(input_ptr, first, start, lanes, live, n, channels, x_next, INPUT_CHANNELS_LAST, INTERPRETED)
-        if GUIDED:
-            second = first + batch.to(tl.int64) * n
-            store(input_ptr, second, start, lanes, live, n, channels, x_next, INPUT_CHANNELS_LAST, INTERPRETED)
+        store(next_ptr, first, here, lanes, live, n, channels, x_next, False, INTERPRETED)
+        if x0_ptr is not None:
+            store(x0_ptr, first, here, lanes, live, n, channels, x0, False, INTERPRETED)
+        if input_ptr is not None:
+            store(input_ptr, first, here, lanes, live, n, channels, x_next, INPUT_CHANNELS_LAST, INTERPRETED)
+            if GUIDED:
+                second = first + batch.to(tl.int64) * n
+                store(input_ptr, second, here, lanes, live, n, channels, x_next, INPUT_CHANNELS_LAST, INTERPRETED)
 
     if ADVANCE:
         # Every warp has to have read the index before one of them moves it on.

@@ -1,0 +1,335 @@
+"""Compile the step's kernels for every supported GPU, none needed, and hold them to a budget.
+
+    python benchmarks/kernel_budget.py [--quick] [--update] [--json FILE]
+
+For each variant and target: spilled bytes (0 asked), the width of the accesses to the large tensors (128 bits asked where
+sizes allow), and instructions an element and registers, which may not pass the committed `kernel_budget.json`. `--update`
+rewrites that file; `--quick` compiles a sample. Status 1 if a variant is over budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastddim.config import Clip, DynamicThreshold
+from fastddim.kernels.plan import KernelCall, StepShape, make_plan
+
+BUDGET_FILE = Path(__file__).with_suffix(".json")
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Compilers differ a little from one build to the next; a variant that grew by more has changed.
+SLACK = 1.02
+NOISE_LIMIT = 70.0
+GUIDED_CLIP_LIMIT = 12.0
+
+LATENT = {"batch": 64, "elements": 16384}
+PIXELS = {"batch": 8, "elements": 3 * 256 * 256}
+# Bits of an element.
+WIDTHS = {"fp32": 32, "fp16": 16, "bf16": 16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A variant: what is asked of the step, and the dtypes.
+
+    Attributes:
+        shape: sizes and options.
+        state, model: dtypes of the state, and of the model's output and input.
+        outputs: optional results, of `x0` and `input`.
+        noise: `"given"` adds a noise tensor (of the state's dtype); drawn noise is in `shape`.
+        quick: part of the sample.
+    """
+
+    name: str
+    shape: StepShape
+    state: str = "fp32"
+    model: str = "fp32"
+    outputs: tuple[str, ...] = ()
+    noise: str | None = None
+    quick: bool = False
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What a kernel compiled to. `wide` counts its widest accesses, `wide_asked` those that the large tensors need."""
+
+    case: str
+    kernel: str
+    target: str
+    block: int
+    num_warps: int
+    instructions: float
+    registers: int
+    spills: int
+    wide: int
+    wide_asked: int
+
+
+def make_cases() -> list[Case]:
+    """The variants: every option, every pair of dtypes, every tier."""
+    clip, threshold = Clip(1.0), DynamicThreshold(0.995, 2.0)
+    guided = StepShape(**PIXELS, guided=True, limit=clip)
+    cases = [Case("guidance + clip", guided, quick=True)]
+    cases += [
+        Case(
+            f"guidance + clip, {state} state, {model} model",
+            guided,
+            state,
+            model,
+            quick=(state, model) == ("bf16", "bf16"),
+        )
+        for state in WIDTHS
+        for model in WIDTHS
+        if (state, model) != ("fp32", "fp32")
+    ]
+    for state in WIDTHS:
+        drawn = StepShape(**PIXELS, guided=True, limit=clip, drawn=True)
+        cases.append(Case(f"guidance + clip + drawn noise, {state}", drawn, state, state, quick=state == "fp32"))
+    everything = ("x0", "input")
+    options = {"scale_per_sample": True, "row_per_sample": True}
+    cases += [
+        Case("plain", StepShape(**PIXELS)),
+        Case("clip", StepShape(**PIXELS, limit=clip), quick=True),
+        Case("fixed threshold", StepShape(**PIXELS, limit=DynamicThreshold(0.9, 0.5))),
+        Case("given noise", StepShape(**PIXELS, limit=clip), noise="given"),
+        Case("conditional half first", StepShape(**PIXELS, guided=True, cond_first=True, limit=clip)),
+        Case("rows and scales per sample", StepShape(**PIXELS, guided=True, limit=clip, **options)),
+        Case("x0 and model input", guided, outputs=everything),
+        Case("x0 and half model input", guided, model="fp16", outputs=everything, quick=True),
+        Case("advance", StepShape(**PIXELS, guided=True, limit=clip, advance=True), outputs=everything),
+        Case("advance per sample", StepShape(**PIXELS, guided=True, limit=clip, advance=True, **options), outputs=everything),
+        Case("small", StepShape(2, 16384, guided=True, limit=clip), quick=True),
+        Case("small, drawn noise", StepShape(2, 16384, guided=True, limit=clip, drawn=True)),
+        Case("action sequence", StepShape(8, 112, limit=clip, row_per_sample=True)),
+        Case("ragged", StepShape(8, 3 * 61 * 61, guided=True, limit=clip, drawn=True)),
+        Case("ragged, flat", StepShape(8, 3 * 61 * 61, guided=True, limit=clip), outputs=everything),
+        Case("channels-last model", StepShape(**PIXELS, channels=3, guided=True, limit=clip, output_channels_last=True,
+                                              input_channels_last=True), model="bf16", outputs=everything),
+    ]  # fmt: skip
+    for n in (1024, 4096, 12288, 16384):
+        whole = StepShape(64, n, guided=True, limit=threshold)
+        cases.append(Case(f"threshold, sample of {n}", whole, quick=n == 16384))
+    one_program = {"batch": 64, "elements": 16384, "guided": True}
+    cases += [
+        Case("threshold, unguided", StepShape(64, 16384, limit=threshold)),
+        Case("threshold, bf16", StepShape(**one_program, limit=threshold), "bf16", "bf16", everything),
+        Case("threshold + rescale", StepShape(**one_program, limit=threshold, rescale=True), outputs=everything, quick=True),
+        Case("threshold + rescale + drawn noise", StepShape(**one_program, limit=threshold, rescale=True, drawn=True,
+                                                            advance=True, **options), outputs=everything),
+        Case("rescale", StepShape(**one_program, limit=clip, rescale=True), quick=True),
+        Case("large threshold", StepShape(**PIXELS, guided=True, limit=threshold), quick=True),
+        Case("large threshold, unguided bf16", StepShape(**PIXELS, limit=threshold), "bf16", "bf16"),
+        Case("large rescale", StepShape(**PIXELS, guided=True, limit=clip, rescale=True)),
+        Case("large threshold + rescale", StepShape(**PIXELS, guided=True, limit=threshold, rescale=True)),
+    ]  # fmt: skip
+    return cases
+
+
+def pointer_types(case: Case) -> dict[str, str]:
+    """The dtype of every pointer that the case's kernels get; the others are None."""
+    shape = case.shape
+    types = {"output": case.model, "sample": case.state, "table": "fp32", "step": "i64", "next": case.state}
+    types |= {"x0": case.state} if "x0" in case.outputs else {}
+    types |= {"input": case.model} if "input" in case.outputs else {}
+    types |= {"guidance": "fp32"} if shape.guided else {}
+    types |= {"rescale": "fp32"} if shape.rescale else {}
+    types |= {"noise": case.state} if case.noise else {}
+    types |= {"seeds": "i64", "first_row": "i64"} if shape.drawn else {}
+    types |= {"timesteps": "i64", "next_timestep": "i64"} if shape.advance else {}
+    plan = make_plan(shape)
+    types |= {"tickets": "i32"} if plan.tickets else {}
+    types |= {"statistics": "fp32", "counters": "i32"} if plan.statistics else {}
+    return types
+
+
+def source(call: KernelCall, types: dict[str, str]) -> ASTSource:
+    """The kernel with the specialisation Triton gives it for aligned tensors."""
+    signature, constants, attributes = {}, {}, {}
+    aligned = [["tt.divisibility", 16]]
+    loose = {p.name for p in call.kernel.params if p.do_not_specialize or p.do_not_specialize_on_alignment}
+    names = call.kernel.arg_names
+    for i, (name, pointer) in enumerate(zip(names, call.pointers, strict=False)):
+        if pointer in types:
+            signature[name] = f"*{types[pointer]}"
+            if name not in loose:
+                attributes[(i,)] = aligned
+        else:
+            signature[name], constants[name] = "constexpr", None
+    for i, number in enumerate(call.numbers, start=len(call.pointers)):
+        name = names[i]
+        if number == 1 and name not in loose:
+            signature[name], constants[name] = "constexpr", 1
+            continue
+        signature[name] = "i32" if number < 1 << 31 else "i64"
+        if number % 16 == 0 and name not in loose:
+            attributes[(i,)] = aligned
+    for name, value in call.constants.items():
+        signature[name], constants[name] = "constexpr", value
+    return ASTSource(call.kernel, signature, constants, attributes)
+
+
+def measure(case: Case, target: str) -> list[Figure]:
+    """Compile the case's kernels for a target."""
+    figures = []
+    types = pointer_types(case)
+    for call in make_plan(case.shape).calls:
+        options = {"num_warps": call.num_warps, "enable_fp_fusion": False}
+        compiled = triton.compile(source(call, types), target=TARGETS[target], options=options)
+        count, registers, spills, widths = (_nvidia if target.startswith("sm_") else _amd)(compiled)
+        block = call.constants["BLOCK"]
+        threads = call.num_warps * TARGETS[target].warp_size
+        # A whole sample is updated in chunks, by a loop whose body is there once.
+        share = call.constants.get("CHUNK", block) // threads
+        # Bits that one thread moves of each large tensor, in accesses as wide as that allows.
+        moved = [share * WIDTHS[types[name]] for name in _large_accesses(call, types)]
+        best = min(128, *moved)
+        figures.append(
+            Figure(
+                case.name, call.kernel.__name__ + (" (refine)" if call.constants.get("REFINE") else ""), target, block,
+                call.num_warps, round(count / (block / threads), 2), registers, spills,
+                sum(width >= best for width in widths), sum(bits // min(128, bits) for bits in moved),
+            )
+        )  # fmt: skip
+    return figures
+
+
+def _large_accesses(call: KernelCall, types: dict[str, str]) -> list[str]:
+    """Each large tensor once for every time that the kernel goes through it: two halves of what is stacked."""
+    large = [
+        name for name in ("output", "sample", "noise", "next", "x0", "input") if name in call.pointers and name in types
+    ]
+    stacked = "guidance" in types
+    return large + [name for name in large if stacked and name in ("output", "input")]
+
+
+def _nvidia(compiled: triton.compiler.CompiledKernel) -> tuple[int, int, int, list[int]]:
+    """Instructions, registers, spilled bytes, and the widths in bits of the global accesses."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _run(tools / "cuobjdump", "-res-usage", cubin)
+        sass = _run(tools / "nvdisasm", "-c", cubin)
+    lines = [line for line in sass.splitlines() if re.match(r"\s+/\*[0-9a-f]{4,}\*/", line) and " NOP" not in line]
+    widths = []
+    for line in lines:
+        access = re.search(r"\b(?:LDG|STG)\.([\w.]+)", line)
+        if access:
+            sizes = re.findall(r"\b(?:U8|U16|S16|64|128|256)\b", access[1].replace(".", " "))
+            widths.append({"U8": 8, "U16": 16, "S16": 16}.get(sizes[-1], 0) or int(sizes[-1]) if sizes else 32)
+    # The kernels have no arrays, so what they have on the stack is spilled.
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, f"cuobjdump prints something else than expected: {usage}"
+    return len(lines), int(found[1]), int(found[2]), widths
+
+
+def _amd(compiled: triton.compiler.CompiledKernel) -> tuple[int, int, int, list[int]]:
+    assembly = compiled.asm["amdgcn"]
+    lines = [line for line in assembly.splitlines() if re.match(r"\s+(?:[vs]|global|buffer|ds|flat)_\w+", line)]
+    names = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16, "ubyte": 8}
+    widths = []
+    for line in lines:
+        access = re.match(r"\s+(?:global|buffer)_(?:load|store)_(\w+)", line)
+        if access:
+            widths.append(next((bits for name, bits in names.items() if access[1].startswith(name)), 32))
+    found = {
+        key: re.search(rf"\.{key}:\s+(\d+)", assembly) for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+    }
+    counts = {key: int(match[1]) for key, match in found.items() if match is not None}
+    return len(lines), counts["vgpr_count"], counts["vgpr_spill_count"] + counts["sgpr_spill_count"], widths
+
+
+def _run(*command: object) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def check(figures: list[Figure], kept: dict[str, dict[str, float]] | None) -> Iterator[str]:
+    """What is over budget. `kept` is the committed table, of the same Triton, or None."""
+    for figure in figures:
+        where = f"{figure.case}: {figure.kernel}: {figure.target}"
+        if figure.spills:
+            yield f"{where}: {figure.spills} bytes spilled; 0 asked"
+        vectors = not figure.case.startswith(("ragged", "action", "channels-last"))
+        if vectors and figure.wide < figure.wide_asked:
+            yield f"{where}: {figure.wide} accesses of full width; {figure.wide_asked} asked"
+        limit = {"guidance + clip": GUIDED_CLIP_LIMIT, "guidance + clip + drawn noise, fp32": NOISE_LIMIT}.get(
+            figure.case
+        )
+        if limit is not None and figure.target == "sm_90" and figure.instructions > limit:
+            yield f"{where}: {figure.instructions} instructions an element; at most {limit:g} asked"
+        if kept is None:
+            continue
+        before = kept.get(where)
+        if before is None:
+            yield f"{where}: not in {BUDGET_FILE.name}; run with --update and commit it"
+            continue
+        for name in ("instructions", "registers"):
+            now = getattr(figure, name)
+            if now > before[name] * SLACK:
+                yield f"{where}: {now} {name}, {before[name]} before; mend it, or run with --update and say why"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a sample of the variants")
+    parser.add_argument("--update", action="store_true", help="rewrite the committed budget")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    arguments = parser.parse_args()
+    cases = [case for case in make_cases() if case.quick or not arguments.quick]
+    jobs = [(case, target) for case in cases for target in TARGETS]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        figures = [figure for group in pool.map(measure, *zip(*jobs, strict=True)) for figure in group]
+    print(f"Triton {triton.__version__}")
+    print(f"{'variant':42} {'kernel':26} {'block':>5} {'warps':>5} | instructions an element / registers")
+    print(f"{'':42} {'':26} {'':>5} {'':>5} | " + " ".join(f"{target:>10}" for target in TARGETS))
+    rows: dict[tuple[str, str], dict[str, Figure]] = {}
+    for figure in figures:
+        rows.setdefault((figure.case, figure.kernel), {})[figure.target] = figure
+    for (case, kernel), row in rows.items():
+        first = next(iter(row.values()))
+        cells = " ".join(f"{f'{figure.instructions:.1f}/{figure.registers}':>10}" for figure in row.values())
+        print(f"{case:42} {kernel:26} {first.block:5} {first.num_warps:5} | {cells}")
+    if arguments.json:
+        report = {"triton": triton.__version__, "figures": [asdict(figure) for figure in figures]}
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    if arguments.update:
+        table = {
+            f"{figure.case}: {figure.kernel}: {figure.target}": {
+                "instructions": figure.instructions, "registers": figure.registers,
+            }
+            for figure in figures
+        }  # fmt: skip
+        BUDGET_FILE.write_text(json.dumps({"triton": triton.__version__, "budget": table}, indent=1) + "\n")
+    kept = json.loads(BUDGET_FILE.read_text()) if BUDGET_FILE.exists() else None
+    same_compiler = kept is not None and kept["triton"] == triton.__version__
+    problems = list(check(figures, kept["budget"] if kept is not None and same_compiler else None))
+    if not same_compiler:
+        print(f"{BUDGET_FILE.name} is of another Triton: only spills and widths are checked")
+    for problem in problems:
+        print(f"over budget: {problem}", file=sys.stderr)
+    print(f"{len(figures)} kernels, {len(problems)} over budget")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
