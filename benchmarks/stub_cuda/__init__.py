@@ -1,0 +1,76 @@
+"""A CUDA driver that does nothing, under Triton's own NVIDIA launcher: what a launch costs the host, without a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.nvidia import driver as nvidia
+
+_SOURCE = Path(__file__).with_name("libcuda_stub.c")
+# Until the process ends: some Triton releases link each kernel's launcher to the library.
+_FOLDER = tempfile.TemporaryDirectory(prefix="stub-cuda-")
+
+
+class Stub:
+    """What reached the stub driver."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._count = ctypes.c_ulonglong.in_dll(library, "stub_launch_count")
+        self._grid = (ctypes.c_int * 3).in_dll(library, "stub_last_grid")
+
+    @property
+    def launches(self) -> int:
+        """Kernels launched so far."""
+        return self._count.value
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Programs of the last launch, in three dimensions."""
+        return tuple(self._grid)
+
+
+class _Driver(nvidia.CudaDriver):
+    """Triton's driver with one device, of compute capability 9.0, and one stream, none of which asks torch.cuda."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.get_device_capability = lambda *_: (9, 0)
+        self.get_current_device = self.get_current_stream = lambda *_: 0
+        self.set_current_device = lambda *_: None
+
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+
+def install() -> Stub:
+    """Put the stub under Triton for the rest of this process, which has used no GPU yet.
+
+    Raises:
+        RuntimeError: no C compiler, Triton's interpreter is on, or a CUDA driver is loaded already.
+    """
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: unset it, the interpreter launches nothing")
+    # As Triton looks for one.
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise RuntimeError("no C compiler: install gcc (apt-get install gcc), or name one in CC")
+    library = Path(_FOLDER.name) / "libcuda.so.1"
+    headers = Path(nvidia.__file__).with_name("include")
+    options = ["-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{headers}"]
+    subprocess.run([compiler, *options, "-o", library, _SOURCE], check=True)
+    stub = Stub(ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL))
+    # Triton opens the library by this name, which the loader takes for the one loaded first.
+    if not hasattr(ctypes.CDLL("libcuda.so.1"), "stub_launch_count"):
+        raise RuntimeError("a CUDA driver is loaded already: install the stub in a fresh process, first of all")
+    triton.knobs.nvidia.libcuda_path = _FOLDER.name
+    # Nothing linked to the stub may reach a process with a GPU.
+    triton.knobs.cache.dir = str(Path(_FOLDER.name) / "cache")
+    triton.runtime.driver.set_active(_Driver())
+    return stub
