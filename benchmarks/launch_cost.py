@@ -47,7 +47,7 @@ def make_candidates() -> tuple[tuple[int, int], dict[str, Callable[[], Any]], di
     (call,) = make_plan(shape).calls
     columns, index = table.on(sample.device)
     given = {
-        "output": output, "sample": sample, "table": columns, "step": index[STEP:], "guidance": torch.tensor([7.5]),
+        "output": output, "sample": sample, "table": columns, "step": index[STEP], "guidance": torch.tensor([7.5]),
         "next": sample, "x0": x0,
     }  # fmt: skip
     tensors = [given.get(name) for name in call.pointers]
@@ -64,6 +64,7 @@ def make_candidates() -> tuple[tuple[int, int], dict[str, Callable[[], Any]], di
         *addresses, *call.numbers, *call.constants.values(),
     )  # fmt: skip
     run = compiled.run
+    prepared = kernels.PreparedStep(output, sample, table, **options, model_input=model_input)
     steps = {
         DRIVER: lambda: run(*arguments),
         "plain Triton launch": plain,
@@ -75,6 +76,7 @@ def make_candidates() -> tuple[tuple[int, int], dict[str, Callable[[], Any]], di
             output, sample, table, STEP, **options, model_input=model_input
         ),
     }
+    steps["PreparedStep, in place, model_input"] = lambda: prepared(output, STEP)
     others = {"torch.empty_like, twice": lambda: (torch.empty_like(sample), torch.empty_like(sample))}
     return call.grid, steps, others
 

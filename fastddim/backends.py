@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastddim.coefficients import StepTable
 from fastddim.config import require_choice
 from fastddim.reference import ddim_step as reference_step
+
+if TYPE_CHECKING:
+    from fastddim.kernels import PreparedStep
 
 BACKENDS = ("auto", "reference", "triton")
 VARIABLE = "FASTDDIM_BACKEND"
@@ -52,15 +55,9 @@ def try_fused(
         backend: as `ddim_step`'s.
         model_output, sample, table, step, arguments: `fastddim.reference.ddim_step`'s.
     """
-    chosen = check_backend(backend)
-    if chosen == "reference" or (chosen == "auto" and not _is_on_gpu(sample)):
+    tensors = (sample, model_output, *(arguments.get(name) for name in ("noise", "out", "model_input")))
+    if not _takes_kernel(backend, tensors):
         return None
-    if chosen == "auto":
-        tensors = (sample, model_output, *(arguments.get(name) for name in ("noise", "out", "model_input")))
-        reason = _unavailable.get(sample.device) or _reason_against(tensors)
-        if reason is not None:
-            _log_once(reason)
-            return None
     from fastddim.kernels import launch
 
     if torch.compiler.is_compiling():
@@ -70,11 +67,45 @@ def try_fused(
     try:
         return launch.ddim_step(model_output, sample, table, step, **arguments)
     except launch.KernelUnavailableError as error:
-        if chosen == "triton":
-            raise
-        _unavailable[sample.device] = str(error)
-        _log_once(str(error))
+        _give_up(backend, sample.device, error)
         return None
+
+
+def prepare_step(
+    backend: str, model_output: torch.Tensor, sample: torch.Tensor, table: StepTable, **arguments: Any
+) -> PreparedStep | None:
+    """A `fastddim.kernels.PreparedStep` of these arguments, or None where the reference has to take the steps."""
+    tensors = (sample, model_output, *(arguments.get(name) for name in ("out", "model_input")))
+    if torch.compiler.is_compiling() or not _takes_kernel(backend, tensors):
+        return None
+    from fastddim.kernels import KernelUnavailableError, PreparedStep
+
+    try:
+        return PreparedStep(model_output, sample, table, **arguments)
+    except KernelUnavailableError as error:
+        _give_up(backend, sample.device, error)
+        return None
+
+
+def _takes_kernel(backend: str, tensors: tuple[Any, ...]) -> bool:
+    """Whether the kernel takes a step over `tensors`, the state first."""
+    chosen = check_backend(backend)
+    if chosen != "auto":
+        return chosen == "triton"
+    if not _is_on_gpu(tensors[0]):
+        return False
+    reason = _unavailable.get(tensors[0].device) or _reason_against(tensors)
+    if reason is not None:
+        _log_once(reason)
+    return reason is None
+
+
+def _give_up(backend: str, device: torch.device, error: Exception) -> None:
+    """The kernel does not compile: use the reference from now on, unless the kernel was asked for by name."""
+    if backend == "triton":
+        raise error
+    _unavailable[device] = str(error)
+    _log_once(str(error))
 
 
 def _is_on_gpu(sample: Any) -> bool:

@@ -117,7 +117,7 @@ class StepTable:
     timesteps: tuple[int, ...]
     columns: FloatArray
     rows: tuple[StepCoefficients, ...]
-    _on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(
+    _on_device: dict[torch.device, tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -192,11 +192,11 @@ class StepTable:
         """`[num_steps, 6]` copy of the columns on a device."""
         return torch.tensor(self.columns, dtype=dtype, device=device)
 
-    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Kept on a device: the float32 columns `[num_steps, 6]` and the row numbers, int64 `[num_steps]`. Not to write to."""
+    def on(self, device: torch.device) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Kept on a device, not to write to: the float32 columns `[num_steps, 6]`, and each row's number as int64 `[]`."""
         kept = self._on_device.get(device)
         if kept is None:
             with torch.inference_mode(False):
-                kept = (self.tensor(device), torch.arange(len(self), device=device))
+                kept = (self.tensor(device), torch.arange(len(self), device=device).unbind())
             self._on_device[device] = kept
         return kept

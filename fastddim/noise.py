@@ -169,5 +169,5 @@ def normal_for(
     words = [(seeds[:, None] >> shift) & _MASK for shift in (0, 32)]
     group = torch.arange((n + 3) // 4, device=seeds.device)[None]
     steps = step.reshape(-1, 1).long() & _MASK if isinstance(step, torch.Tensor) else step
-    values: torch.Tensor = _normal(torch, words, group, steps, stream)[:, :n].reshape(seeds.shape[0], *shape)
-    return values
+    values: torch.Tensor = _normal(torch, words, group, steps, stream)[:, :n].contiguous()
+    return values.view(seeds.shape[0], *shape)

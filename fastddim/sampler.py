@@ -10,10 +10,11 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from fastddim.backends import check_backend, ddim_step
+from fastddim.backends import check_backend, prepare_step
 from fastddim.coefficients import StepTable
 from fastddim.config import DDIMConfig, Limit, require_number
 from fastddim.noise import STREAM_INITIAL, check_seeds, normal, seed_tensor
+from fastddim.reference import ddim_step as reference_step
 from fastddim.schedule import Schedule
 
 Model = Callable[..., Any]
@@ -139,7 +140,7 @@ class Sampler:
             uncond_kwargs: with guidance, the model keyword arguments of the unconditional half, for those that differ
                 (e.g. `{"class_labels": null_labels}`).
             progress: show a progress bar.
-            callback: called after each step as `callback(step, t, x, x0)`; the next step writes over `x`, so clone what
+            callback: called after each step as `callback(step, t, x, x0)`; the next step writes over both, so clone what
                 you keep; it may raise to stop the run.
             return_trajectory: also return all states.
             **model_kwargs: passed on to the model, floating-point tensors in its dtype; tensors of B rows are stacked
@@ -185,6 +186,14 @@ class Sampler:
         model_input = None
         if guided or self.model_dtype != x.dtype:
             model_input = torch.cat([x] * copies).to(self.model_dtype)
+        options: dict[str, Any] = {
+            "limit": self.limit,
+            "guidance_scale": self.guidance_scale,
+            "guidance_rescale": self.guidance_rescale,
+            "out": x,
+            "model_input": model_input,
+        }
+        prepared = None
         steps: Iterable[int] = range(len(self.table))
         if progress:
             steps = track(steps, description="sampling", console=Console(stderr=True))
@@ -194,19 +203,14 @@ class Sampler:
             if output.untyped_storage().data_ptr() == given.untyped_storage().data_ptr():
                 # A view of its input, over which the step writes while it reads the output.
                 output = output.clone()
-            _, x0 = ddim_step(
-                output,
-                x,
-                self.table,
-                step,
-                backend=self.backend,
-                limit=self.limit,
-                seeds=device_seeds if self.table.rows[step].noise_scale != 0 else None,
-                guidance_scale=self.guidance_scale,
-                guidance_rescale=self.guidance_rescale,
-                out=x,
-                model_input=model_input,
-            )
+            if prepared is None or not prepared.fits(output):
+                seeds_or_none = device_seeds if self.table.stochastic else None
+                prepared = prepare_step(self.backend, output, x, self.table, seeds=seeds_or_none, **options)
+            if prepared is not None:
+                _, x0 = prepared(output, step)
+            else:
+                drawn = device_seeds if self.table.rows[step].noise_scale != 0 else None
+                _, x0 = reference_step(output, x, self.table, step, seeds=drawn, **options)
             assert x0 is not None
             yield step, self.table.timesteps[step], x0
 
@@ -238,7 +242,8 @@ class Sampler:
         batch_size = start.shape[0] if isinstance(start, torch.Tensor) else start
         seed_list = None if seeds is None else check_seeds(seeds, batch_size)
         if isinstance(start, torch.Tensor):
-            return start.to(self.device, self.dtype, copy=True), seed_list
+            state = start.to(self.device, self.dtype, copy=True, memory_format=torch.contiguous_format)
+            return state, seed_list
         assert seed_list is not None
         assert self.sample_shape is not None
         return normal(seed_list, 0, self.sample_shape, STREAM_INITIAL, device=self.device, dtype=self.dtype), seed_list

@@ -105,7 +105,7 @@ class _TimestepTable:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _traced_rows(
     scheduler: _TableStep,
-    num_inference_steps: int | None,
+    run: str,
     eta: float,
     use_clipped_model_output: bool,
     device: torch.device,
@@ -121,8 +121,15 @@ class _TableStep:
     num_inference_steps: int | None
     _cache: dict[tuple[float, bool], _TimestepTable]
     _cache_key: tuple[Any, ...] = ()
+    # The number of steps as a trace can guard it: a second integer would become symbolic.
+    _run: str = ""
     backend: str = "auto"
     _limit: Limit
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Set the timesteps of a run, as diffusers does; `timesteps` is int64 on `device`."""
+        super().set_timesteps(num_inference_steps, device)  # type: ignore[misc]
+        self._run = str(num_inference_steps)
 
     @abstractmethod
     def _columns(self, timesteps: torch.Tensor, eta: float, use_clipped_model_output: bool) -> FloatArray:
@@ -157,7 +164,7 @@ class _TableStep:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         index: int | torch.Tensor
         if torch.compiler.is_compiling():
-            rows = _traced_rows(self, self.num_inference_steps, eta, use_clipped_model_output, sample.device)
+            rows = _traced_rows(self, self._run, eta, use_clipped_model_output, sample.device)
             index = torch.as_tensor(timestep, device=sample.device).reshape(())
             fused = self._try_fused(rows, index, model_output, sample, noise)
             if fused is not None:

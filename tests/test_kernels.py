@@ -485,8 +485,8 @@ def test_past_2_to_the_31_elements_the_offsets_are_64_bit():
     assert call.grid == (1 << 20, 3) and call.numbers[0] == 1 << 31
     flat = plan.make_plan(plan.StepShape(1 << 20, 1 << 14)).calls[-1]
     assert flat.numbers[0] == 1 << 34 and flat.grid == (1 << 23, 1)
+    huge = torch.zeros(1, device=DEVICE).expand(1, 1 << 32)
     with pytest.raises(ValueError, match=r"^sample: 4294967296 elements each; .* pass fewer than 2\*\*31$"):
-        huge = torch.zeros(1, device=DEVICE).expand(1, 1 << 32)
         ddim_step(huge, huge, table(), 0, limit=DynamicThreshold(0.9, 2.0))
 
 

@@ -1,5 +1,6 @@
 """The DDIM step as one fused Triton kernel, with the reference step's signature."""
 
-from fastddim.kernels.launch import Workspace, ddim_step
+from fastddim.kernels.launch import KernelUnavailableError, Workspace, ddim_step
+from fastddim.kernels.prepared import PreparedStep
 
-__all__ = ["Workspace", "ddim_step"]
+__all__ = ["KernelUnavailableError", "PreparedStep", "Workspace", "ddim_step"]

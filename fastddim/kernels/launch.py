@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -56,7 +55,7 @@ class _Launcher:
 
     def __init__(self, call: KernelCall) -> None:
         self.call = call
-        self._tail = (*call.numbers, *call.constants.values())
+        self.tail = (*call.numbers, *call.constants.values())
         self._compiled: dict[tuple[bool, ...], tuple[Any, Any, Any]] = {}
 
     def __call__(self, tensors: Sequence[torch.Tensor | None], device: torch.device) -> None:
@@ -65,16 +64,20 @@ class _Launcher:
             call.kernel[call.grid](*tensors, *call.numbers, **call.constants)
             return
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        run, function, metadata = self.compiled(addresses, tensors)
+        hooks = triton.knobs.runtime
+        run(
+            *call.grid, 1, driver.active.get_current_stream(device.index), function, metadata, None,
+            hooks.launch_enter_hook, hooks.launch_exit_hook, *addresses, *self.tail,
+        )  # fmt: skip
+
+    def compiled(self, addresses: Sequence[int | None], tensors: Sequence[torch.Tensor | None]) -> tuple[Any, Any, Any]:
+        """Triton's launch function, the kernel's handle and its metadata, for tensors aligned as these are."""
         aligned = tuple([address is None or not address & 15 for address in addresses])
         compiled = self._compiled.get(aligned)
         if compiled is None:
             compiled = self._compiled[aligned] = self._compile(tensors)
-        run, function, metadata = compiled
-        hooks = triton.knobs.runtime
-        run(
-            *call.grid, 1, driver.active.get_current_stream(device.index), function, metadata, None,
-            hooks.launch_enter_hook, hooks.launch_exit_hook, *addresses, *self._tail,
-        )  # fmt: skip
+        return compiled
 
     def _compile(self, tensors: Sequence[torch.Tensor | None]) -> tuple[Any, Any, Any]:
         call = self.call
@@ -167,6 +170,70 @@ def ddim_step(
         TypeError, ValueError, IndexError: as the reference, and for what differs.
         KernelUnavailableError: the kernel does not compile for this device.
     """
+    request = assemble(
+        model_output, sample, table, step, limit, noise, seeds, first_row, guidance_scale, guidance_rescale, cond_first,
+        out, return_x0, model_input, advance, timesteps, next_timestep, workspace,
+    )  # fmt: skip
+    if sample.numel():
+        request.run()
+    return request.x_next, request.x0
+
+
+class Request(NamedTuple):
+    """A checked step: what to launch over which tensors.
+
+    Attributes:
+        entry: the plan and its compiled code.
+        tensors: of `STEP_POINTERS`.
+        counters: scratch memory of the launches before the step.
+        x_next, x0: the results.
+    """
+
+    entry: Entry
+    tensors: tuple[torch.Tensor | None, ...]
+    counters: torch.Tensor | None
+    x_next: torch.Tensor
+    x0: torch.Tensor | None
+
+    def run(self) -> None:
+        """Launch."""
+        device = self.x_next.device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            self._launch(device)
+            return
+        with torch.cuda.device(device):
+            self._launch(device)
+
+    def _launch(self, device: torch.device) -> None:
+        launchers = self.entry.launchers
+        if len(launchers) > 1:
+            slots = {**dict(zip(STEP_POINTERS, self.tensors, strict=True)), "counters": self.counters}
+            for launcher in launchers[:-1]:
+                launcher([slots[name] for name in launcher.call.pointers], device)
+        launchers[-1](self.tensors, device)
+
+
+def assemble(
+    model_output: torch.Tensor,
+    sample: torch.Tensor,
+    table: StepTable | torch.Tensor,
+    step: int | torch.Tensor,
+    limit: Limit,
+    noise: torch.Tensor | None,
+    seeds: torch.Tensor | None,
+    first_row: torch.Tensor | None,
+    guidance_scale: Coefficient | None,
+    guidance_rescale: Coefficient,
+    cond_first: bool,
+    out: torch.Tensor | None,
+    return_x0: bool,
+    model_input: torch.Tensor | None,
+    advance: bool,
+    timesteps: torch.Tensor | None,
+    next_timestep: torch.Tensor | None,
+    workspace: Workspace | None,
+) -> Request:
+    """Check `ddim_step`'s arguments, allocate its results and gather what its kernels take."""
     try:
         key = (
             _spec(model_output), _spec(sample), _spec(noise), _spec(seeds), _spec(first_row), _spec(out),
@@ -203,7 +270,7 @@ def ddim_step(
     else:
         index = None
     if not isinstance(step, torch.Tensor):
-        step = torch.full((1,), step, device=device) if index is None else index[step : step + 1]
+        step = torch.full((), step, device=device) if index is None else index[step]
     plan = entry.plan
     tickets = statistics = counters = None
     if plan.tickets or plan.statistics:
@@ -232,15 +299,8 @@ def ddim_step(
         tickets,
     )
     if out is not None or model_input is not None or advance:
-        _check_overlaps(tensors, out is not None, advance)
-    if not sample.numel():
-        return x_next, x0
-    with _on_device(device):
-        for launcher in entry.launchers[:-1]:
-            slots = {**dict(zip(STEP_POINTERS, tensors, strict=True)), "counters": counters}
-            launcher([slots[name] for name in launcher.call.pointers], device)
-        entry.launchers[-1](tensors, device)
-    return x_next, x0
+        _check_overlaps(tensors, advance)
+    return Request(entry, tensors, counters, x_next, x0)
 
 
 def make_entry(
@@ -382,40 +442,28 @@ def _scalar_tensor(value: Coefficient, device: torch.device) -> torch.Tensor:
     return kept
 
 
+_WRITTEN = ("next", "input", "step", "next_timestep")
 _ARGUMENT_OF = {
     "output": "model_output", "guidance": "guidance_scale", "rescale": "guidance_rescale", "next": "out",
     "input": "model_input",
 }  # fmt: skip
 
 
-def _check_overlaps(tensors: Sequence[torch.Tensor | None], out_given: bool, advance: bool) -> None:
+def _check_overlaps(tensors: Sequence[torch.Tensor | None], advance: bool) -> None:
     """Refuse results that share memory with something else, but for `out` on a state that is read element for element."""
-    spans = {}
-    # Guided, there are two halves of outputs to one of results, so their spans cannot be equal.
-    aligned = (("next", "sample"), ("next", "output"))
-    for name, tensor in zip(STEP_POINTERS, tensors, strict=True):
-        if tensor is not None:
-            address = tensor.data_ptr()
-            spans[name] = (address, address + tensor.numel() * tensor.element_size())
-    for name, given in (
-        ("next", out_given),
-        ("input", "input" in spans),
-        ("step", advance),
-        ("next_timestep", advance),
-    ):
-        if not given or name not in spans:
+    spans = [
+        (name, start := tensor.data_ptr(), start + tensor.nbytes)
+        for name, tensor in zip(STEP_POINTERS, tensors, strict=True)
+        if tensor is not None
+    ]
+    for name, start, end in spans:
+        if name not in _WRITTEN or (name == "step" and not advance):
             continue
-        start, end = spans[name]
-        for other, (other_start, other_end) in spans.items():
+        for other, other_start, other_end in spans:
             if start >= other_end or other_start >= end or other == name:
                 continue
-            if (name, other) in aligned and spans[name] == spans[other]:
+            # Guided, there are two halves of outputs to one of results, so their spans cannot be equal.
+            if name == "next" and other in ("sample", "output") and (start, end) == (other_start, other_end):
                 continue
             first, second = _ARGUMENT_OF.get(name, name), _ARGUMENT_OF.get(other, other)
             raise ValueError(f"{first}: shares memory with {second}; pass memory of its own")
-
-
-def _on_device(device: torch.device) -> AbstractContextManager[Any]:
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)

@@ -1,0 +1,137 @@
+"""A step bound to its buffers: for loops, where only the model's output and the row change from step to step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from triton.runtime import driver
+
+from fastddim.coefficients import Coefficient, StepTable
+from fastddim.config import Limit
+from fastddim.kernels.launch import Workspace, assemble
+
+
+class PreparedStep:
+    """`ddim_step` with everything but `model_output` and `step` given already, at the cost of a bare launch.
+
+    What it was made with stays alive with it, and must keep its place in memory. Each call overwrites `x_next` and `x0`.
+
+    Attributes:
+        x_next: `[B, ...]` the next state; `out`, where that was given.
+        x0: `[B, ...]` the limited prediction of x0, or None.
+    """
+
+    def __init__(
+        self,
+        model_output: torch.Tensor,
+        sample: torch.Tensor,
+        table: StepTable,
+        *,
+        limit: Limit = None,
+        noise: torch.Tensor | None = None,
+        seeds: torch.Tensor | None = None,
+        first_row: torch.Tensor | None = None,
+        guidance_scale: Coefficient | None = None,
+        guidance_rescale: Coefficient = 0.0,
+        cond_first: bool = False,
+        out: torch.Tensor | None = None,
+        return_x0: bool = True,
+        model_input: torch.Tensor | None = None,
+        workspace: Workspace | None = None,
+    ) -> None:
+        """Check and plan. Arguments as `fastddim.kernels.ddim_step`'s; nothing is launched.
+
+        Args:
+            model_output: of the shape, dtype and strides that all calls' will have.
+
+        Raises:
+            TypeError, ValueError: as `ddim_step`; a stochastic table without noise or seeds.
+        """
+        if not isinstance(table, StepTable):
+            raise TypeError(f"table: {type(table).__name__}; pass a StepTable")
+        if noise is None and seeds is None and table.stochastic:
+            raise ValueError("noise: None, but the table adds noise; pass a standard normal tensor, or seeds")
+        workspace = Workspace() if workspace is None else workspace
+        # The last row adds the least noise; which row this is does not matter to the plan.
+        step = next((k for k, row in enumerate(table.rows) if row.noise_scale == 0), 0)
+        self._request = assemble(
+            model_output, sample, table, step, limit, noise, seeds, first_row, guidance_scale, guidance_rescale,
+            cond_first, out, return_x0, model_input, False, None, None, workspace,
+        )  # fmt: skip
+        self.x_next, self.x0 = self._request.x_next, self._request.x0
+        self._spec = (model_output.shape, model_output.dtype, model_output.stride(), model_output.device)
+        self._rows = table.on(sample.device)[1]
+        self._guided = guidance_scale is not None
+        self._written = tuple(
+            (name, tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+            for name, tensor in (("out", self.x_next), ("model_input", model_input))
+            if tensor is not None
+        )
+        self._nbytes = model_output.nbytes
+        self._fast = self._bind() if self._can_bind() else None
+
+    def fits(self, model_output: torch.Tensor) -> bool:
+        """Whether `model_output` has the shape, dtype, strides and device that this step was prepared for."""
+        shape, dtype, strides, device = self._spec
+        return (
+            model_output.shape == shape
+            and model_output.dtype == dtype
+            and model_output.stride() == strides
+            and model_output.device == device
+        )
+
+    def __call__(self, model_output: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Take the step: `(x_next, x0)`, the same tensors each time.
+
+        Raises:
+            ValueError: a `model_output` unlike the first one, or sharing memory with what the step writes.
+            IndexError: a `step` outside the table.
+        """
+        if not self.fits(model_output):
+            raise ValueError(
+                f"model_output: {model_output.dtype} {tuple(model_output.shape)} on {model_output.device} with strides"
+                f" {model_output.stride()}; this step was prepared for {self._spec[1]} {tuple(self._spec[0])} on"
+                f" {self._spec[3]} with {self._spec[2]}"
+            )
+        if step < 0:
+            raise IndexError(f"step: {step} is outside the table of {len(self._rows)} steps")
+        address = model_output.data_ptr()
+        for name, start, end in self._written:
+            if start < address + self._nbytes and address < end and (self._guided or name != "out" or address != start):
+                raise ValueError(f"model_output: shares memory with {name}; pass memory of its own")
+        if self._fast is None or address & 15:
+            return self._slowly(model_output, step)
+        run, head, rows, middle, device, hooks = self._fast
+        enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+        run(
+            *head[0], driver.active.get_current_stream(device), *head[1], None, enter, leave, address, *middle[0],
+            rows[step], *middle[1],
+        )  # fmt: skip
+        return self.x_next, self.x0
+
+    def _slowly(self, model_output: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        output = model_output.contiguous() if self._request.entry.copied[0] else model_output
+        tensors = (output, *self._request.tensors[1:3], self._rows[step], *self._request.tensors[4:])
+        self._request._replace(tensors=tensors).run()
+        return self.x_next, self.x0
+
+    def _can_bind(self) -> bool:
+        entry, device = self._request.entry, self.x_next.device
+        plain = len(entry.launchers) == 1 and not any(entry.copied)
+        output = self._request.tensors[0]
+        aligned = output is not None and not output.data_ptr() & 15
+        # With several devices the current one may be another at any call.
+        one_device = device.type != "cuda" or torch.cuda.device_count() == 1
+        return plain and aligned and one_device and bool(self._nbytes) and not triton.knobs.runtime.interpret
+
+    def _bind(self) -> tuple[Any, ...]:
+        request = self._request
+        launcher = request.entry.launchers[-1]
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in request.tensors]
+        run, function, metadata = launcher.compiled(addresses, request.tensors)
+        head = ((*launcher.call.grid, 1), (function, metadata))
+        rows = tuple(row.data_ptr() for row in self._rows)
+        middle = (tuple(addresses[1:3]), (*addresses[4:], *launcher.tail))
+        return run, head, rows, middle, self.x_next.device.index, triton.knobs.runtime
