@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help setup demo test slow check format bench budget clean
+.PHONY: help setup demo test slow check format bench budget gpu clean
 
 help:
 	@echo "make demo    sample a grid of handwritten digits: digits.png"
@@ -12,6 +12,7 @@ help:
 	@echo "make check   ruff and mypy"
 	@echo "make bench   the benchmarks, ours against diffusers in one run"
 	@echo "make budget  the kernels compiled for every supported GPU, held to their budget"
+	@echo "make gpu     the kernels' tests on this machine's GPU, and under compute-sanitizer's checkers"
 	@echo "make slow    the long sweeps"
 	@echo "make format  let ruff format the code"
 
@@ -48,6 +49,14 @@ bench: setup
 
 budget: setup
 	$(BIN)/python benchmarks/kernel_budget.py $(ARGS)
+
+# Of a GPU's own environment: PYTHON has its torch and triton.
+gpu:
+	TRITON_INTERPRET=0 PYTHONPATH=. $(PYTHON) -m pytest tests/test_kernels.py $(ARGS)
+	TRITON_INTERPRET=0 PYTHONPATH=. compute-sanitizer --tool memcheck --error-exitcode 1 \
+	    $(PYTHON) -m pytest tests/test_kernels.py -k 'shape_and_option or rescale or advances' -p no:cacheprovider
+	TRITON_INTERPRET=0 PYTHONPATH=. compute-sanitizer --tool racecheck --error-exitcode 1 \
+	    $(PYTHON) -m pytest tests/test_kernels.py -k 'rescale or advances' -p no:cacheprovider
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
