@@ -11,12 +11,19 @@ from triton.runtime import driver
 from fastddim.coefficients import Coefficient, StepTable
 from fastddim.config import Limit
 from fastddim.kernels.launch import Workspace, assemble
+from fastddim.kernels.plan import STEP_POINTERS
+
+# Places in the list of arguments of Triton's launch function.
+_STREAM, _ENTER, _EXIT = 3, 7, 8
+_OUTPUT = 9 + STEP_POINTERS.index("output")
+_ROW = 9 + STEP_POINTERS.index("step")
 
 
 class PreparedStep:
     """`ddim_step` with everything but `model_output` and `step` given already, at the cost of a bare launch.
 
-    What it was made with stays alive with it, and must keep its place in memory. Each call overwrites `x_next` and `x0`.
+    What it was made with stays alive with it, and must keep its place in memory. Each call overwrites `x_next` and `x0`;
+    as its buffers, it belongs to one thread.
 
     Attributes:
         x_next: `[B, ...]` the next state; `out`, where that was given.
@@ -89,7 +96,14 @@ class PreparedStep:
             ValueError: a `model_output` unlike the first one, or sharing memory with what the step writes.
             IndexError: a `step` outside the table.
         """
-        if not self.fits(model_output):
+        # `fits`, without the cost of a call.
+        shape, dtype, strides, device = self._spec
+        if (
+            model_output.shape != shape
+            or model_output.dtype != dtype
+            or model_output.stride() != strides
+            or model_output.device != device
+        ):
             raise ValueError(
                 f"model_output: {model_output.dtype} {tuple(model_output.shape)} on {model_output.device} with strides"
                 f" {model_output.stride()}; this step was prepared for {self._spec[1]} {tuple(self._spec[0])} on"
@@ -98,17 +112,17 @@ class PreparedStep:
         if step < 0:
             raise IndexError(f"step: {step} is outside the table of {len(self._rows)} steps")
         address = model_output.data_ptr()
-        for name, start, end in self._written:
-            if start < address + self._nbytes and address < end and (self._guided or name != "out" or address != start):
+        end = address + self._nbytes
+        for name, start, stop in self._written:
+            if start < end and address < stop and (self._guided or name != "out" or address != start):
                 raise ValueError(f"model_output: shares memory with {name}; pass memory of its own")
         if self._fast is None or address & 15:
             return self._slowly(model_output, step)
-        run, head, rows, middle, device, hooks = self._fast
-        enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
-        run(
-            *head[0], driver.active.get_current_stream(device), *head[1], None, enter, leave, address, *middle[0],
-            rows[step], *middle[1],
-        )  # fmt: skip
+        run, arguments, rows, index, hooks = self._fast
+        arguments[_STREAM] = driver.active.get_current_stream(index)
+        arguments[_ENTER], arguments[_EXIT] = hooks.launch_enter_hook, hooks.launch_exit_hook
+        arguments[_OUTPUT], arguments[_ROW] = address, rows[step]
+        run(*arguments)
         return self.x_next, self.x0
 
     def _slowly(self, model_output: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -131,7 +145,7 @@ class PreparedStep:
         launcher = request.entry.launchers[-1]
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in request.tensors]
         run, function, metadata = launcher.compiled(addresses, request.tensors)
-        head = ((*launcher.call.grid, 1), (function, metadata))
         rows = tuple(row.data_ptr() for row in self._rows)
-        middle = (tuple(addresses[1:3]), (*addresses[4:], *launcher.tail))
-        return run, head, rows, middle, self.x_next.device.index, triton.knobs.runtime
+        # In the order of Triton's launch function: grid, stream, function, metadata, launch metadata, hooks, arguments.
+        arguments = [*launcher.call.grid, 1, None, function, metadata, None, None, None, *addresses, *launcher.tail]
+        return run, arguments, rows, self.x_next.device.index, triton.knobs.runtime
