@@ -226,8 +226,7 @@ def check_threshold(kind, n, ratio, maximum, tier, workspace=None):
     quantile = torch.quantile(output.abs(), ratio, dim=1)
     scale = quantile.clamp(1, maximum)[:, None]
     expected = output.clamp(-scale, scale) / scale
-    # One quotient's rounding, which the interpreter's unfused multiply-add may miss by an ulp.
-    torch.testing.assert_close(x0, expected, rtol=1.2e-7, atol=0, equal_nan=True)
+    torch.testing.assert_close(x0, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("kind", MAGNITUDES)
@@ -265,7 +264,7 @@ def test_any_threshold_is_exact(values, ratio, maximum, large):
         assert last_plan().tier == ("statistics" if large else "whole")
     launch._ENTRIES.clear()
     scale = float(torch.quantile(output.abs().flatten(), ratio).clamp(1, maximum))
-    torch.testing.assert_close(x0, output.clamp(-scale, scale) / scale, rtol=1.2e-7, atol=0)
+    torch.testing.assert_close(x0, output.clamp(-scale, scale) / scale, rtol=0, atol=0)
 
 
 def test_a_sample_of_16384_takes_one_program_and_one_more_element_three_launches():
@@ -276,7 +275,7 @@ def test_a_sample_of_16384_takes_one_program_and_one_more_element_three_launches
         assert last_plan().tier == tier
         assert len(last_plan().calls) == launches
         scale = abs_quantile(output, 0.995).clamp(1, 2)
-        torch.testing.assert_close(x0, output.clamp(-scale, scale) / scale, rtol=1.2e-7, atol=0)
+        torch.testing.assert_close(x0, output.clamp(-scale, scale) / scale, rtol=0, atol=0)
 
 
 @pytest.mark.slow
@@ -285,7 +284,7 @@ def test_a_megapixel_sample_is_exact():
     _, x0 = ddim_step(output, torch.zeros_like(output), IDENTITY, 0, limit=DynamicThreshold(0.995, 10.0))
     scale = abs_quantile(output, 0.995).clamp(1, 10)
     assert last_plan().tier == "statistics"
-    torch.testing.assert_close(x0, output.clamp(-scale, scale) / scale, rtol=1.2e-7, atol=0)
+    torch.testing.assert_close(x0, output.clamp(-scale, scale) / scale, rtol=0, atol=0)
 
 
 def test_a_threshold_of_at_most_one_is_dispatched_as_a_clip():

@@ -374,7 +374,7 @@ def make_entry(
         input_channels_last=input_channels_last,
         advance=bool(optional["advance"]),
     )
-    plan = make_plan(shape, _interpreted())
+    plan = make_plan(shape)
     copied = tuple(
         tensor is not None
         and not (shared_layout or tensor.is_contiguous())

@@ -106,12 +106,11 @@ class Plan:
     statistics: int = 0
 
 
-def make_plan(shape: StepShape, interpreted: bool = False) -> Plan:
+def make_plan(shape: StepShape) -> Plan:
     """Choose the tier, the blocks and the constants for a step.
 
     Args:
         shape: sizes and options; `batch` may be symbolic, and then decides nothing.
-        interpreted: the kernel runs in Triton's interpreter, which rounds bfloat16 otherwise.
     """
     batch, n = shape.batch, shape.elements
     limit_name, limit_range, ratio = _limit_constants(shape.limit)
@@ -143,7 +142,6 @@ def make_plan(shape: StepShape, interpreted: bool = False) -> Plan:
         "OUTPUT_CHANNELS_LAST": shape.output_channels_last,
         "INPUT_CHANNELS_LAST": shape.input_channels_last,
         "ADVANCE": shape.advance,
-        "INTERPRETED": interpreted,
         "EVEN": not whole and isinstance(n, int) and n % block == 0,
         "BLOCK": block,
         "CHUNK": min(block, _CHUNK) if whole else block,

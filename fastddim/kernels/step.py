@@ -20,13 +20,26 @@ ONE_BITS = tl.constexpr(0x3F800000)
 INFINITY_BITS = tl.constexpr(0x7F800000)
 LARGEST_INT = tl.constexpr(0x7FFFFFFF)
 NUM_COLUMNS = tl.constexpr(6)
+# Set, if at all, before triton is imported, which decides what `jit` makes of these functions.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def fused(a, b, c):
+    """`a * b + c`, rounded once; `a` may be a scalar."""
+    if INTERPRETED:
+        # The interpreter's own rounds the product too. float64 holds it exactly.
+        result = (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
+    else:
+        result = tl.fma(tl.zeros_like(c) + a, b, c)
+    return result
 
 
 @triton.jit
 def add_term(total, coefficient, term):
     """`total + coefficient * term`, where a coefficient of 0 leaves even an infinite term out."""
     if coefficient != 0.0:
-        total = tl.fma(tl.zeros_like(total) + coefficient, term, total)
+        total = fused(coefficient, term, total)
     return total
 
 
@@ -60,7 +73,7 @@ def load(ptr, first, start, lanes, live, n, channels, CHANNELS_LAST: tl.constexp
 
 
 @triton.jit
-def narrow(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+def narrow(x, DTYPE: tl.constexpr):
     """Round float32 to DTYPE, ties to even."""
     if INTERPRETED and DTYPE == tl.bfloat16:
         # The interpreter's own conversion truncates.
@@ -73,13 +86,13 @@ def narrow(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def store(ptr, first, start, lanes, live, n, channels, x, CHANNELS_LAST: tl.constexpr, INTERPRETED: tl.constexpr):
+def store(ptr, first, start, lanes, live, n, channels, x, CHANNELS_LAST: tl.constexpr):
     """The counterpart of `load`, rounded to the pointer's dtype."""
     if CHANNELS_LAST:
         address = ptr + first + spread(start, lanes, n, channels, CHANNELS_LAST)
     else:
         address = (ptr + (first + start)) + lanes
-    tl.store(address, narrow(x, ptr.dtype.element_ty, INTERPRETED), mask=live)
+    tl.store(address, narrow(x, ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -109,7 +122,7 @@ def load_guided(
     other_first = first + tl.where(base_second, 0, half)
     base = load(output_ptr, base_first, start, lanes, live, n, channels, CHANNELS_LAST)
     other = load(output_ptr, other_first, start, lanes, live, n, channels, CHANNELS_LAST)
-    return tl.fma(tl.zeros_like(base) + weight, other - base, base)
+    return fused(weight, other - base, base)
 
 
 @triton.jit
@@ -266,9 +279,9 @@ def apply_threshold(x0, scale):
     limited = tl.clamp(x0, tl.zeros_like(x0) - scale, tl.zeros_like(x0) + scale, propagate_nan=tl.PropagateNan.ALL)
     if scale != 1.0:
         # One correction of the reciprocal's product is the rounded quotient.
-        inverse = tl.zeros_like(x0) + tl.div_rn(tl.full([], 1.0, tl.float32), scale)
+        inverse = tl.div_rn(tl.full([], 1.0, tl.float32), scale)
         quotient = limited * inverse
-        limited = tl.fma(tl.fma(-quotient, tl.zeros_like(x0) + scale, limited), inverse, quotient)
+        limited = fused(inverse, fused(-scale, quotient, limited), quotient)
     return limited
 
 
@@ -348,7 +361,6 @@ def ddim_step_kernel(
     OUTPUT_CHANNELS_LAST: tl.constexpr,
     INPUT_CHANNELS_LAST: tl.constexpr,
     ADVANCE: tl.constexpr,
-    INTERPRETED: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -435,16 +447,16 @@ def ddim_step_kernel(
                 if first_row_ptr is not None:
                     noise_step = row - tl.load(first_row_ptr + b).to(tl.int64)
                 noise = normal_block(tl.load(seeds_ptr + b), noise_step, here, CHUNK)
-                x_next = tl.fma(tl.zeros_like(noise) + noise_scale, noise, x_next)
+                x_next = fused(noise_scale, noise, x_next)
 
-        store(next_ptr, first, here, lanes, live, n, channels, x_next, False, INTERPRETED)
+        store(next_ptr, first, here, lanes, live, n, channels, x_next, False)
         if x0_ptr is not None:
-            store(x0_ptr, first, here, lanes, live, n, channels, x0, False, INTERPRETED)
+            store(x0_ptr, first, here, lanes, live, n, channels, x0, False)
         if input_ptr is not None:
-            store(input_ptr, first, here, lanes, live, n, channels, x_next, INPUT_CHANNELS_LAST, INTERPRETED)
+            store(input_ptr, first, here, lanes, live, n, channels, x_next, INPUT_CHANNELS_LAST)
             if GUIDED:
                 second = first + batch.to(tl.int64) * n
-                store(input_ptr, second, here, lanes, live, n, channels, x_next, INPUT_CHANNELS_LAST, INTERPRETED)
+                store(input_ptr, second, here, lanes, live, n, channels, x_next, INPUT_CHANNELS_LAST)
 
     if ADVANCE:
         # Every warp has to have read the index before one of them moves it on.
