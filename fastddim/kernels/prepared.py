@@ -71,11 +71,9 @@ class PreparedStep:
         self._spec = (model_output.shape, model_output.dtype, model_output.stride(), model_output.device)
         self._rows = table.on(sample.device)[1]
         self._guided = guidance_scale is not None
-        self._written = tuple(
-            (name, tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
-            for name, tensor in (("out", self.x_next), ("model_input", model_input))
-            if tensor is not None
-        )
+        self._contiguous = model_output.is_contiguous()
+        self._out, self._out_end = _span(self.x_next)
+        self._input, self._input_end = (0, 0) if model_input is None else _span(model_input)
         self._nbytes = model_output.nbytes
         self._fast = self._bind() if self._can_bind() else None
 
@@ -96,13 +94,13 @@ class PreparedStep:
             ValueError: a `model_output` unlike the first one, or sharing memory with what the step writes.
             IndexError: a `step` outside the table.
         """
-        # `fits`, without the cost of a call.
+        # `fits`, without the cost of a call, or of strides where there is nothing to them.
         shape, dtype, strides, device = self._spec
         if (
             model_output.shape != shape
-            or model_output.dtype != dtype
-            or model_output.stride() != strides
+            or model_output.dtype is not dtype
             or model_output.device != device
+            or (not model_output.is_contiguous() if self._contiguous else model_output.stride() != strides)
         ):
             raise ValueError(
                 f"model_output: {model_output.dtype} {tuple(model_output.shape)} on {model_output.device} with strides"
@@ -113,13 +111,14 @@ class PreparedStep:
             raise IndexError(f"step: {step} is outside the table of {len(self._rows)} steps")
         address = model_output.data_ptr()
         end = address + self._nbytes
-        for name, start, stop in self._written:
-            if start < end and address < stop and (self._guided or name != "out" or address != start):
-                raise ValueError(f"model_output: shares memory with {name}; pass memory of its own")
+        if address < self._out_end and self._out < end and (self._guided or address != self._out):
+            raise ValueError("model_output: shares memory with out; pass memory of its own")
+        if address < self._input_end and self._input < end:
+            raise ValueError("model_output: shares memory with model_input; pass memory of its own")
         if self._fast is None or address & 15:
             return self._slowly(model_output, step)
-        run, arguments, rows, index, hooks = self._fast
-        arguments[_STREAM] = driver.active.get_current_stream(index)
+        run, arguments, rows, index, hooks, current_stream = self._fast
+        arguments[_STREAM] = current_stream(index)
         arguments[_ENTER], arguments[_EXIT] = hooks.launch_enter_hook, hooks.launch_exit_hook
         arguments[_OUTPUT], arguments[_ROW] = address, rows[step]
         run(*arguments)
@@ -148,4 +147,8 @@ class PreparedStep:
         rows = tuple(row.data_ptr() for row in self._rows)
         # In the order of Triton's launch function: grid, stream, function, metadata, launch metadata, hooks, arguments.
         arguments = [*launcher.call.grid, 1, None, function, metadata, None, None, None, *addresses, *launcher.tail]
-        return run, arguments, rows, self.x_next.device.index, triton.knobs.runtime
+        return run, arguments, rows, self.x_next.device.index, triton.knobs.runtime, driver.active.get_current_stream
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
