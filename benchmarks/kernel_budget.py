@@ -147,7 +147,7 @@ def make_cases() -> list[Case]:
 def pointer_types(case: Case) -> dict[str, str]:
     """The dtype of every pointer that the case's kernels get; the others are None."""
     shape = case.shape
-    types = {"output": case.model, "sample": case.state, "table": "fp32", "step": "i64", "next": case.state}
+    types = {"output": case.model, "sample": case.state, "table": "fp64", "step": "i64", "next": case.state}
     types |= {"x0": case.state} if "x0" in case.outputs else {}
     types |= {"input": case.model} if "input" in case.outputs else {}
     types |= {"guidance": "fp32"} if shape.guided else {}

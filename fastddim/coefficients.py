@@ -188,12 +188,12 @@ class StepTable:
         """Whether any step adds noise."""
         return bool((self.columns[:, -1] != 0).any())
 
-    def tensor(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def tensor(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """`[num_steps, 6]` copy of the columns on a device."""
         return torch.tensor(self.columns, dtype=dtype, device=device)
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Kept on a device, not to write to: the float32 columns `[num_steps, 6]`, and each row's number as int64 `[]`."""
+        """Kept on a device, not to write to: the float64 columns `[num_steps, 6]`, and each row's number as int64 `[]`."""
         kept = self._on_device.get(device)
         if kept is None:
             with torch.inference_mode(False):

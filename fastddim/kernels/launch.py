@@ -21,6 +21,7 @@ from fastddim.config import DynamicThreshold, Limit
 from fastddim.kernels.plan import STEP_POINTERS, KernelCall, Plan, StepShape, make_plan
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_TABLE_DTYPES = (torch.float64, torch.float32)
 
 # A HIP device has the same type.
 _DEVICE_TYPES = ("cuda",)
@@ -153,7 +154,8 @@ def ddim_step(
     """`fastddim.reference.ddim_step` fused: the same arguments, results and errors, in one launch.
 
     What differs:
-        - float32, float16 and bfloat16 tensors, in any combination; arithmetic is float32, a `table` tensor is float32.
+        - float32, float16 and bfloat16 tensors, in any combination; arithmetic is float32, a `table` tensor is
+          float64 (or float32, which makes half-precision results a little less exact).
         - No gradients.
         - `model_output` and `model_input` may be channels-last beside a contiguous state; where everything is
           channels-last, and no seeds are given, so are the results. Other strides are copied first.
@@ -332,9 +334,10 @@ def make_entry(
                 f"{name}: dtype {tensor.dtype}; the fused step takes float32, float16 and bfloat16: convert it, or pass"
                 " backend='reference'"
             )
-    if isinstance(table, torch.Tensor) and (table.dtype != torch.float32 or not table.is_contiguous()):
+    if isinstance(table, torch.Tensor) and (table.dtype not in _TABLE_DTYPES or not table.is_contiguous()):
         raise ValueError(
-            f"table: {table.dtype} with strides {table.stride()}; pass contiguous float32 rows, StepTable.tensor(device)"
+            f"table: {table.dtype} with strides {table.stride()}; pass contiguous rows of float64 (or float32), as"
+            " StepTable.tensor(device) has them"
         )
     # One layout for all, whatever it is, needs no index arithmetic. Drawn noise counts elements in C order.
     shared_layout = seeds is None and all(t is None or _is_channels_last(t) for t in states.values())

@@ -21,6 +21,7 @@ from fastddim.kernels.step import (
     limit_scale,
     load_cond,
     load_guided,
+    load_x0_columns,
     predict,
     quantile_rank,
     rescale_factor,
@@ -164,9 +165,10 @@ def magnitude_bits(
     factor = tl.full([], 1.0, tl.float32)
     if RESCALED:
         factor = tl.load(statistics_ptr + b * 2 + 1)
+    x0_columns = load_x0_columns(columns, 0.0, sample_ptr.dtype.element_ty)
     _, _, x0 = predict(
-        sample_ptr, output_ptr, guidance_ptr, b, batch, start, lanes, live, n, channels, tl.load(columns),
-        tl.load(columns + 1), factor, GUIDED, RESCALED, COND_FIRST, SCALE_PER_SAMPLE, OUTPUT_CHANNELS_LAST,
+        sample_ptr, output_ptr, guidance_ptr, b, batch, start, lanes, live, n, channels, x0_columns, factor, GUIDED,
+        RESCALED, COND_FIRST, SCALE_PER_SAMPLE, OUTPUT_CHANNELS_LAST,
     )  # fmt: skip
     return tl.abs(x0).to(tl.int32, bitcast=True)
 

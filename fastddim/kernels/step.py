@@ -44,6 +44,33 @@ def add_term(total, coefficient, term):
 
 
 @triton.jit
+def load_split(column):
+    """A column as two float32 numbers: its rounding, and what that leaves of a float64 column."""
+    exact = tl.load(column)
+    high = exact.to(tl.float32)
+    return high, tl.where(tl.abs(high) < float("inf"), exact - high, 0.0).to(tl.float32)
+
+
+@triton.jit
+def load_x0_columns(columns, poison, DTYPE: tl.constexpr):
+    """What `predict` needs of a row for a state of DTYPE: `(x0_from_x, x0_from_output, ratio, ratio_low)`.
+
+    Where the terms of x0 cancel, an ulp of a half-precision x0 is as small as their float32 rounding. There x0 is
+    `x0_from_x * (x + (ratio + ratio_low) * out)`, unless a column is 0: then so is the ratio.
+    """
+    from_x, from_x_low = load_split(columns)
+    from_output, from_output_low = load_split(columns + 1)
+    ratio = tl.full([], 0.0, tl.float32)
+    ratio_low = tl.full([], 0.0, tl.float32)
+    if DTYPE != tl.float32:
+        if from_x != 0.0:
+            ratio = tl.div_rn(from_output, from_x)
+            rest = fused(-ratio, from_x, from_output) + fused(-ratio, from_x_low, from_output_low)
+            ratio_low = tl.div_rn(rest, from_x)
+    return from_x + poison, from_output + poison, ratio, ratio_low
+
+
+@triton.jit
 def table_row(row, num_steps):
     """The row of an index, negative ones counted from the end, and the nearest row of one outside the table."""
     return tl.minimum(tl.maximum(tl.where(row < 0, row + num_steps, row), 0), num_steps - 1)
@@ -157,8 +184,7 @@ def predict(
     live,
     n,
     channels,
-    x0_from_x,
-    x0_from_output,
+    x0_columns,
     factor,
     GUIDED: tl.constexpr,
     RESCALED: tl.constexpr,
@@ -166,7 +192,7 @@ def predict(
     SCALE_PER_SAMPLE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """The state, the model's (guided, rescaled) output, and x0 before the limit."""
+    """The state, the model's (guided, rescaled) output, and x0 before the limit, of columns from `load_x0_columns`."""
     x = load(sample_ptr, b * n, start, lanes, live, n, channels, False)
     if GUIDED:
         out = load_guided(
@@ -177,7 +203,14 @@ def predict(
             out = out * factor
     else:
         out = load(output_ptr, b * n, start, lanes, live, n, channels, CHANNELS_LAST)
-    return x, out, add_term(x0_from_x * x, x0_from_output, out)
+    x0_from_x, x0_from_output, ratio, ratio_low = x0_columns
+    if sample_ptr.dtype.element_ty != tl.float32 and ratio != 0.0:
+        total = fused(ratio, out, x)
+        # An infinity has to stay one.
+        x0 = x0_from_x * tl.where(tl.abs(total) < float("inf"), fused(ratio_low, out, total), total)
+    else:
+        x0 = add_term(x0_from_x * x, x0_from_output, out)
+    return x, out, x0
 
 
 @triton.jit
@@ -381,12 +414,7 @@ def ddim_step_kernel(
     # No host sees this index, so one outside the table has to show: its results are NaN.
     poison = tl.where((row == inside) | (row + num_steps == inside), 0.0, float("nan"))
     columns = table_ptr + inside.to(tl.int32) * NUM_COLUMNS
-    x0_from_x = tl.load(columns) + poison
-    x0_from_output = tl.load(columns + 1)
-    next_from_x = tl.load(columns + 2)
-    next_from_output = tl.load(columns + 3)
-    next_from_x0 = tl.load(columns + 4)
-    noise_scale = tl.load(columns + 5)
+    x0_columns = load_x0_columns(columns, poison, sample_ptr.dtype.element_ty)
 
     # Two scalars sum up a whole sample; what they were found from is read again, as registers hold it only once.
     factor = tl.full([], 1.0, tl.float32)
@@ -409,8 +437,8 @@ def ddim_step_kernel(
             tl.debug_barrier()
         if LIMIT == "threshold":
             _, _, whole = predict(
-                sample_ptr, output_ptr, guidance_ptr, b, batch, start, every, present, n, channels, x0_from_x,
-                x0_from_output, factor, GUIDED, rescale_ptr is not None, COND_FIRST, SCALE_PER_SAMPLE,
+                sample_ptr, output_ptr, guidance_ptr, b, batch, start, every, present, n, channels, x0_columns,
+                factor, GUIDED, rescale_ptr is not None, COND_FIRST, SCALE_PER_SAMPLE,
                 OUTPUT_CHANNELS_LAST,
             )  # fmt: skip
             scale = threshold_scale(whole, present, n, RATIO, RANGE)
@@ -419,6 +447,12 @@ def ddim_step_kernel(
         scale = tl.load(statistics_ptr + b * 2)
         factor = tl.load(statistics_ptr + b * 2 + 1)
 
+    # Not before: the statistics need every register.
+    next_from_x = tl.load(columns + 2).to(tl.float32)
+    next_from_output = tl.load(columns + 3).to(tl.float32)
+    next_from_x0 = tl.load(columns + 4).to(tl.float32)
+    noise_scale = tl.load(columns + 5).to(tl.float32)
+
     lanes = tl.arange(0, CHUNK)
     for offset in range(0, n if WHOLE else 1, CHUNK):
         here = start + offset
@@ -426,7 +460,7 @@ def ddim_step_kernel(
         if not EVEN:
             live = lanes < tl.minimum(n - here, CHUNK).to(tl.int32)
         x, out, x0 = predict(
-            sample_ptr, output_ptr, guidance_ptr, b, batch, here, lanes, live, n, channels, x0_from_x, x0_from_output,
+            sample_ptr, output_ptr, guidance_ptr, b, batch, here, lanes, live, n, channels, x0_columns,
             factor, GUIDED, rescale_ptr is not None, COND_FIRST, SCALE_PER_SAMPLE, OUTPUT_CHANNELS_LAST,
         )  # fmt: skip
         if LIMIT == "clip":
