@@ -37,8 +37,8 @@ def _ddim_step(
     elif limit == "threshold":
         limits["threshold"] = DynamicThreshold(limit_ratio, limit_range)
     entry = make_entry(
-        model_output, sample, table, step, limit=limits[limit], cond_first=cond_first, noise=noise, seeds=seeds,
-        first_row=first_row, guidance_scale=guidance_scale,
+        model_output, sample, table, step, limit=limits[limit], limit_values=None, cond_first=cond_first, noise=noise,
+        seeds=seeds, first_row=first_row, guidance_scale=guidance_scale,
         guidance_rescale=0.0 if guidance_rescale is None else guidance_rescale, out=out, model_input=model_input,
         advance=False, timesteps=None, next_timestep=None,
     )  # fmt: skip
@@ -78,6 +78,7 @@ def ddim_step(
     step: int | torch.Tensor,
     *,
     limit: Limit = None,
+    limit_values: torch.Tensor | None = None,
     noise: torch.Tensor | None = None,
     seeds: torch.Tensor | None = None,
     first_row: torch.Tensor | None = None,
@@ -95,8 +96,10 @@ def ddim_step(
     """`fastddim.kernels.ddim_step` while torch traces: the same arguments and results, as one node of the graph.
 
     Raises:
-        ValueError: `advance`, which a traced graph has no place for: advance the index with torch.
+        ValueError: `advance`, which a traced graph has no place for: advance the index with torch; `limit_values`.
     """
+    if limit_values is not None:
+        raise ValueError("limit_values: given under torch.compile or torch.export; pass the numbers in limit")
     if advance or timesteps is not None or next_timestep is not None:
         raise ValueError("advance: True under torch.compile or torch.export; move the index on with torch instead")
     device = sample.device

@@ -15,11 +15,11 @@ from fastddim.kernels.statistics import BINS, SLOTS, histogram_kernel, rescale_k
 from fastddim.kernels.step import ddim_step_kernel
 
 STEP_POINTERS = (
-    "output", "sample", "table", "step", "guidance", "rescale", "statistics", "noise", "seeds", "first_row",
+    "output", "sample", "table", "step", "guidance", "rescale", "limit", "statistics", "noise", "seeds", "first_row",
     "next", "x0", "input", "timesteps", "next_timestep", "tickets",
 )  # fmt: skip
 _RESCALE_POINTERS = ("output", "guidance", "rescale", "statistics", "counters")
-_HISTOGRAM_POINTERS = ("sample", "output", "table", "step", "guidance", "statistics", "counters")
+_HISTOGRAM_POINTERS = ("sample", "output", "table", "step", "guidance", "limit", "statistics", "counters")
 
 # The largest sample whose statistics one program takes without spilling registers, on every supported Triton.
 WHOLE_SAMPLE = 16384
@@ -44,6 +44,7 @@ class StepShape:
         channels: of the samples, for channels-last tensors.
         guided, cond_first, scale_per_sample, rescale, rescale_per_sample, row_per_sample: as in `ddim_step`.
         limit: of x0.
+        limit_on_device: whether its numbers come from memory; what is left of `limit` is `limit_kind`.
         drawn: whether the kernel draws the noise.
         output_channels_last, input_channels_last: the layout of the model's output and of its next input.
         advance: whether the index moves on.
@@ -60,6 +61,7 @@ class StepShape:
     rescale_per_sample: bool = False
     row_per_sample: bool = False
     limit: Limit = None
+    limit_on_device: bool = False
     drawn: bool = False
     output_channels_last: bool = False
     input_channels_last: bool = False
@@ -114,6 +116,7 @@ def make_plan(shape: StepShape) -> Plan:
     """
     batch, n = shape.batch, shape.elements
     limit_name, limit_range, ratio = _limit_constants(shape.limit)
+    constant_range, constant_ratio = (1.0, 1.0) if shape.limit_on_device else (limit_range, ratio)
     needs_statistics = limit_name == "threshold" or shape.rescale
     whole = needs_statistics and n <= WHOLE_SAMPLE
     channels_last = shape.output_channels_last or shape.input_channels_last
@@ -127,7 +130,7 @@ def make_plan(shape: StepShape) -> Plan:
     else:
         block, num_warps = _element_block(batch, n), NUM_WARPS
     blocks = 1 if whole else triton.cdiv(n, block)
-    sample_axis, grid = _grid(batch, blocks)
+    sample_axis, grid = make_grid(batch, blocks)
     guidance = {"COND_FIRST": shape.cond_first, "SCALE_PER_SAMPLE": shape.scale_per_sample}
     constants: dict[str, Any] = {
         "GUIDED": shape.guided,
@@ -135,8 +138,8 @@ def make_plan(shape: StepShape) -> Plan:
         "RESCALE_PER_SAMPLE": shape.rescale_per_sample,
         "ROW_PER_SAMPLE": shape.row_per_sample,
         "LIMIT": limit_name,
-        "RANGE": limit_range,
-        "RATIO": ratio,
+        "RANGE": constant_range,
+        "RATIO": constant_ratio,
         "WHOLE": whole,
         "SAMPLE_AXIS": sample_axis,
         "OUTPUT_CHANNELS_LAST": shape.output_channels_last,
@@ -155,7 +158,7 @@ def make_plan(shape: StepShape) -> Plan:
         return Plan("whole" if whole else "elements", flat, (step,), tickets)
 
     blocks = triton.cdiv(n, STATISTICS_BLOCK)
-    sample_axis, grid = _grid(batch, blocks)
+    sample_axis, grid = make_grid(batch, blocks)
     row_size = SLOTS.value
     layout = {
         "SAMPLE_AXIS": sample_axis,
@@ -173,8 +176,8 @@ def make_plan(shape: StepShape) -> Plan:
                 "RESCALED": shape.rescale,
                 **guidance,
                 "ROW_PER_SAMPLE": shape.row_per_sample,
-                "RATIO": ratio,
-                "MAX_VALUE": limit_range,
+                "RATIO": constant_ratio,
+                "MAX_VALUE": constant_range,
                 **layout,
             }
             numbers = (n, batch, shape.num_steps, shape.channels, row_size, shift)
@@ -185,6 +188,12 @@ def make_plan(shape: StepShape) -> Plan:
         calls.insert(0, KernelCall(rescale_kernel, _RESCALE_POINTERS, numbers, rescale, grid, 8))
     statistics = 2 * batch + (4 * batch * blocks if shape.rescale else 0)
     return Plan("statistics", flat, (*calls, step), tickets, batch * row_size, statistics)
+
+
+def limit_kind(limit: Limit) -> tuple[str, int]:
+    """What of a limit is compiled in: limits of one kind differ in the two numbers that can come from the device."""
+    name, limit_range, _ = _limit_constants(limit)
+    return name, _bin_shift(limit_range) if name == "threshold" else 0
 
 
 def _limit_constants(limit: Limit) -> tuple[str, float, float]:
@@ -208,8 +217,8 @@ def _element_block(batch: int, n: int) -> int:
     return min(block, max(64, int(triton.next_power_of_2(n))))
 
 
-def _grid(batch: int, blocks: int) -> tuple[int, tuple[int, int]]:
-    """Which axis counts the samples: the second one, which is the short one, unless there are too many."""
+def make_grid(batch: int, blocks: int) -> tuple[int, tuple[int, int]]:
+    """Which axis counts the samples, and the grid: the second one, which is the short one, unless there are too many."""
     if isinstance(batch, torch.SymInt) or batch <= _MAX_GRID_Y:
         return 1, (blocks, batch)
     return 0, (batch, blocks)
