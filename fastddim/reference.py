@@ -126,7 +126,7 @@ def ddim_step(
             negative numbers count from the end.
         limit: `Clip`, `DynamicThreshold` or None.
         limit_values: `[2]` float64, `(range, any)` or `(max_value, ratio)`, to limit with instead of the numbers in
-            `limit`, which then says the kind alone (`kernels.plan.limit_kind`): a captured step can change them. Read on the
+            `limit`, which then says the kind alone (`config.limit_kind`): a captured step can change them. Read on the
             host here, on the device by the fused step.
         noise: `[B, ...]` standard normal; noise or seeds are needed where the row's `noise_scale` is not 0 (not checked
             for rows on a GPU).

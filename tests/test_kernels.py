@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastddim import Clip, DDIMConfig, DynamicThreshold, Schedule, StepTable
+from fastddim.config import limit_kind
 from fastddim.kernels import Workspace, ddim_step, draw_normal, launch, plan
 from fastddim.noise import STREAM_INITIAL, normal, normal_numpy, seed_tensor
 from fastddim.reference import abs_quantile
@@ -158,7 +159,7 @@ def test_a_limit_on_the_device_is_the_limit_in_the_code(tier, limit, monkeypatch
         "threshold": (DynamicThreshold(0.5, 1.9), DynamicThreshold(0.97, 1.7)),
     }
     planned, wanted = kinds[limit]
-    assert plan.limit_kind(planned) == plan.limit_kind(wanted)
+    assert limit_kind(planned) == limit_kind(wanted)
     x, output = draw((3, 333)), draw((3, 333), seed=1)
     numbers = (wanted.range, 1.0) if limit == "clip" else (wanted.max_value, wanted.ratio)
     values = torch.tensor(numbers, dtype=torch.float64, device=DEVICE)

@@ -6,7 +6,7 @@ import torch
 from torch.library import triton_op, wrap_triton
 
 from fastddim.coefficients import Coefficient, StepTable
-from fastddim.config import Clip, DynamicThreshold, Limit
+from fastddim.config import Clip, DynamicThreshold, Limit, limit_numbers
 from fastddim.kernels.launch import make_entry
 from fastddim.kernels.plan import STEP_POINTERS
 
@@ -111,16 +111,12 @@ def ddim_step(
     x_next = torch.empty_like(sample, memory_format=contiguous) if out is None else out
     x0 = torch.empty_like(x_next) if return_x0 else None
     rescaled = isinstance(guidance_rescale, torch.Tensor) or guidance_rescale != 0
-    name, limit_range, limit_ratio = "none", 1.0, 1.0
-    if isinstance(limit, Clip):
-        name, limit_range = "clip", float(limit.range)
-    elif limit is not None:
-        name, limit_range, limit_ratio = "threshold", float(limit.max_value), float(limit.ratio)
+    name = {Clip: "clip", DynamicThreshold: "threshold"}.get(type(limit), "none")
     torch.ops.fastddim.ddim_step(
         model_output, sample.contiguous(), table, step,
         None if guidance_scale is None else _scalar_tensor(guidance_scale, device),
         _scalar_tensor(guidance_rescale, device) if rescaled else None,
-        noise, seeds, first_row, x_next, x0, model_input, name, limit_range, limit_ratio, bool(cond_first),
+        noise, seeds, first_row, x_next, x0, model_input, name, *limit_numbers(limit), bool(cond_first),
     )  # fmt: skip
     return x_next, x0
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import struct
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 
-from fastddim.config import Clip, Limit
+from fastddim.config import Limit, limit_kind, limit_numbers
 from fastddim.kernels.statistics import BINS, SLOTS, histogram_kernel, rescale_kernel
 from fastddim.kernels.step import ddim_step_kernel
 
@@ -44,7 +42,7 @@ class StepShape:
         channels: of the samples, for channels-last tensors.
         guided, cond_first, scale_per_sample, rescale, rescale_per_sample, row_per_sample: as in `ddim_step`.
         limit: of x0.
-        limit_on_device: whether its numbers come from memory; what is left of `limit` is `limit_kind`.
+        limit_on_device: whether its numbers come from memory; what is left of `limit` is its `config.limit_kind`.
         drawn: whether the kernel draws the noise.
         output_channels_last, input_channels_last: the layout of the model's output and of its next input.
         advance: whether the index moves on.
@@ -115,8 +113,8 @@ def make_plan(shape: StepShape) -> Plan:
         shape: sizes and options; `batch` may be symbolic, and then decides nothing.
     """
     batch, n = shape.batch, shape.elements
-    limit_name, limit_range, ratio = _limit_constants(shape.limit)
-    constant_range, constant_ratio = (1.0, 1.0) if shape.limit_on_device else (limit_range, ratio)
+    limit_name, magnitude = limit_kind(shape.limit)
+    limit_range, ratio = (1.0, 1.0) if shape.limit_on_device else limit_numbers(shape.limit)
     needs_statistics = limit_name == "threshold" or shape.rescale
     whole = needs_statistics and n <= WHOLE_SAMPLE
     channels_last = shape.output_channels_last or shape.input_channels_last
@@ -138,8 +136,8 @@ def make_plan(shape: StepShape) -> Plan:
         "RESCALE_PER_SAMPLE": shape.rescale_per_sample,
         "ROW_PER_SAMPLE": shape.row_per_sample,
         "LIMIT": limit_name,
-        "RANGE": constant_range,
-        "RATIO": constant_ratio,
+        "RANGE": limit_range,
+        "RATIO": ratio,
         "WHOLE": whole,
         "SAMPLE_AXIS": sample_axis,
         "OUTPUT_CHANNELS_LAST": shape.output_channels_last,
@@ -167,7 +165,8 @@ def make_plan(shape: StepShape) -> Plan:
     }
     calls = []
     if limit_name == "threshold":
-        shift = _bin_shift(limit_range)
+        # Bins of `1 << shift` bit patterns are wide enough for all of (1, max_value].
+        shift = max(0, magnitude - (BINS.value - 1).bit_length())
         row_size += BINS.value + (1 << shift)
         for refine in (False, True):
             histogram = {
@@ -176,8 +175,8 @@ def make_plan(shape: StepShape) -> Plan:
                 "RESCALED": shape.rescale,
                 **guidance,
                 "ROW_PER_SAMPLE": shape.row_per_sample,
-                "RATIO": constant_ratio,
-                "MAX_VALUE": constant_range,
+                "RATIO": ratio,
+                "MAX_VALUE": limit_range,
                 **layout,
             }
             numbers = (n, batch, shape.num_steps, shape.channels, row_size, shift)
@@ -188,24 +187,6 @@ def make_plan(shape: StepShape) -> Plan:
         calls.insert(0, KernelCall(rescale_kernel, _RESCALE_POINTERS, numbers, rescale, grid, 8))
     statistics = 2 * batch + (4 * batch * blocks if shape.rescale else 0)
     return Plan("statistics", flat, (*calls, step), tickets, batch * row_size, statistics)
-
-
-def limit_kind(limit: Limit) -> tuple[str, int]:
-    """What of a limit is compiled in: limits of one kind differ in the two numbers that can come from the device."""
-    name, limit_range, _ = _limit_constants(limit)
-    return name, _bin_shift(limit_range) if name == "threshold" else 0
-
-
-def _limit_constants(limit: Limit) -> tuple[str, float, float]:
-    """The limit's name in the kernel, its range and its ratio."""
-    if limit is None:
-        return "none", 1.0, 1.0
-    if isinstance(limit, Clip):
-        return "clip", float(limit.range), 1.0
-    if limit.max_value > 1:
-        return "threshold", float(limit.max_value), float(limit.ratio)
-    # The quantile is clamped to at most max_value last, so it cannot matter.
-    return ("clip" if limit.max_value == 1 else "fixed"), float(limit.max_value), 1.0
 
 
 def _element_block(batch: int, n: int) -> int:
@@ -222,10 +203,3 @@ def make_grid(batch: int, blocks: int) -> tuple[int, tuple[int, int]]:
     if isinstance(batch, torch.SymInt) or batch <= _MAX_GRID_Y:
         return 1, (blocks, batch)
     return 0, (batch, blocks)
-
-
-def _bin_shift(maximum: float) -> int:
-    """Bins of `1 << shift` bit patterns are wide enough for all of (1, maximum]."""
-    (bits,) = struct.unpack("<i", struct.pack("<f", maximum))
-    patterns: int = bits - 0x3F800000
-    return max(0, math.ceil(math.log2(max(1, patterns))) - int(math.log2(BINS.value)))
