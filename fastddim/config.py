@@ -78,11 +78,12 @@ def limit_from(config: Any) -> Limit:
     return Clip(config.clip_sample_range) if config.clip_sample else None
 
 
-def limit_kind(limit: Limit) -> tuple[str, int]:
+def limit_kind(limit: Limit, *, numbers_change: bool = False) -> tuple[str, int]:
     """What of a limit a compiled step cannot change: its name there, and the binary magnitude of a threshold.
 
     `"none"`; `"clip"`; `"threshold"`; `"fixed"`, a threshold that is always `max_value`, as that is below 1. The magnitude
-    is the number of bits that count the float32 numbers in (1, max_value].
+    is the number of bits that count the float32 numbers in (1, max_value]; where the limit's numbers may change, it has
+    room for a `max_value` up to 256.
     """
     if limit is None:
         return "none", 0
@@ -92,7 +93,7 @@ def limit_kind(limit: Limit) -> tuple[str, int]:
         # The quantile is clamped to at most max_value last, so it cannot matter.
         return ("clip" if limit.max_value == 1 else "fixed"), 0
     (bits,) = struct.unpack("<i", struct.pack("<f", limit.max_value))
-    return "threshold", max(0, bits - 0x3F800000 - 1).bit_length()
+    return "threshold", max(26 if numbers_change else 0, max(0, bits - 0x3F800000 - 1).bit_length())
 
 
 def limit_numbers(limit: Limit) -> tuple[float, float]:

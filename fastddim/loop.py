@@ -465,7 +465,7 @@ def _capture_key(run: Run, mode: str) -> Hashable:
         run.start is None,
         run.seeds is None,
         run.noise is None,
-        limit_kind(run.limit) if _loads_limit(run) else run.limit,
+        limit_kind(run.limit, numbers_change=True) if _loads_limit(run) else run.limit,
         guidance and (guidance.rescale != 0, guidance.cond_first, guidance.batched),
         described,
         structure,

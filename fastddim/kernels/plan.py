@@ -113,7 +113,7 @@ def make_plan(shape: StepShape) -> Plan:
         shape: sizes and options; `batch` may be symbolic, and then decides nothing.
     """
     batch, n = shape.batch, shape.elements
-    limit_name, magnitude = limit_kind(shape.limit)
+    limit_name, magnitude = limit_kind(shape.limit, numbers_change=shape.limit_on_device)
     limit_range, ratio = (1.0, 1.0) if shape.limit_on_device else limit_numbers(shape.limit)
     needs_statistics = limit_name == "threshold" or shape.rescale
     whole = needs_statistics and n <= WHOLE_SAMPLE
