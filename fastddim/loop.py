@@ -562,7 +562,8 @@ class Loop:
         return EagerLoop(self.model, run)(steps, on_step)
 
     def _replay(self, key: Hashable, run: Run, mode: str, steps: Iterable[int], on_step: OnStep | None) -> torch.Tensor:
-        with self.graphs.turn(run.device), self._as_inside():
+        # Buffers made in inference mode could not be written to outside it.
+        with self.graphs.turn(run.device), self._as_inside(), torch.inference_mode(False), torch.no_grad():
             if self._module is not None and (self._state is None or self._state.changed()):
                 self.graphs.clear()
                 self._state = ModuleState(self._module)

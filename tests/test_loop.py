@@ -153,6 +153,15 @@ def test_a_replaced_sampler_is_the_one_built_anew(model):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_a_capture_made_in_inference_mode_serves_runs_outside_it(model, mode):
+    sampler = make(model, graph=mode, guidance_scale=2.0)
+    with torch.inference_mode():
+        first = sampler(torch.ones(2, *SHAPE), **labels(2))
+    assert torch.equal(sampler(torch.ones(2, *SHAPE), **labels(2)), first)
+    assert not first.requires_grad and len(sampler.graphs) == 1
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_results_are_the_callers_own(model, mode):
     sampler = make(model, graph=mode)
     first = sampler(2, seeds=0)
