@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -48,6 +48,7 @@ def columns(
     noise_scale: FloatArray,
     prediction_type: str,
     use_clipped_model_output: bool,
+    xp: Any = np,
 ) -> FloatArray:
     """`[n, 6]` float64 columns of `n` steps from their square roots, `[n]` each.
 
@@ -58,8 +59,9 @@ def columns(
         noise_scale: the factor of the noise.
         prediction_type: what the model predicts: `epsilon`, `sample` or `v_prediction`.
         use_clipped_model_output: derive epsilon from the limited x0 instead of the raw model output.
+        xp: `numpy`, or `torch` for tensors.
     """
-    zero = np.zeros_like(signal)
+    zero = xp.zeros_like(signal)
     # A step from pure noise (signal 0) or from a clean state (sigma 0) has infinite columns, as diffusers' step has.
     with np.errstate(divide="ignore", invalid="ignore"):
         if prediction_type == "epsilon":
@@ -74,11 +76,12 @@ def columns(
         if use_clipped_model_output:
             eps = (1 / sigma, zero, -signal / sigma)
         from_x, from_output, from_x0 = (direction * factor for factor in eps)
-    return np.stack([*x0, from_x, from_output, signal_next + from_x0, noise_scale], axis=1)
+    rows: FloatArray = xp.stack([*x0, from_x, from_output, signal_next + from_x0, noise_scale], axis=1)
+    return rows
 
 
 def noise_factors(
-    alpha_bar: FloatArray, alpha_bar_next: FloatArray, eta: FloatArray, variance_type: str
+    alpha_bar: FloatArray, alpha_bar_next: FloatArray, eta: FloatArray, variance_type: str, xp: Any = np
 ) -> tuple[FloatArray, FloatArray]:
     """`(direction, noise_scale)` of each step, float64 `[n]`.
 
@@ -86,11 +89,11 @@ def noise_factors(
     paper's sigma-hat, `sqrt(1 - alpha_bar / alpha_bar_next)` (appendix D.3): DDPM with the larger variance.
     """
     large = 1 - alpha_bar / alpha_bar_next
-    ratio = (1 - alpha_bar_next) / np.maximum(1 - alpha_bar, np.finfo(np.float64).tiny)
-    std_dev = eta * np.sqrt(ratio * large)
+    ratio = (1 - alpha_bar_next) / xp.clip(1 - alpha_bar, np.finfo(np.float64).tiny, None)
+    std_dev = eta * xp.sqrt(ratio * large)
     # 1 - alpha_bar_next - std_dev**2 as a sum of positive terms: at eta 1 the difference cancels to nothing.
-    direction = np.sqrt(ratio * ((1 - eta**2) * large + alpha_bar * (1 - alpha_bar_next) / alpha_bar_next))
-    return direction, std_dev if variance_type == "fixed_small" else np.sqrt(large)
+    direction = xp.sqrt(ratio * ((1 - eta**2) * large + alpha_bar * (1 - alpha_bar_next) / alpha_bar_next))
+    return direction, std_dev if variance_type == "fixed_small" else xp.sqrt(large)
 
 
 def _check_eta(eta: float | Sequence[float], num_steps: int, variance_type: str) -> FloatArray:

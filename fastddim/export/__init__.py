@@ -1,0 +1,40 @@
+"""Exporters: a model and its sampler in one file, and what runs such files."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_ROOM_OF = {
+    "Bundle": "bundle",
+    "BundleError": "bundle",
+    "ExportError": "to_onnx",
+    "ExportOptions": "to_onnx",
+    "NotFiniteError": "ort",
+    "OrtSampler": "ort",
+    "ParityError": "validate",
+    "export_onnx": "to_onnx",
+    "open_bundle": "bundle",
+}
+
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "ExportError",
+    "ExportOptions",
+    "NotFiniteError",
+    "OrtSampler",
+    "ParityError",
+    "export_onnx",
+    "open_bundle",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module 'fastddim.export' has no attribute {name!r}")
+    try:
+        room = importlib.import_module(f"fastddim.export.{_ROOM_OF[name]}")
+    except ImportError as error:
+        raise ImportError(f"fastddim.export.{name} needs {error.name}: pip install 'fastddim[onnx]'") from error
+    return getattr(room, name)

@@ -1,0 +1,186 @@
+"""A bundle: a folder with the exported graph, `manifest.json` that says what is in it, and a note for the integrator.
+
+No torch here: a server's host code needs numpy and a runtime alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+
+FORMAT = "fastddim-bundle"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+_HASH_BLOCK = 1 << 20
+
+
+class BundleError(ValueError):
+    """A bundle that cannot be read; the message names the folder, the file and what is wrong."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle, its files checked.
+
+    Attributes:
+        path: the folder.
+        manifest: its description, as the schema has it (`manifest.schema.json`).
+    """
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def graph(self) -> str:
+        """`"loop"` or `"step"`."""
+        kind: str = self.manifest["graph"]
+        return kind
+
+    @property
+    def model_path(self) -> Path:
+        """The graph's file."""
+        return self.path / str(self.manifest["model"])
+
+    def names(self, group: str) -> list[str]:
+        """Names of the `"inputs"` or `"outputs"`."""
+        return [item["name"] for item in self.manifest[group]]
+
+
+def manifest_schema() -> dict[str, Any]:
+    """The JSON schema of `manifest.json`."""
+    text = resources.files("fastddim.export").joinpath("manifest.schema.json").read_text("utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_destination(path: str | Path, force: bool) -> Path:
+    """The absolute path of a bundle to write, before the work.
+
+    Raises:
+        FileExistsError: something is there, and `force` is off or it is no bundle.
+        NotADirectoryError, PermissionError: the folder it goes to is none, or cannot be written to.
+    """
+    target = Path(path).expanduser().absolute()
+    parent = target.parent
+    if not parent.is_dir():
+        raise NotADirectoryError(f"out: {str(parent)!r} is no folder; create it first")
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(f"out: {str(parent)!r} cannot be written to; pass another folder")
+    if target.exists() or target.is_symlink():
+        if not force:
+            raise FileExistsError(f"out: {str(target)!r} exists; pass another folder, or --force to replace it")
+        if not (target / MANIFEST).is_file() and any(target.iterdir() if target.is_dir() else [target]):
+            raise FileExistsError(f"out: {str(target)!r} is no bundle, so --force does not replace it; remove it yourself")
+    return target
+
+
+def write_bundle(path: Path, force: bool, fill: Callable[[Path], Mapping[str, Any]]) -> Bundle:
+    """Write a bundle whole or not at all.
+
+    Args:
+        path: from `check_destination`.
+        force: replace the bundle there.
+        fill: writes the files to a folder and returns the manifest without `files`.
+    """
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        manifest = dict(fill(temporary))
+        manifest["files"] = {
+            str(PurePosixPath(file.relative_to(temporary))): {"sha256": sha256(file), "bytes": file.stat().st_size}
+            for file in sorted(temporary.rglob("*"))
+            if file.is_file()
+        }
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n", "utf-8")
+        os.chmod(temporary, 0o755)
+        if force and path.exists():
+            # Out of the way first: renaming onto a folder that is not empty fails.
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+            os.replace(path, old / path.name)
+            os.replace(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return open_bundle(path)
+
+
+def open_bundle(path: str | Path, *, check_hashes: bool = True) -> Bundle:
+    """Read and check a bundle.
+
+    Args:
+        path: the folder.
+        check_hashes: read every file and compare; otherwise only names and sizes.
+
+    Raises:
+        BundleError: no bundle, one of a newer format, or one that is damaged.
+    """
+    folder = Path(path)
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise BundleError(f"bundle: {str(file)!r} is missing; pass a folder that `fastddim export` wrote")
+    try:
+        manifest = json.loads(file.read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise BundleError(f"bundle: {str(file)!r} cannot be read: {error}; export it again") from error
+    _check_manifest(file, manifest)
+    for name, expected in manifest["files"].items():
+        member = folder / _inside(file, name)
+        if member.is_symlink() or not member.resolve().is_relative_to(folder.resolve()):
+            raise BundleError(f"bundle: {str(member)!r} leads out of the folder; export it again")
+        if not member.is_file():
+            raise BundleError(f"bundle: {str(member)!r} is missing; export it again")
+        size = member.stat().st_size
+        if size != expected["bytes"]:
+            raise BundleError(
+                f"bundle: {str(member)!r} has {size} bytes, the manifest says {expected['bytes']}; export it again"
+            )
+        if check_hashes and sha256(member) != expected["sha256"]:
+            raise BundleError(f"bundle: {str(member)!r} is not the file that was exported (SHA-256); export it again")
+    if manifest["model"] not in manifest["files"]:
+        raise BundleError(f"bundle: {str(file)!r} names no file {manifest['model']!r}; export it again")
+    return Bundle(folder, manifest)
+
+
+def _inside(file: Path, name: str) -> PurePosixPath:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name:
+        raise BundleError(f"bundle: {str(file)!r} names {name!r}, which leads out of the folder; export it again")
+    return path
+
+
+def _check_manifest(file: Path, manifest: Any) -> None:
+    """The format and version, then everything the schema asks for."""
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise BundleError(f"bundle: {str(file)!r} is no manifest of a fastddim bundle")
+    version = manifest.get("format_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise BundleError(f"bundle: {str(file)!r} has format_version {version!r}; export it again")
+    if version > FORMAT_VERSION:
+        raise BundleError(
+            f"bundle: {str(file)!r} has format_version {version}, this fastddim reads up to {FORMAT_VERSION}; update it"
+        )
+    error = best_match(Draft202012Validator(manifest_schema()).iter_errors(manifest))
+    if error is not None:
+        raise BundleError(f"bundle: {str(file)!r}: {error.json_path}: {error.message}; export it again")

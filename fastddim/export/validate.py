@@ -1,0 +1,138 @@
+"""An exported file against the torch reference: measured at export, and again on demand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastddim.export.bundle import Bundle
+from fastddim.export.modules import Denoiser
+from fastddim.export.ort import OrtSampler
+from fastddim.noise import STREAM_INITIAL, normal
+from fastddim.sampler import Sampler
+from fastddim.schedule import Schedule
+
+PARITY_STEPS = (1, 10, 50)
+PARITY_BATCHES = (1, 3)
+# Half-precision models round at every layer, and runtimes fuse them differently.
+_TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-1}
+# How much larger than the effect of a rounding of the start the difference may be.
+_AMPLIFIED = 100.0
+
+
+class ParityError(ValueError):
+    """A file whose results differ from the torch reference's."""
+
+
+def measure_parity(
+    bundle: Bundle,
+    denoiser: Denoiser,
+    schedule: Schedule,
+    *,
+    steps: Sequence[int] = PARITY_STEPS,
+    tolerance: float | None = None,
+) -> list[dict[str, Any]]:
+    """Largest differences between the bundle and the torch reference, for the manifest.
+
+    Args:
+        bundle: what was written; its hashes need not be there yet.
+        denoiser: the model in torch, of the bundle's dtype.
+        schedule: of the bundle.
+        steps: numbers of steps to compare.
+        tolerance: the largest difference. By default what the model's dtype explains, or, for models that amplify it, a
+            hundred times the effect of a last-bit change of the starting state.
+
+    Raises:
+        ParityError: a larger difference; the message has the sizes and both numbers.
+    """
+    sampling = bundle.manifest["sampling"]
+    ort = OrtSampler(bundle, providers="cpu")
+    dtype = next((p.dtype for p in denoiser.model.parameters() if p.is_floating_point()), torch.float32)
+    sizes = [denoiser.sample_shape]
+    if "height" in bundle.manifest["inputs"][0]["shape"]:
+        channels, height, width = denoiser.sample_shape
+        sizes.append((channels, 2 * height, width))
+    results = []
+    for batch in PARITY_BATCHES:
+        for shape in sizes if batch == PARITY_BATCHES[0] else sizes[:1]:
+            for count in steps:
+                entry = _compare(ort, denoiser, schedule, sampling, batch, shape, count, dtype, tolerance)
+                results.append(entry)
+                if not entry["largest_error"] <= entry["tolerance"]:
+                    raise ParityError(
+                        f"model: the exported file differs from torch by {entry['largest_error']:.3g} (tolerance"
+                        f" {entry['tolerance']:.3g}) after {count} steps of a batch of {batch} of {shape}"
+                    )
+    return results
+
+
+def _compare(
+    ort: OrtSampler,
+    denoiser: Denoiser,
+    schedule: Schedule,
+    sampling: Mapping[str, Any],
+    batch: int,
+    shape: tuple[int, ...],
+    steps: int,
+    dtype: torch.dtype,
+    tolerance: float | None,
+) -> dict[str, Any]:
+    def model(x: torch.Tensor, t: torch.Tensor, **conditions: torch.Tensor) -> torch.Tensor:
+        return denoiser.call(x.to(dtype), t, conditions).float()
+
+    sampler = Sampler(
+        model,
+        schedule,
+        steps,
+        eta=sampling["eta"],
+        guidance_scale=2.0 if sampling["guided"] else None,
+        guidance_rescale=0.5 if sampling["guidance_rescale"] else 0.0,
+        use_clipped_model_output=sampling["use_clipped_model_output"],
+        sample_shape=shape,
+        graph="off",
+    )
+    conditions, uncond = _draw_conditions(denoiser, batch)
+    kwargs: dict[str, Any] = {**conditions, "uncond_kwargs": uncond if sampling["guided"] else None}
+    start = normal(range(batch), 0, shape, STREAM_INITIAL)
+    expected = sampler(start, seeds=0, **kwargs)
+    if tolerance is None:
+        # A random model is chaotic: what a last-bit change of the start does says how far two programs may be apart.
+        nudged = sampler(start * (1 + 2**-23), seeds=0, **kwargs)
+        tolerance = max(_TOLERANCES[dtype], _AMPLIFIED * float((nudged - expected).abs().max()))
+    actual = ort(
+        start.numpy(),
+        seeds=0,
+        num_inference_steps=steps,
+        guidance_scale=sampler.guidance_scale,
+        guidance_rescale=sampler.guidance_rescale,
+        uncond_kwargs={name: value.numpy() for name, value in uncond.items()} if sampling["guided"] else None,
+        **{name: value.numpy() for name, value in conditions.items()},
+    )
+    error = float(np.abs(actual - expected.numpy()).max())
+    return {
+        "batch": batch,
+        "size": list(shape),
+        "steps": steps,
+        "largest_error": error if math.isfinite(error) else math.inf,
+        "tolerance": tolerance,
+    }
+
+
+def _draw_conditions(denoiser: Denoiser, batch: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Random conditions, and their unconditional counterparts."""
+    generator = torch.Generator().manual_seed(1)
+    conditions, uncond = {}, {}
+    for name, condition in denoiser.conditions.items():
+        shape = (batch, *condition.example.shape[1:])
+        if condition.example.is_floating_point():
+            conditions[name] = torch.randn(shape, generator=generator).to(condition.example.dtype)
+            uncond[name] = torch.randn(shape, generator=generator).to(condition.example.dtype)
+        else:
+            highest = max(1, int(condition.example.max()) if condition.null is None else condition.null)
+            conditions[name] = torch.randint(0, highest, shape, generator=generator)
+            uncond[name] = torch.full(shape, 0 if condition.null is None else condition.null)
+    return conditions, uncond
