@@ -15,6 +15,7 @@ from fastddim.config import require_int
 GROUPS = 8
 KERNEL_SIZE = 5
 TIME_EMBEDDING_DIM = 64
+COND_DIM = 128
 MAX_PERIOD = 10_000
 
 
@@ -56,24 +57,28 @@ class ActionUNet1d(nn.Module):
         divisor = 2 ** (len(channels) - 1)
         if horizon % divisor:
             raise ValueError(f"horizon: {horizon}; {len(channels)} levels of channels need a multiple of {divisor}")
+        for level, count in enumerate(channels):
+            # The norm of a single number is a constant.
+            if count // GROUPS * (horizon >> level) < 2:
+                raise ValueError(f"channels: {count} where the horizon is 1; pass at least {2 * GROUPS} there")
         self.sample_shape = (horizon, action_dim)
         self.obs_dim = obs_dim
-        self.time_embedding = nn.Sequential(
-            nn.Linear(TIME_EMBEDDING_DIM, 4 * TIME_EMBEDDING_DIM),
+        self.condition = nn.Sequential(
+            nn.Linear(TIME_EMBEDDING_DIM + obs_dim, 2 * COND_DIM),
             nn.Mish(),
-            nn.Linear(4 * TIME_EMBEDDING_DIM, TIME_EMBEDDING_DIM),
+            nn.Linear(2 * COND_DIM, COND_DIM),
+            nn.Mish(),
         )
-        cond_dim = TIME_EMBEDDING_DIM + obs_dim
         first, last = channels[0], channels[-1]
         self.conv_in = nn.Conv1d(action_dim, first, KERNEL_SIZE, padding="same")
         self.down_blocks, self.downsamplers = nn.ModuleList(), nn.ModuleList()
         self.upsamplers, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         for here, below in itertools.pairwise(channels):
-            self.down_blocks.append(ResidualBlock1d(here, here, cond_dim))
+            self.down_blocks.append(ResidualBlock1d(here, here))
             self.downsamplers.append(nn.Conv1d(here, below, 3, stride=2, padding=1))
             self.upsamplers.insert(0, nn.ConvTranspose1d(below, here, 4, stride=2, padding=1))
-            self.up_blocks.insert(0, ResidualBlock1d(2 * here, here, cond_dim))
-        self.mid_blocks = nn.ModuleList(ResidualBlock1d(last, last, cond_dim) for _ in range(2))
+            self.up_blocks.insert(0, ResidualBlock1d(2 * here, here))
+        self.mid_blocks = nn.ModuleList(ResidualBlock1d(last, last) for _ in range(2))
         self.norm_out = _normalised(nn.Conv1d(first, first, KERNEL_SIZE, padding="same"))
         self.conv_out = nn.Conv1d(first, action_dim, 1)
 
@@ -95,8 +100,8 @@ class ActionUNet1d(nn.Module):
         _require_shape("x", x, (batch_size, *self.sample_shape))
         _require_shape("t", t, (batch_size,))
         _require_shape("observation", observation, (batch_size, self.obs_dim))
-        time = self.time_embedding(sinusoidal_embedding(t, TIME_EMBEDDING_DIM, x.dtype))
-        cond = nn.functional.mish(torch.cat([time, observation], dim=1))
+        time = sinusoidal_embedding(t, TIME_EMBEDDING_DIM, x.dtype)
+        cond = self.condition(torch.cat([time, observation], dim=1))
         h = self.conv_in(x.transpose(1, 2))
         skips = []
         for block, downsample in zip(self.down_blocks, self.downsamplers, strict=True):
@@ -114,15 +119,15 @@ class ActionUNet1d(nn.Module):
 class ResidualBlock1d(nn.Module):
     """Two convolutions with GroupNorm and Mish, FiLM between them, and a shortcut: `[B, C_in, L]` -> `[B, C_out, L]`."""
 
-    def __init__(self, in_channels: int, out_channels: int, cond_dim: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.conv1 = _normalised(nn.Conv1d(in_channels, out_channels, KERNEL_SIZE, padding="same"))
-        self.film = nn.Linear(cond_dim, 2 * out_channels)
+        self.film = nn.Linear(COND_DIM, 2 * out_channels)
         self.conv2 = _normalised(nn.Conv1d(out_channels, out_channels, KERNEL_SIZE, padding="same"))
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv1d(in_channels, out_channels, 1)
 
     def forward(self, x: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-        """`x` `[B, C_in, L]` modulated by `cond` `[B, cond_dim]`: `[B, C_out, L]`."""
+        """`x` `[B, C_in, L]` modulated by `cond` `[B, 128]`: `[B, C_out, L]`."""
         scale, shift = self.film(cond)[:, :, None].chunk(2, dim=1)
         h = self.conv1(x) * (1 + scale) + shift
         return cast(torch.Tensor, self.conv2(h) + self.shortcut(x))
@@ -133,7 +138,7 @@ def sinusoidal_embedding(t: torch.Tensor, dim: int, dtype: torch.dtype) -> torch
 
     Computed in float32 or wider, as half precision cannot hold the phase. Returns `[B, dim]` in `dtype`.
     """
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
     exponents = torch.arange(dim // 2, dtype=wide, device=t.device) / (dim // 2 - 1)
     phases = t[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
     return torch.cat([phases.sin(), phases.cos()], dim=1).to(dtype)
