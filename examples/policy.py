@@ -34,6 +34,7 @@ DEMO_TICKS = 48
 EPISODE_TICKS = 80
 REACHED = 0.1  # from the goal
 NUM_STEPS = 10
+ROUNDS = 200  # timed calls of each candidate, the first tenth to warm up
 SUCCESS_BAR = 0.9
 EMA_DECAY = 0.995
 # As the paper's configurations have it: diffusers' DDIM with a squared cosine, 100 timesteps, and a clip.
@@ -207,7 +208,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train-steps", type=int, default=1500)
     parser.add_argument("--episodes", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=200, help="timed calls of each candidate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write the trajectories as a PNG file")
     parser.add_argument("--quick", action="store_true", help="a few training steps and episodes: does everything work?")
@@ -218,7 +218,7 @@ def main() -> None:
             import matplotlib  # noqa: F401
         except ImportError:
             parser.error("--plot needs matplotlib; run: pip install matplotlib")
-    train_steps, episodes, rounds = (20, 8, 10) if args.quick else (args.train_steps, args.episodes, args.rounds)
+    train_steps, episodes, rounds = (20, 8, 10) if args.quick else (args.train_steps, args.episodes, ROUNDS)
 
     # A second thread makes so small a model slower, and one gives the same sums on any machine.
     torch.set_num_threads(1)
