@@ -261,36 +261,35 @@ class _Call:
         self._pipe, self._pipeline, self._kind, self._arguments = pipe, pipeline, kind, arguments
         self._acceleration: _Acceleration = pipe._acceleration
         self._denoiser: Any = getattr(pipe, kind.denoiser)
-        own: Any = type(self._denoiser)
         self._timesteps: list[int] = []
         self._progress: _Progress | None = None
         self._inner = _view(pipe, pipeline)
-        # Seen by the pipeline's code instead of what the pipeline has.
-        self._replaced: dict[str, Any] = {
-            "scheduler": _view(pipe.scheduler, _LoopScheduler),
-            kind.denoiser: _view(self._denoiser, _recorder_of(own)),
-            "progress_bar": self._progress_bar,
-        }
-        for name in ("scheduler", kind.denoiser):
-            vars(self._replaced[name])["_call"] = self
-        if hasattr(pipeline, "get_timesteps"):
-            self._replaced["get_timesteps"] = self._get_timesteps
+        self._slices_timesteps = hasattr(pipeline, "get_timesteps")
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the pipeline's own `__call__`; what it sets on itself is set on the real pipeline."""
         pipe, inner = vars(self._pipe), vars(self._inner)
-        before = dict(inner)
-        inner.update(self._replaced)
+        before, replaced = dict(inner), self._replaced()
+        inner.update(replaced)
         if "_interrupt" in pipe:
             pipe["_interrupt"] = False
         try:
             return self._pipeline.__call__(self._inner, *args, **kwargs)
         finally:
             for name, value in inner.items():
-                if name not in self._replaced and value is not before.get(name, _MISSING):
+                if name not in replaced and value is not before.get(name, _MISSING):
                     pipe[name] = value
             # The view and this call hold each other, and the call's tensors should be free at its end.
             inner.clear()
+
+    def _replaced(self) -> dict[str, Any]:
+        """What the pipeline's code sees instead of the pipeline's own."""
+        own: Any = type(self._denoiser)
+        scheduler, denoiser = _view(self._pipe.scheduler, _LoopScheduler), _view(self._denoiser, _recorder_of(own))
+        for view in (scheduler, denoiser):
+            vars(view)["_call"] = self
+        replaced = {"scheduler": scheduler, self._kind.denoiser: denoiser, "progress_bar": self._progress_bar}
+        return {**replaced, "get_timesteps": self._get_timesteps} if self._slices_timesteps else replaced
 
     def begin(
         self, num_inference_steps: int, timesteps: torch.Tensor, device: str | torch.device | None
@@ -301,7 +300,7 @@ class _Call:
         self._pipe.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps = timesteps.to(device)
         # An image-to-image pipeline still has to find its start in them.
-        return timesteps if "get_timesteps" in self._replaced else timesteps[:1]
+        return timesteps if self._slices_timesteps else timesteps[:1]
 
     def _get_timesteps(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, int]:
         timesteps, num_inference_steps = self._pipeline.get_timesteps(self._inner, *args, **kwargs)
