@@ -129,10 +129,21 @@ class _Acceleration:
         with self._lock:
             same = len(settings) == len(self._settings) and all(map(_is, settings, self._settings))
             if self._loop is None or self._denoiser is not denoiser or not same:
+                self._release()
                 model: Model = _without_variance(denoiser) if kind.learned_variance else denoiser
                 self._loop = Loop(model, self.options.graph, self.options.max_graphs, denoiser)
                 self._denoiser, self._settings = denoiser, settings
             return self._loop
+
+    def release(self) -> None:
+        """Free the captured graphs, after the calls under way."""
+        with self._lock:
+            self._release()
+
+    def _release(self) -> None:
+        if self._loop is not None:
+            self._loop.graphs.clear()
+            self._loop = None
 
     def captures_on(self, device: torch.device) -> bool:
         """Whether the loop is made of graphs on a device."""
@@ -395,9 +406,12 @@ def _reason_against(pipe: Any, pipeline: type, base: type, kind: _Kind, argument
         return "its models are offloaded"
     if getattr(denoiser, "_hf_peft_config_loaded", False) or hasattr(denoiser, "peft_config"):
         return f"LoRA or PEFT layers are loaded into the {kind.denoiser}; fuse and unload them"
-    if torch.is_autocast_enabled(pipe.device.type):
+    # diffusers' own `device` walks through all modules.
+    parameter = next(denoiser.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    if torch.is_autocast_enabled(device.type):
         return "torch.autocast is on"
-    captures = pipe._acceleration.captures_on(pipe.device)
+    captures = pipe._acceleration.captures_on(device)
     for part in _parts(denoiser):
         members = vars(part)
         if "_hf_hook" in members or "_diffusers_hook" in members:
@@ -503,7 +517,7 @@ def unaccelerate(pipe: P) -> P:
     pipeline = _unaccelerated(pipe)
     if pipeline is not None:
         pipe.__class__ = pipeline
-        del vars(pipe)["_acceleration"]
+        vars(pipe).pop("_acceleration").release()
     return pipe
 
 

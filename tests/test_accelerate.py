@@ -12,6 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from diffusers.models.attention_processor import AttnProcessor
 
 import fastddim
@@ -21,6 +22,15 @@ GRAPHS = ("off", "step", "loop")
 ODDLY_SPACED = {"num_inference_steps": 7}
 ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 THRESHOLD = {"thresholding": True, "sample_max_value": 1.5, "dynamic_thresholding_ratio": 0.9}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small only lose by more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def randn(shape, seed):
@@ -208,6 +218,12 @@ def test_the_noise_of_each_step_is_the_pipelines_own(name, seeds, caplog):
     check_same(pipe, {**call, "eta": 0.8}, caplog, seeds=seeds)
 
 
+def test_a_negative_eta_draws_no_noise_as_before(caplog):
+    pipe, call = make("ddim")
+    check_same(pipe, {**call, "eta": -0.5, "num_inference_steps": 3}, caplog)
+
+
+@pytest.mark.filterwarnings("ignore:guidance_scale:UserWarning")
 @pytest.mark.parametrize("name", ["ours", *TEXT, "dit"])
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_guidance_is_the_pipelines_own(name, scale, caplog):
@@ -390,6 +406,36 @@ def test_a_calls_tensors_are_free_at_its_end():
     finally:
         gc.enable()
         handle.remove()
+
+
+def test_prompts_are_the_pipelines_own(caplog):
+    tokens = [chr(k) + end for end in ("", "</w>") for k in range(ord("a"), ord("z") + 1)]
+    vocabulary = {token: k for k, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    pipe, _ = make("sd")
+    pipe.tokenizer = transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=8)
+    torch.manual_seed(0)
+    pipe.text_encoder = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=8,
+            bos_token_id=len(vocabulary) - 2,
+            eos_token_id=len(vocabulary) - 1,
+        )
+    ).double()
+    call = {"prompt": ["a cat", "a dog"], "negative_prompt": ["fog", ""], "num_inference_steps": 3, "output_type": "pt"}
+    check_same(pipe, call, caplog)
+    check_same(pipe, {**call, "guidance_scale": 1.0}, caplog)
+
+
+@pytest.mark.slow
+def test_a_compiled_denoiser_is_called_as_it_is(caplog):
+    pipe, call = make("ddim")
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    check_same(pipe, call, caplog)
 
 
 def own_call(pipe):
@@ -628,6 +674,7 @@ def test_it_passes_for_the_pipelines_own_class():
     assert set(pipe.components) == set(unaccelerate(pipe).components)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", ["ddim", "sdxl", "dit"])
 def test_it_is_saved_and_loaded_as_before(name, tmp_path):
     pipe, call = make(name)
