@@ -15,6 +15,7 @@ _ROOMS = {
     "scheduler": ("DDIMInverseScheduler", "DDIMScheduler", "DDIMSchedulerOutput"),
     "sampler": ("Sampler",),
     "pipeline": ("DDIMPipeline", "load_pipeline"),
+    "acceleration": ("accelerate", "unaccelerate"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
@@ -29,11 +30,14 @@ __all__ = [
     "Sampler",
     "Schedule",
     "StepTable",
+    "accelerate",
     "ddim_step",
     "load_pipeline",
+    "unaccelerate",
 ]
 
 if TYPE_CHECKING:
+    from fastddim.acceleration import accelerate, unaccelerate
     from fastddim.backends import ddim_step
     from fastddim.coefficients import StepTable
     from fastddim.config import Clip, DDIMConfig, DynamicThreshold
