@@ -11,6 +11,7 @@ _ROOMS = {
     "config": ("Clip", "DDIMConfig", "DynamicThreshold"),
     "schedule": ("Schedule",),
     "coefficients": ("StepTable",),
+    "interpolation": ("slerp",),
     "backends": ("ddim_step",),
     "scheduler": ("DDIMInverseScheduler", "DDIMScheduler", "DDIMSchedulerOutput"),
     "sampler": ("Sampler",),
@@ -31,12 +32,14 @@ __all__ = [
     "StepTable",
     "ddim_step",
     "load_pipeline",
+    "slerp",
 ]
 
 if TYPE_CHECKING:
     from fastddim.backends import ddim_step
     from fastddim.coefficients import StepTable
     from fastddim.config import Clip, DDIMConfig, DynamicThreshold
+    from fastddim.interpolation import slerp
     from fastddim.pipeline import DDIMPipeline, load_pipeline
     from fastddim.sampler import Sampler
     from fastddim.schedule import Schedule

@@ -13,6 +13,7 @@ from rich.progress import track
 from fastddim.backends import check_backend, prepare_step
 from fastddim.coefficients import StepTable
 from fastddim.config import DDIMConfig, Limit, require_number
+from fastddim.interpolation import slerp
 from fastddim.noise import STREAM_INITIAL, check_seeds, normal, seed_tensor
 from fastddim.reference import ddim_step as reference_step
 from fastddim.schedule import Schedule
@@ -101,12 +102,12 @@ class Sampler:
         self.limit: Limit = self.schedule.config.limit
         if use_clipped_model_output is None:
             use_clipped_model_output = self.limit is not None
-        pairs = self.schedule.pairs(
+        self.pairs = self.schedule.pairs(
             num_inference_steps, timesteps=timesteps, strength=strength, transitions=transitions
         )
         self.table = StepTable.build(
             self.schedule,
-            pairs,
+            self.pairs,
             eta=eta,
             variance_type=variance_type,
             use_clipped_model_output=use_clipped_model_output,
@@ -158,12 +159,78 @@ class Sampler:
         kwargs = self._model_kwargs(x.shape[0], model_kwargs, uncond_kwargs)
         trajectory = [x.clone()] if return_trajectory else None
         # Each step writes the next state over x.
-        for step, t, x0 in self._steps(x, seed_list, kwargs, progress):
+        for step, t, x0 in self._steps(x, seed_list, kwargs, progress, self.table, self.limit):
             if trajectory is not None:
                 trajectory.append(x.clone())
             if callback is not None:
                 callback(step, t, x, x0)
         return x if trajectory is None else (x, torch.stack(trajectory))
+
+    @torch.no_grad()
+    def invert(
+        self,
+        x0: torch.Tensor,
+        *,
+        uncond_kwargs: Mapping[str, Any] | None = None,
+        progress: bool = False,
+        **model_kwargs: Any,
+    ) -> torch.Tensor:
+        """Encode clean samples: the starting states from which this sampler, with the same arguments, gives them back.
+
+        The ODE of arXiv:2010.02502, section 4.3, backwards in the sampler's own steps (`StepTable.build_inverse`) and
+        without a limit; more steps bring the reconstruction closer. Guidance is undone too, but less exactly.
+
+        Args:
+            x0: clean samples `[B, ...]`, floating-point.
+            uncond_kwargs, progress, **model_kwargs: as for sampling.
+
+        Returns:
+            `[B, ...]` states in the sampler's dtype, at its first timestep: of a whole run x_T, with `strength < 1` the
+            noised state there.
+
+        Raises:
+            TypeError: no tensor.
+            ValueError: a sampler that adds noise (eta > 0), another shape or dtype, `uncond_kwargs` without guidance.
+        """
+        self._require_deterministic("inversion")
+        x = self._own_state("x0", x0, "B")
+        kwargs = self._model_kwargs(x.shape[0], model_kwargs, uncond_kwargs)
+        for _ in self._steps(x, None, kwargs, progress, StepTable.build_inverse(self.schedule, self.pairs), None):
+            pass
+        return x
+
+    def interpolate(
+        self,
+        a: int | torch.Tensor,
+        b: int | torch.Tensor,
+        n: int,
+        *,
+        uncond_kwargs: Mapping[str, Any] | None = None,
+        progress: bool = False,
+        **model_kwargs: Any,
+    ) -> torch.Tensor:
+        """Samples between two, from starting states on the great circle (arXiv:2010.02502, section 5.3; `slerp`).
+
+        Args:
+            a, b: the ends: a seed, or a starting state `[...]` of one sample, such as `invert` gives.
+            n: how many samples, at least 2: the first is that of `a`, the last that of `b`.
+            uncond_kwargs, progress, **model_kwargs: as for sampling a batch of n.
+
+        Returns:
+            `[n, ...]` samples.
+
+        Raises:
+            ValueError: a sampler that adds noise (eta > 0), which would hide what lies between, n below 2, or a state of
+                another shape or dtype.
+        """
+        self._require_deterministic("interpolation")
+        first, last = (
+            self._own_state(name, end) if isinstance(end, torch.Tensor) else self._start(1, [end])[0][0]
+            for name, end in (("a", a), ("b", b))
+        )
+        samples = self(slerp(first, last, n), uncond_kwargs=uncond_kwargs, progress=progress, **model_kwargs)
+        assert isinstance(samples, torch.Tensor)
+        return samples
 
     def add_noise(self, x0: torch.Tensor, seeds: int | Sequence[int]) -> torch.Tensor:
         """A clean `x0` `[B, ...]` noised to where this run starts: the state to call a sampler of `strength < 1` with.
@@ -175,26 +242,36 @@ class Sampler:
         noised = x0.to(self.device, noise.dtype) * math.sqrt(alpha_bar) + noise * math.sqrt(1 - alpha_bar)
         return noised.to(self.dtype)
 
+    def _require_deterministic(self, what: str) -> None:
+        if self.table.stochastic:
+            raise ValueError(f"eta: this sampler adds noise, and {what} needs eta 0; pass eta=0.0 to Sampler")
+
     def _steps(
-        self, x: torch.Tensor, seeds: list[int] | None, kwargs: Mapping[str, Any], progress: bool
+        self,
+        x: torch.Tensor,
+        seeds: list[int] | None,
+        kwargs: Mapping[str, Any],
+        progress: bool,
+        table: StepTable,
+        limit: Limit,
     ) -> Iterator[tuple[int, int, torch.Tensor]]:
         guided = self.guidance_scale is not None
         copies = 2 if guided else 1
         device_seeds = None if seeds is None else seed_tensor(seeds, x.device)
-        timesteps = torch.tensor(self.table.timesteps, device=x.device)[:, None].repeat(1, copies * x.shape[0])
+        timesteps = torch.tensor(table.timesteps, device=x.device)[:, None].repeat(1, copies * x.shape[0])
         # Unguided and of the same dtype, the state itself is what the model takes.
         model_input = None
         if guided or self.model_dtype != x.dtype:
             model_input = torch.cat([x] * copies).to(self.model_dtype)
         options: dict[str, Any] = {
-            "limit": self.limit,
+            "limit": limit,
             "guidance_scale": self.guidance_scale,
             "guidance_rescale": self.guidance_rescale,
             "out": x,
             "model_input": model_input,
         }
         prepared = None
-        steps: Iterable[int] = range(len(self.table))
+        steps: Iterable[int] = range(len(table))
         if progress:
             steps = track(steps, description="sampling", console=Console(stderr=True))
         for step in steps:
@@ -204,15 +281,15 @@ class Sampler:
                 # A view of its input, over which the step writes while it reads the output.
                 output = output.clone()
             if prepared is None or not prepared.fits(output):
-                seeds_or_none = device_seeds if self.table.stochastic else None
-                prepared = prepare_step(self.backend, output, x, self.table, seeds=seeds_or_none, **options)
+                seeds_or_none = device_seeds if table.stochastic else None
+                prepared = prepare_step(self.backend, output, x, table, seeds=seeds_or_none, **options)
             if prepared is not None:
                 _, x0 = prepared(output, step)
             else:
-                drawn = device_seeds if self.table.rows[step].noise_scale != 0 else None
-                _, x0 = reference_step(output, x, self.table, step, seeds=drawn, **options)
+                drawn = device_seeds if table.rows[step].noise_scale != 0 else None
+                _, x0 = reference_step(output, x, table, step, seeds=drawn, **options)
             assert x0 is not None
-            yield step, self.table.timesteps[step], x0
+            yield step, table.timesteps[step], x0
 
     def _call_model(self, x: torch.Tensor, t: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
         output = self.model(x, t, **kwargs)
@@ -231,22 +308,31 @@ class Sampler:
                 raise ValueError(f"start: {start!r}; pass a batch size >= 1, or a state [B, ...]")
             if self.sample_shape is None:
                 raise ValueError("sample_shape: the model's configuration has none; pass sample_shape= to Sampler")
-        elif self.sample_shape is not None and tuple(start.shape[1:]) != self.sample_shape:
-            raise ValueError(f"start: shape {tuple(start.shape)}; pass [B, {', '.join(map(str, self.sample_shape))}]")
-        elif not start.is_floating_point() or start.ndim < 1:
-            raise ValueError(
-                f"start: {start.dtype} of shape {tuple(start.shape)}; pass a floating-point state [B, ...]"
-            )
+        else:
+            start = self._own_state("start", start, "B")
         if seeds is None and (not isinstance(start, torch.Tensor) or self.table.stochastic):
             raise ValueError("seeds: None; pass one integer per sample, or one integer s for s, s + 1, ...")
         batch_size = start.shape[0] if isinstance(start, torch.Tensor) else start
         seed_list = None if seeds is None else check_seeds(seeds, batch_size)
         if isinstance(start, torch.Tensor):
-            state = start.to(self.device, self.dtype, copy=True, memory_format=torch.contiguous_format)
-            return state, seed_list
+            return start, seed_list
         assert seed_list is not None
         assert self.sample_shape is not None
         return normal(seed_list, 0, self.sample_shape, STREAM_INITIAL, device=self.device, dtype=self.dtype), seed_list
+
+    def _own_state(self, name: str, state: Any, *batch: str) -> torch.Tensor:
+        """A copy of the caller's state where the sampler runs; `batch` names the dimensions before a sample's own."""
+        shape = ("...",) if self.sample_shape is None else self.sample_shape
+        wanted = f"[{', '.join(map(str, (*batch, *shape)))}]"
+        if not isinstance(state, torch.Tensor):
+            raise TypeError(f"{name}: {type(state).__name__}; pass a tensor {wanted}")
+        if self.sample_shape is not None and tuple(state.shape[len(batch) :]) != self.sample_shape:
+            raise ValueError(f"{name}: shape {tuple(state.shape)}; pass {wanted}")
+        if not state.is_floating_point() or state.ndim < len(batch):
+            raise ValueError(
+                f"{name}: {state.dtype} of shape {tuple(state.shape)}; pass a floating-point state {wanted}"
+            )
+        return state.to(self.device, self.dtype, copy=True, memory_format=torch.contiguous_format)
 
     def _model_kwargs(
         self, batch_size: int, kwargs: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None
