@@ -12,7 +12,7 @@ help:
 	@echo "make check   ruff and mypy"
 	@echo "make bench   the benchmarks, ours against diffusers in one run"
 	@echo "make budget  the kernels compiled for every supported GPU, held to their budget"
-	@echo "make gpu     the kernels' tests on this machine's GPU, and under compute-sanitizer's checkers"
+	@echo "make gpu     the kernels' and the graphs' tests on this machine's GPU, and under compute-sanitizer's checkers"
 	@echo "make slow    the long sweeps"
 	@echo "make format  let ruff format the code"
 
@@ -52,7 +52,7 @@ budget: setup
 
 # Of a GPU's own environment: PYTHON has its torch and triton.
 gpu:
-	TRITON_INTERPRET=0 PYTHONPATH=. $(PYTHON) -m pytest tests/test_kernels.py $(ARGS)
+	TRITON_INTERPRET=0 PYTHONPATH=. $(PYTHON) -m pytest tests/test_kernels.py tests/test_cuda_graph.py tests/test_loop.py $(ARGS)
 	TRITON_INTERPRET=0 PYTHONPATH=. compute-sanitizer --tool memcheck --error-exitcode 1 \
 	    $(PYTHON) -m pytest tests/test_kernels.py -k 'shape_and_option or rescale or advances' -p no:cacheprovider
 	TRITON_INTERPRET=0 PYTHONPATH=. compute-sanitizer --tool racecheck --error-exitcode 1 \

@@ -138,6 +138,10 @@ def make_cases() -> list[Case]:
         Case("rescale", StepShape(**one_program, limit=clip, rescale=True), quick=True),
         Case("large threshold", StepShape(**PIXELS, guided=True, limit=threshold), quick=True),
         Case("large threshold, unguided bf16", StepShape(**PIXELS, limit=threshold), "bf16", "bf16"),
+        Case("threshold on the device", StepShape(**one_program, limit=threshold, limit_on_device=True)),
+        Case("large threshold on the device", StepShape(**PIXELS, guided=True, limit=threshold, limit_on_device=True)),
+        Case("captured step", StepShape(**PIXELS, guided=True, limit=clip, limit_on_device=True, drawn=True, advance=True),
+             model="fp16", outputs=everything),
         Case("large rescale", StepShape(**PIXELS, guided=True, limit=clip, rescale=True)),
         Case("large threshold + rescale", StepShape(**PIXELS, guided=True, limit=threshold, rescale=True)),
     ]  # fmt: skip
@@ -152,6 +156,7 @@ def pointer_types(case: Case) -> dict[str, str]:
     types |= {"input": case.model} if "input" in case.outputs else {}
     types |= {"guidance": "fp32"} if shape.guided else {}
     types |= {"rescale": "fp32"} if shape.rescale else {}
+    types |= {"limit": "fp64"} if shape.limit_on_device else {}
     types |= {"noise": case.state} if case.noise else {}
     types |= {"seeds": "i64", "first_row": "i64"} if shape.drawn else {}
     types |= {"timesteps": "i64", "next_timestep": "i64"} if shape.advance else {}

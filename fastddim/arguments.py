@@ -17,6 +17,8 @@ def check_step_arguments(
     table: Any,
     step: Any,
     *,
+    limit: Any = None,
+    limit_values: Any = None,
     noise: Any = None,
     seeds: Any = None,
     first_row: Any = None,
@@ -54,6 +56,8 @@ def check_step_arguments(
             halves = " (unconditional and conditional halves stacked)" if guided and wanted == stacked else ""
             raise ValueError(f"{name}: shape {tuple(tensor.shape)}; for a state of {shape} pass {wanted}{halves}")
         _check_device(name, tensor, sample)
+    if limit_values is not None:
+        _check_limit_values(limit, limit_values, sample)
     if noise is not None and seeds is not None:
         raise ValueError("noise, seeds: both given; pass the noise, or the seeds to draw it from")
     if first_row is not None and seeds is None:
@@ -79,6 +83,20 @@ def check_step_arguments(
     written = out is not None or model_input is not None
     if written and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         raise ValueError("out, model_input: not differentiable; leave them out, or call under torch.no_grad()")
+
+
+def _check_limit_values(limit: Any, limit_values: Any, sample: torch.Tensor) -> None:
+    if limit is None:
+        raise ValueError(
+            "limit_values: given without a limit; pass a Clip or a DynamicThreshold for them, or leave them out"
+        )
+    if not isinstance(limit_values, torch.Tensor):
+        raise TypeError(f"limit_values: {type(limit_values).__name__}; pass a float64 tensor [2]")
+    if limit_values.dtype != torch.float64 or tuple(limit_values.shape) != (2,) or not limit_values.is_contiguous():
+        raise ValueError(
+            f"limit_values: {limit_values.dtype} of shape {tuple(limit_values.shape)}; pass a contiguous float64 tensor [2]"
+        )
+    _check_device("limit_values", limit_values, sample)
 
 
 def _check_advance(

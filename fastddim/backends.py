@@ -10,6 +10,7 @@ import torch
 
 from fastddim.coefficients import StepTable
 from fastddim.config import require_choice
+from fastddim.noise import STREAM_INITIAL, normal_for
 from fastddim.reference import ddim_step as reference_step
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def try_fused(
         model_output, sample, table, step, arguments: `fastddim.reference.ddim_step`'s.
     """
     tensors = (sample, model_output, *(arguments.get(name) for name in ("noise", "out", "model_input")))
-    if not _takes_kernel(backend, tensors):
+    if not takes_kernel(backend, tensors):
         return None
     from fastddim.kernels import launch
 
@@ -76,7 +77,7 @@ def prepare_step(
 ) -> PreparedStep | None:
     """A `fastddim.kernels.PreparedStep` of these arguments, or None where the reference has to take the steps."""
     tensors = (sample, model_output, *(arguments.get(name) for name in ("out", "model_input")))
-    if torch.compiler.is_compiling() or not _takes_kernel(backend, tensors):
+    if torch.compiler.is_compiling() or not takes_kernel(backend, tensors):
         return None
     from fastddim.kernels import KernelUnavailableError, PreparedStep
 
@@ -87,8 +88,17 @@ def prepare_step(
         return None
 
 
-def _takes_kernel(backend: str, tensors: tuple[Any, ...]) -> bool:
-    """Whether the kernel takes a step over `tensors`, the state first."""
+def draw_start(backend: str, seeds: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Fill `out` `[B, ...]` with the starting states of seeds `[B]` (`noise.seed_tensor`), without reading them on the host."""
+    if takes_kernel(backend, (out,)):
+        from fastddim.kernels import draw_normal
+
+        return draw_normal(seeds, out, STREAM_INITIAL)
+    return out.copy_(normal_for(seeds, 0, out.shape[1:], STREAM_INITIAL))
+
+
+def takes_kernel(backend: str, tensors: tuple[Any, ...]) -> bool:
+    """Whether the kernel takes a step over `tensors`, the state first; why not is logged where a GPU's owner would ask."""
     chosen = check_backend(backend)
     if chosen != "auto":
         return chosen == "triton"

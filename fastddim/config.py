@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import numbers
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,31 @@ def limit_from(config: Any) -> Limit:
     if getattr(config, "thresholding", False):
         return DynamicThreshold(config.dynamic_thresholding_ratio, config.sample_max_value)
     return Clip(config.clip_sample_range) if config.clip_sample else None
+
+
+def limit_kind(limit: Limit, *, numbers_change: bool = False) -> tuple[str, int]:
+    """What of a limit a compiled step cannot change: its name there, and the binary magnitude of a threshold.
+
+    `"none"`; `"clip"`; `"threshold"`; `"fixed"`, a threshold that is always `max_value`, as that is below 1. The magnitude
+    is the number of bits that count the float32 numbers in (1, max_value]; where the limit's numbers may change, it has
+    room for a `max_value` up to 256.
+    """
+    if limit is None:
+        return "none", 0
+    if isinstance(limit, Clip):
+        return "clip", 0
+    if limit.max_value <= 1:
+        # The quantile is clamped to at most max_value last, so it cannot matter.
+        return ("clip" if limit.max_value == 1 else "fixed"), 0
+    (bits,) = struct.unpack("<i", struct.pack("<f", limit.max_value))
+    return "threshold", max(26 if numbers_change else 0, max(0, bits - 0x3F800000 - 1).bit_length())
+
+
+def limit_numbers(limit: Limit) -> tuple[float, float]:
+    """A limit's range or `max_value`, and its ratio; 1 for what it does not have."""
+    if isinstance(limit, DynamicThreshold):
+        return float(limit.max_value), float(limit.ratio)
+    return (1.0 if limit is None else float(limit.range)), 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

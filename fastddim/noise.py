@@ -92,7 +92,7 @@ def _normal(xp: ModuleType, seed_words: Sequence[Any], group: Any, step: Any, st
     base = group + seed_words[0] * 0
     r0, r1, r2, r3 = philox((base & _MASK, base >> 32, base * 0 + step, base * 0 + stream), seed_words)
     parts = (*box_muller(xp, r0, r1), *box_muller(xp, r2, r3))
-    return xp.stack(parts, -1).reshape(base.shape[0], -1)
+    return xp.stack(parts, -1).reshape(base.shape[0], 4 * base.shape[1])
 
 
 def check_seeds(seeds: int | Sequence[int], batch_size: int) -> list[int]:

@@ -8,7 +8,7 @@ import torch
 
 from fastddim.arguments import check_step_arguments
 from fastddim.coefficients import Coefficient, StepCoefficients, StepTable
-from fastddim.config import Clip, Limit
+from fastddim.config import Clip, DynamicThreshold, Limit
 from fastddim.noise import normal_for
 
 # Above this many elements float32 no longer counts them one by one.
@@ -99,6 +99,7 @@ def ddim_step(
     step: int | torch.Tensor,
     *,
     limit: Limit = None,
+    limit_values: torch.Tensor | None = None,
     noise: torch.Tensor | None = None,
     seeds: torch.Tensor | None = None,
     first_row: torch.Tensor | None = None,
@@ -124,6 +125,9 @@ def ddim_step(
         step: the row for all samples, or an integer tensor `[]` or `[B]` with each sample's own row; in a tensor,
             negative numbers count from the end.
         limit: `Clip`, `DynamicThreshold` or None.
+        limit_values: `[2]` float64, `(range, any)` or `(max_value, ratio)`, to limit with instead of the numbers in
+            `limit`, which then says the kind alone (`config.limit_kind`): a captured step can change them. Read on the
+            host here, on the device by the fused step.
         noise: `[B, ...]` standard normal; noise or seeds are needed where the row's `noise_scale` is not 0 (not checked
             for rows on a GPU).
         seeds: `[B]` int64, the 64 bits of each sample's seed (`noise.seed_tensor`): the noise is `noise.normal`'s.
@@ -155,6 +159,8 @@ def ddim_step(
         sample,
         table,
         step,
+        limit=limit,
+        limit_values=limit_values,
         noise=noise,
         seeds=seeds,
         first_row=first_row,
@@ -168,6 +174,8 @@ def ddim_step(
     )
     if out is not None and noise is not None and out.data_ptr() == noise.data_ptr():
         raise ValueError("out: the same memory as noise, which is read last; pass the state or another tensor")
+    if limit_values is not None:
+        limit = _with_values(limit, *limit_values.tolist())
     tensors = (model_output, sample) if noise is None else (model_output, sample, noise)
     compute = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     row = _look_up(table, step, sample, compute)
@@ -198,6 +206,12 @@ def ddim_step(
     if direct_out is None:
         x_next = x_next.to(state_dtype) if out is None else out.copy_(x_next)
     return x_next, x0.to(state_dtype) if return_x0 else None
+
+
+def _with_values(limit: Limit, limit_range: float, ratio: float) -> Limit:
+    if isinstance(limit, Clip):
+        return Clip(limit_range)
+    return None if limit is None else DynamicThreshold(ratio, limit_range)
 
 
 def step_with_row(

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch.utils import _pytree as pytree
 
-from fastddim.backends import check_backend, prepare_step
+from fastddim.backends import check_backend
 from fastddim.coefficients import StepTable
-from fastddim.config import DDIMConfig, Limit, require_number
+from fastddim.config import DDIMConfig, Limit, require_choice, require_int, require_number
+from fastddim.cuda_graph import GraphCache
 from fastddim.interpolation import slerp
-from fastddim.noise import STREAM_INITIAL, check_seeds, normal, seed_tensor
-from fastddim.reference import ddim_step as reference_step
+from fastddim.loop import Guidance, Loop, Model, Run, pad
+from fastddim.noise import STREAM_INITIAL, check_seeds, normal
 from fastddim.schedule import Schedule
 
-Model = Callable[..., Any]
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
 Callback = Callable[[int, int, torch.Tensor, torch.Tensor], None]
 
 
@@ -39,6 +46,20 @@ def to_schedule(scheduler: Schedule | DDIMConfig | Any) -> Schedule:
             f"scheduler: {type(scheduler).__name__}; pass a fastddim Schedule, a DDIMConfig or a diffusers scheduler"
         )
     return Schedule(DDIMConfig.from_dict(config, ignore_unknown=True))
+
+
+class Warmup(NamedTuple):
+    """What `Sampler.warmup` measured.
+
+    Attributes:
+        cold_seconds: of the first run: compilation, capture, the first allocations.
+        warm_seconds: of one after it, until the result is there.
+        graph_bytes: device memory that the sampler's captured graphs hold.
+    """
+
+    cold_seconds: float
+    warm_seconds: float
+    graph_bytes: int
 
 
 class Sampler:
@@ -62,6 +83,20 @@ class Sampler:
         dtype: of the state; the model is called in its own parameters' dtype.
         device: where to sample; the model's own by default.
         backend: of the step, `"auto"`, `"triton"` or `"reference"`; see `fastddim.ddim_step`.
+        graph: `"loop"`, one CUDA graph of all steps; `"step"`, one of a step, which runs of any number of steps, eta,
+            spacing, guidance scale, threshold and seeds replay (`replace`); `"off"`; `"auto"`, `"step"` on a GPU. On a CPU
+            the same code runs without a capture. Where a model cannot be captured, it is called step by step, with one
+            warning that says why.
+        compile: a mode of `torch.compile` for the model, True for its default.
+        channels_last: hand the model channels-last inputs; its weights are converted in place.
+        guidance_interval: from and to which fraction of the steps guidance is on (arXiv:2404.07724); at the others the
+            model is called with the conditional half alone.
+        batched_guidance: one model call for both halves, or, with less memory, one for each.
+        batch_buckets: batch sizes to pad to, so that a few captures serve all of them.
+        max_graphs: captured graphs that are kept, the most recently used.
+
+    Attributes:
+        graphs: the captured graphs, a `cuda_graph.GraphCache`: `len`, `nbytes`, `keys()`, `clear()`.
 
     Raises:
         ValueError: any value out of range, before any work; the message names it and what is valid.
@@ -85,7 +120,15 @@ class Sampler:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         backend: str = "auto",
+        graph: str = "auto",
+        compile: bool | str = False,
+        channels_last: bool = False,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        batched_guidance: bool = True,
+        batch_buckets: Sequence[int] | None = None,
+        max_graphs: int = 8,
     ) -> None:
+        self._options = {name: value for name, value in locals().items() if name not in ("self", "model")}
         if not callable(model):
             raise TypeError(f"model: {type(model).__name__} is not callable; pass model(x, t, **kwargs)")
         if not dtype.is_floating_point:
@@ -96,6 +139,12 @@ class Sampler:
         elif guidance_rescale:
             raise ValueError(f"guidance_rescale: {guidance_rescale!r} without guidance_scale; pass both")
         check_backend(backend)
+        _check_compile(compile, graph)
+        first, stop = guidance_interval
+        require_number("guidance_interval", first, 0.0, 1.0)
+        require_number("guidance_interval", stop, first, 1.0)
+        for bucket in batch_buckets or ():
+            require_int("batch_buckets", bucket, 1)
         self.backend = backend
         self.model = model
         self.schedule = to_schedule(scheduler)
@@ -114,11 +163,52 @@ class Sampler:
         )
         self.guidance_scale = guidance_scale
         self.guidance_rescale = guidance_rescale
+        self.guidance_interval = (first, stop)
+        self.batched_guidance = batched_guidance
+        self.batch_buckets = tuple(sorted(batch_buckets or ()))
+        self.channels_last = channels_last
         self.sample_shape = _model_sample_shape(model) if sample_shape is None else tuple(sample_shape)
-        parameter = next(iter(model.parameters()), None) if isinstance(model, torch.nn.Module) else None
+        module = model if isinstance(model, torch.nn.Module) else None
+        parameter = None if module is None else next(iter(module.parameters()), None)
         self.dtype = dtype
         self.model_dtype = dtype if parameter is None or not parameter.is_floating_point() else parameter.dtype
         self.device = torch.device(device or ("cpu" if parameter is None else parameter.device))
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        if channels_last and module is not None:
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if compile:
+            model = torch.compile(model, mode=None if compile is True else compile)
+        self._loop = Loop(model, graph, max_graphs, module)
+
+    @property
+    def graph(self) -> str:
+        return self._loop.graph
+
+    @property
+    def graphs(self) -> GraphCache[Any]:
+        return self._loop.graphs
+
+    def replace(self, **changes: Any) -> Sampler:
+        """This sampler with other options (`scheduler` or any keyword of the constructor), on the same captured graphs.
+
+        The table is built anew, which is cheap; nothing is captured again as long as only the number of steps (up to the
+        next power of two from 64), timesteps, eta, guidance scale or the limit's numbers differ.
+
+        Raises:
+            TypeError, ValueError: as the constructor.
+        """
+        options = {**self._options, **changes}
+        for given, other in (("num_inference_steps", "timesteps"), ("timesteps", "num_inference_steps")):
+            if given in changes and other not in changes:
+                options[other] = None
+        fresh = {"graph", "compile", "channels_last", "max_graphs"} & changes.keys()
+        changed = Sampler(self.model, **(options if fresh else {**options, "compile": False, "channels_last": False}))
+        if not fresh:
+            changed._options = options
+            changed.channels_last = self.channels_last
+            changed._loop = self._loop
+        return changed
 
     @torch.no_grad()
     def __call__(
@@ -155,16 +245,42 @@ class Sampler:
             ValueError: seeds that are missing or of the wrong number, an unknown sample shape, a state of the wrong
                 shape, `uncond_kwargs` without guidance.
         """
-        x, seed_list = self._start(start, seeds)
-        kwargs = self._model_kwargs(x.shape[0], model_kwargs, uncond_kwargs)
-        trajectory = [x.clone()] if return_trajectory else None
-        # Each step writes the next state over x.
-        for step, t, x0 in self._steps(x, seed_list, kwargs, progress, self.table, self.limit):
-            if trajectory is not None:
-                trajectory.append(x.clone())
+        self._check_observers(callback, progress, return_trajectory)
+        run = self._run(start, seeds, model_kwargs, uncond_kwargs)
+        batch, run = run.shape[0], self._pad(run)
+        trajectory: list[torch.Tensor] = []
+
+        def observe(step: int, x: torch.Tensor, x0: torch.Tensor) -> None:
+            if return_trajectory:
+                trajectory.append(x[:batch].clone())
             if callback is not None:
-                callback(step, t, x, x0)
-        return x if trajectory is None else (x, torch.stack(trajectory))
+                callback(step, self.table.timesteps[step], x[:batch], x0[:batch])
+
+        if return_trajectory:
+            run = replace(run, start=self._first_state(run))
+            assert run.start is not None
+            trajectory.append(run.start[:batch].clone())
+        on_step = observe if return_trajectory or callback is not None else None
+        x = self._loop(run, _steps(run, progress), on_step)[:batch]
+        return (x, torch.stack(trajectory)) if return_trajectory else x
+
+    def warmup(
+        self, start: int | torch.Tensor, *, uncond_kwargs: Mapping[str, Any] | None = None, **model_kwargs: Any
+    ) -> Warmup:
+        """Compile, capture and allocate for calls like this one, so that a server's first request does not.
+
+        Args:
+            start, uncond_kwargs, model_kwargs: as in a call; seeds are not needed.
+        """
+        times = []
+        for _ in range(2):
+            begin = time.perf_counter()
+            self(start, seeds=0, uncond_kwargs=uncond_kwargs, **model_kwargs)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            times.append(time.perf_counter() - begin)
+        cold, warm = times
+        return Warmup(cold, warm, self.graphs.nbytes)
 
     @torch.no_grad()
     def invert(
@@ -193,11 +309,13 @@ class Sampler:
             ValueError: a sampler that adds noise (eta > 0), another shape or dtype, `uncond_kwargs` without guidance.
         """
         self._require_deterministic("inversion")
-        x = self._own_state("x0", x0, "B")
-        kwargs = self._model_kwargs(x.shape[0], model_kwargs, uncond_kwargs)
-        for _ in self._steps(x, None, kwargs, progress, StepTable.build_inverse(self.schedule, self.pairs), None):
-            pass
-        return x
+        self._check_observers(None, progress, False)
+        self._check_state("x0", x0, "B")
+        run = self._run(x0, None, model_kwargs, uncond_kwargs)
+        guidance = None if run.guidance is None else _backwards(run.guidance, len(self.table))
+        inverse = StepTable.build_inverse(self.schedule, self.pairs)
+        run = self._pad(replace(run, table=inverse, limit=None, guidance=guidance))
+        return self._loop(run, _steps(run, progress), None)[: x0.shape[0]]
 
     def interpolate(
         self,
@@ -224,10 +342,7 @@ class Sampler:
                 another shape or dtype.
         """
         self._require_deterministic("interpolation")
-        first, last = (
-            self._own_state(name, end) if isinstance(end, torch.Tensor) else self._start(1, [end])[0][0]
-            for name, end in (("a", a), ("b", b))
-        )
+        first, last = (self._state_of(name, end) for name, end in (("a", a), ("b", b)))
         samples = self(slerp(first, last, n), uncond_kwargs=uncond_kwargs, progress=progress, **model_kwargs)
         assert isinstance(samples, torch.Tensor)
         return samples
@@ -246,124 +361,194 @@ class Sampler:
         if self.table.stochastic:
             raise ValueError(f"eta: this sampler adds noise, and {what} needs eta 0; pass eta=0.0 to Sampler")
 
-    def _steps(
-        self,
-        x: torch.Tensor,
-        seeds: list[int] | None,
-        kwargs: Mapping[str, Any],
-        progress: bool,
-        table: StepTable,
-        limit: Limit,
-    ) -> Iterator[tuple[int, int, torch.Tensor]]:
-        guided = self.guidance_scale is not None
-        copies = 2 if guided else 1
-        device_seeds = None if seeds is None else seed_tensor(seeds, x.device)
-        timesteps = torch.tensor(table.timesteps, device=x.device)[:, None].repeat(1, copies * x.shape[0])
-        # Unguided and of the same dtype, the state itself is what the model takes.
-        model_input = None
-        if guided or self.model_dtype != x.dtype:
-            model_input = torch.cat([x] * copies).to(self.model_dtype)
-        options: dict[str, Any] = {
-            "limit": limit,
-            "guidance_scale": self.guidance_scale,
-            "guidance_rescale": self.guidance_rescale,
-            "out": x,
-            "model_input": model_input,
-        }
-        prepared = None
-        steps: Iterable[int] = range(len(table))
-        if progress:
-            steps = track(steps, description="sampling", console=Console(stderr=True))
-        for step in steps:
-            given = x if model_input is None else model_input
-            output = self._call_model(given, timesteps[step], kwargs)
-            if output.untyped_storage().data_ptr() == given.untyped_storage().data_ptr():
-                # A view of its input, over which the step writes while it reads the output.
-                output = output.clone()
-            if prepared is None or not prepared.fits(output):
-                seeds_or_none = device_seeds if table.stochastic else None
-                prepared = prepare_step(self.backend, output, x, table, seeds=seeds_or_none, **options)
-            if prepared is not None:
-                _, x0 = prepared(output, step)
-            else:
-                drawn = device_seeds if table.rows[step].noise_scale != 0 else None
-                _, x0 = reference_step(output, x, table, step, seeds=drawn, **options)
-            assert x0 is not None
-            yield step, table.timesteps[step], x0
+    def _state_of(self, name: str, end: int | torch.Tensor) -> torch.Tensor:
+        """One starting state `[...]`: a given one, checked, or a seed's."""
+        if isinstance(end, torch.Tensor):
+            self._check_state(name, end)
+            return end.to(self.device, self.dtype)
+        _, shape, seeds = self._start(1, [end])
+        assert seeds is not None
+        return normal(seeds, 0, shape[1:], STREAM_INITIAL, device=self.device, dtype=self.dtype)[0]
 
-    def _call_model(self, x: torch.Tensor, t: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
-        output = self.model(x, t, **kwargs)
-        output = getattr(output, "sample", output)
-        tensor: Any = output[0] if isinstance(output, (tuple, list)) else output
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"model: returned {type(tensor).__name__}; it must return a tensor, a tuple, or `.sample`")
-        return tensor
+    def _check_observers(self, callback: Callback | None, progress: bool, return_trajectory: bool) -> None:
+        if self._loop.mode_on(self.device) != "loop":
+            return
+        for name, given in (("callback", callback), ("progress", progress), ("return_trajectory", return_trajectory)):
+            if given:
+                raise ValueError(
+                    f"{name}: given with graph='loop', which has no place between the steps; use graph='step' or 'off'"
+                )
+
+    def _run(
+        self,
+        start: int | torch.Tensor,
+        seeds: int | Sequence[int] | None,
+        model_kwargs: Mapping[str, Any],
+        uncond_kwargs: Mapping[str, Any] | None,
+    ) -> Run:
+        """The checked run of a call."""
+        state, shape, seed_list = self._start(start, seeds)
+        if self.channels_last and len(shape) != 4:
+            raise ValueError(
+                f"channels_last: True for a state of shape {shape}; pass states [B, C, H, W], or leave it out"
+            )
+        guidance = None
+        if self.guidance_scale is not None:
+            first, stop = (int(fraction * len(self.table)) for fraction in self.guidance_interval)
+            guidance = Guidance(
+                float(self.guidance_scale), self.guidance_rescale, False, self.batched_guidance, first, stop
+            )
+        return Run(
+            table=self.table,
+            shape=shape,
+            dtype=self.dtype,
+            model_dtype=self.model_dtype,
+            device=self.device,
+            start=state,
+            seeds=seed_list,
+            limit=self.limit,
+            guidance=guidance,
+            kwargs=self._model_kwargs(shape[0], model_kwargs, uncond_kwargs),
+            channels_last=self.channels_last,
+            backend=self.backend,
+        )
+
+    def _pad(self, run: Run) -> Run:
+        """The run with its batch padded to a bucket, where samples are captured."""
+        if not self.batch_buckets or self._loop.mode_on(self.device) == "off":
+            return run
+        batch = next((bucket for bucket in self.batch_buckets if bucket >= run.shape[0]), None)
+        if batch is None:
+            raise ValueError(
+                f"start: a batch of {run.shape[0]}; the largest of batch_buckets is {self.batch_buckets[-1]}"
+            )
+        return pad(run, batch)
+
+    def _first_state(self, run: Run) -> torch.Tensor:
+        if run.start is not None:
+            return run.start
+        assert run.seeds is not None
+        return normal(run.seeds, 0, run.shape[1:], STREAM_INITIAL, device=run.device, dtype=run.dtype)
 
     def _start(
         self, start: int | torch.Tensor, seeds: int | Sequence[int] | None
-    ) -> tuple[torch.Tensor, list[int] | None]:
-        """A state of our own to work on in place, and the seeds."""
+    ) -> tuple[torch.Tensor | None, tuple[int, ...], list[int] | None]:
+        """The given state, or None to draw one; its shape; the seeds."""
         if not isinstance(start, torch.Tensor):
             if isinstance(start, bool) or not isinstance(start, int) or start < 1:
                 raise ValueError(f"start: {start!r}; pass a batch size >= 1, or a state [B, ...]")
             if self.sample_shape is None:
                 raise ValueError("sample_shape: the model's configuration has none; pass sample_shape= to Sampler")
         else:
-            start = self._own_state("start", start, "B")
+            self._check_state("start", start, "B")
         if seeds is None and (not isinstance(start, torch.Tensor) or self.table.stochastic):
             raise ValueError("seeds: None; pass one integer per sample, or one integer s for s, s + 1, ...")
         batch_size = start.shape[0] if isinstance(start, torch.Tensor) else start
         seed_list = None if seeds is None else check_seeds(seeds, batch_size)
         if isinstance(start, torch.Tensor):
-            return start, seed_list
-        assert seed_list is not None
+            return start, tuple(start.shape), seed_list
         assert self.sample_shape is not None
-        return normal(seed_list, 0, self.sample_shape, STREAM_INITIAL, device=self.device, dtype=self.dtype), seed_list
+        return None, (start, *self.sample_shape), seed_list
 
-    def _own_state(self, name: str, state: Any, *batch: str) -> torch.Tensor:
-        """A copy of the caller's state where the sampler runs; `batch` names the dimensions before a sample's own."""
+    def _check_state(self, name: str, state: Any, *batch: str) -> None:
+        """Refuse what is no state of the sampler's; `batch` names the dimensions before a sample's own."""
         shape = ("...",) if self.sample_shape is None else self.sample_shape
         wanted = f"[{', '.join(map(str, (*batch, *shape)))}]"
         if not isinstance(state, torch.Tensor):
             raise TypeError(f"{name}: {type(state).__name__}; pass a tensor {wanted}")
-        if self.sample_shape is not None and tuple(state.shape[len(batch) :]) != self.sample_shape:
-            raise ValueError(f"{name}: shape {tuple(state.shape)}; pass {wanted}")
         if not state.is_floating_point() or state.ndim < len(batch):
             raise ValueError(
                 f"{name}: {state.dtype} of shape {tuple(state.shape)}; pass a floating-point state {wanted}"
             )
-        return state.to(self.device, self.dtype, copy=True, memory_format=torch.contiguous_format)
+        if self.sample_shape is not None and tuple(state.shape[len(batch) :]) != self.sample_shape:
+            raise ValueError(f"{name}: shape {tuple(state.shape)}; pass {wanted}")
+        self._check_device(name, state)
 
     def _model_kwargs(
         self, batch_size: int, kwargs: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None
     ) -> dict[str, Any]:
         """The model's keyword arguments on the device; with guidance, unconditional and conditional rows stacked."""
+        _check_signature(self.model, kwargs)
         if self.guidance_scale is None:
             if uncond_kwargs:
                 raise ValueError("uncond_kwargs: given without guidance; pass guidance_scale= to Sampler")
-            return {name: self._place(value) for name, value in kwargs.items()}
+            return {name: pytree.tree_map(partial(self._place, name), value) for name, value in kwargs.items()}
         uncond = dict(uncond_kwargs or {})
         extra = sorted(set(uncond) - set(kwargs))
         if extra:
             raise ValueError(f"uncond_kwargs: {extra} have no conditional counterpart; pass them as keywords too")
         stacked = {}
         for name, value in kwargs.items():
-            cond, other = self._place(value), self._place(uncond.get(name, value))
-            if isinstance(cond, torch.Tensor) and cond.ndim and cond.shape[0] == batch_size:
-                if not isinstance(other, torch.Tensor) or other.shape != cond.shape:
-                    raise ValueError(f"uncond_kwargs: {name!r} must be a tensor of shape {tuple(cond.shape)}")
-                cond = torch.cat([other, cond])
-            elif name in uncond:
-                raise ValueError(
-                    f"uncond_kwargs: {name!r} is no tensor of {batch_size} rows; leave it out, or stack it"
-                )
-            stacked[name] = cond
+            leaves, structure = pytree.tree_flatten(value)
+            others, other_structure = pytree.tree_flatten(uncond.get(name, value))
+            if structure != other_structure:
+                raise ValueError(f"uncond_kwargs: {name!r} is not built like its conditional counterpart")
+            stacked[name] = pytree.tree_unflatten(
+                [self._stack(name, name in uncond, batch_size, *pair) for pair in zip(leaves, others, strict=True)],
+                structure,
+            )
         return stacked
 
-    def _place(self, value: Any) -> Any:
+    def _stack(self, name: str, differs: bool, batch_size: int, cond: Any, uncond: Any) -> Any:
+        """One leaf of a keyword argument for both halves."""
+        cond, uncond = self._place(name, cond), self._place(name, uncond)
+        if isinstance(cond, torch.Tensor) and cond.ndim and cond.shape[0] == batch_size:
+            if not isinstance(uncond, torch.Tensor) or uncond.shape != cond.shape:
+                raise ValueError(f"uncond_kwargs: {name!r} must be a tensor of shape {tuple(cond.shape)}")
+            return torch.cat([uncond, cond])
+        if differs and cond is not uncond:
+            raise ValueError(f"uncond_kwargs: {name!r} is no tensor of {batch_size} rows; leave it out, or stack it")
+        return cond
+
+    def _place(self, name: str, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        return value.to(self.device, self.model_dtype if value.is_floating_point() else None)
+        self._check_device(name, value)
+        dtype = self.model_dtype if value.is_floating_point() else value.dtype
+        return value.to(self.device, dtype, non_blocking=True)
+
+    def _check_device(self, name: str, tensor: torch.Tensor) -> None:
+        """Only what is on the CPU moves by itself: from another device it would wait there for what is under way."""
+        if tensor.device != self.device and tensor.device.type != "cpu":
+            raise ValueError(f"{name}: on {tensor.device}, but the sampler is on {self.device}; move it there")
+
+
+def _steps(run: Run, progress: bool) -> Iterable[int]:
+    steps = range(len(run.table))
+    return track(steps, description="sampling", console=Console(stderr=True)) if progress else steps
+
+
+def _backwards(guidance: Guidance, num_steps: int) -> Guidance:
+    """The guidance of an inverse: on where the model is called with a timestep at which sampling has it on."""
+    # Row k has the timestep of sampling's step num_steps - k, but the first has the last step's, as the second.
+    first, stop = num_steps - guidance.stop + 1, num_steps - guidance.first + 1
+    return replace(guidance, first=0 if first == 1 < stop else first, stop=stop)
+
+
+def _check_compile(compile: bool | str, graph: str) -> None:
+    if isinstance(compile, bool):
+        return
+    require_choice("compile", compile, COMPILE_MODES)
+    if graph != "off" and compile in ("reduce-overhead", "max-autotune"):
+        raise ValueError(
+            f"compile: {compile!r} captures CUDA graphs of its own; pass 'default' or 'max-autotune-no-cudagraphs', or"
+            " graph='off'"
+        )
+
+
+def _check_signature(model: Model, kwargs: Mapping[str, Any]) -> None:
+    """Refuse keyword arguments that the model does not take, and missing ones that it needs."""
+    try:
+        signature = inspect.signature(model.forward if isinstance(model, torch.nn.Module) else model)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(None, None, **kwargs)
+    except TypeError as error:
+        names = [name for name in list(signature.parameters)[2:] if name != "return_dict"]
+        raise ValueError(
+            f"model_kwargs: {sorted(kwargs)} do not fit the model: {error}; it takes {', '.join(names) or 'none'}"
+        ) from None
 
 
 def _model_sample_shape(model: Model) -> tuple[int, ...] | None:

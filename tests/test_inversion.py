@@ -92,6 +92,48 @@ def test_guidance_is_undone():
     assert errors[1] < errors[0] / 5 and errors[1] < 2e-3
 
 
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.0, 0.5), (0.5, 1.0), (0.25, 0.75), (0.0, 0.0), (1.0, 1.0)])
+def test_guidance_is_on_at_the_same_timesteps_both_ways(interval):
+    sampler = gaussian_sampler(8, guidance_scale=2.0, guidance_interval=interval)
+    shifts = {"shift": torch.full((5,), 0.2), "uncond_kwargs": {"shift": torch.zeros(5)}}
+    seen = {}
+    model = sampler.model
+
+    def watch(x, t, shift):
+        seen.setdefault(len(x) > 5, set()).add(int(t[0]))
+        return model(x, t, shift)
+
+    watched = Sampler(
+        watch,
+        sampler.schedule,
+        8,
+        guidance_scale=2.0,
+        guidance_interval=interval,
+        sample_shape=SHAPE,
+        dtype=torch.float64,
+    )
+    x = watched.invert(clean(), **shifts)
+    inverted, seen = seen, {}
+    watched(x, **shifts)
+    # Nothing is encoded from the noisiest timestep.
+    sampled = {guided: ts - {sampler.table.timesteps[0]} for guided, ts in seen.items()}
+    assert {k: v for k, v in inverted.items() if v} == {k: v for k, v in sampled.items() if v}
+
+
+@pytest.mark.parametrize("guidance_scale", [None, 2.0])
+@pytest.mark.parametrize("graph", ["loop", "step"])
+def test_graphs_and_padded_batches_encode_the_same(graph, guidance_scale):
+    shifts = {"shift": torch.full((5,), 0.2)}
+    if guidance_scale is not None:
+        shifts["uncond_kwargs"] = {"shift": torch.zeros(5)}
+    expected = gaussian_sampler(10, guidance_scale=guidance_scale).invert(clean(), **shifts)
+    sampler = gaussian_sampler(10, guidance_scale=guidance_scale, graph=graph, batch_buckets=(8,))
+    torch.testing.assert_close(sampler.invert(clean(), **shifts), expected)
+    first = sampler(expected, **shifts)
+    sampler.invert(2 * clean(), **shifts)
+    assert torch.equal(sampler(expected, **shifts), first)
+
+
 def test_encoding_has_no_limit():
     x0 = 3 * clean()
     limited, free = gaussian_sampler(10, clip_sample=True), gaussian_sampler(10)
@@ -170,3 +212,8 @@ def test_bad_calls_are_refused_before_the_model_runs(options, method, arguments,
     with pytest.raises(error) as caught:
         getattr(sampler, method)(*arguments)
     assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_one_graph_of_all_steps_has_no_place_for_a_progress_bar():
+    with pytest.raises(ValueError, match="progress: given with graph='loop'"):
+        gaussian_sampler(5, graph="loop").invert(clean(), progress=True)

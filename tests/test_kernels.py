@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastddim import Clip, DDIMConfig, DynamicThreshold, Schedule, StepTable
-from fastddim.kernels import Workspace, ddim_step, launch, plan
-from fastddim.noise import normal_numpy, seed_tensor
+from fastddim.config import limit_kind
+from fastddim.kernels import Workspace, ddim_step, draw_normal, launch, plan
+from fastddim.noise import STREAM_INITIAL, normal, normal_numpy, seed_tensor
 from fastddim.reference import abs_quantile
 from fastddim.reference import ddim_step as reference_step
 from oracle import ddim, guide
@@ -144,6 +145,31 @@ def test_every_pair_of_dtypes_rounds_the_oracle_once(state, model, limit):
         assert steps.abs().max() <= 1
     assert torch.equal(model_input[:2], model_input[2:])
     assert torch.equal(model_input[:2].float().to(state), x_next) or model != torch.float32
+
+
+@pytest.mark.parametrize("tier", ["whole", "statistics"])
+@pytest.mark.parametrize("limit", ["clip", "fixed", "threshold"])
+def test_a_limit_on_the_device_is_the_limit_in_the_code(tier, limit, monkeypatch):
+    if tier == "statistics":
+        monkeypatch.setattr(plan, "WHOLE_SAMPLE", 0)
+        monkeypatch.setattr(plan, "STATISTICS_BLOCK", 64)
+    kinds = {
+        "clip": (Clip(0.3), Clip(2.0)),
+        "fixed": (DynamicThreshold(0.1, 0.9), DynamicThreshold(0.9, 0.25)),
+        "threshold": (DynamicThreshold(0.5, 1.9), DynamicThreshold(0.97, 250.0)),
+    }
+    planned, wanted = kinds[limit]
+    assert limit_kind(planned, numbers_change=True) == limit_kind(wanted, numbers_change=True)
+    x, output = draw((3, 333)), draw((3, 333), seed=1)
+    numbers = (wanted.range, 1.0) if limit == "clip" else (wanted.max_value, wanted.ratio)
+    values = torch.tensor(numbers, dtype=torch.float64, device=DEVICE)
+    ours = ddim_step(output, x, table(), 4, limit=planned, limit_values=values)
+    assert last_plan().tier == (tier if limit == "threshold" else "elements")
+    constants = ddim_step(output, x, table(), 4, limit=wanted)
+    theirs = reference_step(output, x, table(), 4, limit=planned, limit_values=values)
+    for actual, exact, expected in zip(ours, constants, theirs, strict=True):
+        assert torch.equal(actual, exact)
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("state", [torch.float16, torch.bfloat16])
@@ -378,6 +404,21 @@ def test_drawn_noise_is_noise_pys_for_any_batch_block_and_position(monkeypatch):
             assert np.array_equal(drawn.numpy().view(np.int32), expected.view(np.int32))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 1025), (4,), (0, 3)])
+def test_drawn_starts_are_noise_pys(shape, dtype):
+    seeds = [9, 2**40, 2**64 - 1, 0][: shape[0]]
+    out = draw_normal(seed_tensor(seeds, DEVICE), poisoned(shape, dtype), STREAM_INITIAL)
+    expected = normal(seeds, 0, shape[1:], STREAM_INITIAL, dtype=dtype)
+    assert torch.equal(out.cpu(), expected)
+
+
+def test_noise_for_other_shapes_than_the_seeds_is_refused():
+    for out in (torch.zeros(3, 4), torch.zeros(4, 2).t()):
+        with pytest.raises(ValueError, match="out: "):
+            draw_normal(seed_tensor([1, 2], DEVICE), out.to(DEVICE), STREAM_INITIAL)
+
+
 def test_first_row_counts_the_steps_of_the_noise_from_each_samples_own_start():
     only_noise = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 1.0]] * 8, device=DEVICE)
     zeros = torch.zeros(2, 50, device=DEVICE)
@@ -525,6 +566,9 @@ BAD = {
     "out: dtype torch.int64": {"out": torch.zeros(2, 5, dtype=torch.int64)},
     "sample: dtype torch.float64; the fused step takes float32": {"sample": torch.zeros(2, 5, dtype=torch.float64)},
     "noise: dtype torch.float64; the fused step takes float32": {"noise": torch.zeros(2, 5, dtype=torch.float64)},
+    "limit_values: given without a limit": {"limit_values": torch.ones(2, dtype=torch.float64)},
+    "limit_values: torch.float32": {"limit": Clip(), "limit_values": torch.ones(2)},
+    "limit_values: list": {"limit": Clip(), "limit_values": [1.0, 1.0]},
     "table: torch.float16": {"table": torch.zeros(4, 6, dtype=torch.float16)},
     "table: torch.float32 of shape (6,)": {"table": torch.zeros(6)},
     "step: 10 is outside the table of 10 steps": {"step": 10},

@@ -137,6 +137,7 @@ def ddim_step(
     step: int | torch.Tensor,
     *,
     limit: Limit = None,
+    limit_values: torch.Tensor | None = None,
     noise: torch.Tensor | None = None,
     seeds: torch.Tensor | None = None,
     first_row: torch.Tensor | None = None,
@@ -173,8 +174,8 @@ def ddim_step(
         KernelUnavailableError: the kernel does not compile for this device.
     """
     request = assemble(
-        model_output, sample, table, step, limit, noise, seeds, first_row, guidance_scale, guidance_rescale, cond_first,
-        out, return_x0, model_input, advance, timesteps, next_timestep, workspace,
+        model_output, sample, table, step, limit, limit_values, noise, seeds, first_row, guidance_scale,
+        guidance_rescale, cond_first, out, return_x0, model_input, advance, timesteps, next_timestep, workspace,
     )  # fmt: skip
     if sample.numel():
         request.run()
@@ -221,6 +222,7 @@ def assemble(
     table: StepTable | torch.Tensor,
     step: int | torch.Tensor,
     limit: Limit,
+    limit_values: torch.Tensor | None,
     noise: torch.Tensor | None,
     seeds: torch.Tensor | None,
     first_row: torch.Tensor | None,
@@ -246,7 +248,7 @@ def assemble(
             _spec(guidance_rescale)
             if isinstance(guidance_rescale, torch.Tensor)
             else (type(guidance_rescale), guidance_rescale != 0),
-            limit, cond_first, advance,
+            limit, _spec(limit_values), cond_first, advance,
         )  # fmt: skip
         entry = _ENTRIES.get(key)
     except (AttributeError, TypeError):
@@ -254,9 +256,10 @@ def assemble(
         key, entry = None, None
     if entry is None:
         entry = make_entry(
-            model_output, sample, table, step, limit=limit, noise=noise, seeds=seeds, first_row=first_row,
-            guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, cond_first=cond_first, out=out,
-            model_input=model_input, advance=advance, timesteps=timesteps, next_timestep=next_timestep,
+            model_output, sample, table, step, limit=limit, limit_values=limit_values, noise=noise, seeds=seeds,
+            first_row=first_row, guidance_scale=guidance_scale, guidance_rescale=guidance_rescale,
+            cond_first=cond_first, out=out, model_input=model_input, advance=advance, timesteps=timesteps,
+            next_timestep=next_timestep,
         )  # fmt: skip
         if len(_ENTRIES) >= _MAX_KEPT:
             _ENTRIES.clear()
@@ -289,6 +292,7 @@ def assemble(
         step,
         None if guidance_scale is None else _scalar_tensor(guidance_scale, device),
         _scalar_tensor(guidance_rescale, device) if entry.rescale else None,
+        limit_values,
         statistics,
         noise.contiguous() if copy_noise and noise is not None else noise,
         None if seeds is None else seeds.contiguous(),
@@ -320,7 +324,7 @@ def make_entry(
     Raises:
         TypeError, ValueError, IndexError: as `ddim_step`.
     """
-    check_step_arguments(model_output, sample, table, step, **optional)
+    check_step_arguments(model_output, sample, table, step, limit=limit, **optional)
     noise, seeds, out, model_input = (optional[name] for name in ("noise", "seeds", "out", "model_input"))
     guidance_scale, guidance_rescale = optional["guidance_scale"], optional["guidance_rescale"]
     if sample.device.type not in _DEVICE_TYPES and not _interpreted():
@@ -372,6 +376,7 @@ def make_entry(
         rescale_per_sample=_is_per_sample(guidance_rescale),
         row_per_sample=_is_per_sample(step),
         limit=limit,
+        limit_on_device=optional["limit_values"] is not None,
         drawn=seeds is not None,
         output_channels_last=output_channels_last,
         input_channels_last=input_channels_last,

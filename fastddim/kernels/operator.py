@@ -6,7 +6,7 @@ import torch
 from torch.library import triton_op, wrap_triton
 
 from fastddim.coefficients import Coefficient, StepTable
-from fastddim.config import Clip, DynamicThreshold, Limit
+from fastddim.config import Clip, DynamicThreshold, Limit, limit_numbers
 from fastddim.kernels.launch import make_entry
 from fastddim.kernels.plan import STEP_POINTERS
 
@@ -37,8 +37,8 @@ def _ddim_step(
     elif limit == "threshold":
         limits["threshold"] = DynamicThreshold(limit_ratio, limit_range)
     entry = make_entry(
-        model_output, sample, table, step, limit=limits[limit], cond_first=cond_first, noise=noise, seeds=seeds,
-        first_row=first_row, guidance_scale=guidance_scale,
+        model_output, sample, table, step, limit=limits[limit], limit_values=None, cond_first=cond_first, noise=noise,
+        seeds=seeds, first_row=first_row, guidance_scale=guidance_scale,
         guidance_rescale=0.0 if guidance_rescale is None else guidance_rescale, out=out, model_input=model_input,
         advance=False, timesteps=None, next_timestep=None,
     )  # fmt: skip
@@ -78,6 +78,7 @@ def ddim_step(
     step: int | torch.Tensor,
     *,
     limit: Limit = None,
+    limit_values: torch.Tensor | None = None,
     noise: torch.Tensor | None = None,
     seeds: torch.Tensor | None = None,
     first_row: torch.Tensor | None = None,
@@ -95,8 +96,10 @@ def ddim_step(
     """`fastddim.kernels.ddim_step` while torch traces: the same arguments and results, as one node of the graph.
 
     Raises:
-        ValueError: `advance`, which a traced graph has no place for: advance the index with torch.
+        ValueError: `advance`, which a traced graph has no place for: advance the index with torch; `limit_values`.
     """
+    if limit_values is not None:
+        raise ValueError("limit_values: given under torch.compile or torch.export; pass the numbers in limit")
     if advance or timesteps is not None or next_timestep is not None:
         raise ValueError("advance: True under torch.compile or torch.export; move the index on with torch instead")
     device = sample.device
@@ -108,16 +111,12 @@ def ddim_step(
     x_next = torch.empty_like(sample, memory_format=contiguous) if out is None else out
     x0 = torch.empty_like(x_next) if return_x0 else None
     rescaled = isinstance(guidance_rescale, torch.Tensor) or guidance_rescale != 0
-    name, limit_range, limit_ratio = "none", 1.0, 1.0
-    if isinstance(limit, Clip):
-        name, limit_range = "clip", float(limit.range)
-    elif limit is not None:
-        name, limit_range, limit_ratio = "threshold", float(limit.max_value), float(limit.ratio)
+    name = {Clip: "clip", DynamicThreshold: "threshold"}.get(type(limit), "none")
     torch.ops.fastddim.ddim_step(
         model_output, sample.contiguous(), table, step,
         None if guidance_scale is None else _scalar_tensor(guidance_scale, device),
         _scalar_tensor(guidance_rescale, device) if rescaled else None,
-        noise, seeds, first_row, x_next, x0, model_input, name, limit_range, limit_ratio, bool(cond_first),
+        noise, seeds, first_row, x_next, x0, model_input, name, *limit_numbers(limit), bool(cond_first),
     )  # fmt: skip
     return x_next, x0
 

@@ -63,8 +63,8 @@ def box_muller(word0, word1):
 
 
 @triton.jit
-def normal_block(seed, step, start, BLOCK: tl.constexpr):
-    """`[BLOCK]` float32: a step's noise for elements `start ... start + BLOCK - 1` of one sample.
+def normal_block(seed, step, start, BLOCK: tl.constexpr, STREAM: tl.constexpr):
+    """`[BLOCK]` float32: a stream's noise at a step, for elements `start ... start + BLOCK - 1` of one sample.
 
     seed: int64 scalar, read as 64 bits; step: integer scalar; start: a multiple of BLOCK, BLOCK of 4.
     """
@@ -73,7 +73,7 @@ def normal_block(seed, step, start, BLOCK: tl.constexpr):
     low = (first & 0xFFFFFFFF).to(tl.uint32) + tl.arange(0, BLOCK // 4).to(tl.uint32)
     zero = low * 0
     high = (first >> 32).to(tl.uint32) + zero
-    r0, r1, r2, r3 = tl.philox(seed, low, high, step.to(tl.uint32) + zero, zero + STREAM_STEP)
+    r0, r1, r2, r3 = tl.philox(seed, low, high, step.to(tl.uint32) + zero, zero + STREAM)
     n0, n1 = box_muller(r0, r1)
     n2, n3 = box_muller(r2, r3)
     return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
-import struct
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 
-from fastddim.config import Clip, Limit
+from fastddim.config import Limit, limit_kind, limit_numbers
 from fastddim.kernels.statistics import BINS, SLOTS, histogram_kernel, rescale_kernel
 from fastddim.kernels.step import ddim_step_kernel
 
 STEP_POINTERS = (
-    "output", "sample", "table", "step", "guidance", "rescale", "statistics", "noise", "seeds", "first_row",
+    "output", "sample", "table", "step", "guidance", "rescale", "limit", "statistics", "noise", "seeds", "first_row",
     "next", "x0", "input", "timesteps", "next_timestep", "tickets",
 )  # fmt: skip
 _RESCALE_POINTERS = ("output", "guidance", "rescale", "statistics", "counters")
-_HISTOGRAM_POINTERS = ("sample", "output", "table", "step", "guidance", "statistics", "counters")
+_HISTOGRAM_POINTERS = ("sample", "output", "table", "step", "guidance", "limit", "statistics", "counters")
 
 # The largest sample whose statistics one program takes without spilling registers, on every supported Triton.
 WHOLE_SAMPLE = 16384
@@ -44,6 +42,7 @@ class StepShape:
         channels: of the samples, for channels-last tensors.
         guided, cond_first, scale_per_sample, rescale, rescale_per_sample, row_per_sample: as in `ddim_step`.
         limit: of x0.
+        limit_on_device: whether its numbers come from memory; what is left of `limit` is its `config.limit_kind`.
         drawn: whether the kernel draws the noise.
         output_channels_last, input_channels_last: the layout of the model's output and of its next input.
         advance: whether the index moves on.
@@ -60,6 +59,7 @@ class StepShape:
     rescale_per_sample: bool = False
     row_per_sample: bool = False
     limit: Limit = None
+    limit_on_device: bool = False
     drawn: bool = False
     output_channels_last: bool = False
     input_channels_last: bool = False
@@ -113,7 +113,8 @@ def make_plan(shape: StepShape) -> Plan:
         shape: sizes and options; `batch` may be symbolic, and then decides nothing.
     """
     batch, n = shape.batch, shape.elements
-    limit_name, limit_range, ratio = _limit_constants(shape.limit)
+    limit_name, magnitude = limit_kind(shape.limit, numbers_change=shape.limit_on_device)
+    limit_range, ratio = (1.0, 1.0) if shape.limit_on_device else limit_numbers(shape.limit)
     needs_statistics = limit_name == "threshold" or shape.rescale
     whole = needs_statistics and n <= WHOLE_SAMPLE
     channels_last = shape.output_channels_last or shape.input_channels_last
@@ -127,7 +128,7 @@ def make_plan(shape: StepShape) -> Plan:
     else:
         block, num_warps = _element_block(batch, n), NUM_WARPS
     blocks = 1 if whole else triton.cdiv(n, block)
-    sample_axis, grid = _grid(batch, blocks)
+    sample_axis, grid = make_grid(batch, blocks)
     guidance = {"COND_FIRST": shape.cond_first, "SCALE_PER_SAMPLE": shape.scale_per_sample}
     constants: dict[str, Any] = {
         "GUIDED": shape.guided,
@@ -155,7 +156,7 @@ def make_plan(shape: StepShape) -> Plan:
         return Plan("whole" if whole else "elements", flat, (step,), tickets)
 
     blocks = triton.cdiv(n, STATISTICS_BLOCK)
-    sample_axis, grid = _grid(batch, blocks)
+    sample_axis, grid = make_grid(batch, blocks)
     row_size = SLOTS.value
     layout = {
         "SAMPLE_AXIS": sample_axis,
@@ -164,7 +165,8 @@ def make_plan(shape: StepShape) -> Plan:
     }
     calls = []
     if limit_name == "threshold":
-        shift = _bin_shift(limit_range)
+        # Bins of `1 << shift` bit patterns are wide enough for all of (1, max_value].
+        shift = max(0, magnitude - (BINS.value - 1).bit_length())
         row_size += BINS.value + (1 << shift)
         for refine in (False, True):
             histogram = {
@@ -187,18 +189,6 @@ def make_plan(shape: StepShape) -> Plan:
     return Plan("statistics", flat, (*calls, step), tickets, batch * row_size, statistics)
 
 
-def _limit_constants(limit: Limit) -> tuple[str, float, float]:
-    """The limit's name in the kernel, its range and its ratio."""
-    if limit is None:
-        return "none", 1.0, 1.0
-    if isinstance(limit, Clip):
-        return "clip", float(limit.range), 1.0
-    if limit.max_value > 1:
-        return "threshold", float(limit.max_value), float(limit.ratio)
-    # The quantile is clamped to at most max_value last, so it cannot matter.
-    return ("clip" if limit.max_value == 1 else "fixed"), float(limit.max_value), 1.0
-
-
 def _element_block(batch: int, n: int) -> int:
     if isinstance(batch, torch.SymInt) or isinstance(n, torch.SymInt):
         return LARGEST_BLOCK // 2
@@ -208,15 +198,8 @@ def _element_block(batch: int, n: int) -> int:
     return min(block, max(64, int(triton.next_power_of_2(n))))
 
 
-def _grid(batch: int, blocks: int) -> tuple[int, tuple[int, int]]:
-    """Which axis counts the samples: the second one, which is the short one, unless there are too many."""
+def make_grid(batch: int, blocks: int) -> tuple[int, tuple[int, int]]:
+    """Which axis counts the samples, and the grid: the second one, which is the short one, unless there are too many."""
     if isinstance(batch, torch.SymInt) or batch <= _MAX_GRID_Y:
         return 1, (blocks, batch)
     return 0, (batch, blocks)
-
-
-def _bin_shift(maximum: float) -> int:
-    """Bins of `1 << shift` bit patterns are wide enough for all of (1, maximum]."""
-    (bits,) = struct.unpack("<i", struct.pack("<f", maximum))
-    patterns: int = bits - 0x3F800000
-    return max(0, math.ceil(math.log2(max(1, patterns))) - int(math.log2(BINS.value)))

@@ -64,7 +64,7 @@ class PreparedStep:
         # The last row adds the least noise; which row this is does not matter to the plan.
         step = next((k for k, row in enumerate(table.rows) if row.noise_scale == 0), 0)
         self._request = assemble(
-            model_output, sample, table, step, limit, noise, seeds, first_row, guidance_scale, guidance_rescale,
+            model_output, sample, table, step, limit, None, noise, seeds, first_row, guidance_scale, guidance_rescale,
             cond_first, out, return_x0, model_input, False, None, None, workspace,
         )  # fmt: skip
         self.x_next, self.x0 = self._request.x_next, self._request.x0

@@ -21,6 +21,7 @@ from fastddim.kernels.step import (
     limit_scale,
     load_cond,
     load_guided,
+    load_limit,
     load_x0_columns,
     predict,
     quantile_rank,
@@ -175,7 +176,14 @@ def magnitude_bits(
 
 @triton.jit(
     do_not_specialize=["batch", "num_steps", "channels", "row_size", "shift"],
-    do_not_specialize_on_alignment=["table_ptr", "step_ptr", "guidance_ptr", "statistics_ptr", "workspace_ptr"],
+    do_not_specialize_on_alignment=[
+        "table_ptr",
+        "step_ptr",
+        "guidance_ptr",
+        "limit_ptr",
+        "statistics_ptr",
+        "workspace_ptr",
+    ],
 )
 def histogram_kernel(
     sample_ptr,
@@ -183,6 +191,7 @@ def histogram_kernel(
     table_ptr,
     step_ptr,
     guidance_ptr,
+    limit_ptr,
     statistics_ptr,
     workspace_ptr,
     n,
@@ -215,7 +224,8 @@ def histogram_kernel(
     workspace = workspace_ptr + b * row_size
     coarse = workspace + SLOTS
     fine = coarse + BINS
-    lower, weight = quantile_rank(n, RATIO)
+    max_value, ratio = load_limit(limit_ptr, MAX_VALUE, RATIO)
+    lower, weight = quantile_rank(n, ratio)
     upper = lower + (weight > 0.0).to(tl.int32)
     bin = tl.load(workspace + BIN)
     # A sample whose threshold the first launch knew is not read again.
@@ -256,9 +266,9 @@ def histogram_kernel(
                 tl.store(workspace + LARGEST_TO_ONE, 0)
                 tl.store(workspace + BIN, DONE)
                 tl.store(workspace + BELOW_BIN, 0)
-                tl.store(statistics_ptr + b * 2, limit_scale(below, next_above, weight, MAX_VALUE))
+                tl.store(statistics_ptr + b * 2, limit_scale(below, next_above, weight, max_value))
         else:
-            ceiling = tl.full([], MAX_VALUE, tl.float32).to(tl.int32, bitcast=True)
+            ceiling = max_value.to(tl.int32, bitcast=True)
             low = live & (bits <= ONE_BITS)
             tl.atomic_add(workspace + AT_MOST_ONE, tl.sum(low.to(tl.int32), 0), sem="relaxed")
             tl.atomic_max(workspace + LARGEST_TO_ONE, tl.max(tl.where(low, bits, 0), 0), sem="relaxed")
@@ -291,10 +301,10 @@ def histogram_kernel(
                     bin = tl.sum((totals <= lower).to(tl.int32), 0) + FIRST_BIN
                     below_bin = tl.max(tl.where(totals <= lower, totals, at_most_one), 0)
                 else:
-                    # Over MAX_VALUE, unless torch.lerp's own arithmetic on infinities gives NaN.
+                    # Over max_value, unless torch.lerp's own arithmetic on infinities gives NaN.
                     below = tl.where(finite > lower, ceiling, INFINITY_BITS)
                     above = tl.where(finite > upper, ceiling, INFINITY_BITS)
-                    scale = limit_scale(below, above, weight, MAX_VALUE)
+                    scale = limit_scale(below, above, weight, max_value)
                 if bin != DONE:
                     tl.store(workspace + BIN, bin)
                     tl.store(workspace + BELOW_BIN, below_bin)

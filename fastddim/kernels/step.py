@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastddim.kernels.philox import normal_block
+from fastddim.kernels.philox import STREAM_STEP, normal_block
 
 ONE_BITS = tl.constexpr(0x3F800000)
 INFINITY_BITS = tl.constexpr(0x7F800000)
@@ -228,23 +228,35 @@ def rescale_factor(std_cond, std_guided, phi):
 
 
 @triton.jit
-def quantile_rank(n, RATIO: tl.constexpr):
-    """`torch.quantile`'s rank of RATIO among n: the lower index, and the weight of the one above it."""
+def load_limit(limit_ptr, RANGE: tl.constexpr, RATIO: tl.constexpr):
+    """The limit's range (float32) and ratio (float64): the constants, or what `limit_ptr` has in their place."""
+    if limit_ptr is not None:
+        limit_range = tl.load(limit_ptr).to(tl.float32)
+        ratio = tl.load(limit_ptr + 1).to(tl.float64)
+    else:
+        limit_range = tl.full([], RANGE, tl.float32)
+        ratio = tl.full([], RATIO, tl.float64)
+    return limit_range, ratio
+
+
+@triton.jit
+def quantile_rank(n, ratio):
+    """`torch.quantile`'s rank of a float64 ratio among n: the lower index, and the weight of the one above it."""
     if n > 16777216:
         # torch counts in float64 where float32 cannot.
-        exact = tl.full([], RATIO, tl.float64) * tl.cast(n - 1, tl.float64)
+        exact = ratio * tl.cast(n - 1, tl.float64)
         lower = exact.to(tl.int32)
         weight = (exact - lower.to(tl.float64)).to(tl.float32)
     else:
-        rank = tl.full([], RATIO, tl.float32) * tl.cast(n - 1, tl.float32)
+        rank = ratio.to(tl.float32) * tl.cast(n - 1, tl.float32)
         lower = rank.to(tl.int32)
         weight = rank - lower.to(tl.float32)
     return lower, weight
 
 
 @triton.jit
-def limit_scale(below_bits, above_bits, weight, MAX_VALUE: tl.constexpr):
-    """torch.lerp between two neighbouring order statistics (given as bit patterns), clamped to [1, MAX_VALUE]."""
+def limit_scale(below_bits, above_bits, weight, max_value):
+    """torch.lerp between two neighbouring order statistics (given as bit patterns), clamped to [1, max_value]."""
     below = below_bits.to(tl.float32, bitcast=True)
     above = above_bits.to(tl.float32, bitcast=True)
     gap = above - below
@@ -253,17 +265,17 @@ def limit_scale(below_bits, above_bits, weight, MAX_VALUE: tl.constexpr):
     base = tl.where(near_below, below, above).to(tl.float64)
     factor = tl.where(near_below, weight, -(1.0 - weight)).to(tl.float64)
     quantile = (base + factor * gap.to(tl.float64)).to(tl.float32)
-    clamped = tl.where(quantile > MAX_VALUE, MAX_VALUE, tl.where(quantile < 1.0, 1.0, quantile))
+    clamped = tl.where(quantile > max_value, max_value, tl.where(quantile < 1.0, 1.0, quantile))
     return clamped.to(tl.float32)
 
 
 @triton.jit
-def threshold_scale(x0, live, n, RATIO: tl.constexpr, MAX_VALUE: tl.constexpr):
-    """The dynamic threshold of a whole sample in one program: `clamp(torch.quantile(|x0|, RATIO), 1, MAX_VALUE)`.
+def threshold_scale(x0, live, n, ratio, max_value):
+    """The dynamic threshold of a whole sample in one program: `clamp(torch.quantile(|x0|, ratio), 1, max_value)`.
 
     Magnitudes are ordered as their bit patterns are, so bisection on the pattern ends at the exact order statistic.
     """
-    lower, weight = quantile_rank(n, RATIO)
+    lower, weight = quantile_rank(n, ratio)
     upper = lower + (weight > 0.0).to(tl.int32)
     bits = tl.abs(x0).to(tl.int32, bitcast=True)
     top = tl.max(tl.where(live, bits, 0), 0)
@@ -280,14 +292,14 @@ def threshold_scale(x0, live, n, RATIO: tl.constexpr, MAX_VALUE: tl.constexpr):
             hi = lo
             hi_count = at_most_one
         else:
-            ceiling = tl.full([], MAX_VALUE, tl.float32).to(tl.int32, bitcast=True)
+            ceiling = max_value.to(tl.int32, bitcast=True)
             if (top > ceiling) & (top < INFINITY_BITS):
                 count = tl.sum((bits <= ceiling).to(tl.int32), 0)
                 if count > lower:
                     hi = ceiling
                     hi_count = count
                 else:
-                    # The quantile is over MAX_VALUE, by how much does not matter.
+                    # The quantile is over max_value, by how much does not matter.
                     lo = top
             # count(lo) <= lower < count(hi); with just lower + 1 up to hi, the largest of them is the one.
             while (hi - lo > 1) & (hi_count != lower + 1):
@@ -302,14 +314,21 @@ def threshold_scale(x0, live, n, RATIO: tl.constexpr, MAX_VALUE: tl.constexpr):
         above = below
         if hi_count <= upper:
             above = tl.min(tl.where(bits > hi, bits, LARGEST_INT), 0)
-        scale = limit_scale(below, above, weight, MAX_VALUE)
+        scale = limit_scale(below, above, weight, max_value)
     return scale
+
+
+@triton.jit
+def clamp(x, bound):
+    """`clamp(x, -bound, bound)`, where NaN stays NaN."""
+    upper = tl.zeros_like(x) + bound
+    return tl.clamp(x, -upper, upper, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def apply_threshold(x0, scale):
     """`clamp(x0, -scale, scale) / scale`; a scale that is NaN makes every element NaN."""
-    limited = tl.clamp(x0, tl.zeros_like(x0) - scale, tl.zeros_like(x0) + scale, propagate_nan=tl.PropagateNan.ALL)
+    limited = clamp(x0, scale)
     if scale != 1.0:
         # One correction of the reciprocal's product is the rounded quotient.
         inverse = tl.div_rn(tl.full([], 1.0, tl.float32), scale)
@@ -351,6 +370,7 @@ def advance_step(
         "step_ptr",
         "guidance_ptr",
         "rescale_ptr",
+        "limit_ptr",
         "statistics_ptr",
         "seeds_ptr",
         "first_row_ptr",
@@ -366,6 +386,7 @@ def ddim_step_kernel(
     step_ptr,
     guidance_ptr,
     rescale_ptr,
+    limit_ptr,
     statistics_ptr,
     noise_ptr,
     seeds_ptr,
@@ -404,6 +425,7 @@ def ddim_step_kernel(
     tickets_ptr: int32 zeros, one for each index of step_ptr, where several programs read an index that moves on.
     rows: the batch size, also where `n` elements are those of a whole batch.
     LIMIT: "none", "clip" to RANGE, "threshold" with RATIO and at most RANGE, or "fixed", the threshold RANGE.
+    limit_ptr: float64 range and ratio that take the place of RANGE and RATIO.
     """
     b = tl.program_id(SAMPLE_AXIS).to(tl.int64)
     start = tl.program_id(1 - SAMPLE_AXIS).to(tl.int64) * BLOCK
@@ -419,6 +441,7 @@ def ddim_step_kernel(
     # Two scalars sum up a whole sample; what they were found from is read again, as registers hold it only once.
     factor = tl.full([], 1.0, tl.float32)
     scale = tl.full([], 1.0, tl.float32)
+    limit_range, ratio = load_limit(limit_ptr, RANGE, RATIO)
     if WHOLE:
         every = tl.arange(0, BLOCK)
         present = every < tl.cast(n, tl.int32)
@@ -441,7 +464,7 @@ def ddim_step_kernel(
                 factor, GUIDED, rescale_ptr is not None, COND_FIRST, SCALE_PER_SAMPLE,
                 OUTPUT_CHANNELS_LAST,
             )  # fmt: skip
-            scale = threshold_scale(whole, present, n, RATIO, RANGE)
+            scale = threshold_scale(whole, present, n, ratio, limit_range)
             tl.debug_barrier()
     elif statistics_ptr is not None:
         scale = tl.load(statistics_ptr + b * 2)
@@ -464,9 +487,9 @@ def ddim_step_kernel(
             factor, GUIDED, rescale_ptr is not None, COND_FIRST, SCALE_PER_SAMPLE, OUTPUT_CHANNELS_LAST,
         )  # fmt: skip
         if LIMIT == "clip":
-            x0 = tl.clamp(x0, -RANGE, RANGE, propagate_nan=tl.PropagateNan.ALL)
+            x0 = clamp(x0, limit_range)
         if LIMIT == "fixed":
-            x0 = apply_threshold(x0, tl.full([], RANGE, tl.float32))
+            x0 = apply_threshold(x0, limit_range)
         if LIMIT == "threshold":
             x0 = apply_threshold(x0, scale)
 
@@ -480,7 +503,7 @@ def ddim_step_kernel(
                 noise_step = row
                 if first_row_ptr is not None:
                     noise_step = row - tl.load(first_row_ptr + b).to(tl.int64)
-                noise = normal_block(tl.load(seeds_ptr + b), noise_step, here, CHUNK)
+                noise = normal_block(tl.load(seeds_ptr + b), noise_step, here, CHUNK, STREAM_STEP)
                 x_next = fused(noise_scale, noise, x_next)
 
         store(next_ptr, first, here, lanes, live, n, channels, x_next, False)

@@ -1,0 +1,593 @@
+"""The sampling loop: eager, or over static buffers so that a step or the whole of it is one CUDA graph.
+
+A captured run reads everything that may change from one run to the next from the device: table, timesteps, seeds, scales,
+the limit's numbers, the model's keyword arguments. They go there in one transfer, and nothing comes back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from fastddim.backends import ddim_step, draw_start, prepare_step, takes_kernel
+from fastddim.coefficients import NUM_COLUMNS, StepTable
+from fastddim.config import Limit, limit_kind, limit_numbers, require_choice, require_int
+from fastddim.cuda_graph import CaptureError, Graph, GraphCache, ModuleState
+from fastddim.reference import ddim_step as reference_step
+
+Model = Callable[..., Any]
+# Called after each step with its number, the state and x0.
+OnStep = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+GRAPH_MODES = ("auto", "loop", "step", "off")
+# Rows that a captured step has room for; runs of more steps get the next power of two.
+_LEAST_CAPACITY = 64
+_MAX_FAILURES = 256
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance of a run.
+
+    Attributes:
+        scale, rescale, cond_first: as in `ddim_step`.
+        batched: one model call for both halves, or one for each.
+        first, stop: the steps with guidance; at the others the model is called with the conditional half alone.
+    """
+
+    scale: float
+    rescale: float = 0.0
+    cond_first: bool = False
+    batched: bool = True
+    first: int = 0
+    stop: int = 1 << 30
+
+    def at(self, step: int) -> bool:
+        """Whether a step is guided."""
+        return self.first <= step < self.stop
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, checked.
+
+    Attributes:
+        table: its steps.
+        shape: of the state, `[B, ...]`.
+        dtype, model_dtype, device: of the state, of what the model takes, and where.
+        start: the state to start from, on any device; None draws it from the seeds.
+        seeds: one per sample, or None.
+        noise: `[num_steps, B, ...]` to add instead of what the seeds give.
+        limit: of x0.
+        guidance: None without.
+        kwargs: the model's keyword arguments, nested as it takes them, on the device; with guidance its halves stacked.
+        channels_last: the memory format of the model's input.
+        backend: of the step.
+    """
+
+    table: StepTable
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    model_dtype: torch.dtype
+    device: torch.device
+    start: torch.Tensor | None = None
+    seeds: list[int] | None = None
+    noise: torch.Tensor | None = None
+    limit: Limit = None
+    guidance: Guidance | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    channels_last: bool = False
+    backend: str = "auto"
+
+    @property
+    def copies(self) -> int:
+        """Rows of the model's input for each sample."""
+        return 1 if self.guidance is None else 2
+
+    def guided(self, step: int) -> bool:
+        """Whether a step's model call has both halves."""
+        return self.guidance is not None and self.guidance.at(step)
+
+    def walk(self, steps: Iterable[int]) -> Iterator[tuple[int, bool, bool]]:
+        """Each step, whether it is guided, and whether it is the first one that is so again."""
+        before = True
+        for step in steps:
+            guided = self.guided(step)
+            yield step, guided, guided and not before
+            before = guided
+
+
+def upload(values: np.ndarray[Any, Any], out: torch.Tensor) -> torch.Tensor:
+    """Copy an array to a tensor of its size and dtype, without waiting for the device."""
+    source: torch.Tensor = torch.from_numpy(values)
+    if out.is_cuda:
+        # Pinned memory is not reused before the copy is done.
+        source = source.pin_memory()
+    return out.copy_(source.view(out.shape), non_blocking=True)
+
+
+def upload_new(values: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
+    """An array as a new tensor on a device, without waiting for it."""
+    return upload(values, torch.empty(values.shape, dtype=torch.from_numpy(values).dtype, device=device))
+
+
+def seed_words(seeds: Iterable[int]) -> np.ndarray[Any, Any]:
+    """`[B]` int64 with the 64 bits of each seed, as `noise.seed_tensor` has them."""
+    return np.array(list(seeds), dtype=np.uint64).view(np.int64)
+
+
+def call_model(model: Model, x: torch.Tensor, t: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The prediction of `model(x, t, **kwargs)`: a tensor, the first of a tuple, or `.sample`.
+
+    Raises:
+        TypeError: the model returned something else.
+    """
+    output = model(x, t, **kwargs)
+    output = getattr(output, "sample", output)
+    first = output[0] if isinstance(output, (tuple, list)) else output
+    if not isinstance(first, torch.Tensor):
+        raise TypeError(f"model: returned {type(first).__name__}; it must return a tensor, a tuple, or `.sample`")
+    tensor: torch.Tensor = first
+    if tensor.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+        # A view of its input, over which the step writes while it reads the output.
+        tensor = tensor.clone()
+    return tensor
+
+
+class _Buffers:
+    """A run's state and the model's arguments, which every step overwrites."""
+
+    def __init__(self, model: Model, run: Run) -> None:
+        self.model = model
+        self.batch = run.shape[0]
+        self.x = torch.empty(run.shape, dtype=run.dtype, device=run.device)
+        # Unguided, of the same dtype and layout, the state itself is what the model takes.
+        self.model_input: torch.Tensor | None = None
+        if run.copies == 2 or run.model_dtype != run.dtype or run.channels_last:
+            self.model_input = torch.empty(
+                (run.copies * self.batch, *run.shape[1:]),
+                dtype=run.model_dtype,
+                device=run.device,
+                memory_format=torch.channels_last if run.channels_last else torch.contiguous_format,
+            )
+        self.kwargs: Mapping[str, Any] = run.kwargs
+        self.guidance = run.guidance
+        # The half of the model's input that is left where a guided run has no guidance.
+        cond_first = run.guidance is not None and run.guidance.cond_first
+        self._cond, self._uncond = self._halves()[:: 1 if cond_first else -1]
+        self._cond_kwargs: Mapping[str, Any] | None = None
+
+    def _halves(self) -> tuple[slice, slice]:
+        return slice(0, self.batch), slice(self.batch, 2 * self.batch)
+
+    def fill_input(self) -> None:
+        """The model's input from the state."""
+        if self.model_input is not None:
+            self.model_input.unflatten(0, (-1, self.batch)).copy_(self.x)  # type: ignore[no-untyped-call]
+
+    def input_of(self, guided: bool) -> torch.Tensor | None:
+        """What the step writes besides the state: the rows of the model's input that its next call takes."""
+        if self.model_input is None or guided or self.guidance is None:
+            return self.model_input
+        return self.model_input[self._cond]
+
+    def rows_of(self, guided: bool, rows: torch.Tensor) -> torch.Tensor:
+        """The entries of `rows` `[copies * B]` for the model's input."""
+        return rows if guided or self.guidance is None else rows[self._cond]
+
+    def rejoin(self, t: torch.Tensor | None = None) -> None:
+        """After steps without guidance: the conditional half, and its timesteps, for both again."""
+        assert self.model_input is not None
+        self.model_input[self._uncond].copy_(self.model_input[self._cond])
+        if t is not None:
+            t[self._uncond].copy_(t[self._cond])
+
+    def predict(self, guided: bool, t: torch.Tensor) -> torch.Tensor:
+        """The model's output for the current input: `[2 * B, ...]` if guided, else `[B, ...]`."""
+        given = self.input_of(guided)
+        given = self.x if given is None else given
+        if self.guidance is None:
+            return call_model(self.model, given, t, self.kwargs)
+        if not guided:
+            if self._cond_kwargs is None:
+                self._cond_kwargs = self._half_of(self.kwargs, self._cond)
+            return call_model(self.model, given, t, self._cond_kwargs)
+        if self.guidance.batched:
+            return call_model(self.model, given, t, self.kwargs)
+        halves = [
+            call_model(self.model, given[half], t[half], self._half_of(self.kwargs, half)) for half in self._halves()
+        ]
+        return torch.cat(halves)
+
+    def _half_of(self, kwargs: Mapping[str, Any], half: slice) -> Mapping[str, Any]:
+        def take(value: Any) -> Any:
+            stacked = isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == 2 * self.batch
+            return value[half] if stacked else value
+
+        taken: Mapping[str, Any] = pytree.tree_map(take, dict(kwargs))
+        return taken
+
+
+class EagerLoop:
+    """The loop step by step, on any device, with any model."""
+
+    def __init__(self, model: Model, run: Run) -> None:
+        self._run = run
+        self._buffers = _Buffers(model, run)
+        self.x = self._buffers.x
+        self._prepared: dict[bool, Any] = {}
+
+    def __call__(self, steps: Iterable[int], on_step: OnStep | None) -> torch.Tensor:
+        """The final state `[B, ...]`."""
+        run, buffers = self._run, self._buffers
+        seeds = None if run.seeds is None else upload_new(seed_words(run.seeds), run.device)
+        if run.start is not None:
+            self.x.copy_(run.start)
+        else:
+            assert seeds is not None
+            draw_start(run.backend, seeds, self.x)
+        buffers.fill_input()
+        timesteps = upload_new(
+            np.repeat(np.array(run.table.timesteps, dtype=np.int64)[:, None], run.copies * run.shape[0], 1), run.device
+        )
+        for step, guided, again in run.walk(steps):
+            if again:
+                buffers.rejoin()
+            output = buffers.predict(guided, buffers.rows_of(guided, timesteps[step]))
+            x0 = self._step(step, guided, output, seeds)
+            if on_step is not None:
+                on_step(step, self.x, x0)
+        return self.x
+
+    def _step(self, step: int, guided: bool, output: torch.Tensor, seeds: torch.Tensor | None) -> torch.Tensor:
+        run = self._run
+        options: dict[str, Any] = {
+            "limit": run.limit,
+            "out": self.x,
+            "model_input": self._buffers.input_of(guided),
+            **_guidance_options(run.guidance if guided else None),
+        }
+        drawn = seeds if run.noise is None and run.table.stochastic else None
+        if run.noise is not None:
+            _, x0 = ddim_step(output, self.x, run.table, step, noise=run.noise[step], backend=run.backend, **options)
+        else:
+            prepared = self._prepared.get(guided)
+            if prepared is None or not prepared.fits(output):
+                prepared = prepare_step(run.backend, output, self.x, run.table, seeds=drawn, **options)
+                self._prepared[guided] = prepared
+            if prepared is not None:
+                _, x0 = prepared(output, step)
+            else:
+                if run.table.rows[step].noise_scale == 0:
+                    drawn = None
+                _, x0 = reference_step(output, self.x, run.table, step, seeds=drawn, **options)
+        assert x0 is not None
+        return x0
+
+
+def _guidance_options(guidance: Guidance | None) -> dict[str, Any]:
+    if guidance is None:
+        return {}
+    return {
+        "guidance_scale": guidance.scale,
+        "guidance_rescale": guidance.rescale,
+        "cond_first": guidance.cond_first,
+    }
+
+
+class StaticLoop:
+    """The loop over buffers that stay where they are, as graphs: `begin` and a step, or all of them in one.
+
+    Args:
+        model: what the steps call.
+        run: gives shapes, dtypes and structure; its numbers are `load`ed for each run.
+        whole: one graph of all steps, for runs of that many.
+        pool: the graphs' memory.
+
+    Raises:
+        CaptureError: the model cannot be captured.
+    """
+
+    def __init__(self, model: Model, run: Run, whole: bool, pool: Any) -> None:
+        self._run = run
+        leaves, self._structure = pytree.tree_flatten(dict(run.kwargs))
+        self._leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        kwargs = pytree.tree_unflatten(self._leaves, self._structure)
+        self._buffers = _Buffers(model, replace(run, kwargs=kwargs))
+        self.x = self._buffers.x
+        # Of the guided step and of the other one; a graph's own memory.
+        self._x0: dict[bool, torch.Tensor] = {}
+        batch, capacity = run.shape[0], _capacity(run.table)
+        self._capacity = capacity
+        # Seeds, guidance scale and rescale, the limit's two numbers, index, timesteps, table.
+        sizes = [batch, 2, 2, 1, capacity, capacity * NUM_COLUMNS]
+        self._words = torch.zeros(sum(sizes), dtype=torch.int64, device=run.device)
+        seeds, scales, limit, index, timesteps, table = torch.split(self._words, sizes)
+        self._seeds, self._timesteps, self._index = seeds, timesteps, index[0]
+        self._scales, self._limit_values = scales.view(torch.float64), limit.view(torch.float64)
+        self._table = table.view(torch.float64).view(capacity, NUM_COLUMNS)
+        self._t = torch.zeros(run.copies * batch, dtype=torch.int64, device=run.device)
+        noise_steps = () if run.noise is None else ((len(run.table),) if whole else ())
+        self._noise = None if run.noise is None else self.x.new_zeros((*noise_steps, *run.shape))
+        self._workspace = None
+        if takes_kernel(run.backend, (self.x,)):
+            from fastddim.kernels import Workspace
+
+            self._workspace = Workspace()
+        self._loads_limit = _loads_limit(run)
+        self.load(run)
+        self.nbytes = 0
+        self._graphs: dict[str, Graph] = {}
+        bodies: dict[str, Callable[[], None]] = {}
+        if whole:
+            bodies["loop"] = self._loop
+        else:
+            bodies["begin"] = self._begin
+            guided = {run.guided(step) for step in range(len(run.table))}
+            bodies |= {name: body for flag, name, body in self._step_bodies() if flag in guided}
+        for name, body in bodies.items():
+            graph = self._graphs[name] = Graph(body, run.device, pool)
+            self.nbytes += graph.nbytes
+        self.nbytes += sum(
+            tensor.nbytes
+            for tensor in (self.x, self._buffers.model_input, self._words, self._t, self._noise, *self._leaves)
+            if isinstance(tensor, torch.Tensor)
+        )
+
+    def _step_bodies(self) -> list[tuple[bool, str, Callable[[], None]]]:
+        return [(True, "guided", lambda: self._step(True)), (False, "step", lambda: self._step(False))]
+
+    def load(self, run: Run) -> None:
+        """Put a run's numbers, start and keyword arguments where the graphs read them."""
+        words = np.zeros(len(self._words), dtype=np.int64)
+        numbers = words.view(np.float64)
+        batch, steps, capacity = self._run.shape[0], len(run.table), self._capacity
+        if run.seeds is not None:
+            words[:batch] = seed_words(run.seeds)
+        if run.guidance is not None:
+            numbers[batch : batch + 2] = run.guidance.scale, run.guidance.rescale
+        numbers[batch + 2 : batch + 4] = limit_numbers(run.limit)
+        timesteps = batch + 5
+        words[timesteps : timesteps + steps] = run.table.timesteps
+        table = timesteps + capacity
+        numbers[table : table + steps * NUM_COLUMNS] = run.table.columns.reshape(-1)
+        upload(words, self._words)
+        for mine, given in zip(self._leaves, pytree.tree_leaves(dict(run.kwargs)), strict=True):
+            if isinstance(mine, torch.Tensor):
+                mine.copy_(given, non_blocking=True)
+        if run.start is not None:
+            self.x.copy_(run.start, non_blocking=True)
+        if self._noise is not None and self._noise.ndim > len(self._run.shape):
+            assert run.noise is not None
+            self._noise.copy_(run.noise, non_blocking=True)
+
+    def __call__(self, run: Run, steps: Iterable[int], on_step: OnStep | None) -> torch.Tensor:
+        """Run what was loaded: the final state, which the next run overwrites."""
+        if "loop" in self._graphs:
+            self._graphs["loop"].replay()
+            return self.x
+        self._graphs["begin"].replay()
+        for step, guided, again in run.walk(steps):
+            if again:
+                self._buffers.rejoin(self._t)
+            if self._noise is not None:
+                assert run.noise is not None
+                self._noise.copy_(run.noise[step])
+            self._graphs["guided" if guided else "step"].replay()
+            if on_step is not None:
+                on_step(step, self.x, self._x0[guided])
+        return self.x
+
+    def _begin(self) -> None:
+        if self._run.start is None:
+            draw_start(self._run.backend, self._seeds, self.x)
+        self._buffers.fill_input()
+        self._t.copy_(self._timesteps[0])
+
+    def _loop(self) -> None:
+        run = self._run
+        self._begin()
+        self._index.zero_()
+        for step, guided, again in run.walk(range(len(run.table))):
+            if again:
+                self._buffers.rejoin(self._t)
+            self._step(guided, None if self._noise is None else self._noise[step])
+
+    def _step(self, guided: bool, noise: torch.Tensor | None = None) -> None:
+        run, buffers = self._run, self._buffers
+        t = buffers.rows_of(guided, self._t)
+        output = buffers.predict(guided, t)
+        options: dict[str, Any] = {}
+        if guided:
+            assert run.guidance is not None
+            options = _guidance_options(run.guidance)
+            options["guidance_scale"] = self._scales[0]
+            if run.guidance.rescale:
+                options["guidance_rescale"] = self._scales[1]
+        noise = self._noise if noise is None else noise
+        _, x0 = ddim_step(
+            output,
+            self.x,
+            self._table,
+            self._index,
+            limit=run.limit,
+            limit_values=self._limit_values if self._loads_limit else None,
+            noise=noise,
+            seeds=self._seeds if noise is None and run.seeds is not None else None,
+            out=self.x,
+            model_input=buffers.input_of(guided),
+            advance=True,
+            timesteps=self._timesteps,
+            next_timestep=t,
+            workspace=self._workspace,
+            backend=run.backend,
+            **options,
+        )
+        assert x0 is not None
+        self._x0[guided] = x0
+
+
+def _loads_limit(run: Run) -> bool:
+    """Whether captured steps read their limit's numbers from the device: the reference would read them on the host."""
+    if run.limit is None:
+        return False
+    return run.device.type == "cpu" or takes_kernel(run.backend, (torch.empty(0, dtype=run.dtype, device=run.device),))
+
+
+def _capacity(table: StepTable) -> int:
+    return max(_LEAST_CAPACITY, 1 << (len(table) - 1).bit_length())
+
+
+def _capture_key(run: Run, mode: str) -> Hashable:
+    """What a capture is of: all that `StaticLoop.load` cannot change."""
+    leaves, structure = pytree.tree_flatten(dict(run.kwargs))
+    described = tuple(
+        (leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else (type(leaf), leaf) for leaf in leaves
+    )
+    guidance = run.guidance
+    steps = [run.guided(step) for step in range(len(run.table))]
+    key = (
+        mode,
+        tuple(steps) if mode == "loop" else frozenset(steps),
+        _capacity(run.table),
+        run.shape,
+        run.dtype,
+        run.model_dtype,
+        run.device,
+        run.start is None,
+        run.seeds is None,
+        run.noise is None,
+        limit_kind(run.limit, numbers_change=True) if _loads_limit(run) else run.limit,
+        guidance and (guidance.rescale != 0, guidance.cond_first, guidance.batched),
+        described,
+        structure,
+        run.channels_last,
+        run.backend,
+        torch.is_autocast_enabled(run.device.type) and torch.get_autocast_dtype(run.device.type),
+    )
+    hash(key)
+    return key
+
+
+def pad(run: Run, batch: int) -> Run:
+    """A run of more samples, the last one repeated; each depends on its own row alone."""
+    missing = batch - run.shape[0]
+    if not missing:
+        return run
+
+    def fill(value: Any, dim: int = 0) -> Any:
+        rows = run.shape[0]
+        if (
+            not isinstance(value, torch.Tensor)
+            or value.ndim <= dim
+            or value.shape[dim] not in (rows, run.copies * rows)
+        ):
+            return value
+        halves = torch.split(value, rows, dim)
+        return torch.cat([part for half in halves for part in (half, *[half.narrow(dim, rows - 1, 1)] * missing)], dim)
+
+    return replace(
+        run,
+        shape=(batch, *run.shape[1:]),
+        start=fill(run.start),
+        seeds=None if run.seeds is None else run.seeds + [run.seeds[-1]] * missing,
+        noise=fill(run.noise, 1),
+        kwargs=pytree.tree_map(fill, dict(run.kwargs)),
+    )
+
+
+class Loop:
+    """A model's sampling loop: as a CUDA graph where that is asked for and possible, else step by step. Thread-safe.
+
+    Args:
+        model: `model(x, t, **kwargs)`.
+        graph: `"loop"`, one graph of all steps; `"step"`, one of a step, replayed; `"off"`; `"auto"`, `"step"` on a GPU.
+        max_graphs: captures that are kept.
+        module: whose replaced weights make the captures stale; the model itself by default.
+    """
+
+    def __init__(
+        self, model: Model, graph: str = "auto", max_graphs: int = 8, module: torch.nn.Module | None = None
+    ) -> None:
+        require_choice("graph", graph, GRAPH_MODES)
+        require_int("max_graphs", max_graphs, 1)
+        self.model = model
+        self.graph = graph
+        self.graphs: GraphCache[StaticLoop] = GraphCache(max_graphs)
+        self._module = model if module is None and isinstance(model, torch.nn.Module) else module
+        self._state: ModuleState | None = None
+        self._failed: dict[Hashable, str] = {}
+        self._runs = threading.local()
+
+    def mode_on(self, device: torch.device) -> str:
+        """What `graph` comes to on a device."""
+        if self.graph == "auto":
+            return "step" if device.type == "cuda" else "off"
+        return self.graph
+
+    @torch.no_grad()
+    def __call__(self, run: Run, steps: Iterable[int] | None = None, on_step: OnStep | None = None) -> torch.Tensor:
+        """The final state `[B, ...]`, in memory of its own.
+
+        Args:
+            run: what to run.
+            steps: `range(len(run.table))`, or an iterator over it that reports progress.
+            on_step: called after each step; not with `"loop"`. The next step writes over what it gets.
+        """
+        steps = range(len(run.table)) if steps is None else steps
+        mode = self.mode_on(run.device)
+        # A run within a callback of another one of this thread must not take its buffers.
+        if mode != "off" and not getattr(self._runs, "inside", False):
+            try:
+                key = _capture_key(run, mode)
+            except TypeError as error:
+                self._give_up(None, run, mode, f"a keyword argument that cannot be told from others ({error})")
+            else:
+                if key not in self._failed:
+                    try:
+                        return self._replay(key, run, mode, steps, on_step)
+                    except CaptureError as error:
+                        if isinstance(error.__cause__, torch.cuda.OutOfMemoryError):
+                            self.graphs.clear()
+                            torch.cuda.empty_cache()
+                        self._give_up(key, run, mode, str(error))
+        return EagerLoop(self.model, run)(steps, on_step)
+
+    def _replay(self, key: Hashable, run: Run, mode: str, steps: Iterable[int], on_step: OnStep | None) -> torch.Tensor:
+        # Buffers made in inference mode could not be written to outside it.
+        with self.graphs.turn(run.device), self._as_inside(), torch.inference_mode(False), torch.no_grad():
+            if self._module is not None and (self._state is None or self._state.changed()):
+                self.graphs.clear()
+                self._state = ModuleState(self._module)
+            static = self.graphs.get(key, lambda: StaticLoop(self.model, run, mode == "loop", self.graphs.pool))
+            static.load(run)
+            return static(run, steps, on_step).clone()
+
+    @contextlib.contextmanager
+    def _as_inside(self) -> Iterator[None]:
+        self._runs.inside = True
+        try:
+            yield
+        finally:
+            self._runs.inside = False
+
+    def _give_up(self, key: Hashable, run: Run, mode: str, reason: str) -> None:
+        if key in self._failed:
+            return
+        if len(self._failed) >= _MAX_FAILURES:
+            self._failed.clear()
+        self._failed[key] = reason
+        warnings.warn(
+            f"graph: {mode!r} is not used for a state {tuple(run.shape)} of {run.dtype} on {run.device}, the steps are"
+            f" launched one by one instead: {reason}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
