@@ -11,6 +11,7 @@ _ROOMS = {
     "config": ("Clip", "DDIMConfig", "DynamicThreshold"),
     "schedule": ("Schedule",),
     "coefficients": ("StepTable",),
+    "interpolation": ("slerp",),
     "backends": ("ddim_step",),
     "scheduler": ("DDIMInverseScheduler", "DDIMScheduler", "DDIMSchedulerOutput"),
     "sampler": ("Sampler",),
@@ -33,6 +34,7 @@ __all__ = [
     "accelerate",
     "ddim_step",
     "load_pipeline",
+    "slerp",
     "unaccelerate",
 ]
 
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from fastddim.backends import ddim_step
     from fastddim.coefficients import StepTable
     from fastddim.config import Clip, DDIMConfig, DynamicThreshold
+    from fastddim.interpolation import slerp
     from fastddim.pipeline import DDIMPipeline, load_pipeline
     from fastddim.sampler import Sampler
     from fastddim.schedule import Schedule
