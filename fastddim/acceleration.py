@@ -44,8 +44,6 @@ _OWN_LOOP_ARGUMENTS = (
     "denoising_start",
     "denoising_end",
 )
-# What diffusers changes on a model's parts besides parameters and submodules: attention processors and FreeU's factors.
-_SETTINGS = ("processor", "b1", "b2", "s1", "s2")
 
 
 def _no_guidance(pipe: Any, arguments: Mapping[str, Any]) -> Guidance | None:
@@ -121,18 +119,15 @@ class _Acceleration:
         self._logged: set[str] = set()
         self._loop: Loop | None = None
         self._denoiser: Any = None
-        self._settings: list[Any] = []
 
     def loop(self, denoiser: Any, kind: _Kind) -> Loop:
-        """The loop of a denoiser: a new one for another module, or one whose parts were set up otherwise."""
-        settings = [vars(part)[name] for part in _parts(denoiser) for name in _SETTINGS if name in vars(part)]
+        """The loop of a denoiser: a new one for another module."""
         with self._lock:
-            same = len(settings) == len(self._settings) and all(map(_is, settings, self._settings))
-            if self._loop is None or self._denoiser is not denoiser or not same:
+            if self._loop is None or self._denoiser is not denoiser:
                 self._release()
                 model: Model = _without_variance(denoiser) if kind.learned_variance else denoiser
                 self._loop = Loop(model, self.options.graph, self.options.max_graphs, denoiser)
-                self._denoiser, self._settings = denoiser, settings
+                self._denoiser = denoiser
             return self._loop
 
     def release(self) -> None:
@@ -156,10 +151,6 @@ class _Acceleration:
                 return
             self._logged.add(reason)
         _log.warning("%s runs its own denoising loop, not fastddim's: %s", name, reason)
-
-
-def _is(a: object, b: object) -> bool:
-    return a is b
 
 
 def _parts(denoiser: Any) -> Iterator[torch.nn.Module]:
