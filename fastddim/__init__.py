@@ -11,10 +11,12 @@ _ROOMS = {
     "config": ("Clip", "DDIMConfig", "DynamicThreshold"),
     "schedule": ("Schedule",),
     "coefficients": ("StepTable",),
+    "interpolation": ("slerp",),
     "backends": ("ddim_step",),
     "scheduler": ("DDIMInverseScheduler", "DDIMScheduler", "DDIMSchedulerOutput"),
     "sampler": ("Sampler",),
     "pipeline": ("DDIMPipeline", "load_pipeline"),
+    "acceleration": ("accelerate", "unaccelerate"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
@@ -29,14 +31,19 @@ __all__ = [
     "Sampler",
     "Schedule",
     "StepTable",
+    "accelerate",
     "ddim_step",
     "load_pipeline",
+    "slerp",
+    "unaccelerate",
 ]
 
 if TYPE_CHECKING:
+    from fastddim.acceleration import accelerate, unaccelerate
     from fastddim.backends import ddim_step
     from fastddim.coefficients import StepTable
     from fastddim.config import Clip, DDIMConfig, DynamicThreshold
+    from fastddim.interpolation import slerp
     from fastddim.pipeline import DDIMPipeline, load_pipeline
     from fastddim.sampler import Sampler
     from fastddim.schedule import Schedule

@@ -1,4 +1,4 @@
-"""The command line: `fastddim sample` and `fastddim info`. torch and diffusers load inside the commands."""
+"""The command line: `fastddim sample`, `invert`, `interpolate` and `info`. torch and diffusers load inside the commands."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,8 @@ USER_ERROR = 2
 INTERRUPTED = 130
 
 _DEFAULT_GUIDANCE = 2.0
+# What a strip shows of x_T: three standard deviations from black to grey, and three to white.
+_SHOWN_DEVIATIONS = 3
 # One picture holds them all.
 _MOST_IMAGES = 100_000
 # typer may bring its own copy of click, and exports of it only this subclass of the usage error.
@@ -94,6 +97,28 @@ def _number(text: str) -> float:
         raise typer.BadParameter(f"{text!r}; pass a number.") from None
 
 
+_Model = Annotated[
+    str | None,
+    typer.Option(metavar="FOLDER_OR_HUB_ID", help="A diffusers folder or hub id. Default: the embedded digits."),
+]
+_Steps = Annotated[int, typer.Option(parser=_integer, metavar="INTEGER", help="Model calls per image.")]
+_StripGuidance = Annotated[
+    float | None,
+    typer.Option(parser=_number, metavar="NUMBER", help="Classifier-free guidance towards the labels; 1 is off."),
+]
+_StripLabels = Annotated[
+    str | None,
+    typer.Option(metavar="INTEGERS", help='A class for each row such as "0,1,2", repeated in turn. Default: no class.'),
+]
+_BatchSize = Annotated[
+    int | None,
+    typer.Option(parser=_integer, metavar="INTEGER", help="Images at a time. Default: by size, at most 100."),
+]
+_Out = Annotated[Path, typer.Option(help="The picture: .png, .jpg, .webp, .bmp or .tif.")]
+_Device = Annotated[str | None, typer.Option(help="cpu or cuda[:N]. Default: cuda where there is one.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and no progress bar.")]
+
+
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
@@ -120,12 +145,9 @@ class _Run:
 
 @app.command()
 def sample(
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER_OR_HUB_ID", help="A diffusers folder or hub id. Default: the embedded digits."),
-    ] = None,
+    model: _Model = None,
     num_images: Annotated[int, typer.Option(parser=_integer, metavar="INTEGER", help="How many images.")] = 100,
-    steps: Annotated[int, typer.Option(parser=_integer, metavar="INTEGER", help="Model calls per image.")] = 50,
+    steps: _Steps = 50,
     eta: Annotated[
         float, typer.Option(parser=_number, metavar="NUMBER", help="Noise in [0, 1]: 0 is DDIM, 1 is DDPM.")
     ] = 0.0,
@@ -144,13 +166,10 @@ def sample(
         str | None, typer.Option(metavar="INTEGERS", help='Classes such as "0,1,2", repeated in turn. Default: all.')
     ] = None,
     seed: Annotated[int, typer.Option(parser=_integer, metavar="INTEGER", help="Image k is drawn from seed + k.")] = 0,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(parser=_integer, metavar="INTEGER", help="Images at a time. Default: by size, at most 100."),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="The picture: .png, .jpg, .webp, .bmp or .tif.")] = Path("grid.png"),
-    device: Annotated[str | None, typer.Option(help="cpu or cuda[:N]. Default: cuda where there is one.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, and no progress bar.")] = False,
+    batch_size: _BatchSize = None,
+    out: _Out = Path("grid.png"),
+    device: _Device = None,
+    as_json: _Json = False,
 ) -> None:
     """Sample images and write them as one picture, a row for each class."""
     from fastddim.pictures import check_picture
@@ -165,32 +184,24 @@ def sample(
     require_int("--seed", seed, 0, 2**64 - num_images)
     if batch_size is not None:
         require_int("--batch-size", batch_size, 1)
-    classes = None if labels is None else _parse_labels(labels)
+    classes = None if labels is None else _parse_integers(labels, "--labels")
     with _naming("path", "--out"):
         check_picture(out)
     target = _pick_device(device)
 
     pipeline = _load(model)
     null = _null_class(pipeline)
+    if guidance_scale is None and null is not None:
+        guidance_scale = _DEFAULT_GUIDANCE
     scale = _pick_guidance(guidance_scale, guidance_rescale, null)
     cycle = _pick_labels(classes, null)
-    require_int("--steps", steps, 1, int(pipeline.scheduler.config.num_train_timesteps))
-    sampler = fastddim.Sampler(
-        pipeline.unet.to(target),
-        pipeline.scheduler,
-        steps,
-        eta=eta,
-        guidance_scale=scale,
-        guidance_rescale=guidance_rescale,
-    )
-    height, width = _image_size(sampler)
+    sampler = _make_sampler(pipeline, steps, target, eta=eta, guidance_scale=scale, guidance_rescale=guidance_rescale)
     run = _Run(
         sampler=sampler,
         null=null,
         labels=None if cycle is None else [cycle[k % len(cycle)] for k in range(num_images)],
         num_images=num_images,
-        # At most as many pixels at a time as 128 images of 32x32, which a small machine's memory holds.
-        batch_size=batch_size or max(1, min(100, 128 * 32 * 32 // (height * width))),
+        batch_size=batch_size or _default_batch_size(sampler),
         seed=seed,
     )
     seconds = _sample_to(run, out, progress=not as_json)
@@ -222,13 +233,13 @@ def _naming(argument: str, option: str) -> Iterator[None]:
         raise ValueError(f"{option}: {str(error).removeprefix(f'{argument}: ')}") from error
 
 
-def _parse_labels(text: str) -> list[int]:
-    labels = []
+def _parse_integers(text: str, option: str) -> list[int]:
+    integers = []
     for part in text.split(","):
         if not part.strip().isdecimal():
-            raise ValueError(f"--labels: {part.strip()!r} in {text!r}; pass integers with commas, such as 0,1,2")
-        labels.append(int(part))
-    return labels
+            raise ValueError(f"{option}: {part.strip()!r} in {text!r}; pass integers with commas, such as 0,1,2")
+        integers.append(int(part))
+    return integers
 
 
 def _pick_device(name: str | None) -> torch.device:
@@ -261,8 +272,6 @@ def _null_class(pipeline: DDIMPipeline) -> int | None:
 
 def _pick_guidance(scale: float | None, rescale: float, null: int | None) -> float | None:
     """The guidance scale; None, which halves the work, where guidance would change nothing."""
-    if scale is None and null is not None:
-        scale = _DEFAULT_GUIDANCE
     if scale == 1.0:
         scale = None
     if scale is not None and null is None:
@@ -286,26 +295,76 @@ def _pick_labels(classes: list[int] | None, null: int | None) -> list[int] | Non
     return classes or list(range(max(null, 1)))
 
 
-def _image_size(sampler: Sampler) -> tuple[int, int]:
+def _make_sampler(pipeline: DDIMPipeline, steps: int, target: torch.device, **options: Any) -> Sampler:
+    require_int("--steps", steps, 1, int(pipeline.scheduler.config.num_train_timesteps))
+    sampler = fastddim.Sampler(pipeline.unet.to(target), pipeline.scheduler, steps, **options)
+    _picture_shape(sampler)
+    return sampler
+
+
+def _default_batch_size(sampler: Sampler) -> int:
+    """At most as many pixels at a time as 128 images of 32x32, which a small machine's memory holds."""
+    _, height, width = _picture_shape(sampler)
+    return max(1, min(100, 128 * 32 * 32 // (height * width)))
+
+
+def _class_kwargs(sampler: Sampler, labels: list[int] | None, null: int | None) -> dict[str, Any]:
+    """The model's keyword arguments for one batch of labels."""
+    import torch
+
+    kwargs: dict[str, Any] = {}
+    if labels is not None:
+        kwargs["class_labels"] = torch.tensor(labels)
+    if sampler.guidance_scale is not None and null is not None and labels is not None:
+        kwargs["uncond_kwargs"] = {"class_labels": torch.full((len(labels),), null)}
+    return kwargs
+
+
+@contextlib.contextmanager
+def _naming_memory(option: str, value: int, device: torch.device) -> Iterator[None]:
+    """Turn the exhaustion of the device's memory into an error of the option that asked for it."""
+    import torch
+
+    try:
+        yield
+    except RuntimeError as error:
+        # torch has a type for a GPU's memory only.
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise ValueError(f"{option}: {value} exceeds the memory of {device}; pass a smaller one") from error
+
+
+def _picture_shape(sampler: Sampler) -> tuple[int, int, int]:
     shape = sampler.sample_shape
     if shape is None or len(shape) != 3 or shape[0] not in (1, 3):
         raise ValueError(f"--model: it makes samples of shape {shape}; pass one that makes pictures of 1 or 3 channels")
-    return shape[1], shape[2]
+    return shape[0], shape[1], shape[2]
 
 
 def _sample_to(run: _Run, out: Path, progress: bool) -> float:
     """Sample and write the picture; returns the seconds that sampling took."""
-    from fastddim.pictures import GridLayout, check_picture, make_grid, save_picture
-
-    with _naming("path", "--out"):
-        check_picture(out, GridLayout.plan(run.num_images, *_image_size(run.sampler), run.labels).size)
+    _check_grid(out, run.sampler, run.num_images, labels=run.labels)
     start = time.perf_counter()
     images = _sample_batches(run, progress)
     seconds = time.perf_counter() - start
-    picture = make_grid(images, run.labels)
+    _save_grid(out, images, labels=run.labels)
+    return seconds
+
+
+def _check_grid(out: Path, sampler: Sampler, count: int, **layout: Any) -> None:
+    """Refuse before the work a grid that its file's format could not hold."""
+    from fastddim.pictures import GridLayout, check_picture
+
+    with _naming("path", "--out"):
+        check_picture(out, GridLayout.plan(count, *_picture_shape(sampler)[1:], **layout).size)
+
+
+def _save_grid(out: Path, images: torch.Tensor, **layout: Any) -> None:
+    from fastddim.pictures import make_grid, save_picture
+
+    picture = make_grid(images, **layout)
     with _naming("path", "--out"):
         save_picture(picture, out)
-    return seconds
 
 
 def _sample_batches(run: _Run, progress: bool) -> torch.Tensor:
@@ -320,22 +379,187 @@ def _sample_batches(run: _Run, progress: bool) -> torch.Tensor:
         task = bar.add_task("sampling", total=len(firsts) * len(run.sampler.table))
         for first in firsts:
             count = min(run.batch_size, run.num_images - first)
-            kwargs: dict[str, Any] = {}
-            if run.labels is not None:
-                kwargs["class_labels"] = torch.tensor(run.labels[first : first + count])
-            if run.sampler.guidance_scale is not None and run.null is not None:
-                kwargs["uncond_kwargs"] = {"class_labels": torch.full((count,), run.null)}
-            try:
+            labels = None if run.labels is None else run.labels[first : first + count]
+            kwargs = _class_kwargs(run.sampler, labels, run.null)
+            with _naming_memory("--batch-size", run.batch_size, run.sampler.device):
                 images = run.sampler(count, seeds=run.seed + first, callback=lambda *_: bar.advance(task), **kwargs)
-            except RuntimeError as error:
-                # torch has a type for a GPU's memory only.
-                if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-                    raise
-                text = f"--batch-size: {run.batch_size} exceeds the memory of {run.sampler.device}; pass a smaller one"
-                raise ValueError(text) from error
             assert isinstance(images, torch.Tensor)
             batches.append(images.float().cpu())
     return torch.cat(batches)
+
+
+@app.command()
+def invert(
+    pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE...", help="Anything that Pillow opens.")],
+    model: _Model = None,
+    steps: _Steps = 50,
+    guidance_scale: _StripGuidance = None,
+    labels: _StripLabels = None,
+    batch_size: _BatchSize = None,
+    out: _Out = Path("strip.png"),
+    device: _Device = None,
+    as_json: _Json = False,
+) -> None:
+    """Encode pictures to x_T, decode them again, and write the original, x_T and the reconstruction of each as a row.
+
+    The error is the mean squared one per dimension, of pictures scaled to [0, 1].
+    """
+    from fastddim.pictures import open_picture, picture_tensor
+
+    if batch_size is not None:
+        require_int("--batch-size", batch_size, 1)
+    classes = _check_strip(len(pictures), steps, guidance_scale, labels, out)
+    with _naming("path", "PICTURE"):
+        opened = [open_picture(path) for path in pictures]
+    if out.exists() and any(os.path.samefile(out, path) for path in pictures):
+        raise ValueError(f"--out: {str(out)!r} is one of the pictures; pass another path")
+    strip = _load_strip(model, len(pictures), steps, guidance_scale, classes, _pick_device(device))
+    sampler, count = strip.sampler, batch_size or _default_batch_size(strip.sampler)
+    headings = ("original", "x_T", "reconstruction")
+    layout = {"labels": [k + 1 for k in range(len(pictures)) for _ in headings], "columns": 3, "headings": headings}
+    _check_grid(out, sampler, 3 * len(pictures), **layout)
+
+    import torch
+
+    start = time.perf_counter()
+    progress = not as_json and Console(stderr=True).is_terminal
+    originals = torch.stack([picture_tensor(image, _picture_shape(sampler)) for image in opened])
+    tiles = []
+    for first in range(0, len(originals), count):
+        x0 = originals[first : first + count]
+        batch_labels = None if strip.labels is None else strip.labels[first : first + count]
+        kwargs = _class_kwargs(sampler, batch_labels, strip.null)
+        with _naming_memory("--batch-size", count, sampler.device):
+            x = sampler.invert(x0, progress=progress, **kwargs)
+            reconstruction = sampler(x, progress=progress, **kwargs)
+        assert isinstance(reconstruction, torch.Tensor)
+        tiles.append(torch.stack([x0, x.cpu() / _SHOWN_DEVIATIONS, reconstruction.cpu()], dim=1))
+    rows = torch.cat(tiles)
+    errors = ((rows[:, 2] - rows[:, 0]) / 2).square().flatten(1).mean(1).tolist()
+    _save_grid(out, rows.flatten(0, 1), **layout)
+    summary = {
+        "path": str(out),
+        "pictures": [str(path) for path in pictures],
+        "errors": errors,
+        "steps": steps,
+        "guidance_scale": sampler.guidance_scale,
+        "seconds": time.perf_counter() - start,
+        "device": str(sampler.device),
+        "labels": strip.labels,
+    }
+    if as_json:
+        typer.echo(json.dumps(summary))
+        return
+    for k, (path, error) in enumerate(zip(pictures, errors, strict=True), start=1):
+        typer.echo(f"{k}: {str(path)!r}: reconstruction error {error:.2g}")
+    typer.echo(f"{str(out)!r}: {len(pictures)} pictures, {steps} steps each way on {sampler.device}")
+
+
+@app.command()
+def interpolate(
+    model: _Model = None,
+    seeds: Annotated[
+        str, typer.Option(metavar="INTEGERS", help='Pairs such as "1,2,3,4": a row from 1 to 2, ...')
+    ] = "0,1",
+    num: Annotated[
+        int, typer.Option(parser=_integer, metavar="INTEGER", help="Images in a row, both ends included.")
+    ] = 10,
+    steps: _Steps = 50,
+    guidance_scale: _StripGuidance = None,
+    labels: _StripLabels = None,
+    out: _Out = Path("strip.png"),
+    device: _Device = None,
+    as_json: _Json = False,
+) -> None:
+    """Write what lies between the images of two seeds, a row for each pair."""
+    ends = _parse_integers(seeds, "--seeds")
+    for seed in ends:
+        require_int("--seeds", seed, 0, 2**64 - 1)
+    if len(ends) % 2:
+        raise ValueError(f"--seeds: {len(ends)} in {seeds!r}; pass two for each row")
+    pairs = list(zip(ends[::2], ends[1::2], strict=True))
+    require_int("--num", num, 2, _MOST_IMAGES // len(pairs))
+    classes = _check_strip(len(pairs), steps, guidance_scale, labels, out)
+    strip = _load_strip(model, len(pairs), steps, guidance_scale, classes, _pick_device(device))
+    sampler = strip.sampler
+    names = [f"{a}, {b}" for a, b in pairs]
+    if classes is not None:
+        names = [f"{name}: {label}" for name, label in zip(names, strip.labels or (), strict=True)]
+    layout = {
+        "labels": [name for name in names for _ in range(num)],
+        "columns": num,
+        "headings": [f"{k / (num - 1):.2g}" for k in range(num)],
+    }
+    _check_grid(out, sampler, num * len(pairs), **layout)
+
+    import torch
+
+    start = time.perf_counter()
+    progress = not as_json and Console(stderr=True).is_terminal
+    rows = []
+    for row, (a, b) in enumerate(pairs):
+        kwargs = _class_kwargs(sampler, None if strip.labels is None else [strip.labels[row]] * num, strip.null)
+        with _naming_memory("--num", num, sampler.device):
+            rows.append(sampler.interpolate(a, b, num, progress=progress, **kwargs).cpu())
+    _save_grid(out, torch.cat(rows), **layout)
+    summary = {
+        "path": str(out),
+        "seeds": pairs,
+        "num": num,
+        "steps": steps,
+        "guidance_scale": sampler.guidance_scale,
+        "seconds": time.perf_counter() - start,
+        "device": str(sampler.device),
+        "labels": strip.labels,
+    }
+    if as_json:
+        typer.echo(json.dumps(summary))
+    else:
+        typer.echo(f"{str(out)!r}: {len(pairs)} rows of {num} images, {steps} steps on {sampler.device}")
+
+
+@dataclass(frozen=True)
+class _Strip:
+    """What a validated `invert` or `interpolate` command samples with; a label for each row."""
+
+    sampler: Sampler
+    null: int | None
+    labels: list[int] | None
+
+
+def _check_strip(
+    rows: int, steps: int, guidance_scale: float | None, labels: str | None, out: Path
+) -> list[int] | None:
+    """The checks that need no model; returns the classes."""
+    from fastddim.pictures import check_picture
+
+    require_int("--steps", steps, 1)
+    classes = None if labels is None else _parse_integers(labels, "--labels")
+    if classes is not None and len(classes) > rows:
+        raise ValueError(f"--labels: {len(classes)} for {rows} rows; pass at most one for each")
+    if guidance_scale is not None:
+        require_number("--guidance-scale", guidance_scale, -1e4, 1e4)
+        if classes is None and guidance_scale != 1:
+            raise ValueError(f"--guidance-scale: {guidance_scale!r} without --labels to guide towards; pass both")
+    with _naming("path", "--out"):
+        check_picture(out)
+    return classes
+
+
+def _load_strip(
+    model: str | None,
+    rows: int,
+    steps: int,
+    guidance_scale: float | None,
+    classes: list[int] | None,
+    target: torch.device,
+) -> _Strip:
+    pipeline = _load(model)
+    null = _null_class(pipeline)
+    scale = _pick_guidance(guidance_scale, 0.0, null)
+    cycle = _pick_labels(classes or (None if null is None else [null]), null)
+    labels = None if cycle is None else [cycle[k % len(cycle)] for k in range(rows)]
+    return _Strip(_make_sampler(pipeline, steps, target, guidance_scale=scale), null, labels)
 
 
 @app.command()

@@ -40,6 +40,15 @@ class StepCoefficients(NamedTuple):
 NUM_COLUMNS = len(StepCoefficients._fields)
 
 
+def _epsilon_factors(signal: FloatArray, sigma: FloatArray, prediction_type: str) -> tuple[FloatArray, FloatArray]:
+    """`(from_x, from_output)`: the model's epsilon in terms of the state and its output, `[n]` each."""
+    if prediction_type == "epsilon":
+        return np.zeros_like(signal), np.ones_like(signal)
+    if prediction_type == "sample":
+        return 1 / sigma, -signal / sigma
+    return sigma, signal
+
+
 def columns(
     signal: FloatArray,
     sigma: FloatArray,
@@ -66,13 +75,11 @@ def columns(
     with np.errstate(divide="ignore", invalid="ignore"):
         if prediction_type == "epsilon":
             x0 = (1 / signal, -sigma / signal)
-            eps = (zero, zero + 1, zero)
         elif prediction_type == "sample":
             x0 = (zero, zero + 1)
-            eps = (1 / sigma, -signal / sigma, zero)
         else:
             x0 = (signal, -sigma)
-            eps = (sigma, signal, zero)
+        eps = (*_epsilon_factors(signal, sigma, prediction_type), zero)
         if use_clipped_model_output:
             eps = (1 / sigma, zero, -signal / sigma)
         from_x, from_output, from_x0 = (direction * factor for factor in eps)
@@ -105,6 +112,29 @@ def _check_eta(eta: float | Sequence[float], num_steps: int, variance_type: str)
     if variance_type == "fixed_large" and not np.all(values == 1):
         raise ValueError(f"variance_type: 'fixed_large' is DDPM's larger variance, so eta is 1 there; eta: {eta!r}")
     return np.broadcast_to(values, (num_steps,))
+
+
+def _check_transitions(
+    schedule: Schedule, pairs: Sequence[tuple[int, int]], prediction_type: str | None
+) -> tuple[str, FloatArray, FloatArray]:
+    """The prediction type, and alpha_bar on both sides of each pair, float64 `[n]`."""
+    kind = schedule.config.prediction_type if prediction_type is None else prediction_type
+    require_choice("prediction_type", kind, PREDICTION_TYPES)
+    if not pairs:
+        raise ValueError("pairs: empty; pass at least one (t, t_next)")
+    n_train = schedule.config.num_train_timesteps
+    for t, t_next in pairs:
+        if not FINAL <= t_next < t < n_train:
+            raise ValueError(f"pairs: ({t}, {t_next}); pass {FINAL} <= t_next < t < {n_train}")
+    timesteps, following = zip(*pairs, strict=True)
+    alpha_bar, alpha_bar_next = schedule.alpha_bar(timesteps), schedule.alpha_bar(following)
+    if kind == "epsilon" and alpha_bar.min() == 0:
+        raise ValueError(
+            f"prediction_type: 'epsilon' at timestep {timesteps[int(alpha_bar.argmin())]}, which has no signal (zero"
+            " terminal SNR), so x0 cannot be told from it; use a v_prediction or sample model, or a spacing that"
+            " does not start there ('leading')"
+        )
+    return kind, alpha_bar, alpha_bar_next
 
 
 @dataclass(frozen=True)
@@ -158,30 +188,48 @@ class StepTable:
             ValueError: a value out of range, a pair that does not descend, or an epsilon prediction at a timestep
                 without signal (zero terminal SNR), from which x0 cannot be told.
         """
-        kind = schedule.config.prediction_type if prediction_type is None else prediction_type
-        require_choice("prediction_type", kind, PREDICTION_TYPES)
         require_choice("variance_type", variance_type, VARIANCE_TYPES)
-        if not pairs:
-            raise ValueError("pairs: empty; pass at least one (t, t_next)")
-        n_train = schedule.config.num_train_timesteps
-        for t, t_next in pairs:
-            if not FINAL <= t_next < t < n_train:
-                raise ValueError(f"pairs: ({t}, {t_next}); pass {FINAL} <= t_next < t < {n_train}")
-        timesteps, following = zip(*pairs, strict=True)
-        alpha_bar, alpha_bar_next = schedule.alpha_bar(timesteps), schedule.alpha_bar(following)
-        if kind == "epsilon" and alpha_bar.min() == 0:
-            raise ValueError(
-                f"prediction_type: 'epsilon' at timestep {timesteps[int(alpha_bar.argmin())]}, which has no signal (zero"
-                " terminal SNR), so x0 cannot be told from it; use a v_prediction or sample model, or a spacing that"
-                " does not start there ('leading')"
-            )
+        kind, alpha_bar, alpha_bar_next = _check_transitions(schedule, pairs, prediction_type)
         etas = _check_eta(eta, len(pairs), variance_type)
         direction, noise_scale = noise_factors(alpha_bar, alpha_bar_next, etas, variance_type)
         sigma, signal = np.sqrt(1 - alpha_bar), np.sqrt(alpha_bar)
         return cls.from_columns(
-            timesteps,
+            [t for t, _ in pairs],
             columns(signal, sigma, np.sqrt(alpha_bar_next), direction, noise_scale, kind, use_clipped_model_output),
         )
+
+    @classmethod
+    def build_inverse(
+        cls, schedule: Schedule, pairs: Sequence[tuple[int, int]], *, prediction_type: str | None = None
+    ) -> StepTable:
+        """The table that encodes a clean state to the state from which `pairs`, at eta 0 and without a limit, sample it.
+
+        The reverse of the ODE of arXiv:2010.02502, section 4.3: row k solves a sampling step for the state it left,
+        with epsilon at the state it reached, where sampling calls the model next. The clean state is behind the last
+        timestep, so there the model is called with that one.
+
+        Args:
+            schedule: where alpha_bar comes from.
+            pairs: `(t, t_next)` in sampling order, as for `build`.
+            prediction_type: what the model predicts; the schedule's own by default.
+
+        Returns:
+            One row per pair, from the clean state to the first pair's `t`; none adds noise.
+
+        Raises:
+            ValueError: what `build` raises for the same arguments.
+        """
+        kind, alpha_bar, alpha_bar_next = _check_transitions(schedule, pairs, prediction_type)
+        timesteps = [t for t, _ in pairs]
+        called = [*timesteps[1:], timesteps[-1]]
+        called_alpha_bar = schedule.alpha_bar(called)
+        # The output means epsilon by its own timestep's alpha_bar, which the clean state does not have.
+        eps_x, eps_output = _epsilon_factors(np.sqrt(called_alpha_bar), np.sqrt(1 - called_alpha_bar), kind)
+        signal, sigma = np.sqrt(alpha_bar_next), np.sqrt(1 - alpha_bar_next)
+        noisier, direction = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+        x0 = ((1 - sigma * eps_x) / signal, -sigma * eps_output / signal)
+        values = np.stack([*x0, direction * eps_x, direction * eps_output, noisier, np.zeros_like(signal)], axis=1)
+        return cls.from_columns(called[::-1], values[::-1])
 
     def __len__(self) -> int:
         return len(self.timesteps)

@@ -171,31 +171,33 @@ class GraphCache(Generic[T]):
         del self._entries[key]
 
 
+# What diffusers sets on a model's parts besides parameters and submodules: attention processors and FreeU's factors.
+_SETTINGS = ("training", "processor", "b1", "b2", "s1", "s2")
+
+
 class ModuleState:
-    """Which parameters, buffers, submodules and modes a module has, to tell whether a capture of it still is of it.
+    """Which parameters, buffers, submodules and settings a module has, to tell whether a capture of it still is of it.
 
     Weights that change in place need no new capture: it reads the same memory.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self._modes = [(part, part.training) for part in module.modules()]
         self._members: list[tuple[dict[str, Any], int]] = []
         self._values: list[tuple[dict[str, Any], str, Any, int]] = []
-        for part, _ in self._modes:
+        for part in module.modules():
+            attributes = vars(part)
+            self._members.append((attributes, len(attributes)))
+            self._values += [(attributes, name, attributes[name], 0) for name in _SETTINGS if name in attributes]
             for members in (part._modules, part._parameters, part._buffers):
                 if members:
                     self._members.append((members, len(members)))
                     self._values += [(members, name, value, _address(value)) for name, value in members.items()]
 
     def changed(self) -> bool:
-        """Whether something was replaced, added or removed, moved in memory, or switched between train and eval."""
-        return (
-            any(part.training is not mode for part, mode in self._modes)
-            or any(len(members) != size for members, size in self._members)
-            or any(
-                members.get(name) is not value or (address and _address(value) != address)
-                for members, name, value, address in self._values
-            )
+        """Whether something was replaced, added or removed, moved in memory, set up otherwise, or left eval for train."""
+        return any(len(members) != size for members, size in self._members) or any(
+            members.get(name) is not value or (address and _address(value) != address)
+            for members, name, value, address in self._values
         )
 
 

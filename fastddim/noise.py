@@ -166,8 +166,17 @@ def normal_for(
     import torch
 
     n = int(np.prod(shape, dtype=np.int64))
-    words = [(seeds[:, None] >> shift) & _MASK for shift in (0, 32)]
-    group = torch.arange((n + 3) // 4, device=seeds.device)[None]
     steps = step.reshape(-1, 1).long() & _MASK if isinstance(step, torch.Tensor) else step
-    values: torch.Tensor = _normal(torch, words, group, steps, stream)[:, :n].contiguous()
+    # On a CPU numpy has several times less to do for each of these many small operations.
+    tensors = [value for value in (seeds, steps) if isinstance(value, torch.Tensor)]
+    plain = all(type(value) is torch.Tensor and value.device.type == "cpu" for value in tensors)
+    if plain and not torch.compiler.is_compiling():
+        counters = steps.numpy() if isinstance(steps, torch.Tensor) else steps
+        keys = [(seeds.numpy()[:, None] >> shift) & _MASK for shift in (0, 32)]
+        drawn = _normal(np, keys, np.arange((n + 3) // 4, dtype=np.int64)[None], counters, stream)
+        values = torch.from_numpy(np.ascontiguousarray(drawn[:, :n]))
+    else:
+        words = [(seeds[:, None] >> shift) & _MASK for shift in (0, 32)]
+        group = torch.arange((n + 3) // 4, device=seeds.device)[None]
+        values = _normal(torch, words, group, steps, stream)[:, :n].contiguous()
     return values.view(seeds.shape[0], *shape)

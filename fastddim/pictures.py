@@ -1,4 +1,4 @@
-"""From tensors to a file: a grid of tiles with labels, and a picture that is written whole or not at all."""
+"""Tensors from and to picture files: any file that Pillow reads; a grid of tiles with labels, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from fastddim.files import check_writable, write_whole
 
@@ -30,6 +30,38 @@ _LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}
 _GAP = 4
 _TILE = 48
 _WHITE = 255
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """Read a picture's pixels, upright as its EXIF data says.
+
+    Raises:
+        ValueError: no such file, a file that Pillow cannot read, or one of more than 8 bits a channel.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"path: {str(path)!r} is no file; pass a picture")
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            upright.load()
+    except Exception as error:  # Pillow's readers raise whatever a damaged file makes them stumble over
+        raise ValueError(f"path: {str(path)!r} cannot be read as a picture ({error}); pass another file") from error
+    if upright.mode.startswith(("I", "F")):
+        raise ValueError(f"path: {str(path)!r} has the mode {upright.mode!r}; pass a picture of 8 bits a channel")
+    return upright
+
+
+def picture_tensor(image: Image.Image, shape: tuple[int, int, int]) -> torch.Tensor:
+    """A picture as `[C, H, W]` float32 in [-1, 1], on the CPU: grey or colour by C (1 or 3), cropped at its longer sides
+    and resampled to H by W; one that has that size keeps its pixels.
+    """
+    import numpy as np
+    import torch
+
+    channels, height, width = shape
+    fitted = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (width, height), Image.Resampling.LANCZOS)
+    pixels = torch.tensor(np.asarray(fitted)).reshape(height, width, channels)
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
 def check_picture(path: str | Path, size: tuple[int, int] | None = None) -> None:
@@ -80,6 +112,7 @@ class GridLayout:
         cell_width: of a tile, or of the widest tile label if that is wider.
         header: height above each tile, for its label.
         margin: width left of the rows, for their labels.
+        top: height above the first row, for the columns' headings.
     """
 
     rows: tuple[tuple[int, ...], ...]
@@ -88,6 +121,7 @@ class GridLayout:
     cell_width: int
     header: int
     margin: int
+    top: int = 0
 
     @classmethod
     def plan(
@@ -98,11 +132,12 @@ class GridLayout:
         labels: Sequence[int | str] | None = None,
         columns: int | None = None,
         scale: int | None = None,
+        headings: Sequence[str] | None = None,
     ) -> GridLayout:
         """Lay out `count` images of `height` by `width` pixels; the arguments are `make_grid`'s.
 
         Raises:
-            ValueError: a number below 1, or labels of another number than images.
+            ValueError: a number below 1, labels of another number than images, or headings of another than columns.
         """
         for name, value in (("images", count), ("height", height), ("width", width)):
             if value < 1:
@@ -117,13 +152,19 @@ class GridLayout:
         by_row = len(set(texts)) < len(texts)
         sizes = [_text_size(text) for text in set(texts)]
         text_width = max((size[0] for size in sizes), default=0)
+        rows = _arrange(count, texts if by_row else None, columns)
+        heading_sizes = [_text_size(text) for text in headings or ()]
+        if headings is not None and len(headings) != max(map(len, rows)):
+            raise ValueError(f"headings: {len(headings)} for {max(map(len, rows))} columns; pass one per column")
+        heading_width = max((size[0] for size in heading_sizes), default=0)
         return cls(
-            rows=_arrange(count, texts if by_row else None, columns),
+            rows=rows,
             tile=(width * scale, height * scale),
             scale=scale,
-            cell_width=width * scale if by_row else max(width * scale, text_width),
+            cell_width=max(width * scale, heading_width, 0 if by_row else text_width),
             header=max(size[1] for size in sizes) + 2 if texts and not by_row else 0,
             margin=text_width + _GAP if by_row else 0,
+            top=max((size[1] + 2 for size in heading_sizes), default=0),
         )
 
     @property
@@ -132,7 +173,7 @@ class GridLayout:
         columns = max(len(row) for row in self.rows)
         return (
             self.margin + _GAP + columns * (self.cell_width + _GAP),
-            _GAP + len(self.rows) * (self.header + self.tile[1] + _GAP),
+            self.top + _GAP + len(self.rows) * (self.header + self.tile[1] + _GAP),
         )
 
     def corner(self, row: int, column: int) -> tuple[int, int]:
@@ -140,7 +181,7 @@ class GridLayout:
         inset = (self.cell_width - self.tile[0]) // 2
         return (
             self.margin + _GAP + column * (self.cell_width + _GAP) + inset,
-            _GAP + row * (self.header + self.tile[1] + _GAP) + self.header,
+            self.top + _GAP + row * (self.header + self.tile[1] + _GAP) + self.header,
         )
 
 
@@ -149,6 +190,7 @@ def make_grid(
     labels: Sequence[int | str] | None = None,
     columns: int | None = None,
     scale: int | None = None,
+    headings: Sequence[str] | None = None,
 ) -> Image.Image:
     """Draw a batch as tiles with white gaps.
 
@@ -159,19 +201,21 @@ def make_grid(
             each stands over its tile.
         columns: tiles in a row; by default about square, and not below 10.
         scale: pixels per image pixel, nearest neighbour; by default tiles come to 48 pixels or more.
+        headings: one per column, over the first row.
 
     Returns:
         A picture of mode `L` or `RGB`.
 
     Raises:
-        ValueError: another shape or dtype, values that are not finite, labels of another number than images.
+        ValueError: another shape or dtype, values that are not finite, labels of another number than images, headings of
+            another number than columns.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images: shape {tuple(images.shape)}; pass [B, C, H, W] with C 1 (grey) or 3 (colour)")
     if not images.is_floating_point():
         raise ValueError(f"images: {images.dtype}; pass floating-point values in [-1, 1]")
     count, channels, height, width = images.shape
-    layout = GridLayout.plan(count, height, width, labels, columns, scale)
+    layout = GridLayout.plan(count, height, width, labels, columns, scale, headings)
     _check_finite(images)
     # uint8 by rounding, as diffusers does it.
     pixels = ((images.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
@@ -183,6 +227,9 @@ def make_grid(
             picture.paste(tile.resize(layout.tile, Image.Resampling.NEAREST), layout.corner(row, column))
     if labels is not None:
         _draw_labels(picture, layout, [str(label) for label in labels])
+    for column, text in enumerate(headings or ()):
+        x, y = layout.corner(0, column)
+        _draw_over(picture, layout, (x, y - layout.header), text)
     return picture
 
 
@@ -202,12 +249,18 @@ def _draw_labels(picture: Image.Image, layout: GridLayout, texts: Sequence[str])
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default()
     for row, indices in enumerate(layout.rows):
         for column, index in enumerate(indices):
-            x, y = layout.corner(row, column)
-            width, height = _text_size(texts[index])
             if layout.header:
-                draw.text((x + (layout.tile[0] - width) // 2, y - height - 1), texts[index], fill=0, font=font)
+                _draw_over(picture, layout, layout.corner(row, column), texts[index])
             elif column == 0:
-                draw.text((layout.margin - width, y + (layout.tile[1] - height) // 2), texts[index], fill=0, font=font)
+                width, height = _text_size(texts[index])
+                y = layout.corner(row, column)[1] + (layout.tile[1] - height) // 2
+                draw.text((layout.margin - width, y), texts[index], fill=0, font=font)
+
+
+def _draw_over(picture: Image.Image, layout: GridLayout, corner: tuple[int, int], text: str) -> None:
+    width, height = _text_size(text)
+    place = (corner[0] + (layout.tile[0] - width) // 2, corner[1] - height - 1)
+    ImageDraw.Draw(picture).text(place, text, fill=0, font=ImageFont.load_default())
 
 
 def _text_size(text: str) -> tuple[int, int]:

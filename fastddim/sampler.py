@@ -19,6 +19,7 @@ from fastddim.backends import check_backend
 from fastddim.coefficients import StepTable
 from fastddim.config import DDIMConfig, Limit, require_choice, require_int, require_number
 from fastddim.cuda_graph import GraphCache
+from fastddim.interpolation import slerp
 from fastddim.loop import Guidance, Loop, Model, Run, pad
 from fastddim.noise import STREAM_INITIAL, check_seeds, normal
 from fastddim.schedule import Schedule
@@ -150,12 +151,12 @@ class Sampler:
         self.limit: Limit = self.schedule.config.limit
         if use_clipped_model_output is None:
             use_clipped_model_output = self.limit is not None
-        pairs = self.schedule.pairs(
+        self.pairs = self.schedule.pairs(
             num_inference_steps, timesteps=timesteps, strength=strength, transitions=transitions
         )
         self.table = StepTable.build(
             self.schedule,
-            pairs,
+            self.pairs,
             eta=eta,
             variance_type=variance_type,
             use_clipped_model_output=use_clipped_model_output,
@@ -255,14 +256,12 @@ class Sampler:
             if callback is not None:
                 callback(step, self.table.timesteps[step], x[:batch], x0[:batch])
 
-        steps: Iterable[int] = range(len(self.table))
-        if progress:
-            steps = track(steps, description="sampling", console=Console(stderr=True))
         if return_trajectory:
             run = replace(run, start=self._first_state(run))
             assert run.start is not None
             trajectory.append(run.start[:batch].clone())
-        x = self._loop(run, steps, observe if return_trajectory or callback is not None else None)[:batch]
+        on_step = observe if return_trajectory or callback is not None else None
+        x = self._loop(run, _steps(run, progress), on_step)[:batch]
         return (x, torch.stack(trajectory)) if return_trajectory else x
 
     def warmup(
@@ -283,6 +282,71 @@ class Sampler:
         cold, warm = times
         return Warmup(cold, warm, self.graphs.nbytes)
 
+    @torch.no_grad()
+    def invert(
+        self,
+        x0: torch.Tensor,
+        *,
+        uncond_kwargs: Mapping[str, Any] | None = None,
+        progress: bool = False,
+        **model_kwargs: Any,
+    ) -> torch.Tensor:
+        """Encode clean samples: the starting states from which this sampler, with the same arguments, gives them back.
+
+        The ODE of arXiv:2010.02502, section 4.3, backwards in the sampler's own steps (`StepTable.build_inverse`) and
+        without a limit; more steps bring the reconstruction closer. Guidance is undone too, but less exactly.
+
+        Args:
+            x0: clean samples `[B, ...]`, floating-point.
+            uncond_kwargs, progress, **model_kwargs: as for sampling.
+
+        Returns:
+            `[B, ...]` states in the sampler's dtype, at its first timestep: of a whole run x_T, with `strength < 1` the
+            noised state there.
+
+        Raises:
+            TypeError: no tensor.
+            ValueError: a sampler that adds noise (eta > 0), another shape or dtype, `uncond_kwargs` without guidance.
+        """
+        self._require_deterministic("inversion")
+        self._check_observers(None, progress, False)
+        self._check_state("x0", x0, "B")
+        run = self._run(x0, None, model_kwargs, uncond_kwargs)
+        guidance = None if run.guidance is None else _backwards(run.guidance, len(self.table))
+        inverse = StepTable.build_inverse(self.schedule, self.pairs)
+        run = self._pad(replace(run, table=inverse, limit=None, guidance=guidance))
+        return self._loop(run, _steps(run, progress), None)[: x0.shape[0]]
+
+    def interpolate(
+        self,
+        a: int | torch.Tensor,
+        b: int | torch.Tensor,
+        n: int,
+        *,
+        uncond_kwargs: Mapping[str, Any] | None = None,
+        progress: bool = False,
+        **model_kwargs: Any,
+    ) -> torch.Tensor:
+        """Samples between two, from starting states on the great circle (arXiv:2010.02502, section 5.3; `slerp`).
+
+        Args:
+            a, b: the ends: a seed, or a starting state `[...]` of one sample, such as `invert` gives.
+            n: how many samples, at least 2: the first is that of `a`, the last that of `b`.
+            uncond_kwargs, progress, **model_kwargs: as for sampling a batch of n.
+
+        Returns:
+            `[n, ...]` samples.
+
+        Raises:
+            ValueError: a sampler that adds noise (eta > 0), which would hide what lies between, n below 2, or a state of
+                another shape or dtype.
+        """
+        self._require_deterministic("interpolation")
+        first, last = (self._state_of(name, end) for name, end in (("a", a), ("b", b)))
+        samples = self(slerp(first, last, n), uncond_kwargs=uncond_kwargs, progress=progress, **model_kwargs)
+        assert isinstance(samples, torch.Tensor)
+        return samples
+
     def add_noise(self, x0: torch.Tensor, seeds: int | Sequence[int]) -> torch.Tensor:
         """A clean `x0` `[B, ...]` noised to where this run starts: the state to call a sampler of `strength < 1` with.
 
@@ -292,6 +356,19 @@ class Sampler:
         noise = normal(check_seeds(seeds, x0.shape[0]), 0, x0.shape[1:], STREAM_INITIAL, device=self.device)
         noised = x0.to(self.device, noise.dtype) * math.sqrt(alpha_bar) + noise * math.sqrt(1 - alpha_bar)
         return noised.to(self.dtype)
+
+    def _require_deterministic(self, what: str) -> None:
+        if self.table.stochastic:
+            raise ValueError(f"eta: this sampler adds noise, and {what} needs eta 0; pass eta=0.0 to Sampler")
+
+    def _state_of(self, name: str, end: int | torch.Tensor) -> torch.Tensor:
+        """One starting state `[...]`: a given one, checked, or a seed's."""
+        if isinstance(end, torch.Tensor):
+            self._check_state(name, end)
+            return end.to(self.device, self.dtype)
+        _, shape, seeds = self._start(1, [end])
+        assert seeds is not None
+        return normal(seeds, 0, shape[1:], STREAM_INITIAL, device=self.device, dtype=self.dtype)[0]
 
     def _check_observers(self, callback: Callback | None, progress: bool, return_trajectory: bool) -> None:
         if self._loop.mode_on(self.device) != "loop":
@@ -362,21 +439,30 @@ class Sampler:
                 raise ValueError(f"start: {start!r}; pass a batch size >= 1, or a state [B, ...]")
             if self.sample_shape is None:
                 raise ValueError("sample_shape: the model's configuration has none; pass sample_shape= to Sampler")
-        elif not start.is_floating_point() or start.ndim < 1:
-            raise ValueError(
-                f"start: {start.dtype} of shape {tuple(start.shape)}; pass a floating-point state [B, ...]"
-            )
-        elif self.sample_shape is not None and tuple(start.shape[1:]) != self.sample_shape:
-            raise ValueError(f"start: shape {tuple(start.shape)}; pass [B, {', '.join(map(str, self.sample_shape))}]")
+        else:
+            self._check_state("start", start, "B")
         if seeds is None and (not isinstance(start, torch.Tensor) or self.table.stochastic):
             raise ValueError("seeds: None; pass one integer per sample, or one integer s for s, s + 1, ...")
         batch_size = start.shape[0] if isinstance(start, torch.Tensor) else start
         seed_list = None if seeds is None else check_seeds(seeds, batch_size)
         if isinstance(start, torch.Tensor):
-            self._check_device("start", start)
             return start, tuple(start.shape), seed_list
         assert self.sample_shape is not None
         return None, (start, *self.sample_shape), seed_list
+
+    def _check_state(self, name: str, state: Any, *batch: str) -> None:
+        """Refuse what is no state of the sampler's; `batch` names the dimensions before a sample's own."""
+        shape = ("...",) if self.sample_shape is None else self.sample_shape
+        wanted = f"[{', '.join(map(str, (*batch, *shape)))}]"
+        if not isinstance(state, torch.Tensor):
+            raise TypeError(f"{name}: {type(state).__name__}; pass a tensor {wanted}")
+        if not state.is_floating_point() or state.ndim < len(batch):
+            raise ValueError(
+                f"{name}: {state.dtype} of shape {tuple(state.shape)}; pass a floating-point state {wanted}"
+            )
+        if self.sample_shape is not None and tuple(state.shape[len(batch) :]) != self.sample_shape:
+            raise ValueError(f"{name}: shape {tuple(state.shape)}; pass {wanted}")
+        self._check_device(name, state)
 
     def _model_kwargs(
         self, batch_size: int, kwargs: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None
@@ -425,6 +511,18 @@ class Sampler:
         """Only what is on the CPU moves by itself: from another device it would wait there for what is under way."""
         if tensor.device != self.device and tensor.device.type != "cpu":
             raise ValueError(f"{name}: on {tensor.device}, but the sampler is on {self.device}; move it there")
+
+
+def _steps(run: Run, progress: bool) -> Iterable[int]:
+    steps = range(len(run.table))
+    return track(steps, description="sampling", console=Console(stderr=True)) if progress else steps
+
+
+def _backwards(guidance: Guidance, num_steps: int) -> Guidance:
+    """The guidance of an inverse: on where the model is called with a timestep at which sampling has it on."""
+    # Row k has the timestep of sampling's step num_steps - k, but the first has the last step's, as the second.
+    first, stop = num_steps - guidance.stop + 1, num_steps - guidance.first + 1
+    return replace(guidance, first=0 if first == 1 < stop else first, stop=stop)
 
 
 def _check_compile(compile: bool | str, graph: str) -> None:

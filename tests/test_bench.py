@@ -20,8 +20,19 @@ import torch
 import fastddim
 from fastddim.bench import __main__ as bench
 from fastddim.bench import report, timing
-from fastddim.bench.cases import SUITES, Call, Candidate, Case, StepInputs, import_suite, step_case, step_suite
-from fastddim.bench.textbook import StepProblem, draw_inputs, textbook_step
+from fastddim.bench.cases import (
+    SUITES,
+    Call,
+    Candidate,
+    Case,
+    LoopInputs,
+    StepInputs,
+    import_suite,
+    loop_suite,
+    step_case,
+    step_suite,
+)
+from fastddim.bench.textbook import StepProblem, draw_inputs, textbook_loop, textbook_step
 
 TINY = (2, 3, 8, 8)
 PROBLEMS = {
@@ -71,6 +82,21 @@ def planted(column: str, offset: float) -> Candidate:
     return Candidate(f"{column} + {offset}", make)
 
 
+def planted_loop(num_steps: int = 10, observed: float = 0.0, **changes: Any) -> Candidate:
+    """A run of `Sampler` with something changed."""
+
+    def make(inputs: LoopInputs) -> Call:
+        config = {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2"}
+        options = {"use_clipped_model_output": False, "sample_shape": inputs.problem.shape[1:]}
+        observation = inputs.kwargs["observation"] + observed
+        for key, value in changes.items():
+            (options if key in ("eta", "use_clipped_model_output") else config)[key] = value
+        sampler = fastddim.Sampler(inputs.model, fastddim.DDIMConfig(**config), num_steps, **options)
+        return lambda: (sampler(inputs.start, seeds=0, observation=observation),)
+
+    return Candidate("planted", make)
+
+
 @pytest.fixture
 def only(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Put the given cases in the place of the step suite."""
@@ -99,6 +125,40 @@ def test_the_textbook_agrees_with_diffusers_in_float64(name: str) -> None:
     assert timing.relative_error(theirs, textbook_step(problem, output, sample, noise)) < 5e-6
 
 
+@pytest.mark.parametrize("case", loop_suite(), ids=lambda case: case.name)
+def test_the_textbook_loop_agrees_with_diffusers_in_float64(case: Case) -> None:
+    problem = case.inputs().problem
+    scheduler = diffusers.DDIMScheduler(
+        num_train_timesteps=problem.num_train_timesteps,
+        beta_schedule=problem.beta_schedule,
+        prediction_type=problem.prediction_type,
+        timestep_spacing=problem.timestep_spacing,
+    )
+    scheduler.set_timesteps(problem.num_steps)
+    assert scheduler.timesteps.tolist() == problem.timesteps()
+    # A smooth model, whose x0 is beyond the clip in places.
+    start = np.random.default_rng(0).standard_normal(problem.shape)
+    x = torch.from_numpy(start)
+    for t in scheduler.timesteps:
+        x = scheduler.step(torch.sin(x * (1 + t / 1000)), t, x).prev_sample
+    ours = textbook_loop(problem, lambda x, t: np.sin(x * (1 + t / 1000)), start)
+    # diffusers' alphas_cumprod is float32, whatever the state's dtype.
+    assert timing.relative_error([x], [ours]) < 2e-5
+    assert float((np.abs(ours) < 1).mean()) > 0.2
+
+
+@pytest.mark.parametrize("case", loop_suite(), ids=lambda case: case.name)
+def test_a_loop_ends_inside_the_clip_and_depends_on_its_condition(case: Case) -> None:
+    inputs = case.inputs()
+    with torch.no_grad():
+        (expected,) = case.reference(inputs)
+        others = {name: value + 1 for name, value in inputs.kwargs.items()}
+        (other,) = case.reference(dataclasses.replace(inputs, kwargs=others))
+    assert expected.dtype == np.float64
+    assert float((np.abs(expected) < 1).mean()) > 0.5
+    assert timing.relative_error([other], [expected]) > 100 * case.tolerance
+
+
 @pytest.mark.parametrize("problem", [StepProblem(shape=(8, 3, 64, 64), threshold=2.0)])
 def test_inputs_give_both_limits_work(problem: StepProblem) -> None:
     free = dataclasses.replace(problem, threshold=1e9)
@@ -111,7 +171,7 @@ def test_inputs_give_both_limits_work(problem: StepProblem) -> None:
     assert 1.2 < ratio.min() < ratio.max() < 1.95
 
 
-@pytest.mark.parametrize("case", step_suite(quick=True), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*step_suite(quick=True), *loop_suite(quick=True)], ids=lambda case: case.name)
 def test_registered_candidates_are_right_far_within_the_tolerance(case: Case) -> None:
     rows = timing.run_case(case, timing.QUICK)
     assert [row.status for row in rows] == ["ok"] * len(case.candidates)
@@ -139,6 +199,27 @@ def test_a_coefficient_off_by_a_thousandth_is_wrong(name: str, column: str, offs
     assert [row.status for row in rows] == ["wrong", "ok", "ok"]
     assert rows[0].median_s is rows[0].cold_s is None
     assert "relative error" in rows[0].message
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({}, "ok"),
+        ({"num_steps": 9}, "wrong"),
+        ({"timestep_spacing": "trailing"}, "wrong"),
+        ({"steps_offset": 1}, "wrong"),
+        ({"clip_sample_range": 1.001}, "wrong"),
+        ({"use_clipped_model_output": True}, "wrong"),
+        ({"eta": 0.01}, "wrong"),
+        ({"observed": 1e-2}, "wrong"),
+    ],
+    ids=str,
+)
+def test_a_loop_with_something_changed_is_wrong(changes: dict[str, Any], status: str) -> None:
+    case = dataclasses.replace(loop_suite(quick=True)[0], candidates=(planted_loop(**changes),))
+    (row,) = timing.run_case(case, timing.QUICK)
+    assert row.status == status, row.message
+    assert (row.median_s is None) == (status == "wrong")
 
 
 @pytest.mark.parametrize(
@@ -239,6 +320,7 @@ def test_suites_have_the_bars() -> None:
     assert bars == {"default [1,4,64,64]": 4.0, "default [8,3,256,256]": 5.0, "threshold [8,3,256,256]": 5.0}
     assert import_suite()[0].target == pytest.approx(1 / 1.5)
     assert not any(case.target for case in step_suite(quick=True))
+    assert not any(case.target for case in loop_suite())
     for make_cases in SUITES.values():
         names = [case.name for case in make_cases(False)]
         assert len(set(names)) == len(names)
@@ -340,15 +422,18 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pyt
     assert os.listdir(tmp_path) == ["out.json"]
 
 
-def test_quick_step_suite_as_a_command_takes_less_than_30_seconds(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("suite", "count", "limit_s"), [("step", 2 * len(step_suite(quick=True)), 30), ("loop", 4, 100)]
+)
+def test_quick_suites_as_commands_take_little_time(tmp_path: Path, suite: str, count: int, limit_s: int) -> None:
     path = tmp_path / "out.json"
     root = Path(fastddim.__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-m", "fastddim.bench", "--suite", "step", "--quick", "--json", str(path)],
+        [sys.executable, "-m", "fastddim.bench", "--suite", suite, "--quick", "--json", str(path)],
         cwd=root,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=limit_s,
     )
     assert done.returncode == 0, done.stderr
-    assert len(json.loads(path.read_text())["rows"]) == 2 * len(step_suite(quick=True))
+    assert [row["status"] for row in json.loads(path.read_text())["rows"]] == ["ok"] * count

@@ -91,7 +91,7 @@ def test_version_and_help(run: Run) -> None:
     assert run("--version") == Result(0, f"fastddim {fastddim.__version__}\n", "")
     for arguments in ([], ["--help"]):
         result = run(*arguments)
-        assert result.status == 0 and "sample" in result.out and "info" in result.out
+        assert result.status == 0 and all(name in result.out for name in ("sample", "invert", "interpolate", "info"))
     result = run("sample", "--help")
     assert result.status == 0 and "--guidance-rescale" in result.out
 
@@ -303,6 +303,178 @@ def test_interrupt_leaves_the_old_file(run: Run, folders: dict[str, str], monkey
     monkeypatch.setattr(fastddim.Sampler, "__call__", interrupt)
     assert run("sample", "--model", folders["classes"]).status == 130
     assert Path("grid.png").read_bytes() == b"old" and os.listdir() == ["grid.png"]
+
+
+def write_pictures(*sizes: tuple[int, int]) -> list[str]:
+    """Grey noise, `0.png` and so on."""
+    paths = [f"{k}.png" for k in range(len(sizes))]
+    for k, (path, (width, height)) in enumerate(zip(paths, sizes, strict=True)):
+        noise = np.random.default_rng(k).integers(0, 256, (height, width), dtype=np.uint8)
+        Image.fromarray(noise).save(path)
+    return paths
+
+
+def tile_of(layout: GridLayout, picture: np.ndarray, row: int, column: int) -> np.ndarray:
+    x, y = layout.corner(row, column)
+    width, height = layout.tile
+    return picture[y : y + height : layout.scale, x : x + width : layout.scale]
+
+
+HEADINGS = ("original", "x_T", "reconstruction")
+
+
+@pytest.mark.parametrize("options", [[], ["--labels", "2,0", "--guidance-scale", 3], ["--labels", 1]])
+def test_invert_writes_original_state_and_reconstruction(
+    run: Run, folders: dict[str, str], options: list[object]
+) -> None:
+    paths = write_pictures((8, 8), (8, 8), (8, 8))
+    common = ("--model", folders["classes"], "--steps", 5, "--batch-size", 2, "--device", "cpu", "--json")
+    result = run("invert", *paths, *common, *options)
+    assert (result.status, result.err) == (0, "")
+    summary = json.loads(result.out)
+    labels = {0: [3, 3, 3], 2: [1, 1, 1], 4: [2, 0, 2]}[len(options)]
+    assert (summary["pictures"], summary["path"], summary["steps"]) == (paths, "strip.png", 5)
+    assert summary["labels"] == labels and summary["guidance_scale"] == (3.0 if len(options) == 4 else None)
+
+    pipeline = tiny_pipeline()
+    sampler = fastddim.Sampler(pipeline.unet, pipeline.scheduler, 5, guidance_scale=summary["guidance_scale"])
+    kwargs: dict[str, Any] = {"class_labels": torch.tensor(labels)}
+    if len(options) == 4:
+        kwargs["uncond_kwargs"] = {"class_labels": torch.full((3,), 3)}
+    x0 = torch.tensor(np.stack([pixels(path) for path in paths]) / 127.5 - 1, dtype=torch.float32)[:, None]
+    x = sampler.invert(x0, **kwargs)
+    reconstruction = sampler(x, **kwargs)
+    assert summary["errors"] == pytest.approx(((reconstruction - x0) / 2).square().mean((1, 2, 3)).tolist(), rel=1e-3)
+    layout = GridLayout.plan(9, 8, 8, [1, 1, 1, 2, 2, 2, 3, 3, 3], 3, headings=HEADINGS)
+    picture = pixels("strip.png")
+    assert picture.shape == layout.size[::-1]
+    for row in range(3):
+        assert (tile_of(layout, picture, row, 0) == pixels(paths[row])).all()
+        for column, image in ((1, x[row, 0] / 3), (2, reconstruction[row, 0])):
+            expected = (image.clamp(-1, 1).numpy() + 1) * 127.5
+            # The batches differ, and with them the model's last bits.
+            assert np.abs(tile_of(layout, picture, row, column).astype(float) - expected).max() <= 1
+
+
+def test_invert_takes_any_picture_and_any_model(run: Run, folders: dict[str, str]) -> None:
+    write_pictures((5, 30))
+    Image.new("RGBA", (40, 9), (255, 0, 0, 128)).save("a.webp", lossless=True)
+    Image.new("P", (8, 8)).save("b.gif")
+    result = run("invert", "0.png", "a.webp", "b.gif", "--model", folders["plain"], "--steps", 2, "--device", "cpu")
+    assert (result.status, result.err) == (0, "")
+    lines = result.out.splitlines()
+    assert [line.split(": reconstruction error ")[0] for line in lines[:3]] == [
+        "1: '0.png'",
+        "2: 'a.webp'",
+        "3: 'b.gif'",
+    ]
+    assert lines[3] == "'strip.png': 3 pictures, 2 steps each way on cpu"
+    layout = GridLayout.plan(9, 8, 8, [1, 1, 1, 2, 2, 2, 3, 3, 3], 3, headings=HEADINGS)
+    assert pixels("strip.png").shape == (*layout.size[::-1], 3)
+    assert (tile_of(layout, pixels("strip.png"), 1, 0) == (255, 0, 0)).all()
+
+
+def test_interpolate_writes_a_row_for_each_pair_of_seeds(run: Run, folders: dict[str, str]) -> None:
+    result = run(
+        *("interpolate", "--model", folders["classes"], "--seeds", "1,2,5,1", "--num", 4, "--steps", 3),
+        *("--labels", 2, "--guidance-scale", 3, "--out", "way.png", "--device", "cpu", "--json"),
+    )
+    assert (result.status, result.err) == (0, "")
+    summary = json.loads(result.out)
+    assert summary["seeds"] == [[1, 2], [5, 1]] and summary["num"] == 4 and summary["labels"] == [2, 2]
+    pipeline = tiny_pipeline()
+    sampler = fastddim.Sampler(pipeline.unet, pipeline.scheduler, 3, guidance_scale=3.0)
+    labels = torch.full((3,), 2)
+    uncond = {"class_labels": torch.full((3,), 3)}
+    images = sampler(3, seeds=[1, 2, 5], class_labels=labels, uncond_kwargs=uncond)
+    headings = ["0", "0.33", "0.67", "1"]
+    layout = GridLayout.plan(8, 8, 8, ["1, 2: 2"] * 4 + ["5, 1: 2"] * 4, 4, headings=headings)
+    picture = pixels("way.png")
+    assert picture.shape == layout.size[::-1]
+    for row, column, k in ((0, 0, 0), (0, 3, 1), (1, 0, 2), (1, 3, 0)):
+        expected = (images[k, 0].clamp(-1, 1).numpy() + 1) * 127.5
+        assert np.abs(tile_of(layout, picture, row, column).astype(float) - expected).max() <= 1
+
+
+def test_interpolate_without_classes_and_with_the_embedded_model(run: Run, folders: dict[str, str]) -> None:
+    for model in (["--model", folders["plain"]], []):
+        result = run("interpolate", *model, "--num", 2, "--steps", 2, "--device", "cpu")
+        assert (result.status, result.out) == (0, "'strip.png': 1 rows of 2 images, 2 steps on cpu\n")
+    layout = GridLayout.plan(2, 16, 16, ["0, 1"] * 2, 2, headings=["0", "1"])
+    assert pixels("strip.png").shape == layout.size[::-1]
+
+
+BAD_STRIPS = [
+    ("invert", [], "Missing argument 'PICTURE...'"),
+    ("invert", ["none.png"], "PICTURE: 'none.png' is no file; pass a picture"),
+    ("invert", ["."], "PICTURE: '.' is no file; pass a picture"),
+    ("invert", ["0.png", "text.png"], "PICTURE: 'text.png' cannot be read as a picture (cannot identify"),
+    ("invert", ["cut.png"], "PICTURE: 'cut.png' cannot be read as a picture (image file is truncated"),
+    ("invert", ["deep.png"], "PICTURE: 'deep.png' has the mode 'I;16'; pass a picture of 8 bits a channel"),
+    ("invert", ["0.png", "--out", "0.png"], "--out: '0.png' is one of the pictures; pass another path"),
+    ("invert", ["0.png", "--out", "no/s.png"], "--out: 'no/s.png' is in a folder that does not exist"),
+    ("invert", ["0.png", "--out", "s.txt"], "--out: 's.txt' has the suffix '.txt'"),
+    ("invert", ["0.png", "--steps", "0"], "--steps: 0; pass an integer >= 1"),
+    ("invert", ["0.png", "--steps", "1001"], "--steps: 1001; pass an integer in [1, 1000]"),
+    ("invert", ["0.png", "--labels", "7"], "--labels: 7; pass integers in [0, 3]"),
+    ("invert", ["0.png", "--labels", "1,2"], "--labels: 2 for 1 rows; pass at most one for each"),
+    ("invert", ["0.png", "--guidance-scale", "2"], "--guidance-scale: 2.0 without --labels to guide towards"),
+    ("invert", ["0.png", "--guidance-scale", "nan"], "--guidance-scale: nan; pass a number in"),
+    ("invert", ["0.png", "--batch-size", "0"], "--batch-size: 0; pass an integer >= 1"),
+    ("invert", ["0.png", "--device", "gpu"], "--device: 'gpu' is not on this machine"),
+    ("interpolate", ["--seeds", "1"], "--seeds: 1 in '1'; pass two for each row"),
+    ("interpolate", ["--seeds", "1,2,3"], "--seeds: 3 in '1,2,3'; pass two for each row"),
+    ("interpolate", ["--seeds", "1,x"], "--seeds: 'x' in '1,x'; pass integers with commas"),
+    ("interpolate", ["--seeds", f"1,{2**64}"], f"--seeds: {2**64}; pass an integer in [0, "),
+    ("interpolate", ["--num", "1"], "--num: 1; pass an integer in [2, 100000]"),
+    ("interpolate", ["--num", "9999", "--out", "s.webp"], "WEBP ends at 16383"),
+    ("interpolate", ["--labels", "0,1"], "--labels: 2 for 1 rows"),
+    ("interpolate", ["--model", "./nowhere"], "--model: 'nowhere' is no folder"),
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"), BAD_STRIPS, ids=[" ".join([c, *a]) for c, a, _ in BAD_STRIPS]
+)
+def test_errors_of_strips_come_before_any_work(
+    run: Run,
+    folders: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    arguments: list[str],
+    message: str,
+) -> None:
+    for method in ("__call__", "invert", "interpolate"):
+        monkeypatch.setattr(fastddim.Sampler, method, lambda *_, **__: pytest.fail("sampling began"))
+    write_pictures((40, 40))
+    Path("text.png").write_text("no picture")
+    Path("cut.png").write_bytes(Path("0.png").read_bytes()[:-900])
+    Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save("deep.png")
+    before = {name: Path(name).read_bytes() for name in os.listdir()}
+    check_error(run(command, "--model", folders["classes"], *arguments), message)
+    assert {name: Path(name).read_bytes() for name in os.listdir()} == before
+
+
+def test_strips_of_a_model_without_classes(run: Run, folders: dict[str, str]) -> None:
+    error = "--labels: 1, but this model has no classes; leave them out"
+    check_error(run("interpolate", "--model", folders["plain"], "--labels", 1), error)
+    check_error(
+        run("interpolate", "--model", folders["latent"]), "--model: ", "(4, 8, 8); pass one that makes pictures"
+    )
+
+
+@pytest.mark.parametrize(("command", "option"), [("invert", "--batch-size: 100"), ("interpolate", "--num: 10")])
+def test_out_of_memory_of_strips(
+    run: Run, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch, command: str, option: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(fastddim.Sampler, command, fail)
+    paths = write_pictures((8, 8)) if command == "invert" else []
+    result = run(command, *paths, "--model", folders["classes"], "--device", "cpu")
+    check_error(result, f"{option} exceeds the memory of cpu; pass a smaller one")
+    assert not Path("strip.png").exists()
 
 
 def test_info(run: Run) -> None:

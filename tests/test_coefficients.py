@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fastddim.coefficients import NUM_COLUMNS, StepTable
 from fastddim.config import BETA_SCHEDULES, PREDICTION_TYPES, TIMESTEP_SPACINGS, DDIMConfig
 from fastddim.schedule import FINAL, Schedule
-from oracle import ddim
+from oracle import ddim, predict_x0_and_eps
 
 
 @st.composite
@@ -160,3 +160,70 @@ def test_epsilon_from_a_timestep_without_signal_is_refused():
         StepTable.build(schedule, schedule.pairs(10))
     assert len(StepTable.build(schedule, schedule.pairs(10), prediction_type="v_prediction")) == 10
     assert len(StepTable.build(schedule, schedule.pairs(10)[1:])) == 9
+
+
+@given(runs(), st.data())
+def test_the_inverse_rows_are_the_ode_backwards_in_float64(run, data):
+    schedule, options = run
+    pairs = pairs_of(schedule, options)
+    table = StepTable.build_inverse(schedule, pairs)
+    timesteps = [t for t, _ in pairs]
+    assert list(table.timesteps) == [timesteps[-1], *timesteps[:0:-1]]
+    assert not table.stochastic
+    i = data.draw(st.integers(0, len(pairs) - 1))
+    x, output = np.random.default_rng(i).standard_normal((2, 40))
+    alpha_bar_noisier, alpha_bar, alpha_bar_called = schedule.alpha_bar((*pairs[::-1][i], table.timesteps[i]))
+    _, eps = predict_x0_and_eps(x, output, alpha_bar_called, schedule.config.prediction_type)
+    # Equation 13, from the clean side: x / sqrt(alpha_bar) moves by epsilon times the change of sqrt(1 / alpha_bar - 1).
+    here, there = np.sqrt(alpha_bar), np.sqrt(alpha_bar_noisier)
+    expected = there / here * (x - np.sqrt(1 - alpha_bar) * eps) + np.sqrt(1 - alpha_bar_noisier) * eps
+    x0_x, x0_out, next_x, next_out, next_x0, _ = table.columns[i]
+    x0 = x0_x * x + x0_out * output
+    terms = max(np.abs(eps).max(), np.abs(x).max() / here, 1)
+    np.testing.assert_allclose(x0, (x - np.sqrt(1 - alpha_bar) * eps) / here, rtol=0, atol=1e-12 * terms / here)
+    np.testing.assert_allclose(
+        next_x * x + next_out * output + next_x0 * x0, expected, rtol=0, atol=1e-12 * terms / here
+    )
+
+
+@given(runs())
+def test_where_epsilon_stays_the_same_sampling_undoes_the_inverse(run):
+    schedule, options = run
+    pairs = pairs_of(schedule, options)
+    # A zero terminal SNR has no epsilon prediction to sample from.
+    pairs = [pair for pair in pairs if schedule.alphas_cumprod[pair[0]] > 0]
+    if not pairs:
+        return
+    tables = [build(schedule, pairs, prediction_type="epsilon") for build in (StepTable.build_inverse, StepTable.build)]
+    x = x0 = np.linspace(-1, 1, 9)
+    eps = np.cos(7 * x0)
+    for table in tables:
+        for row in table.rows:
+            x = row.next_from_x0 * (row.x0_from_x * x + row.x0_from_output * eps) + row.next_from_output * eps
+    np.testing.assert_allclose(x, x0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"prediction_type": "noise"}, ["prediction_type", "'noise'", "'epsilon'"]),
+        ({"pairs": []}, ["pairs", "empty"]),
+        ({"pairs": [(5, 5)]}, ["pairs", "(5, 5)"]),
+        ({"pairs": [(1000, 5)]}, ["pairs", "(1000, 5)", "1000"]),
+    ],
+)
+def test_bad_options_of_an_inverse_are_refused(options, parts):
+    schedule = Schedule()
+    with pytest.raises(ValueError) as caught:
+        StepTable.build_inverse(schedule, **{"pairs": schedule.pairs(10), **options})
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_an_inverse_ends_where_no_signal_is_left():
+    schedule = Schedule(DDIMConfig(rescale_betas_zero_snr=True, timestep_spacing="trailing"))
+    with pytest.raises(ValueError, match="'epsilon' at timestep 999"):
+        StepTable.build_inverse(schedule, schedule.pairs(10))
+    last = StepTable.build_inverse(schedule, schedule.pairs(10), prediction_type="v_prediction").rows[-1]
+    assert last.next_from_x0 == 0
+    # Nothing of x0 is left, so the state is epsilon, at the timestep where the model was called.
+    np.testing.assert_allclose([last.next_from_x**2 + last.next_from_output**2], [1])

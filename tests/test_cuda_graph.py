@@ -203,6 +203,10 @@ def switch_mode(module):
     module[1].eval()
 
 
+def set_up_otherwise(module):
+    module[0].processor = object()
+
+
 def cast(module):
     module.half()
 
@@ -218,6 +222,7 @@ def cast(module):
         add_parameter,
         remove_submodule,
         switch_mode,
+        set_up_otherwise,
         cast,
     ],
 )
@@ -226,6 +231,15 @@ def test_what_makes_a_capture_stale(change):
     state = ModuleState(module)
     assert not state.changed()
     change(module)
+    assert state.changed()
+
+
+def test_a_setting_that_is_replaced_makes_a_capture_stale():
+    module = make_module()
+    module[0].processor = object()
+    state = ModuleState(module)
+    assert not state.changed()
+    module[0].processor = object()
     assert state.changed()
 
 

@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fastddim.noise import STREAM_INITIAL, STREAM_STEP, check_seeds, normal, normal_numpy, philox
+from fastddim.noise import (
+    STREAM_INITIAL,
+    STREAM_STEP,
+    check_seeds,
+    normal,
+    normal_for,
+    normal_numpy,
+    philox,
+    seed_tensor,
+)
 
 ONES = 0xFFFFFFFF
 # Random123's own kat_vectors file, philox4x32 with 10 rounds.
@@ -73,6 +82,17 @@ def test_a_sample_depends_on_its_own_seed_alone_and_elements_on_their_index(seed
     batch = normal_numpy([1, 2, seed, 3], 5, (n + more,))
     assert (batch[2, :n] == alone).all()
     assert not (batch[1, :n] == alone).all() or seed == 2
+
+
+def test_torchs_own_arithmetic_gives_the_same_bits_too(monkeypatch):
+    """What a GPU without the kernel computes; on a CPU numpy takes its place."""
+    seeds = [0, 2**40 + 3, 2**64 - 1]
+    steps = torch.tensor([0, 5, 0xFFFFFFFF])
+    expected = normal_for(seed_tensor(seeds), steps, (7, 333))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    values = normal_for(seed_tensor(seeds), steps, (7, 333))
+    assert torch.equal(values.view(torch.int32), expected.view(torch.int32))
+    assert np.array_equal(normal(seeds[:1], 4, (1_000_003,)), normal_numpy(seeds[:1], 4, (1_000_003,)))
 
 
 def test_values_are_standard_normal():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastddim.pictures import GridLayout, check_picture, make_grid, save_picture
+from fastddim.pictures import GridLayout, check_picture, make_grid, open_picture, picture_tensor, save_picture
 
 
 def ramp(count: int, channels: int = 1, height: int = 2, width: int = 3) -> torch.Tensor:
@@ -227,3 +227,48 @@ def test_permissions_and_links(tmp_path: Path) -> None:
     save_picture(picture, link)
     assert link.is_symlink() and kept.stat().st_mode & 0o777 == 0o600
     assert kept.read_bytes() == fresh.read_bytes()
+
+
+@pytest.mark.parametrize("labels", [None, [1, 1, 1, 2, 2, 2], list(range(6))])
+def test_headings_stand_over_the_columns(labels: list[int] | None) -> None:
+    headings = ("original", "x_T", "a long reconstruction")
+    plain = GridLayout.plan(6, 2, 3, labels, columns=3, scale=4)
+    layout = GridLayout.plan(6, 2, 3, labels, columns=3, scale=4, headings=headings)
+    assert layout.cell_width > plain.cell_width and layout.size[1] == plain.size[1] + layout.top
+    images = ramp(6)
+    picture = np.asarray(make_grid(images, labels, columns=3, scale=4, headings=headings))
+    assert picture.shape == layout.size[::-1]
+    for row, indices in enumerate(layout.rows):
+        for column, index in enumerate(indices):
+            x, y = layout.corner(row, column)
+            assert np.array_equal(picture[y : y + 8, x : x + 12], expected_pixels(images[index], 4))
+    # The headings' own line, above the labels of tiles.
+    assert (picture[: layout.top + 4] < 128).any(0).reshape(-1).nonzero()[0].min() >= layout.margin
+
+
+def test_headings_of_another_number_are_refused() -> None:
+    with pytest.raises(ValueError, match="headings: 2 for 3 columns; pass one per column"):
+        make_grid(ramp(6), columns=3, headings=("a", "b"))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_picture_of_the_right_size_comes_back_as_its_pixels(tmp_path: Path, channels: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 9, channels), dtype=np.uint8)
+    Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels).save(tmp_path / "a.png")
+    tensor = picture_tensor(open_picture(tmp_path / "a.png"), (channels, 6, 9))
+    assert tensor.shape == (channels, 6, 9) and tensor.dtype == torch.float32
+    assert np.array_equal(((tensor + 1) * 127.5).round().byte().permute(1, 2, 0).numpy(), pixels)
+    assert tensor.min() >= -1 and tensor.max() <= 1
+
+
+def test_a_picture_is_cropped_to_the_models_shape_and_turned_upright(tmp_path: Path) -> None:
+    wide = Image.new("RGB", (60, 20), (255, 255, 255))
+    wide.paste((0, 0, 0), (20, 0, 40, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    wide.save(tmp_path / "a.jpg", exif=exif, quality=100)
+    image = open_picture(tmp_path / "a.jpg")
+    assert image.size == (20, 60)
+    # The black middle is all that a square keeps.
+    assert picture_tensor(image, (3, 8, 8)).shape == (3, 8, 8)
+    assert picture_tensor(image, (1, 8, 8)).max() < -0.8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -13,12 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from fastddim.bench.textbook import StepProblem, draw_inputs, textbook_step
+from fastddim.bench.textbook import LoopProblem, StepProblem, draw_inputs, textbook_loop, textbook_step
 
 Call = Callable[[], Sequence[Any]]
 
 # Of the result's largest magnitude. float32, and diffusers' float32 alphas_cumprod, cost a tenth of it.
 TOLERANCE = 2e-5
+
+_POLICY_OBS_DIM = 20
 
 _IMPORT_TIMEOUT_S = 600
 
@@ -182,6 +185,147 @@ def step_suite(quick: bool = False) -> list[Case]:
     return list(shrunk.values())
 
 
+@dataclass(frozen=True)
+class LoopInputs:
+    """A run with its float32 model, starting state and the model's keyword arguments."""
+
+    problem: LoopProblem
+    model: Any
+    start: Any
+    kwargs: dict[str, Any]
+
+
+def loop_case(name: str, problem: LoopProblem, make_model: Callable[[], tuple[Any, dict[str, Any]]]) -> Case:
+    """A case of the loop suite: `Sampler` against diffusers' scheduler in a Python loop, from the same start.
+
+    Args:
+        name: of the model.
+        problem: the run.
+        make_model: makes the model, in float32, and its keyword arguments.
+    """
+    return Case(
+        suite="loop",
+        name=f"{name} [{','.join(map(str, problem.shape))}]",
+        candidates=(FASTDDIM_SAMPLER, DIFFUSERS_LOOP),
+        inputs=partial(_loop_inputs, problem, make_model),
+        reference=_loop_reference,
+    )
+
+
+def _loop_inputs(problem: LoopProblem, make_model: Callable[[], tuple[Any, dict[str, Any]]]) -> LoopInputs:
+    import torch
+
+    start = np.random.default_rng(0).standard_normal(problem.shape).astype(np.float32)
+    model, kwargs = make_model()
+    return LoopInputs(problem, model, torch.from_numpy(start), kwargs)
+
+
+def _loop_reference(inputs: LoopInputs) -> Sequence[Any]:
+    """The textbook's loop around a float64 copy of the model."""
+    import torch
+
+    model = copy.deepcopy(inputs.model).double()
+    kwargs = {name: value.double() if value.is_floating_point() else value for name, value in inputs.kwargs.items()}
+
+    def call(x: Any, t: int) -> Any:
+        timesteps = torch.full((len(x),), t)
+        return _tensor(model(torch.from_numpy(x), timesteps, **kwargs)).numpy()
+
+    return (textbook_loop(inputs.problem, call, inputs.start.double().numpy()),)
+
+
+def _sampler_call(inputs: LoopInputs) -> Call:
+    import fastddim
+
+    problem = inputs.problem
+    # diffusers' default epsilon, so that both do the same work.
+    sampler = fastddim.Sampler(
+        inputs.model,
+        fastddim.DDIMConfig(**_loop_config(problem)),
+        problem.num_steps,
+        use_clipped_model_output=False,
+        sample_shape=problem.shape[1:],
+    )
+    return lambda: (sampler(inputs.start, **inputs.kwargs),)
+
+
+def _diffusers_loop_call(inputs: LoopInputs) -> Call:
+    import diffusers
+
+    problem, model, kwargs = inputs.problem, inputs.model, inputs.kwargs
+    scheduler = diffusers.DDIMScheduler(**_loop_config(problem))
+    scheduler.set_timesteps(problem.num_steps)
+
+    def sample() -> Sequence[Any]:
+        x = inputs.start
+        for t in scheduler.timesteps:
+            output = _tensor(model(x, t.expand(len(x)), **kwargs))
+            x = scheduler.step(output, t, x, return_dict=False)[0]
+        return (x,)
+
+    return sample
+
+
+def _loop_config(problem: LoopProblem) -> dict[str, Any]:
+    return {
+        "num_train_timesteps": problem.num_train_timesteps,
+        "beta_schedule": problem.beta_schedule,
+        "prediction_type": problem.prediction_type,
+        "timestep_spacing": problem.timestep_spacing,
+    }
+
+
+def _tensor(output: Any) -> Any:
+    """A model's prediction, which diffusers' models wrap."""
+    return getattr(output, "sample", output)
+
+
+FASTDDIM_SAMPLER = Candidate("fastddim.Sampler", _sampler_call)
+DIFFUSERS_LOOP = Candidate("diffusers.DDIMScheduler loop", _diffusers_loop_call)
+
+
+def _policy_model(problem: LoopProblem) -> tuple[Any, dict[str, Any]]:
+    """A policy with random weights, the same in each run, and an observation."""
+    import torch
+
+    from fastddim.models.policy import ActionUNet1d
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        batch_size, horizon, action_dim = problem.shape
+        model = ActionUNet1d(action_dim, _POLICY_OBS_DIM, horizon=horizon).eval().requires_grad_(False)
+        observation = torch.randn(batch_size, _POLICY_OBS_DIM)
+        # A random model's error grows from step to step; with less of it, float32 stays close to float64.
+        model.conv_out.weight.mul_(0.5)
+    return model, {"observation": observation}
+
+
+def _digits_model(problem: LoopProblem) -> tuple[Any, dict[str, Any]]:
+    """The embedded model, and the label 3."""
+    import torch
+    from diffusers import UNet2DModel
+
+    from fastddim.pipeline import EMBEDDED_MODEL
+
+    return UNet2DModel.from_pretrained(EMBEDDED_MODEL / "unet"), {"class_labels": torch.full(problem.shape[:1], 3)}
+
+
+def loop_suite(quick: bool = False) -> list[Case]:
+    """Whole runs of small models at batch 1, where what the loop costs beside the model counts; `quick` is the same."""
+    policy = LoopProblem(shape=(1, 16, 7), num_train_timesteps=100, num_steps=10)
+    digits = LoopProblem(
+        shape=(1, 1, 16, 16),
+        num_train_timesteps=1000,
+        num_steps=20,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+    )
+    return [
+        loop_case("policy", policy, partial(_policy_model, policy)),
+        loop_case("digits", digits, partial(_digits_model, digits)),
+    ]
+
+
 def _import_call(code: str, modules: Sequence[str], _: Any) -> Call:
     program = f"{code}\nimport sys\nprint(all(name in sys.modules for name in {list(modules)!r}))"
     # The children import the fastddim that this process runs, installed or not.
@@ -228,4 +372,4 @@ def import_suite(quick: bool = False) -> list[Case]:
     ]
 
 
-SUITES: dict[str, Callable[[bool], list[Case]]] = {"step": step_suite, "import": import_suite}
+SUITES: dict[str, Callable[[bool], list[Case]]] = {"step": step_suite, "loop": loop_suite, "import": import_suite}

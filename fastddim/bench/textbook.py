@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,12 +73,7 @@ def textbook_step(problem: StepProblem, model_output: Array, sample: Array, nois
         uncond, cond = np.split(model_output, 2)
         model_output = uncond + problem.guidance_scale * (cond - uncond)
     alpha_bar, alpha_bar_next = problem.alpha_bars()
-    if problem.prediction_type == "v_prediction":
-        x0 = np.sqrt(alpha_bar) * sample - np.sqrt(1 - alpha_bar) * model_output
-        eps = np.sqrt(alpha_bar) * model_output + np.sqrt(1 - alpha_bar) * sample
-    else:
-        x0 = (sample - np.sqrt(1 - alpha_bar) * model_output) / np.sqrt(alpha_bar)
-        eps = model_output
+    x0, eps = predict(problem.prediction_type, model_output, sample, alpha_bar)
     if problem.threshold is None:
         x0 = np.clip(x0, -1, 1)
     else:
@@ -86,3 +83,58 @@ def textbook_step(problem: StepProblem, model_output: Array, sample: Array, nois
     std_dev = problem.eta * np.sqrt((1 - alpha_bar_next) / (1 - alpha_bar)) * np.sqrt(1 - alpha_bar / alpha_bar_next)
     direction = np.sqrt(1 - alpha_bar_next - std_dev**2) * eps
     return np.sqrt(alpha_bar_next) * x0 + direction + std_dev * noise, x0
+
+
+def predict(prediction_type: str, model_output: Array, sample: Array, alpha_bar: float) -> tuple[Array, Array]:
+    """`(x0, eps)`, before any limit, from what the model says of the state: `epsilon` or `v_prediction`."""
+    signal, sigma = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+    if prediction_type == "v_prediction":
+        return signal * sample - sigma * model_output, signal * model_output + sigma * sample
+    return (sample - sigma * model_output) / signal, model_output
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopProblem:
+    """A whole run: squared cosine betas (arXiv:2102.09672, equation 17), x0 clipped to [-1, 1], eta 0.
+
+    Attributes:
+        shape: of the state, `[B, ...]`.
+        num_train_timesteps: of the schedule.
+        num_steps: model calls; divides `num_train_timesteps`.
+        prediction_type: `epsilon` or `v_prediction`.
+        timestep_spacing: `leading`, whose last timestep is 0, or `trailing`, whose first is the last training timestep.
+    """
+
+    shape: tuple[int, ...]
+    num_train_timesteps: int
+    num_steps: int
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"
+
+    beta_schedule = "squaredcos_cap_v2"
+
+    def timesteps(self) -> list[int]:
+        """The training timesteps of the model calls, descending."""
+        stride = self.num_train_timesteps // self.num_steps
+        first = stride - 1 if self.timestep_spacing == "trailing" else 0
+        return [first + stride * k for k in reversed(range(self.num_steps))]
+
+    def alpha_bars(self) -> list[float]:
+        """The paper's alpha at each of the timesteps, then 1 for the finished sample."""
+        progress = np.linspace(0, 1, self.num_train_timesteps + 1)
+        level = np.cos((progress + 0.008) / 1.008 * np.pi / 2) ** 2
+        alpha_bar = np.cumprod(1 - np.minimum(1 - level[1:] / level[:-1], 0.999))
+        return [*(float(alpha_bar[t]) for t in self.timesteps()), 1.0]
+
+
+def textbook_loop(problem: LoopProblem, model: Callable[[Array, int], Array], start: Array) -> Array:
+    """The sample in float64 that the run makes of the state `start`: arXiv:2010.02502, equation 12 at eta 0, repeated.
+
+    `model` takes the state and the timestep.
+    """
+    x = start
+    levels = itertools.pairwise(problem.alpha_bars())
+    for t, (alpha_bar, alpha_bar_next) in zip(problem.timesteps(), levels, strict=True):
+        x0, eps = predict(problem.prediction_type, model(x, t), x, alpha_bar)
+        x = np.sqrt(alpha_bar_next) * np.clip(x0, -1, 1) + np.sqrt(1 - alpha_bar_next) * eps
+    return x

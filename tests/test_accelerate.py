@@ -1,0 +1,735 @@
+import copy
+import functools
+import gc
+import inspect
+import io
+import logging
+import pickle
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+from diffusers.models.attention_processor import AttnProcessor
+
+import fastddim
+from fastddim import accelerate, unaccelerate
+
+GRAPHS = ("off", "step", "loop")
+ODDLY_SPACED = {"num_inference_steps": 7}
+ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+THRESHOLD = {"thresholding": True, "sample_max_value": 1.5, "dynamic_thresholding_ratio": 0.9}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small only lose by more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def randn(shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def tamed(model, last):
+    """Random weights whose loop is no chaos, in float64: what is compared is the loop, not how rounding grows."""
+    with torch.no_grad():
+        last(model).weight.mul_(0.1)
+    return model.double().eval()
+
+
+@functools.cache
+def image_unet(num_class_embeds=None):
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+        num_class_embeds=num_class_embeds,
+    )
+    return tamed(unet, lambda model: model.conv_out)
+
+
+@functools.cache
+def text_unet(seed=0, **options):
+    torch.manual_seed(seed)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        **options,
+    )
+    return tamed(unet, lambda model: model.conv_out)
+
+
+@functools.cache
+def transformer(out_channels):
+    torch.manual_seed(0)
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=4,
+        in_channels=4,
+        out_channels=out_channels,
+        num_layers=1,
+        sample_size=8,
+    )
+    return tamed(model, lambda model: model.proj_out_2)
+
+
+@functools.cache
+def vae():
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8).double().eval()
+
+
+def scheduler(defaults, options):
+    return diffusers.DDIMScheduler(**{**defaults, **options})
+
+
+LATENT = {"clip_sample": False, "beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1}
+PROMPT = {"prompt_embeds": randn((2, 3, 8), 0), "negative_prompt_embeds": randn((2, 3, 8), 1)}
+POOLED = {"pooled_prompt_embeds": randn((2, 8), 2), "negative_pooled_prompt_embeds": randn((2, 8), 3)}
+PICTURES = {"image": randn((2, 3, 8, 8), 4).sigmoid(), "strength": 0.6}
+
+
+def make_ddim(**options):
+    return diffusers.DDIMPipeline(image_unet(), scheduler({}, options)), {"batch_size": 2, "output_type": "pt"}
+
+
+def make_ours(**options):
+    pipe = fastddim.DDIMPipeline(image_unet(5), scheduler({}, options))
+    return pipe, {"batch_size": 2, "output_type": "pt", "class_labels": [0, 3]}
+
+
+def make_dit(out_channels=8, **options):
+    pipe = diffusers.DiTPipeline(transformer(out_channels), vae(), scheduler({"clip_sample": False}, options))
+    return pipe, {"class_labels": [1, 7], "output_type": "pt"}
+
+
+def make_sd(pipeline=diffusers.StableDiffusionPipeline, extra=(), unet=None, **options):
+    parts = (vae(), None, None, unet or text_unet(), scheduler(LATENT, options), None, None)
+    pipe = pipeline(*parts, requires_safety_checker=False)
+    return pipe, {**PROMPT, "output_type": "latent", **dict(extra)}
+
+
+def make_sd_img2img(**options):
+    return make_sd(diffusers.StableDiffusionImg2ImgPipeline, PICTURES, **options)
+
+
+def make_sdxl(pipeline=diffusers.StableDiffusionXLPipeline, extra=(), **options):
+    unet = text_unet(
+        addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=4 * 6 + 8
+    )
+    parts = (vae(), None, None, None, None, unet, scheduler(LATENT, options))
+    return pipeline(*parts, add_watermarker=False), {**PROMPT, **POOLED, "output_type": "latent", **dict(extra)}
+
+
+def make_sdxl_img2img(**options):
+    # One time id fewer than a refiner's.
+    pipe, call = make_sdxl(diffusers.StableDiffusionXLImg2ImgPipeline, PICTURES, **options)
+    pipe.register_to_config(requires_aesthetics_score=False)
+    return pipe, call
+
+
+MAKERS = {
+    "ddim": make_ddim,
+    "ours": make_ours,
+    "sd": make_sd,
+    "sd_img2img": make_sd_img2img,
+    "sdxl": make_sdxl,
+    "sdxl_img2img": make_sdxl_img2img,
+    "dit": make_dit,
+}
+TEXT = ("sd", "sd_img2img", "sdxl", "sdxl_img2img")
+WITH_ETA = ("ddim", "ours", *TEXT)
+
+
+def make(name, **options):
+    pipe, call = MAKERS[name](**options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, {"num_inference_steps": 4, **call}
+
+
+def denoiser(pipe):
+    return pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
+
+
+def run(pipe, call, seeds=0):
+    """A call's pictures, and what its generators draw next."""
+    generator = torch.Generator().manual_seed(seeds) if isinstance(seeds, int) else None
+    generators = generator or [torch.Generator().manual_seed(seed) for seed in seeds]
+    images = pipe(**call, generator=generators).images
+    drawn = [torch.rand(1, generator=one).item() for one in ([generator] if generator else generators)]
+    return images, drawn
+
+
+def count_captures(pipe):
+    return len(pipe._acceleration._loop.graphs)
+
+
+def log_lines(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "fastddim"]
+
+
+def check_same(pipe, call, caplog, *, seeds=0, graphs=GRAPHS, rtol=1e-9):
+    """Equal pictures and draws in every mode, by the loop and not by falling back."""
+    expected, drawn = run(pipe, call, seeds)
+    caplog.clear()
+    for graph in graphs:
+        assert accelerate(pipe, graph=graph) is pipe
+        images, drawn_too = run(pipe, call, seeds)
+        assert images.dtype == expected.dtype
+        error = (images - expected).abs().max().item()
+        assert error <= rtol * expected.abs().max().item(), (graph, error)
+        assert drawn_too == drawn
+        assert count_captures(pipe) == (graph != "off")
+        unaccelerate(pipe)
+    assert not log_lines(caplog)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("steps", [1, 7, 20])
+def test_the_pictures_are_the_pipelines_own(name, steps, caplog):
+    pipe, call = make(name)
+    if steps == 1 and "strength" in call:
+        call["strength"] = 1.0
+    check_same(pipe, {**call, "num_inference_steps": steps}, caplog)
+
+
+@pytest.mark.parametrize("name", WITH_ETA)
+@pytest.mark.parametrize("seeds", [3, (3, 4)])
+def test_the_noise_of_each_step_is_the_pipelines_own(name, seeds, caplog):
+    pipe, call = make(name)
+    check_same(pipe, {**call, "eta": 0.8}, caplog, seeds=seeds)
+
+
+def test_a_negative_eta_draws_no_noise_as_before(caplog):
+    pipe, call = make("ddim")
+    check_same(pipe, {**call, "eta": -0.5, "num_inference_steps": 3}, caplog)
+
+
+@pytest.mark.filterwarnings("ignore:guidance_scale:UserWarning")
+@pytest.mark.parametrize("name", ["ours", *TEXT, "dit"])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_guidance_is_the_pipelines_own(name, scale, caplog):
+    pipe, call = make(name)
+    check_same(pipe, {**call, "guidance_scale": scale}, caplog, seeds=(0, 1))
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sdxl_img2img"])
+def test_rescaled_guidance_is_the_pipelines_own(name, caplog):
+    pipe, call = make(name)
+    check_same(pipe, {**call, "guidance_scale": 5.0, "guidance_rescale": 0.7}, caplog)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("options", [ZERO_SNR, THRESHOLD, {"clip_sample": True, "clip_sample_range": 0.8}])
+def test_the_scheduler_is_the_pipelines_own(name, options, caplog):
+    pipe, call = make(name)
+    # Stable Diffusion's constructor turns a clip off.
+    pipe.scheduler = type(pipe.scheduler).from_config({**pipe.scheduler.config, **options})
+    check_same(pipe, {**call, **ODDLY_SPACED}, caplog)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ours"])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_epsilon_may_come_from_the_clipped_x0(name, eta, caplog):
+    pipe, call = make(name)
+    check_same(pipe, {**call, **ODDLY_SPACED, "eta": eta, "use_clipped_model_output": True}, caplog)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_several_images_per_prompt_from_given_latents(name, caplog):
+    pipe, call = make(name)
+    latents = randn((4, 4, 8, 8), 9)
+    check_same(pipe, {**call, "num_images_per_prompt": 2}, caplog, seeds=range(4))
+    check_same(pipe, {**call, "num_images_per_prompt": 2, "latents": latents, "eta": 0.5}, caplog)
+    assert torch.equal(latents, randn((4, 4, 8, 8), 9))
+
+
+@pytest.mark.parametrize("name", ["sd_img2img", "sdxl_img2img"])
+@pytest.mark.parametrize(("strength", "steps"), [(1.0, 7), (0.35, 7), (0.9, 20), (0.3, 4)])
+def test_an_image_may_be_changed_by_any_strength(name, strength, steps, caplog):
+    pipe, call = make(name)
+    check_same(pipe, {**call, "strength": strength, "num_inference_steps": steps}, caplog)
+    accelerate(pipe)
+    run(pipe, {**call, "strength": strength, "num_inference_steps": steps})
+    assert pipe.num_timesteps == int(strength * steps)
+    assert len(pipe.scheduler.timesteps) == steps
+
+
+@pytest.mark.parametrize("name", ["ddim", "sd", "sdxl_img2img"])
+def test_the_extra_timestep_of_trailing_spacing_is_taken_too(name, caplog):
+    pipe, call = make(name, timestep_spacing="trailing")
+    if "strength" in call:
+        call["strength"] = 1.0
+    check_same(pipe, {**call, "num_inference_steps": 61}, caplog, graphs=("off",))
+    assert len(pipe.scheduler.timesteps) == 62
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("output_type", ["np", "pil", "pt"])
+def test_outputs_are_of_every_type(name, output_type):
+    pipe, call = make(name)
+    call = {**call, "output_type": output_type, "num_inference_steps": 2}
+    expected, _ = run(pipe, call)
+    images, _ = run(accelerate(pipe), call)
+    assert type(images) is type(expected)
+    for one, other in zip(images, expected, strict=True):
+        assert type(one) is type(other)
+        difference = np.abs(np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)).max()
+        assert difference <= (1 if output_type == "pil" else 1e-6)
+    plain = pipe(**call, return_dict=False, generator=torch.Generator().manual_seed(0))
+    assert type(plain) is tuple
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_other_dtypes_stay(name, caplog):
+    pipe, call = make(name)
+    for dtype, rtol in ((torch.float32, 2e-5), (torch.bfloat16, 0.1)):
+        mine = copy.deepcopy(pipe).to(dtype)
+        given = {
+            key: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for key, value in call.items()
+        }
+        check_same(mine, given, caplog, graphs=("off",) if dtype == torch.float32 else ("step",), rtol=rtol)
+
+
+def test_a_prediction_without_variance_is_taken_whole(caplog):
+    pipe, call = make("dit", out_channels=4)
+    check_same(pipe, {**call, "guidance_scale": 3.0}, caplog)
+
+
+def test_a_guidance_embedding_is_passed_on(caplog):
+    pipe, call = make("sd", unet=text_unet(time_cond_proj_dim=6))
+    check_same(pipe, call, caplog)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_denoiser_is_called_once_a_step(name):
+    pipe, call = make(name)
+    calls = []
+    handle = denoiser(pipe).register_forward_hook(lambda *given: calls.append(1))
+    try:
+        run(accelerate(pipe, graph="off"), {**call, "num_inference_steps": 5})
+    finally:
+        handle.remove()
+    assert len(calls) == (3 if "strength" in call else 5)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_what_a_call_leaves_on_the_pipeline_is_the_same(name):
+    left = []
+    for accelerated in (False, True):
+        pipe, call = make(name)
+        before = dict(vars(denoiser(pipe)))
+        run(accelerate(pipe) if accelerated else pipe, {**call, "num_inference_steps": 5})
+        assert vars(denoiser(pipe)) == before
+        left.append(pipe)
+    plain, ours = left
+    assert vars(ours).keys() - vars(plain).keys() == {"_acceleration"}
+    for name in vars(plain):
+        if name.startswith("_") and name != "_internal_dict":
+            assert vars(ours)[name] == vars(plain)[name], name
+    assert ours.config == plain.config
+    assert torch.equal(ours.scheduler.timesteps, plain.scheduler.timesteps)
+    # A drop-in scheduler keeps the rows of its own steps.
+    assert vars(plain.scheduler).keys() - vars(ours.scheduler).keys() <= {"_limit", "_cache", "_cache_key"}
+    assert vars(ours.scheduler).keys() <= vars(plain.scheduler).keys()
+
+
+@pytest.mark.parametrize("name", ["ddim", "sd", "sd_img2img"])
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_the_progress_bar_ends_full(name, graph):
+    pipe, call = make(name)
+    out = io.StringIO()
+    pipe.set_progress_bar_config(file=out, disable=False, mininterval=0)
+    run(accelerate(pipe, graph=graph), {**call, "num_inference_steps": 5})
+    total = 3 if "strength" in call else 5
+    last = out.getvalue().rstrip().rpartition("\r")[2]
+    assert f"{total}/{total}" in last and "100%" in last
+    if graph != "loop":
+        assert f"{total - 1}/{total}" in out.getvalue()
+
+
+@pytest.mark.parametrize("when", ["here", "before"])
+def test_an_interrupted_call_stops_where_the_pipelines_own_does(when):
+    pipe, call = make("sd")
+    results = []
+    for accelerated in (False, True):
+        calls = []
+
+        def interrupt(*given, calls=calls):
+            calls.append(1)
+            pipe._interrupt = len(calls) == 2
+
+        if when == "before":
+            pipe._interrupt = True  # of an earlier call
+        handle = pipe.unet.register_forward_hook(interrupt if when == "here" else lambda *given: None)
+        try:
+            results.append(run(accelerate(pipe, graph="off") if accelerated else pipe, call)[0])
+        finally:
+            handle.remove()
+        assert len(calls) == (2 if when == "here" else 0)
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
+def test_a_calls_tensors_are_free_at_its_end():
+    pipe, call = make("sd")
+    accelerate(pipe, graph="off")
+    seen = []
+
+    def look(module, args, kwargs):
+        seen.append(weakref.ref(kwargs["encoder_hidden_states"]))
+
+    handle = pipe.unet.register_forward_pre_hook(look, with_kwargs=True)
+    gc.collect()
+    gc.disable()
+    try:
+        run(pipe, call)
+        assert len(seen) == 4 and all(one() is None for one in seen)
+    finally:
+        gc.enable()
+        handle.remove()
+
+
+def test_prompts_are_the_pipelines_own(caplog):
+    tokens = [chr(k) + end for end in ("", "</w>") for k in range(ord("a"), ord("z") + 1)]
+    vocabulary = {token: k for k, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    pipe, _ = make("sd")
+    pipe.tokenizer = transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=8)
+    torch.manual_seed(0)
+    pipe.text_encoder = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=8,
+            bos_token_id=len(vocabulary) - 2,
+            eos_token_id=len(vocabulary) - 1,
+        )
+    ).double()
+    call = {"prompt": ["a cat", "a dog"], "negative_prompt": ["fog", ""], "num_inference_steps": 3, "output_type": "pt"}
+    check_same(pipe, call, caplog)
+    check_same(pipe, {**call, "guidance_scale": 1.0}, caplog)
+
+
+@pytest.mark.slow
+def test_a_compiled_denoiser_is_called_as_it_is(caplog):
+    pipe, call = make("ddim")
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    check_same(pipe, call, caplog)
+
+
+def own_call(pipe):
+    class Derived(type(pipe)):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    pipe.__class__ = Derived
+
+
+def own_timesteps(pipe):
+    class Derived(type(pipe)):
+        def get_timesteps(self, *args, **kwargs):
+            return super().get_timesteps(*args, **kwargs)
+
+    pipe.__class__ = Derived
+
+
+def offload(pipe):
+    pipe._all_hooks = [object()]
+    pipe.maybe_free_model_hooks = lambda: None
+
+
+def hook(pipe):
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    pipe.unet = add_hook_to_module(copy.deepcopy(pipe.unet), ModelHook())
+
+
+def patch_forward(pipe):
+    pipe.unet = copy.deepcopy(pipe.unet)
+    block, forward = pipe.unet.mid_block, pipe.unet.mid_block.forward
+    block.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+
+
+def watch(pipe):
+    pipe.unet = copy.deepcopy(pipe.unet)
+    pipe.unet.mid_block.register_forward_hook(lambda *given: None)
+
+
+def load_lora(pipe):
+    pipe.unet = copy.deepcopy(pipe.unet)
+    pipe.unet._hf_peft_config_loaded = True
+
+
+def nothing(pipe):
+    pass
+
+
+class Caller:
+    """Callbacks of both kinds, counted."""
+
+    calls = 0
+
+    def on_step_end(self, pipe, step, timestep, tensors):
+        Caller.calls += 1
+        return {"latents": tensors["latents"] * 0.9}
+
+    def callback(self, step, timestep, latents):
+        Caller.calls += 1
+
+
+FALL_BACKS = {
+    "callback_on_step_end": ("sd", nothing, {"callback_on_step_end": Caller().on_step_end}),
+    "callback": ("sd", nothing, {"callback": Caller().callback, "callback_steps": 1}),
+    "ip_adapter_image_embeds": ("sd", nothing, {"ip_adapter_image_embeds": [randn((4, 1, 8), 5)]}),
+    "cross_attention_kwargs": ("sd", nothing, {"cross_attention_kwargs": {}}),
+    "denoising_end": ("sdxl", nothing, {"denoising_end": 0.5}),
+    "denoising_start": ("sdxl_img2img", nothing, {"denoising_start": 0.5}),
+    "__call__": ("sd", own_call, {}),
+    "get_timesteps": ("sd_img2img", own_timesteps, {}),
+    "offloaded": ("sd", offload, {}),
+    "hooks for offloading": ("sd", hook, {}),
+    "replaced forward": ("ddim", patch_forward, {}),
+    "forward hooks": ("ddim", watch, {}),
+    "LoRA": ("sd", load_lora, {}),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("reason", FALL_BACKS)
+def test_what_the_loop_cannot_hold_is_the_pipelines_own(reason, caplog):
+    name, prepare, extra = FALL_BACKS[reason]
+    pipe, call = make(name)
+    prepare(pipe)
+    call = {**call, **extra}
+    expected, drawn = run(pipe, call)
+    accelerate(pipe, graph="step")
+    caplog.clear()
+    for _ in range(2):
+        Caller.calls = 0
+        images, drawn_too = run(pipe, call)
+        assert torch.equal(images, expected) and drawn_too == drawn
+        assert Caller.calls == (4 if "callback" in reason else 0)
+    (line,) = log_lines(caplog)
+    assert reason in line
+    assert caplog.records[-1].levelno == logging.WARNING
+
+
+def test_a_swapped_scheduler_is_followed_and_back(caplog):
+    pipe, call = make("sd")
+    ddim, expected = pipe.scheduler, run(pipe, call)[0]
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(ddim.config)
+    other = run(pipe, call)[0]
+    pipe.scheduler = ddim
+    accelerate(pipe)
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(ddim.config)
+    assert torch.equal(run(pipe, call)[0], other)
+    (line,) = log_lines(caplog)
+    assert "EulerDiscreteScheduler" in line
+    pipe.scheduler = ddim
+    torch.testing.assert_close(run(pipe, call)[0], expected, rtol=1e-9, atol=1e-9)
+    assert len(log_lines(caplog)) == 1
+
+
+def test_autocast_is_the_pipelines_own(caplog):
+    pipe, call = make("ddim")
+    pipe.unet = copy.deepcopy(pipe.unet).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = run(pipe, call)[0]
+        assert torch.equal(run(accelerate(pipe), call)[0], expected)
+    assert "autocast" in log_lines(caplog)[0]
+
+
+def test_custom_timesteps_are_refused_as_before():
+    pipe, call = make("sd")
+    for one in (pipe, accelerate(pipe)):
+        with pytest.raises(ValueError, match="custom timestep"):
+            run(one, {**call, "timesteps": [900, 500]})
+    with pytest.raises(ValueError, match="prompt"):
+        pipe()
+    with pytest.raises(TypeError, match="colour"):
+        accelerate(make("ddim")[0])(colour="red")
+
+
+def test_an_error_in_the_loop_leaves_the_pipeline_usable():
+    pipe, call = make("sd")
+    expected = run(pipe, call)[0]
+    accelerate(pipe)
+    with pytest.raises(RuntimeError):
+        run(pipe, {**call, "prompt_embeds": randn((2, 3, 5), 0), "negative_prompt_embeds": randn((2, 3, 5), 0)})
+    torch.testing.assert_close(run(pipe, call)[0], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_unaccelerate_gives_the_own_loop_back():
+    pipe, call = make("sd")
+    own, expected = type(pipe), run(pipe, call)[0]
+    members = dict(vars(pipe))
+    assert unaccelerate(pipe) is pipe
+    accelerate(pipe)
+    assert type(pipe) is not own and isinstance(pipe, own)
+    assert unaccelerate(pipe) is pipe
+    assert type(pipe) is own and vars(pipe) == members
+    assert torch.equal(run(pipe, call)[0], expected)
+
+
+def test_accelerating_again_keeps_the_captures_unless_the_options_change():
+    pipe, call = make("sd")
+    run(accelerate(pipe, graph="step"), call)
+    assert accelerate(pipe, graph="step") is pipe
+    assert count_captures(pipe) == 1
+    run(pipe, {**call, "num_inference_steps": 9, "guidance_scale": 3.0})
+    assert count_captures(pipe) == 1
+    run(pipe, {**call, "guidance_scale": 1.0})
+    assert count_captures(pipe) == 2
+    accelerate(pipe, graph="step", max_graphs=1)
+    run(pipe, call)
+    run(pipe, {**call, "guidance_scale": 1.0})
+    assert count_captures(pipe) == 1
+    assert type(unaccelerate(pipe)) is diffusers.StableDiffusionPipeline
+
+
+@pytest.mark.parametrize("graph", ["step", "loop"])
+def test_changed_weights_and_models_are_noticed(graph, caplog):
+    pipe, call = make("sd")
+    pipe.unet = copy.deepcopy(pipe.unet)
+    run(accelerate(pipe, graph=graph), call)
+
+    def check(captured_anew):
+        loop, captured = pipe._acceleration._loop, pipe._acceleration._loop.graphs.keys()
+        images = run(pipe, call)[0]
+        unaccelerated = copy.copy(pipe)
+        torch.testing.assert_close(images, run(unaccelerate(unaccelerated), call)[0], rtol=1e-9, atol=1e-9)
+        assert (pipe._acceleration._loop is not loop) == captured_anew
+        assert pipe._acceleration._loop.graphs.keys() == captured
+
+    with torch.no_grad():
+        pipe.unet.conv_out.weight.mul_(3)
+    check(captured_anew=False)
+    pipe.unet.conv_out.weight = torch.nn.Parameter(pipe.unet.conv_out.weight * 0.5)
+    check(captured_anew=False)
+    pipe.unet = text_unet(1)
+    check(captured_anew=True)
+    pipe.unet = copy.deepcopy(pipe.unet)
+    check(captured_anew=True)
+    pipe.unet.set_attn_processor(AttnProcessor())
+    check(captured_anew=False)
+    pipe.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+    check(captured_anew=False)
+    pipe.unet.disable_freeu()
+    check(captured_anew=False)
+    assert not log_lines(caplog)
+
+
+def test_a_call_in_inference_mode_does_not_spoil_the_buffers():
+    pipe, call = make("sd")
+    expected = run(pipe, call)[0]
+    accelerate(pipe, graph="step")
+    with torch.inference_mode():
+        images = [run(pipe, call)[0]]
+    images += [run(pipe, call)[0]]
+    for one in images:
+        torch.testing.assert_close(one, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("graph", ["off", "step"])
+def test_threads_may_share_a_pipeline(graph):
+    pipe, call = make("sd")
+    calls = [{**call, "num_inference_steps": 2 + k % 3, "guidance_scale": 1.0 + k % 2 * 3.0} for k in range(8)]
+    expected = [run(pipe, one, seed)[0] for seed, one in enumerate(calls)]
+    accelerate(pipe, graph=graph)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda seed: run(pipe, calls[seed], seed)[0], range(8)))
+    for result, wanted in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_it_passes_for_the_pipelines_own_class():
+    pipe, _ = make("sd")
+    own = type(pipe)
+    accelerate(pipe)
+    assert isinstance(pipe, own)
+    assert repr(type(pipe)) == repr(own) and type(pipe).__doc__ == own.__doc__
+    assert inspect.signature(pipe.__call__) == inspect.signature(own.__call__.__get__(pipe))
+    assert type(accelerate(make("sd")[0])) is type(pipe)
+    assert set(pipe.components) == set(unaccelerate(pipe).components)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", ["ddim", "sdxl", "dit"])
+def test_it_is_saved_and_loaded_as_before(name, tmp_path):
+    pipe, call = make(name)
+    own, expected = type(pipe), run(pipe, call)[0]
+    run(accelerate(pipe), call)
+    pipe.save_pretrained(tmp_path)
+    assert "fastddim" not in (tmp_path / "model_index.json").read_text()
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path, torch_dtype=torch.float64)
+    assert type(loaded) is own
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(run(loaded, call)[0], expected)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
+def test_a_copy_is_accelerated_with_captures_of_its_own(duplicate):
+    pipe, call = make("sd")
+    expected = run(accelerate(pipe, graph="step"), call)[0]
+    other = duplicate(pipe)
+    assert type(other) is type(pipe) and other._acceleration is not pipe._acceleration
+    assert other._acceleration.options == pipe._acceleration.options
+    assert torch.equal(run(other, call)[0], expected)
+    unaccelerate(other)
+    assert torch.equal(run(pipe, call)[0], expected)
+
+
+def test_another_pipeline_from_its_parts_is_not_accelerated():
+    pipe, _ = make("sd")
+    other = diffusers.StableDiffusionImg2ImgPipeline(**accelerate(pipe).components, requires_safety_checker=False)
+    assert type(other) is diffusers.StableDiffusionImg2ImgPipeline
+    assert diffusers.AutoPipelineForImage2Image.from_pipe(pipe).unet is pipe.unet
+
+
+@pytest.mark.parametrize("pipe", [object(), diffusers.DDIMPipeline, "stable-diffusion"])
+def test_other_pipelines_are_refused(pipe):
+    with pytest.raises(TypeError, match=r"pipe: .*pass one of .*diffusers\.StableDiffusionXLPipeline.*DiTPipeline"):
+        accelerate(pipe)
+    pipe = diffusers.DDPMPipeline(image_unet(), diffusers.DDPMScheduler())
+    with pytest.raises(TypeError, match="pipe: DDPMPipeline"):
+        accelerate(pipe)
+    assert unaccelerate(pipe) is pipe
+
+
+def test_other_schedulers_and_options_are_refused():
+    pipe, call = make("sd")
+    for graph in ("steps", None):
+        with pytest.raises(ValueError, match="graph"):
+            accelerate(pipe, graph=graph)
+    with pytest.raises(ValueError, match="backend: 'cuda'"):
+        accelerate(pipe, backend="cuda")
+    with pytest.raises(ValueError, match="max_graphs: 0"):
+        accelerate(pipe, max_graphs=0)
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match=r"DPMSolverMultistepScheduler.*DDIMScheduler\.from_config"):
+        accelerate(pipe)
+    assert type(pipe) is diffusers.StableDiffusionPipeline
+    pipe.scheduler = fastddim.DDIMScheduler.from_config(pipe.scheduler.config)
+    expected = run(pipe, call)[0]
+    torch.testing.assert_close(run(accelerate(pipe), call)[0], expected, rtol=1e-9, atol=1e-9)
