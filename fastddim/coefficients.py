@@ -15,15 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
-import torch
 
 from fastddim.config import PREDICTION_TYPES, VARIANCE_TYPES, require_choice
 from fastddim.schedule import FINAL, FloatArray, Schedule
 
-Coefficient: TypeAlias = float | torch.Tensor
+if TYPE_CHECKING:
+    import torch
+
+# torch is imported where it is used, because exported files are run without it.
+Coefficient: TypeAlias = "float | torch.Tensor"
 
 
 class StepCoefficients(NamedTuple):
@@ -43,7 +46,7 @@ NUM_COLUMNS = len(StepCoefficients._fields)
 def _epsilon_factors(signal: FloatArray, sigma: FloatArray, prediction_type: str) -> tuple[FloatArray, FloatArray]:
     """`(from_x, from_output)`: the model's epsilon in terms of the state and its output, `[n]` each."""
     if prediction_type == "epsilon":
-        return np.zeros_like(signal), np.ones_like(signal)
+        return signal * 0, signal * 0 + 1
     if prediction_type == "sample":
         return 1 / sigma, -signal / sigma
     return sigma, signal
@@ -70,7 +73,7 @@ def columns(
         use_clipped_model_output: derive epsilon from the limited x0 instead of the raw model output.
         xp: `numpy`, or `torch` for tensors.
     """
-    zero = xp.zeros_like(signal)
+    zero = signal * 0
     # A step from pure noise (signal 0) or from a clean state (sigma 0) has infinite columns, as diffusers' step has.
     with np.errstate(divide="ignore", invalid="ignore"):
         if prediction_type == "epsilon":
@@ -239,14 +242,18 @@ class StepTable:
         """Whether any step adds noise."""
         return bool((self.columns[:, -1] != 0).any())
 
-    def tensor(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-        """`[num_steps, 6]` copy of the columns on a device."""
-        return torch.tensor(self.columns, dtype=dtype, device=device)
+    def tensor(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """`[num_steps, 6]` copy of the columns on a device, float64 by default."""
+        import torch
+
+        return torch.tensor(self.columns, dtype=torch.float64 if dtype is None else dtype, device=device)
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Kept on a device, not to write to: the float64 columns `[num_steps, 6]`, and each row's number as int64 `[]`."""
         kept = self._on_device.get(device)
         if kept is None:
+            import torch
+
             with torch.inference_mode(False):
                 kept = (self.tensor(device), torch.arange(len(self), device=device).unbind())
             self._on_device[device] = kept

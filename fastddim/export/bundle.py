@@ -90,7 +90,9 @@ def check_destination(path: str | Path, force: bool) -> Path:
         if not force:
             raise FileExistsError(f"out: {str(target)!r} exists; pass another folder, or --force to replace it")
         if not (target / MANIFEST).is_file() and any(target.iterdir() if target.is_dir() else [target]):
-            raise FileExistsError(f"out: {str(target)!r} is no bundle, so --force does not replace it; remove it yourself")
+            raise FileExistsError(
+                f"out: {str(target)!r} is no bundle, so --force does not replace it; remove it yourself"
+            )
     return target
 
 

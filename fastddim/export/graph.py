@@ -76,9 +76,7 @@ def as_loop(step: onnx.ModelProto) -> onnx.ModelProto:
         row = f"{name}_row" if name in per_sample else renamed[name]
         gathers.append(helper.make_node("Gather", [outer, "iteration"], [row], name=f"gather_{name}", axis=0))
         if name in per_sample:
-            gathers.append(
-                helper.make_node("Expand", [row, per_sample[name]], [renamed[name]], name=f"expand_{name}")
-            )
+            gathers.append(helper.make_node("Expand", [row, per_sample[name]], [renamed[name]], name=f"expand_{name}"))
     go_on = helper.make_node("Identity", ["go_on"], ["go_on_out"], name="go_on_again")
     sample = given["sample"].type
     body = helper.make_graph(
@@ -101,9 +99,7 @@ def as_loop(step: onnx.ModelProto) -> onnx.ModelProto:
         kind = given[name].type.tensor_type
         dims = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
         inputs.append(
-            helper.make_tensor_value_info(
-                outer, kind.elem_type, ["steps", *(dims[1:] if name in per_sample else dims)]
-            )
+            helper.make_tensor_value_info(outer, kind.elem_type, ["steps", *(dims[1:] if name in per_sample else dims)])
         )
     constants = {"true": np.array(True), "zero": np.array([0]), "columns": np.array([6])}
     nodes = [

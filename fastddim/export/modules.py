@@ -88,9 +88,7 @@ class _Call:
     def __init__(self, model: torch.nn.Module, **fixed: Any) -> None:
         self._model, self._fixed = model, fixed
 
-    def __call__(
-        self, x: torch.Tensor, t: torch.Tensor, conditions: Mapping[str, torch.Tensor]
-    ) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
         output = self._model(x, t, **self._arguments(conditions), **self._fixed)
         output = getattr(output, "sample", output)
         first: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output
@@ -111,9 +109,7 @@ class _XLCall(_Call):
 class _MeanOnly(_Call):
     """A model that predicts a variance too, in its second half of channels."""
 
-    def __call__(
-        self, x: torch.Tensor, t: torch.Tensor, conditions: Mapping[str, torch.Tensor]
-    ) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return super().__call__(x, t, conditions)[:, : x.shape[1]]
 
 
@@ -129,7 +125,9 @@ def _square(config: Any, sample_shape: tuple[int, ...] | None) -> tuple[int, ...
 def _describe_unet(model: torch.nn.Module, config: Any, sample_shape: tuple[int, ...] | None) -> Denoiser:
     conditions = {}
     if config.class_embed_type is not None:
-        raise ValueError(f"model: class_embed_type {config.class_embed_type!r} cannot be exported; only class labels can")
+        raise ValueError(
+            f"model: class_embed_type {config.class_embed_type!r} cannot be exported; only class labels can"
+        )
     if config.num_class_embeds is not None:
         null = config.num_class_embeds - 1
         labels = torch.zeros(2, dtype=torch.int64)
@@ -137,9 +135,7 @@ def _describe_unet(model: torch.nn.Module, config: Any, sample_shape: tuple[int,
     return Denoiser(model, _Call(model, return_dict=False), _square(config, sample_shape), conditions, resizable=True)
 
 
-def _describe_condition_unet(
-    model: torch.nn.Module, config: Any, sample_shape: tuple[int, ...] | None
-) -> Denoiser:
+def _describe_condition_unet(model: torch.nn.Module, config: Any, sample_shape: tuple[int, ...] | None) -> Denoiser:
     kind = config.addition_embed_type
     if kind not in (None, "text_time"):
         raise ValueError(f"model: addition_embed_type {kind!r} cannot be exported; None and 'text_time' (SDXL) can")
@@ -164,9 +160,7 @@ def _describe_condition_unet(
 def _describe_dit(model: torch.nn.Module, config: Any, sample_shape: tuple[int, ...] | None) -> Denoiser:
     null = config.num_embeds_ada_norm
     labels = Condition(torch.zeros(2, dtype=torch.int64), null, f"class of each sample; {null} is no class")
-    return Denoiser(
-        model, _MeanOnly(model, return_dict=False), _square(config, sample_shape), {"class_labels": labels}
-    )
+    return Denoiser(model, _MeanOnly(model, return_dict=False), _square(config, sample_shape), {"class_labels": labels})
 
 
 _DESCRIBED: dict[str, Callable[[torch.nn.Module, Any, tuple[int, ...] | None], Denoiser]] = {

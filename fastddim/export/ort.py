@@ -90,9 +90,7 @@ class OrtSampler:
         manifest = self.bundle.manifest
         self._sampling = manifest["sampling"]
         self._inputs = {item["name"]: item for item in manifest["inputs"]}
-        self._conditions = [
-            name for name in self._inputs if name not in _OWN and not name.startswith("uncond_")
-        ]
+        self._conditions = [name for name in self._inputs if name not in _OWN and not name.startswith("uncond_")]
         self._schedule = Schedule(DDIMConfig.from_dict(manifest["schedule"]))
         self._on_gpu = self.session.get_providers()[0] != _PROVIDERS["cpu"]
 
@@ -150,9 +148,7 @@ class OrtSampler:
             raise NotFiniteError(self._blame(sample, table, seed_list if noisy else None, feeds))
         return result
 
-    def _table(
-        self, num_inference_steps: int | None, timesteps: Sequence[int] | None, eta: float | None
-    ) -> StepTable:
+    def _table(self, num_inference_steps: int | None, timesteps: Sequence[int] | None, eta: float | None) -> StepTable:
         default = self.bundle.manifest["table"]
         if self._sampling["baked_schedule"]:
             if timesteps is not None or (eta is not None and eta != self._sampling["eta"]):
@@ -243,9 +239,7 @@ class OrtSampler:
             raise ValueError(f"{name}: {array.dtype} of shape {array.shape}; pass {dtype} of shape {shape}")
         return np.ascontiguousarray(array, dtype=dtype)
 
-    def _run_loop(
-        self, sample: Array, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Array]
-    ) -> Array:
+    def _run_loop(self, sample: Array, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Array]) -> Array:
         steps = len(table)
         given: dict[str, Array] = {"sample": sample, **feeds}
         if self._sampling["baked_schedule"]:
@@ -263,9 +257,7 @@ class OrtSampler:
         samples: Array = result
         return samples
 
-    def _run_steps(
-        self, sample: Array, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Array]
-    ) -> Array:
+    def _run_steps(self, sample: Array, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Array]) -> Array:
         batch = sample.shape[0]
         device = "cuda" if self._on_gpu else "cpu"
         place = onnxruntime.OrtValue.ortvalue_from_numpy
@@ -289,9 +281,7 @@ class OrtSampler:
         result: Array = state.numpy()
         return result
 
-    def _blame(
-        self, sample: Array, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Array]
-    ) -> str:
+    def _blame(self, sample: Array, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Array]) -> str:
         """At which step a run stopped being finite, by runs of the table's first rows."""
         if not np.isfinite(sample).all():
             return "start: has NaN or infinite values"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,9 @@ class ScheduleModule(torch.nn.Module):
         super().__init__()
         self._config = schedule.config
         if self._config.timestep_spacing == "quadratic":
-            raise ValueError("bake_schedule: True with timestep_spacing 'quadratic'; pass the table at run time instead")
+            raise ValueError(
+                "bake_schedule: True with timestep_spacing 'quadratic'; pass the table at run time instead"
+            )
         # The clean end last, so that timestep -1 indexes it.
         bars = np.append(schedule.alphas_cumprod, schedule.final_alpha_cumprod)
         self.register_buffer("alphas_cumprod", torch.from_numpy(bars))
@@ -40,16 +41,17 @@ class ScheduleModule(torch.nn.Module):
     def forward(self, num_inference_steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`num_inference_steps` int64 `[]` to timesteps int64 `[n]` and coefficients float32 `[n, 6]`."""
         count: Any = num_inference_steps.item()
-        torch._check(count >= 1)
+        torch._check(count >= 1)  # type: ignore[no-untyped-call]
         ascending = self._ascending(torch.arange(count), num_inference_steps)
         t = ascending.flip(0)
         # The next timestep of the last one is the clean end.
         t_next = torch.cat([t[1:], t[:1] * 0 + self._config.num_train_timesteps])
-        alpha_bar, alpha_bar_next = self.alphas_cumprod[t], self.alphas_cumprod[t_next]
+        alpha_bar: Any = self.alphas_cumprod[t]
+        alpha_bar_next: Any = self.alphas_cumprod[t_next]
         direction, noise_scale = noise_factors(
             alpha_bar, alpha_bar_next, alpha_bar * 0 + self._eta, "fixed_small", xp=torch
         )
-        rows = columns(
+        rows: Any = columns(
             alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), alpha_bar_next.sqrt(), direction, noise_scale,
             self._config.prediction_type, self._rederive, xp=torch,
         )  # fmt: skip
@@ -68,11 +70,3 @@ class ScheduleModule(torch.nn.Module):
             return (n_train + k * difference).round().long().flip(0) - 1
         spread = (count * 0 + n_train - 1) / (count - 1).clamp(min=1.0)
         return (k * spread).round().long()
-
-
-def largest_number_of_steps(schedule: Schedule) -> int:
-    """The most steps that a run can have."""
-    config = schedule.config
-    if config.timestep_spacing != "leading":
-        return config.num_train_timesteps
-    return math.floor(config.num_train_timesteps - config.steps_offset)

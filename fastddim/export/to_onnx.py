@@ -51,9 +51,7 @@ _MEANINGS = {
     "next_sample": "the state after the step",
     "pred_original_sample": "the limited prediction of x0",
 }
-_COLUMNS = (
-    "x0 = limit(c0 * sample + c1 * output); next_sample = c2 * sample + c3 * output + c4 * x0 + c5 * noise: the six of each"
-)
+_COLUMNS = "x0 = limit(c0 * sample + c1 * output); next_sample = c2 * sample + c3 * output + c4 * x0 + c5 * noise"
 
 
 class ExportError(ValueError):
@@ -149,7 +147,9 @@ def export_onnx(
     if options.dynamic_size and not denoiser.resizable:
         raise ValueError(f"dynamic_size: True for a {type(model).__name__}, whose size is fixed; leave it out")
     with _prepared(denoiser.model, DTYPES[options.dtype]):
-        module = StepModule(denoiser, schedule.config.limit, options.guided, options.guidance_rescale, options.stochastic)
+        module = StepModule(
+            denoiser, schedule.config.limit, options.guided, options.guidance_rescale, options.stochastic
+        )
         graph = strip(_to_graph(module, denoiser, options))
         if options.graph == "loop":
             graph = as_loop(graph)
@@ -197,9 +197,7 @@ def _to_graph(module: StepModule, denoiser: Denoiser, options: ExportOptions) ->
     examples = module.example_inputs()
     names = list(examples)
     spatial = {2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if options.dynamic_size else {}
-    shapes = {
-        name: {0: Dim.DYNAMIC, **(spatial if name in ("sample", "noise") else {})} for name in names
-    }
+    shapes = {name: {0: Dim.DYNAMIC, **(spatial if name in ("sample", "noise") else {})} for name in names}
     with _quiet():
         try:
             program = torch.export.export(module, (examples,), dynamic_shapes=({**shapes},), strict=False)
@@ -273,9 +271,7 @@ def _require_symbolic(graph: onnx.GraphProto, shapes: Mapping[str, Mapping[int, 
                 )
 
 
-def _named_dims(
-    graph: onnx.GraphProto, denoiser: Denoiser, options: ExportOptions
-) -> dict[str, list[str | int]]:
+def _named_dims(graph: onnx.GraphProto, denoiser: Denoiser, options: ExportOptions) -> dict[str, list[str | int]]:
     state: list[str | int] = ["batch", *denoiser.sample_shape]
     if options.dynamic_size:
         state[2:] = ["height", "width"]
@@ -318,7 +314,8 @@ def _limit_text(limit: Limit) -> str:
 def _manifest(
     graph: onnx.ModelProto, denoiser: Denoiser, schedule: Schedule, table: StepTable, options: ExportOptions
 ) -> dict[str, Any]:
-    meanings = {**_MEANINGS, "coefficients": f"{_COLUMNS} {'step' if options.graph == 'loop' else 'sample'}"}
+    row_of = "step" if options.graph == "loop" else "sample"
+    meanings = {**_MEANINGS, "coefficients": f"c0 to c5 of each {row_of}: {_COLUMNS}"}
     for name, condition in denoiser.conditions.items():
         meanings[name] = condition.meaning or "conditions the model"
         meanings[f"uncond_{name}"] = f"{name} of the unconditional half"
