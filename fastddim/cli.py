@@ -1,4 +1,7 @@
-"""The command line: `fastddim sample`, `invert`, `interpolate` and `info`. torch and diffusers load inside the commands."""
+"""The command line: `fastddim sample`, `invert`, `interpolate`, `info`, and those of `cli_export`.
+
+torch and diffusers load inside the commands.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 import fastddim
+from fastddim import cli_export
+from fastddim.cli_options import Device, Json, Model, Out, Steps, integer, number, parse_integers
 from fastddim.config import require_int, require_number
 
 if TYPE_CHECKING:
@@ -51,6 +56,7 @@ _PACKAGES = {
 }
 
 app = typer.Typer(name="fastddim", add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(cli_export.app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,29 +88,9 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-# typer's own message for these leaves out the value.
-def _integer(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r}; pass an integer.") from None
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r}; pass a number.") from None
-
-
-_Model = Annotated[
-    str | None,
-    typer.Option(metavar="FOLDER_OR_HUB_ID", help="A diffusers folder or hub id. Default: the embedded digits."),
-]
-_Steps = Annotated[int, typer.Option(parser=_integer, metavar="INTEGER", help="Model calls per image.")]
 _StripGuidance = Annotated[
     float | None,
-    typer.Option(parser=_number, metavar="NUMBER", help="Classifier-free guidance towards the labels; 1 is off."),
+    typer.Option(parser=number, metavar="NUMBER", help="Classifier-free guidance towards the labels; 1 is off."),
 ]
 _StripLabels = Annotated[
     str | None,
@@ -112,11 +98,8 @@ _StripLabels = Annotated[
 ]
 _BatchSize = Annotated[
     int | None,
-    typer.Option(parser=_integer, metavar="INTEGER", help="Images at a time. Default: by size, at most 100."),
+    typer.Option(parser=integer, metavar="INTEGER", help="Images at a time. Default: by size, at most 100."),
 ]
-_Out = Annotated[Path, typer.Option(help="The picture: .png, .jpg, .webp, .bmp or .tif.")]
-_Device = Annotated[str | None, typer.Option(help="cpu or cuda[:N]. Default: cuda where there is one.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and no progress bar.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -145,31 +128,31 @@ class _Run:
 
 @app.command()
 def sample(
-    model: _Model = None,
-    num_images: Annotated[int, typer.Option(parser=_integer, metavar="INTEGER", help="How many images.")] = 100,
-    steps: _Steps = 50,
+    model: Model = None,
+    num_images: Annotated[int, typer.Option(parser=integer, metavar="INTEGER", help="How many images.")] = 100,
+    steps: Steps = 50,
     eta: Annotated[
-        float, typer.Option(parser=_number, metavar="NUMBER", help="Noise in [0, 1]: 0 is DDIM, 1 is DDPM.")
+        float, typer.Option(parser=number, metavar="NUMBER", help="Noise in [0, 1]: 0 is DDIM, 1 is DDPM.")
     ] = 0.0,
     guidance_scale: Annotated[
         float | None,
         typer.Option(
-            parser=_number,
+            parser=number,
             metavar="NUMBER",
             help=f"Classifier-free guidance; 1 is off. Default: {_DEFAULT_GUIDANCE:g} with classes, else off.",
         ),
     ] = None,
     guidance_rescale: Annotated[
-        float, typer.Option(parser=_number, metavar="NUMBER", help="Guidance rescale in [0, 1].")
+        float, typer.Option(parser=number, metavar="NUMBER", help="Guidance rescale in [0, 1].")
     ] = 0.0,
     labels: Annotated[
         str | None, typer.Option(metavar="INTEGERS", help='Classes such as "0,1,2", repeated in turn. Default: all.')
     ] = None,
-    seed: Annotated[int, typer.Option(parser=_integer, metavar="INTEGER", help="Image k is drawn from seed + k.")] = 0,
+    seed: Annotated[int, typer.Option(parser=integer, metavar="INTEGER", help="Image k is drawn from seed + k.")] = 0,
     batch_size: _BatchSize = None,
-    out: _Out = Path("grid.png"),
-    device: _Device = None,
-    as_json: _Json = False,
+    out: Out = Path("grid.png"),
+    device: Device = None,
+    as_json: Json = False,
 ) -> None:
     """Sample images and write them as one picture, a row for each class."""
     from fastddim.pictures import check_picture
@@ -184,7 +167,7 @@ def sample(
     require_int("--seed", seed, 0, 2**64 - num_images)
     if batch_size is not None:
         require_int("--batch-size", batch_size, 1)
-    classes = None if labels is None else _parse_integers(labels, "--labels")
+    classes = None if labels is None else parse_integers(labels, "--labels")
     with _naming("path", "--out"):
         check_picture(out)
     target = _pick_device(device)
@@ -231,15 +214,6 @@ def _naming(argument: str, option: str) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise ValueError(f"{option}: {str(error).removeprefix(f'{argument}: ')}") from error
-
-
-def _parse_integers(text: str, option: str) -> list[int]:
-    integers = []
-    for part in text.split(","):
-        if not part.strip().isdecimal():
-            raise ValueError(f"{option}: {part.strip()!r} in {text!r}; pass integers with commas, such as 0,1,2")
-        integers.append(int(part))
-    return integers
 
 
 def _pick_device(name: str | None) -> torch.device:
@@ -391,14 +365,14 @@ def _sample_batches(run: _Run, progress: bool) -> torch.Tensor:
 @app.command()
 def invert(
     pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE...", help="Anything that Pillow opens.")],
-    model: _Model = None,
-    steps: _Steps = 50,
+    model: Model = None,
+    steps: Steps = 50,
     guidance_scale: _StripGuidance = None,
     labels: _StripLabels = None,
     batch_size: _BatchSize = None,
-    out: _Out = Path("strip.png"),
-    device: _Device = None,
-    as_json: _Json = False,
+    out: Out = Path("strip.png"),
+    device: Device = None,
+    as_json: Json = False,
 ) -> None:
     """Encode pictures to x_T, decode them again, and write the original, x_T and the reconstruction of each as a row.
 
@@ -457,22 +431,22 @@ def invert(
 
 @app.command()
 def interpolate(
-    model: _Model = None,
+    model: Model = None,
     seeds: Annotated[
         str, typer.Option(metavar="INTEGERS", help='Pairs such as "1,2,3,4": a row from 1 to 2, ...')
     ] = "0,1",
     num: Annotated[
-        int, typer.Option(parser=_integer, metavar="INTEGER", help="Images in a row, both ends included.")
+        int, typer.Option(parser=integer, metavar="INTEGER", help="Images in a row, both ends included.")
     ] = 10,
-    steps: _Steps = 50,
+    steps: Steps = 50,
     guidance_scale: _StripGuidance = None,
     labels: _StripLabels = None,
-    out: _Out = Path("strip.png"),
-    device: _Device = None,
-    as_json: _Json = False,
+    out: Out = Path("strip.png"),
+    device: Device = None,
+    as_json: Json = False,
 ) -> None:
     """Write what lies between the images of two seeds, a row for each pair."""
-    ends = _parse_integers(seeds, "--seeds")
+    ends = parse_integers(seeds, "--seeds")
     for seed in ends:
         require_int("--seeds", seed, 0, 2**64 - 1)
     if len(ends) % 2:
@@ -534,7 +508,7 @@ def _check_strip(
     from fastddim.pictures import check_picture
 
     require_int("--steps", steps, 1)
-    classes = None if labels is None else _parse_integers(labels, "--labels")
+    classes = None if labels is None else parse_integers(labels, "--labels")
     if classes is not None and len(classes) > rows:
         raise ValueError(f"--labels: {len(classes)} for {rows} rows; pass at most one for each")
     if guidance_scale is not None:

@@ -260,7 +260,8 @@ class EagerLoop:
             _, x0 = ddim_step(output, self.x, run.table, step, noise=run.noise[step], backend=run.backend, **options)
         else:
             prepared = self._prepared.get(guided)
-            if prepared is None or not prepared.fits(output):
+            tried = guided in self._prepared
+            if not tried or (prepared is not None and not prepared.fits(output)):
                 prepared = prepare_step(run.backend, output, self.x, run.table, seeds=drawn, **options)
                 self._prepared[guided] = prepared
             if prepared is not None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from fastddim.files import check_writable, write_whole
@@ -55,7 +57,6 @@ def picture_tensor(image: Image.Image, shape: tuple[int, int, int]) -> torch.Ten
     """A picture as `[C, H, W]` float32 in [-1, 1], on the CPU: grey or colour by C (1 or 3), cropped at its longer sides
     and resampled to H by W; one that has that size keeps its pixels.
     """
-    import numpy as np
     import torch
 
     channels, height, width = shape
@@ -186,7 +187,7 @@ class GridLayout:
 
 
 def make_grid(
-    images: torch.Tensor,
+    images: torch.Tensor | npt.NDArray[Any],
     labels: Sequence[int | str] | None = None,
     columns: int | None = None,
     scale: int | None = None,
@@ -195,8 +196,8 @@ def make_grid(
     """Draw a batch as tiles with white gaps.
 
     Args:
-        images: `[B, C, H, W]` in [-1, 1], of any floating dtype and on any device, C 1 (grey) or 3 (colour); values
-            outside are clipped.
+        images: `[B, C, H, W]` in [-1, 1], a tensor on any device or an array, of any floating dtype, C 1 (grey) or 3
+            (colour); values outside are clipped.
         labels: one per image. If some repeat, images of one label share rows and the label stands left of them; else
             each stands over its tile.
         columns: tiles in a row; by default about square, and not below 10.
@@ -210,15 +211,16 @@ def make_grid(
         ValueError: another shape or dtype, values that are not finite, labels of another number than images, headings of
             another number than columns.
     """
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
+    values: npt.NDArray[Any] = images if isinstance(images, np.ndarray) else _as_array(images)
+    if values.ndim != 4 or values.shape[1] not in (1, 3):
         raise ValueError(f"images: shape {tuple(images.shape)}; pass [B, C, H, W] with C 1 (grey) or 3 (colour)")
-    if not images.is_floating_point():
+    if not np.issubdtype(values.dtype, np.floating):
         raise ValueError(f"images: {images.dtype}; pass floating-point values in [-1, 1]")
-    count, channels, height, width = images.shape
+    count, channels, height, width = values.shape
     layout = GridLayout.plan(count, height, width, labels, columns, scale, headings)
-    _check_finite(images)
+    _check_finite(values)
     # uint8 by rounding, as diffusers does it.
-    pixels = ((images.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    pixels = ((values.astype(np.float32) + 1) * 127.5).round().clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
     mode = "L" if channels == 1 else "RGB"
     picture = Image.new(mode, layout.size, _WHITE if channels == 1 else (_WHITE,) * 3)
     for row, indices in enumerate(layout.rows):
@@ -268,9 +270,15 @@ def _text_size(text: str) -> tuple[int, int]:
     return math.ceil(right), math.ceil(bottom)
 
 
-def _check_finite(images: torch.Tensor) -> None:
-    bad = (~images.isfinite()).flatten(1).sum(1)
-    broken = bad.nonzero().flatten().tolist()
+def _as_array(images: torch.Tensor) -> npt.NDArray[Any]:
+    tensor = images.detach().cpu()
+    # numpy has no bfloat16.
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+
+def _check_finite(images: npt.NDArray[Any]) -> None:
+    bad = (~np.isfinite(images)).reshape(len(images), -1).sum(1)
+    broken = bad.nonzero()[0].tolist()
     if broken:
         raise ValueError(
             f"images: {len(broken)} of {len(images)} hold NaN or infinity, first image {broken[0]}"

@@ -15,6 +15,7 @@ _ROOM_OF = {
     "ParityError": "validate",
     "export_onnx": "to_onnx",
     "open_bundle": "bundle",
+    "verify_bundle": "validate",
 }
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "ParityError",
     "export_onnx",
     "open_bundle",
+    "verify_bundle",
 ]
 
 

@@ -6,7 +6,8 @@ Everything that a request may change is an input; what is fixed at export is an 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from fastddim.coefficients import NUM_COLUMNS
 from fastddim.config import Clip, DynamicThreshold, Limit
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # TensorRT's limit for TopK.
 LARGEST_TOPK = 3840
 _BISECTIONS_TO_ONE_ULP = 24
@@ -170,6 +172,29 @@ _DESCRIBED: dict[str, Callable[[torch.nn.Module, Any, tuple[int, ...] | None], D
 }
 
 
+@contextlib.contextmanager
+def prepared(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """The model in evaluation mode and of a dtype, and as it was afterwards."""
+    training = {module: module.training for module in model.modules()}
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    kept = [(tensor, tensor.data) for _, tensor in tensors if tensor.is_floating_point()]
+    grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        for parameter, _ in grads:
+            parameter.requires_grad_(False)
+        for tensor, data in kept:
+            tensor.data = data.to(dtype)
+        yield
+    finally:
+        for tensor, data in kept:
+            tensor.data = data
+        for parameter, wanted in grads:
+            parameter.requires_grad_(wanted)
+        for module, mode in training.items():
+            module.training = mode
+
+
 class StepModule(torch.nn.Module):
     """One DDIM step with its model call.
 
@@ -294,7 +319,7 @@ def _quantile(magnitudes: torch.Tensor, limit: DynamicThreshold) -> torch.Tensor
     # Up to 1 the clamp decides, but for a rank whose neighbour is above 1.
     at_most_one = torch.where(magnitudes <= 1.0, magnitudes, low * 0.0).amax(1)
     below = torch.where((magnitudes <= 1.0).float().sum(1) > lower_rank, at_most_one, below)
-    above = torch.where(magnitudes > below[:, None], magnitudes, low * torch.finfo(torch.float32).max).amin(1)
+    above = torch.where(magnitudes > below[:, None], magnitudes, low * 0.0 + torch.finfo(torch.float32).max).amin(1)
     above = torch.where((magnitudes <= below[:, None]).float().sum(1) > lower_rank + 1, below, above)
     quantile = _lerp(below, above, weight_tensor)
     over = (magnitudes <= limit.max_value).float().sum(1) <= lower_rank

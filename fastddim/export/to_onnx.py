@@ -24,7 +24,7 @@ from fastddim.coefficients import StepTable
 from fastddim.config import Clip, DDIMConfig, DynamicThreshold, Limit, require_choice, require_int
 from fastddim.export.bundle import FORMAT, FORMAT_VERSION, Bundle, check_destination, write_bundle
 from fastddim.export.graph import as_loop, name_dims, strip, symbolic_dims, with_schedule
-from fastddim.export.modules import Denoiser, StepModule, describe
+from fastddim.export.modules import DTYPES, Denoiser, StepModule, describe, prepared
 from fastddim.export.schedule_module import ScheduleModule
 from fastddim.export.validate import PARITY_STEPS, measure_parity
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP
@@ -32,7 +32,6 @@ from fastddim.sampler import to_schedule
 from fastddim.schedule import Schedule
 
 GRAPHS = ("loop", "step")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MODEL_FILE = "model.onnx"
 # 21 and later have slower or refused operators in today's runtimes; 20 has all that the models need.
 _OPSET = 20
@@ -146,7 +145,7 @@ def export_onnx(
     denoiser = describe(model, None if sample_shape is None else tuple(sample_shape), example_kwargs)
     if options.dynamic_size and not denoiser.resizable:
         raise ValueError(f"dynamic_size: True for a {type(model).__name__}, whose size is fixed; leave it out")
-    with _prepared(denoiser.model, DTYPES[options.dtype]):
+    with prepared(denoiser.model, DTYPES[options.dtype]):
         module = StepModule(
             denoiser, schedule.config.limit, options.guided, options.guidance_rescale, options.stochastic
         )
@@ -168,29 +167,6 @@ def export_onnx(
             return manifest
 
         return write_bundle(target, force, fill)
-
-
-@contextlib.contextmanager
-def _prepared(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """The model in evaluation mode and of a dtype, and as it was afterwards."""
-    training = {module: module.training for module in model.modules()}
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    kept = [(tensor, tensor.data) for _, tensor in tensors if tensor.is_floating_point()]
-    grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.eval()
-        for parameter, _ in grads:
-            parameter.requires_grad_(False)
-        for tensor, data in kept:
-            tensor.data = data.to(dtype)
-        yield
-    finally:
-        for tensor, data in kept:
-            tensor.data = data
-        for parameter, wanted in grads:
-            parameter.requires_grad_(wanted)
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _to_graph(module: StepModule, denoiser: Denoiser, options: ExportOptions) -> onnx.ModelProto:
@@ -348,6 +324,7 @@ def _manifest(
             "baked_schedule": options.bake_schedule,
             "eta": float(options.eta),
             "use_clipped_model_output": bool(options.use_clipped_model_output),
+            "dtype": options.dtype,
             "limit": _limit_text(limit),
             "null_values": {
                 name: condition.null for name, condition in denoiser.conditions.items() if condition.null is not None

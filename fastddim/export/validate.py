@@ -10,8 +10,9 @@ import numpy as np
 import onnxruntime
 import torch
 
+from fastddim.config import DDIMConfig
 from fastddim.export.bundle import Bundle
-from fastddim.export.modules import Denoiser
+from fastddim.export.modules import DTYPES, Denoiser, describe, prepared
 from fastddim.export.ort import OrtSampler
 from fastddim.noise import STREAM_INITIAL, normal
 from fastddim.sampler import Sampler
@@ -70,6 +71,34 @@ def measure_parity(
                     f" {entry['tolerance']:.3g}) after {count} steps of a batch of {batch} of {shape}"
                 )
     return results
+
+
+def verify_bundle(
+    bundle: Bundle,
+    model: torch.nn.Module,
+    *,
+    example_kwargs: Mapping[str, torch.Tensor] | None = None,
+    steps: Sequence[int] = PARITY_STEPS,
+    tolerance: float | None = None,
+) -> list[dict[str, Any]]:
+    """Compare an opened bundle with the model it was exported from, as `export_onnx` does.
+
+    Args:
+        bundle: from `open_bundle`.
+        model: in torch; it is not changed.
+        example_kwargs: as for `export_onnx`.
+        steps, tolerance: as `measure_parity`'s.
+
+    Returns:
+        The measured entries.
+
+    Raises:
+        ParityError: as `measure_parity`.
+    """
+    denoiser = describe(model, tuple(bundle.manifest["sample"]["shape"]), example_kwargs)
+    schedule = Schedule(DDIMConfig.from_dict(bundle.manifest["schedule"]))
+    with prepared(model, DTYPES[bundle.manifest["sampling"]["dtype"]]):
+        return measure_parity(bundle, denoiser, schedule, steps=steps, tolerance=tolerance)
 
 
 def _compare(

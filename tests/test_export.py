@@ -1,0 +1,584 @@
+"""Exported ONNX files, run with ONNX Runtime, against diffusers' loop, the sampler and torch's own quantile."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import diffusers
+import jsonschema
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+import fastddim
+from fastddim import DDIMConfig, DynamicThreshold, Sampler
+from fastddim.cli import main
+from fastddim.export import (
+    BundleError,
+    ExportError,
+    ExportOptions,
+    NotFiniteError,
+    OrtSampler,
+    ParityError,
+    export_onnx,
+    modules,
+    open_bundle,
+    validate,
+    verify_bundle,
+)
+from fastddim.export.bundle import manifest_schema, write_bundle
+from fastddim.export.graph import node_kinds, symbolic_dims
+from fastddim.export.schedule_module import ScheduleModule
+from fastddim.models.policy import ActionUNet1d
+from fastddim.reference import apply_limit
+from fastddim.schedule import Schedule
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+QUICK = (1, 4)
+
+
+class Tiny(torch.nn.Module):
+    """Fast to export, and as nonlinear as a step needs."""
+
+    def __init__(self, channels=2):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = torch.nn.Conv2d(channels, channels, 3, padding=1)
+        self.embedding = torch.nn.Embedding(5, channels)
+
+    def forward(self, x, t, labels):
+        shift = torch.cos(t.to(x.dtype) / 200)[:, None] + self.embedding(labels)
+        return torch.tanh(self.conv(x)) + shift[:, :, None, None]
+
+
+SHAPE = (2, 6, 6)
+LABELS = torch.tensor([1, 4, 2])
+
+
+def export_tiny(folder, config=None, **options):
+    return export_onnx(
+        Tiny(),
+        config or DDIMConfig(),
+        folder,
+        ExportOptions(**options),
+        sample_shape=SHAPE,
+        example_kwargs={"labels": LABELS},
+        parity_steps=QUICK,
+    )
+
+
+def run_tiny(bundle, batch=3, **arguments):
+    labels = np.resize(LABELS.numpy(), batch)
+    guided = bundle.manifest["sampling"]["guided"]
+    uncond = {"labels": np.zeros(batch, dtype=np.int64)} if guided else None
+    return OrtSampler(bundle)(batch, seeds=5, labels=labels, uncond_kwargs=uncond, **arguments)
+
+
+def sample_tiny(config, steps, batch=3, **options):
+    labels = torch.from_numpy(np.resize(LABELS.numpy(), batch))
+    guided = options.get("guidance_scale") is not None
+    uncond = {"labels": torch.zeros_like(labels)} if guided else None
+    sampler = Sampler(Tiny(), config, steps, sample_shape=SHAPE, **options)
+    return sampler(batch, seeds=5, labels=labels, uncond_kwargs=uncond).numpy()
+
+
+CONFIGS = {
+    "epsilon, clip": DDIMConfig(),
+    "v, trailing": DDIMConfig(prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False),
+    "sample, linspace": DDIMConfig(prediction_type="sample", timestep_spacing="linspace"),
+    "threshold": DDIMConfig(thresholding=True, sample_max_value=1.5, dynamic_thresholding_ratio=0.9),
+    "threshold of 1": DDIMConfig(thresholding=True),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("graph", ["loop", "step"])
+def test_a_file_samples_as_the_sampler_does(tmp_path, name, graph):
+    config = CONFIGS[name]
+    bundle = export_tiny(tmp_path / "bundle", config, graph=graph, guided=True, guidance_rescale=True, stochastic=True)
+    for batch, steps, eta in ((1, 1, 0.0), (3, 7, 0.5), (8, 12, 1.0)):
+        actual = run_tiny(bundle, batch, num_inference_steps=steps, eta=eta, guidance_scale=3.0, guidance_rescale=0.7)
+        expected = sample_tiny(config, steps, batch, eta=eta, guidance_scale=3.0, guidance_rescale=0.7)
+        np.testing.assert_allclose(actual, expected, atol=2e-5)
+
+
+def test_scales_differ_from_sample_to_sample(tmp_path):
+    bundle = export_tiny(tmp_path / "bundle", guided=True)
+    actual = run_tiny(bundle, 2, num_inference_steps=5, guidance_scale=np.array([1.5, 6.0]))
+    for k, scale in enumerate((1.5, 6.0)):
+        np.testing.assert_allclose(actual[k], sample_tiny(DDIMConfig(), 5, 2, guidance_scale=scale)[k], atol=1e-5)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("eta", [0.0, 0.8])
+def test_a_baked_schedule_is_the_schedules_own_for_every_number_of_steps(spacing, eta):
+    config = DDIMConfig(timestep_spacing=spacing, steps_offset=1 if spacing == "leading" else 0)
+    schedule = Schedule(config)
+    module = ScheduleModule(schedule, eta, True)
+    for steps in range(1, 1000):
+        timesteps, coefficients = module(torch.tensor(steps))
+        pairs = schedule.pairs(steps)
+        assert timesteps.tolist() == [t for t, _ in pairs]
+        if steps < 30 or steps % 111 == 0:
+            table = fastddim.StepTable.build(schedule, pairs, eta=eta, use_clipped_model_output=True)
+            np.testing.assert_allclose(coefficients, table.columns, rtol=1e-6, atol=1e-7)
+
+
+def test_a_file_with_a_baked_schedule_needs_a_number_of_steps_alone(tmp_path):
+    config = DDIMConfig(timestep_spacing="trailing", prediction_type="v_prediction")
+    bundle = export_tiny(tmp_path / "bundle", config, bake_schedule=True, stochastic=True, eta=1.0)
+    assert sorted(bundle.names("inputs")) == ["labels", "noise", "num_inference_steps", "sample"]
+    for steps in (1, 7, 30):
+        actual = run_tiny(bundle, num_inference_steps=steps)
+        np.testing.assert_allclose(actual, sample_tiny(config, steps, eta=1.0), atol=2e-5)
+    with pytest.raises(ValueError, match="timesteps, eta: this bundle derives its table itself"):
+        run_tiny(bundle, eta=0.0)
+    with pytest.raises(ValueError, match="quadratic"):
+        export_tiny(tmp_path / "other", DDIMConfig(timestep_spacing="quadratic"), bake_schedule=True)
+    assert os.listdir(tmp_path) == ["bundle"]
+
+
+@pytest.mark.parametrize("largest_topk", [modules.LARGEST_TOPK, 0], ids=["topk", "bisection"])
+@pytest.mark.parametrize("n", [2, 7, 100, 3000])
+def test_thresholds_are_torchs_quantile(largest_topk, n, monkeypatch):
+    monkeypatch.setattr(modules, "LARGEST_TOPK", largest_topk)
+    for ratio, maximum, spread in itertools.product((0.0, 0.5, 0.995, 1.0), (1.2, 2.0, 9.0), (0.3, 1.0, 5.0)):
+        x0 = spread * torch.randn(3, n, generator=torch.Generator().manual_seed(n))
+        # Ties at the quantile.
+        x0[0] = x0[0].round()
+        limit = DynamicThreshold(ratio, maximum)
+        torch.testing.assert_close(modules.limit_x0(x0, limit), apply_limit(x0.clone(), limit), rtol=0, atol=2e-7)
+
+
+def test_large_samples_threshold_by_bisection_in_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(modules, "LARGEST_TOPK", 0)
+    config = DDIMConfig(thresholding=True, sample_max_value=1.5, dynamic_thresholding_ratio=0.8)
+    bundle = export_tiny(tmp_path / "bundle", config)
+    assert "TopK" not in node_kinds([onnx.load(bundle.model_path).graph])
+    np.testing.assert_allclose(run_tiny(bundle, num_inference_steps=6), sample_tiny(config, 6), atol=1e-5)
+
+
+def test_dynamic_sizes_stay_symbolic_and_work(tmp_path):
+    unet = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+    )  # fmt: skip
+    config = DDIMConfig(thresholding=True, sample_max_value=1.5)
+    options = ExportOptions(dynamic_size=True, stochastic=True)
+    bundle = export_onnx(unet, config, tmp_path / "bundle", options, parity_steps=(1, 3))
+    dims = symbolic_dims(onnx.load(bundle.model_path).graph)
+    assert dims["sample"] == dims["samples"] == ["batch", 1, "height", "width"]
+    assert dims["noise"] == ["steps", "batch", 1, "height", "width"]
+    actual = OrtSampler(bundle)(2, seeds=1, num_inference_steps=4, eta=0.5, size=(12, 16))
+    expected = Sampler(unet, config, 4, eta=0.5, sample_shape=(1, 12, 16))(2, seeds=1)
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+def conditional_unet(**options):
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=12, attention_head_dim=4, **options,
+    )  # fmt: skip
+    with torch.no_grad():
+        unet.conv_out.weight.mul_(0.1)
+    return unet.eval()
+
+
+XL = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 6 * 4 + 10,
+}
+
+
+def diffusers_loop(unet, steps, start, embeds, null, scale, added, added_null):
+    """diffusers' own scheduler and guidance around the model."""
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, steps_offset=0)
+    scheduler.set_timesteps(steps)
+    x = start
+    for t in scheduler.timesteps:
+        kwargs = {} if added is None else {"added_cond_kwargs": added}
+        null_kwargs = {} if added is None else {"added_cond_kwargs": added_null}
+        cond = unet(x, t, encoder_hidden_states=embeds, **kwargs).sample
+        uncond = unet(x, t, encoder_hidden_states=null, **null_kwargs).sample
+        x = scheduler.step(uncond + scale * (cond - uncond), t, x).prev_sample
+    return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_text_conditioned_unets_give_diffusers_own_loop(tmp_path, kind):
+    unet = conditional_unet(**(XL if kind == "sdxl" else {}))
+    config = DDIMConfig(clip_sample=False)
+    bundle = export_onnx(unet, config, tmp_path / "bundle", ExportOptions(guided=True), parity_steps=QUICK, force=False)
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    start, embeds, null = draw(2, 4, 8, 8), draw(2, 77, 12), draw(2, 77, 12)
+    added = added_null = None
+    conditions, uncond = {"encoder_hidden_states": embeds.numpy()}, {"encoder_hidden_states": null.numpy()}
+    if kind == "sdxl":
+        added = {"text_embeds": draw(2, 10), "time_ids": draw(2, 6)}
+        added_null = {"text_embeds": draw(2, 10), "time_ids": draw(2, 6)}
+        conditions |= {name: value.numpy() for name, value in added.items()}
+        uncond |= {name: value.numpy() for name, value in added_null.items()}
+    actual = OrtSampler(bundle)(
+        start.numpy(), num_inference_steps=10, guidance_scale=5.0, uncond_kwargs=uncond, **conditions
+    )
+    expected = diffusers_loop(unet, 10, start, embeds, null, 5.0, added, added_null)
+    np.testing.assert_allclose(actual, expected, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_transformers_with_a_learned_variance_export_their_mean(tmp_path):
+    torch.manual_seed(0)
+    dit = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=4, in_channels=2, out_channels=4, num_layers=1, sample_size=4,
+        patch_size=2, num_embeds_ada_norm=6, norm_num_groups=2,
+    ).eval()  # fmt: skip
+    bundle = export_onnx(dit, DDIMConfig(), tmp_path / "bundle", ExportOptions(guided=True), parity_steps=QUICK)
+    assert bundle.manifest["sampling"]["null_values"] == {"class_labels": 6}
+    labels = np.array([0, 3])
+    actual = OrtSampler(bundle)(2, seeds=0, num_inference_steps=5, guidance_scale=2.0, class_labels=labels)
+    sampler = Sampler(
+        lambda x, t, class_labels: dit(x, timestep=t, class_labels=class_labels).sample[:, :2],
+        DDIMConfig(), 5, guidance_scale=2.0, sample_shape=(2, 4, 4),
+    )  # fmt: skip
+    expected = sampler(
+        2, seeds=0, class_labels=torch.from_numpy(labels), uncond_kwargs={"class_labels": torch.tensor([6, 6])}
+    )
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+def test_action_sequences_of_a_policy(tmp_path):
+    torch.manual_seed(0)
+    policy = ActionUNet1d(action_dim=3, obs_dim=5, channels=(16, 32), horizon=8)
+    config = DDIMConfig(num_train_timesteps=100, beta_schedule="squaredcos_cap_v2")
+    observation = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    bundle = export_onnx(
+        policy, config, tmp_path / "bundle", sample_shape=(8, 3), example_kwargs={"observation": observation},
+        parity_steps=(1, 10),
+    )  # fmt: skip
+    assert bundle.manifest["sample"]["layout"] == "N..."
+    actual = OrtSampler(bundle)(4, seeds=2, num_inference_steps=10, observation=observation.numpy())
+    expected = Sampler(policy, config, 10, sample_shape=(8, 3))(4, seeds=2, observation=observation)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_half_precision_weights_keep_a_float32_state(tmp_path):
+    bundle = export_tiny(tmp_path / "bundle", dtype="float16", guided=True)
+    model = onnx.load(bundle.model_path)
+    (loop,) = (node for node in model.graph.node if node.op_type == "Loop")
+    weights = {tensor.name: tensor.data_type for tensor in loop.attribute[0].g.initializer if tensor.dims}
+    assert onnx.TensorProto.FLOAT16 in weights.values()
+    actual = run_tiny(bundle, num_inference_steps=8, guidance_scale=2.0)
+    assert actual.dtype == np.float32
+    np.testing.assert_allclose(actual, sample_tiny(DDIMConfig(), 8, guidance_scale=2.0), atol=5e-3)
+
+
+def test_the_model_is_left_as_it_was(tmp_path):
+    model = Tiny().train()
+    weight = model.conv.weight
+    before = weight.detach().clone()
+    export_onnx(
+        model, DDIMConfig(), tmp_path / "bundle", ExportOptions(dtype="float16"), sample_shape=SHAPE,
+        example_kwargs={"labels": LABELS}, parity_steps=(1,),
+    )  # fmt: skip
+    assert model.training and model.conv.weight is weight and weight.requires_grad
+    assert weight.dtype == torch.float32 and torch.equal(weight, before)
+
+
+def test_the_same_export_gives_the_same_bytes(tmp_path):
+    first, second = (export_tiny(tmp_path / name, guided=True, bake_schedule=True) for name in "ab")
+    assert first.model_path.read_bytes() == second.model_path.read_bytes()
+    assert b"test_export" not in first.model_path.read_bytes()
+
+
+def test_the_manifest_describes_the_file_and_keeps_its_schema(tmp_path):
+    bundle = export_tiny(tmp_path / "bundle", guided=True, stochastic=True)
+    jsonschema.Draft202012Validator.check_schema(manifest_schema())
+    jsonschema.validate(json.loads((bundle.path / "manifest.json").read_text()), manifest_schema())
+    graph = onnx.load(bundle.model_path).graph
+    assert [(item["name"], item["shape"]) for item in bundle.manifest["inputs"]] == [
+        (value.name, symbolic_dims(graph)[value.name]) for value in graph.input
+    ]
+    assert all(item["meaning"] for item in (*bundle.manifest["inputs"], *bundle.manifest["outputs"]))
+    assert [entry["steps"] for entry in bundle.manifest["parity"]] == [*QUICK, *QUICK]
+    expected = fastddim.StepTable.build(
+        Schedule(DDIMConfig()), Schedule(DDIMConfig()).pairs(50), use_clipped_model_output=True
+    )
+    assert bundle.manifest["table"]["timesteps"] == list(expected.timesteps)
+    assert np.array_equal(bundle.manifest["table"]["coefficients"], expected.columns)
+    assert sorted(bundle.manifest["files"]) == ["README.md", "model.onnx"]
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kept") / "bundle"
+    export_tiny(folder, guided=True)
+    return folder
+
+
+@pytest.fixture
+def copied(kept, tmp_path):
+    return shutil.copytree(kept, tmp_path / "bundle")
+
+
+def edit(folder, change):
+    file = folder / "manifest.json"
+    manifest = json.loads(file.read_text())
+    change(manifest)
+    file.write_text(json.dumps(manifest))
+
+
+def flip_a_byte(folder):
+    file = folder / "model.onnx"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "SHA-256": flip_a_byte,
+    "bytes, the manifest says": lambda folder: (folder / "model.onnx").write_bytes(b"x"),
+    "model.onnx' is missing": lambda folder: (folder / "model.onnx").unlink(),
+    "manifest.json' is missing": lambda folder: (folder / "manifest.json").unlink(),
+    "cannot be read": lambda folder: (folder / "manifest.json").write_text('{"format": '),
+    "is no manifest of a fastddim bundle": lambda folder: (folder / "manifest.json").write_text("[]"),
+    "format_version 2, this fastddim reads up to 1; update it": lambda folder: edit(
+        folder, lambda manifest: manifest.update(format_version=2)
+    ),
+    "format_version 'x'": lambda folder: edit(folder, lambda manifest: manifest.update(format_version="x")),
+    r"\$.table: 'timesteps' is a required property": lambda folder: edit(
+        folder, lambda manifest: manifest["table"].pop("timesteps")
+    ),
+    r"\$.graph: 'whole' is not one of": lambda folder: edit(folder, lambda manifest: manifest.update(graph="whole")),
+    "'../model.onnx', which leads out of the folder": lambda folder: edit(
+        folder, lambda manifest: manifest["files"].update({"../model.onnx": {"sha256": "", "bytes": 1}})
+    ),
+    "'/etc/passwd', which leads out of the folder": lambda folder: edit(
+        folder, lambda manifest: manifest["files"].update({"/etc/passwd": {"sha256": "", "bytes": 1}})
+    ),
+    "names no file 'other.onnx'": lambda folder: edit(folder, lambda manifest: manifest.update(model="other.onnx")),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_a_damaged_bundle_is_refused(copied, message):
+    open_bundle(copied)
+    DAMAGE[message](copied)
+    with pytest.raises(BundleError, match=message):
+        OrtSampler(copied)
+
+
+def test_a_link_out_of_the_folder_is_refused(copied, tmp_path):
+    outside = tmp_path / "outside.onnx"
+    (copied / "model.onnx").rename(outside)
+    (copied / "model.onnx").symlink_to(outside)
+    with pytest.raises(BundleError, match="leads out of the folder"):
+        open_bundle(copied)
+
+
+def test_nothing_is_replaced_without_force(copied, tmp_path):
+    with pytest.raises(FileExistsError, match="--force"):
+        export_tiny(copied)
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    (stranger / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is no bundle, so --force does not replace it"):
+        export_onnx(Tiny(), DDIMConfig(), stranger, sample_shape=SHAPE, example_kwargs={"labels": LABELS}, force=True)
+    assert (stranger / "thesis.txt").read_text() == "mine"
+    with pytest.raises(NotADirectoryError, match=r"out: .* is no folder"):
+        export_tiny(tmp_path / "none" / "bundle")
+    before = open_bundle(copied).manifest["files"]
+    export_onnx(
+        Tiny(), DDIMConfig(), copied, sample_shape=SHAPE, example_kwargs={"labels": LABELS}, force=True,
+        parity_steps=(1,),
+    )  # fmt: skip
+    assert open_bundle(copied).manifest["files"] != before
+    assert sorted(os.listdir(tmp_path)) == ["bundle", "stranger"]
+
+
+def test_a_crash_leaves_nothing_half_written(tmp_path):
+    def fill(folder):
+        (folder / "model.onnx").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_bundle(tmp_path / "bundle", False, fill)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_that_differs_from_torch_is_not_written(tmp_path, monkeypatch):
+    real = validate._sample
+    monkeypatch.setattr(validate, "_sample", lambda *arguments: real(*arguments) + 1e-3)
+    with pytest.raises(ParityError, match=r"differs from torch by 0\.001"):
+        export_tiny(tmp_path / "bundle")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_bundle_is_compared_again_with_its_model(kept):
+    model = Tiny()
+    entries = verify_bundle(open_bundle(kept), model, example_kwargs={"labels": LABELS}, steps=(2,))
+    assert [entry["batch"] for entry in entries] == [1, 3]
+    with torch.no_grad():
+        model.conv.weight.mul_(1.01)
+    with pytest.raises(ParityError):
+        verify_bundle(open_bundle(kept), model, example_kwargs={"labels": LABELS}, steps=(2,))
+
+
+class FixedSize(torch.nn.Module):
+    def forward(self, x, t):
+        return x * 0.1 if x.shape[0] == 4 else x * 0.1 + 0.0 * float(x.shape[0])
+
+
+class Unsupported(torch.nn.Module):
+    def forward(self, x, t):
+        return x * float(x.sum() > 0)
+
+
+def test_models_that_cannot_be_exported_are_named(tmp_path):
+    with pytest.raises(ExportError, match="model: Unsupported cannot be exported"):
+        export_onnx(Unsupported(), DDIMConfig(), tmp_path / "bundle", sample_shape=(2, 4, 4))
+    with pytest.raises(ExportError, match="model: "):
+        export_onnx(FixedSize(), DDIMConfig(), tmp_path / "bundle", sample_shape=(2, 4, 4))
+    with pytest.raises(ValueError, match="sample_shape: not known for a Tiny"):
+        export_onnx(Tiny(), DDIMConfig(), tmp_path / "bundle")
+    with pytest.raises(TypeError, match="model: function; pass a torch module"):
+        export_onnx(lambda x, t: x, DDIMConfig(), tmp_path / "bundle")
+    with pytest.raises(ValueError, match="dynamic_size: True for a Tiny"):
+        export_tiny(tmp_path / "bundle", dynamic_size=True)
+    assert os.listdir(tmp_path) == []
+
+
+BAD_OPTIONS = {
+    "graph: 'all' is not one of": {"graph": "all"},
+    "dtype: 'int8' is not one of": {"dtype": "int8"},
+    "guidance_rescale: True without guided": {"guidance_rescale": True},
+    "bake_schedule: True with graph 'step'": {"bake_schedule": True, "graph": "step"},
+    "eta: 0.5 adds noise; pass stochastic=True": {"eta": 0.5},
+}
+
+
+@pytest.mark.parametrize("message", BAD_OPTIONS)
+def test_bad_options_are_named(message):
+    with pytest.raises(ValueError, match=message):
+        ExportOptions(**BAD_OPTIONS[message])
+
+
+BAD_CALLS = {
+    "guidance_scale: None; this bundle has guidance": {"guidance_scale": None},
+    "guidance_scale: .*; pass a finite number, or one for each of 3": {"guidance_scale": np.ones(2)},
+    "guidance_scale: nan": {"guidance_scale": float("nan")},
+    "guidance_rescale: 0.5, but this bundle was exported without it": {"guidance_rescale": 0.5},
+    "eta: 0.5, but this bundle has no input for noise": {"eta": 0.5},
+    "num_inference_steps: 0": {"num_inference_steps": 0},
+    r"labels: int64 of shape \(2,\); pass int64 of shape \(3,\)": {"labels": np.zeros(2, dtype=np.int64)},
+    "labels: float64": {"labels": np.zeros(3)},
+    "class_labels: this bundle takes labels": {"class_labels": np.zeros(3)},
+    "uncond_kwargs: 'labels' is missing": {"uncond_kwargs": None},
+    "seeds: None": {"seeds": None},
+    r"size: \(8, 8\); this bundle makes samples of \(6, 6\) alone": {"size": (8, 8)},
+}
+
+
+@pytest.mark.parametrize("message", BAD_CALLS)
+def test_bad_calls_are_named(kept, message):
+    arguments = {
+        "seeds": 0,
+        "guidance_scale": 2.0,
+        "labels": LABELS.numpy(),
+        "uncond_kwargs": {"labels": np.zeros(3, dtype=np.int64)},
+    }
+    with pytest.raises(ValueError, match=message):
+        OrtSampler(kept)(3, **{**arguments, **BAD_CALLS[message]})
+
+
+def test_states_that_do_not_fit_are_named(kept):
+    sampler = OrtSampler(kept)
+    for start in (np.zeros((1, 2, 5, 6), np.float32), np.zeros((1, 2, 6, 6), np.int64), 0, True):
+        with pytest.raises(ValueError, match="start: "):
+            sampler(start, seeds=0, guidance_scale=1.0, labels=LABELS.numpy()[:1])
+
+
+def test_providers_that_are_not_there_are_named(kept):
+    with pytest.raises(ValueError, match=r"providers: 'CUDAExecutionProvider' is not among .*; pip install"):
+        OrtSampler(kept, providers="cuda")
+
+
+@pytest.mark.parametrize("graph", ["loop", "step"])
+def test_the_step_at_which_nan_appears_is_found(tmp_path, graph):
+    class Overflows(torch.nn.Module):
+        def forward(self, x, t):
+            # Infinite from timestep 500 down.
+            return x * 0.1 + torch.where(t < 500, torch.inf, 0.0).reshape(-1, 1, 1, 1) * 1.0
+
+    config = DDIMConfig(clip_sample=False)
+    with pytest.raises(ParityError):
+        export_onnx(Overflows(), config, tmp_path / "bundle", sample_shape=(1, 2, 2), parity_steps=(10,))
+    options = ExportOptions(graph=graph)
+    export_onnx(Overflows(), config, tmp_path / "bundle", options, sample_shape=(1, 2, 2), parity_steps=())
+    sampler = OrtSampler(tmp_path / "bundle", check_finite=True)
+    with pytest.raises(NotFiniteError, match=r"after step 5 \(timestep 400\)"):
+        sampler(1, seeds=0, num_inference_steps=10)
+    assert np.isfinite(sampler(1, seeds=0, timesteps=[900, 600])).all()
+    assert np.isnan(OrtSampler(tmp_path / "bundle")(1, seeds=0, num_inference_steps=10)).any()
+
+
+def test_running_a_bundle_needs_no_torch(kept):
+    code = f"""
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ('torch', 'diffusers', 'triton', 'onnx'):
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+import numpy as np
+from fastddim.export import OrtSampler
+null = {{'labels': np.zeros(2, dtype=np.int64)}}
+print(OrtSampler({str(kept)!r})(2, seeds=5, num_inference_steps=4, guidance_scale=2.0, labels=np.array([1, 4]),
+                                uncond_kwargs=null).sum())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(
+        float(sample_tiny(DDIMConfig(), 4, 2, guidance_scale=2.0).sum()), abs=1e-3
+    )
+
+
+def test_the_digits_from_the_shell(tmp_path, capsys):
+    """The commands as a user types them: export, run, verify; the pictures are the sampler's."""
+    bundle, picture = tmp_path / "digits", tmp_path / "digits.png"
+    assert main(["export", "--out", str(bundle), "--guidance", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert max(entry["largest_error"] for entry in told["parity"]) <= 1e-4
+    assert {entry["steps"] for entry in told["parity"]} == {1, 10, 50}
+    assert max(entry["largest_error"] for entry in told["parity"] if entry["steps"] == 1) <= 2e-6
+    run = ["run", str(bundle), "--labels", "3,1,4", "--steps", "20", "--seed", "7"]
+    assert main([*run, "--out", str(picture)]) == 0
+    sampled = tmp_path / "sampled.png"
+    sample = ["sample", "--labels", "3,1,4", "--num-images", "3", "--steps", "20", "--seed", "7"]
+    assert main([*sample, "--guidance-scale", "2", "--out", str(sampled)]) == 0
+    ours, theirs = (np.asarray(Image.open(path)).astype(int) for path in (picture, sampled))
+    assert ours.shape == theirs.shape and np.abs(ours - theirs).max() <= 1
+    capsys.readouterr()
+    assert main(["export", "--verify", str(bundle)]) == 0
+    assert "largest difference from torch" in capsys.readouterr().out
+    assert main(["export", "--out", str(bundle)]) == 2
+    assert "exists; pass another folder, or --force" in capsys.readouterr().err
+    assert main([*run, "--providers", "cuda", "--out", str(picture)]) == 2
+    assert "pip install" in capsys.readouterr().err
+    assert main(["export"]) == 2
+    assert "--out, --verify: pass one of the two" in capsys.readouterr().err
+    assert main(["run", str(tmp_path)]) == 2
+    assert "manifest.json' is missing" in capsys.readouterr().err
