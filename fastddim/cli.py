@@ -24,7 +24,18 @@ from rich.text import Text
 
 import fastddim
 from fastddim import cli_export
-from fastddim.cli_options import Device, Json, Model, Out, Steps, integer, number, parse_integers
+from fastddim.cli_options import (
+    Device,
+    Json,
+    Model,
+    Out,
+    Steps,
+    integer,
+    load_model,
+    naming,
+    number,
+    parse_integers,
+)
 from fastddim.config import require_int, require_number
 
 if TYPE_CHECKING:
@@ -168,11 +179,11 @@ def sample(
     if batch_size is not None:
         require_int("--batch-size", batch_size, 1)
     classes = None if labels is None else parse_integers(labels, "--labels")
-    with _naming("path", "--out"):
+    with naming("path", "--out"):
         check_picture(out)
     target = _pick_device(device)
 
-    pipeline = _load(model)
+    pipeline = load_model(model)
     null = _null_class(pipeline)
     if guidance_scale is None and null is not None:
         guidance_scale = _DEFAULT_GUIDANCE
@@ -207,15 +218,6 @@ def sample(
         typer.echo(f"{str(out)!r}: {num_images} images, {seconds / num_images:.3g} s per image on {sampler.device}")
 
 
-@contextlib.contextmanager
-def _naming(argument: str, option: str) -> Iterator[None]:
-    """Let an error that the library raises for an argument name the option that the user typed."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{option}: {str(error).removeprefix(f'{argument}: ')}") from error
-
-
 def _pick_device(name: str | None) -> torch.device:
     import torch
 
@@ -226,16 +228,6 @@ def _pick_device(name: str | None) -> torch.device:
     if name not in valid:
         raise ValueError(f"--device: {name!r} is not on this machine; pass one of {', '.join(valid)}")
     return torch.device(name)
-
-
-def _load(model: str | None) -> DDIMPipeline:
-    import diffusers
-
-    # Errors come as exceptions; diffusers' own lines and bars would only repeat them.
-    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)
-    diffusers.utils.logging.disable_progress_bar()
-    with _naming("model", "--model"):
-        return fastddim.load_pipeline(model)
 
 
 def _null_class(pipeline: DDIMPipeline) -> int | None:
@@ -329,7 +321,7 @@ def _check_grid(out: Path, sampler: Sampler, count: int, **layout: Any) -> None:
     """Refuse before the work a grid that its file's format could not hold."""
     from fastddim.pictures import GridLayout, check_picture
 
-    with _naming("path", "--out"):
+    with naming("path", "--out"):
         check_picture(out, GridLayout.plan(count, *_picture_shape(sampler)[1:], **layout).size)
 
 
@@ -337,7 +329,7 @@ def _save_grid(out: Path, images: torch.Tensor, **layout: Any) -> None:
     from fastddim.pictures import make_grid, save_picture
 
     picture = make_grid(images, **layout)
-    with _naming("path", "--out"):
+    with naming("path", "--out"):
         save_picture(picture, out)
 
 
@@ -383,7 +375,7 @@ def invert(
     if batch_size is not None:
         require_int("--batch-size", batch_size, 1)
     classes = _check_strip(len(pictures), steps, guidance_scale, labels, out)
-    with _naming("path", "PICTURE"):
+    with naming("path", "PICTURE"):
         opened = [open_picture(path) for path in pictures]
     if out.exists() and any(os.path.samefile(out, path) for path in pictures):
         raise ValueError(f"--out: {str(out)!r} is one of the pictures; pass another path")
@@ -515,7 +507,7 @@ def _check_strip(
         require_number("--guidance-scale", guidance_scale, -1e4, 1e4)
         if classes is None and guidance_scale != 1:
             raise ValueError(f"--guidance-scale: {guidance_scale!r} without --labels to guide towards; pass both")
-    with _naming("path", "--out"):
+    with naming("path", "--out"):
         check_picture(out)
     return classes
 
@@ -528,7 +520,7 @@ def _load_strip(
     classes: list[int] | None,
     target: torch.device,
 ) -> _Strip:
-    pipeline = _load(model)
+    pipeline = load_model(model)
     null = _null_class(pipeline)
     scale = _pick_guidance(guidance_scale, 0.0, null)
     cycle = _pick_labels(classes or (None if null is None else [null]), null)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from fastddim.cli_options import Json, Model, Out, integer, number, parse_integers
+from fastddim.cli_options import Json, Model, Out, integer, load_model, number, parse_integers
 
 app = typer.Typer()
 
@@ -46,12 +46,11 @@ def export(
     if (out is None) == (verify is None):
         raise ValueError("--out, --verify: pass one of the two")
     from fastddim.export import ExportOptions, export_onnx, open_bundle, verify_bundle
-    from fastddim.pipeline import load_pipeline
 
     start = time.perf_counter()
     if verify is not None:
         bundle = open_bundle(verify)
-        pipeline = load_pipeline(model)
+        pipeline = load_model(model)
         parity = verify_bundle(bundle, pipeline.unet, tolerance=tolerance)
     else:
         assert out is not None
@@ -66,7 +65,7 @@ def export(
             dtype=dtype,
             dynamic_size=dynamic_size,
         )
-        pipeline = load_pipeline(model)
+        pipeline = load_model(model)
         bundle = export_onnx(pipeline.unet, pipeline.scheduler, out, options, force=force, tolerance=tolerance)
         parity = bundle.manifest["parity"]
     seconds = time.perf_counter() - start

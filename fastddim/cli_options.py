@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+import fastddim
+
+if TYPE_CHECKING:
+    from fastddim.pipeline import DDIMPipeline
 
 
 # typer's own message for these leaves out the value.
@@ -40,3 +47,23 @@ def parse_integers(text: str, option: str) -> list[int]:
             raise ValueError(f"{option}: {part.strip()!r} in {text!r}; pass integers with commas, such as 0,1,2")
         integers.append(int(part))
     return integers
+
+
+@contextlib.contextmanager
+def naming(argument: str, option: str) -> Iterator[None]:
+    """Let an error that the library raises for an argument name the option that the user typed."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{option}: {str(error).removeprefix(f'{argument}: ')}") from error
+
+
+def load_model(model: str | None) -> DDIMPipeline:
+    """`fastddim.load_pipeline` of an option's value, without diffusers' own output."""
+    import diffusers
+
+    # Errors come as exceptions; diffusers' own lines and bars would only repeat them.
+    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)
+    diffusers.utils.logging.disable_progress_bar()
+    with naming("model", "--model"):
+        return fastddim.load_pipeline(model)

@@ -310,20 +310,60 @@ def _digits_model(problem: LoopProblem) -> tuple[Any, dict[str, Any]]:
     return UNet2DModel.from_pretrained(EMBEDDED_MODEL / "unet"), {"class_labels": torch.full(problem.shape[:1], 3)}
 
 
+_DIGITS = LoopProblem(
+    shape=(1, 1, 16, 16),
+    num_train_timesteps=1000,
+    num_steps=20,
+    prediction_type="v_prediction",
+    timestep_spacing="trailing",
+)
+
+
 def loop_suite(quick: bool = False) -> list[Case]:
     """Whole runs of small models at batch 1, where what the loop costs beside the model counts; `quick` is the same."""
     policy = LoopProblem(shape=(1, 16, 7), num_train_timesteps=100, num_steps=10)
-    digits = LoopProblem(
-        shape=(1, 1, 16, 16),
-        num_train_timesteps=1000,
-        num_steps=20,
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-    )
     return [
         loop_case("policy", policy, partial(_policy_model, policy)),
-        loop_case("digits", digits, partial(_digits_model, digits)),
+        loop_case("digits", _DIGITS, partial(_digits_model, _DIGITS)),
     ]
+
+
+def _ort_call(inputs: LoopInputs) -> Call:
+    """The run as one exported file, on as many threads as torch has."""
+    import tempfile
+
+    import onnxruntime
+    import torch
+
+    import fastddim
+    from fastddim.export import ExportOptions, OrtSampler, export_onnx
+
+    problem = inputs.problem
+    options = ExportOptions(num_inference_steps=problem.num_steps, use_clipped_model_output=False)
+    session_options = onnxruntime.SessionOptions()
+    session_options.intra_op_num_threads = torch.get_num_threads()
+    # Threads that spin after a call would slow the candidate that follows.
+    session_options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    with tempfile.TemporaryDirectory() as folder:
+        config = fastddim.DDIMConfig(**_loop_config(problem))
+        bundle = export_onnx(inputs.model, config, f"{folder}/bundle", options, parity_steps=())
+        sampler = OrtSampler(bundle, providers="cpu", session_options=session_options)
+    start = inputs.start.numpy()
+    kwargs: dict[str, Any] = {name: value.numpy() for name, value in inputs.kwargs.items()}
+    return lambda: (sampler(start, **kwargs),)
+
+
+ORT_SAMPLER = Candidate("fastddim.export.OrtSampler", _ort_call)
+
+
+def export_suite(quick: bool = False) -> list[Case]:
+    """Whole runs of the embedded model from one exported file, against diffusers' loop; `quick` is batch 1 alone."""
+    cases = []
+    for batch, target in ((1, 2.0), (2, 1.4), (8, 1.0))[: 1 if quick else None]:
+        problem = replace(_DIGITS, shape=(batch, *_DIGITS.shape[1:]))
+        case = loop_case("digits", problem, partial(_digits_model, problem))
+        cases.append(replace(case, suite="export", candidates=(ORT_SAMPLER, DIFFUSERS_LOOP), target=target))
+    return cases
 
 
 def _import_call(code: str, modules: Sequence[str], _: Any) -> Call:
@@ -372,4 +412,9 @@ def import_suite(quick: bool = False) -> list[Case]:
     ]
 
 
-SUITES: dict[str, Callable[[bool], list[Case]]] = {"step": step_suite, "loop": loop_suite, "import": import_suite}
+SUITES: dict[str, Callable[[bool], list[Case]]] = {
+    "step": step_suite,
+    "loop": loop_suite,
+    "export": export_suite,
+    "import": import_suite,
+}
