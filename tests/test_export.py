@@ -28,6 +28,7 @@ from fastddim.export import (
     export_onnx,
     modules,
     open_bundle,
+    to_onnx,
     validate,
     verify_bundle,
 )
@@ -296,6 +297,20 @@ def test_the_model_is_left_as_it_was(tmp_path):
     )  # fmt: skip
     assert model.training and model.conv.weight is weight and weight.requires_grad
     assert weight.dtype == torch.float32 and torch.equal(weight, before)
+
+
+def test_weights_that_one_file_cannot_hold_lie_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(to_onnx, "_LARGEST_FILE", 1000)
+    model = Tiny(channels=24)
+    bundle = export_onnx(
+        model, DDIMConfig(), tmp_path / "bundle", sample_shape=(24, 6, 6), example_kwargs={"labels": LABELS},
+        parity_steps=QUICK,
+    )  # fmt: skip
+    assert sorted(bundle.manifest["files"]) == ["README.md", "model.onnx", "model.onnx.data"]
+    assert bundle.manifest["files"]["model.onnx.data"]["bytes"] >= 4 * model.conv.weight.numel()
+    actual = OrtSampler(bundle)(3, seeds=5, num_inference_steps=5, labels=LABELS.numpy())
+    expected = Sampler(model, DDIMConfig(), 5, sample_shape=(24, 6, 6))(3, seeds=5, labels=LABELS)
+    np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
 def test_the_same_export_gives_the_same_bytes(tmp_path):
