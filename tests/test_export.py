@@ -33,7 +33,7 @@ from fastddim.export import (
     verify_bundle,
 )
 from fastddim.export.bundle import manifest_schema, write_bundle
-from fastddim.export.graph import node_kinds, symbolic_dims
+from fastddim.export.graph import symbolic_dims
 from fastddim.export.schedule_module import ScheduleModule
 from fastddim.models.policy import ActionUNet1d
 from fastddim.reference import apply_limit
@@ -155,6 +155,15 @@ def test_thresholds_are_torchs_quantile(largest_topk, n, monkeypatch):
         x0[0] = x0[0].round()
         limit = DynamicThreshold(ratio, maximum)
         torch.testing.assert_close(modules.limit_x0(x0, limit), apply_limit(x0.clone(), limit), rtol=0, atol=2e-7)
+
+
+def node_kinds(graphs):
+    """The operators in graphs and the graphs inside them."""
+    kinds = set()
+    for node in (node for graph in graphs for node in graph.node):
+        kinds.add(node.op_type)
+        kinds |= node_kinds(attribute.g for attribute in node.attribute if attribute.HasField("g"))
+    return kinds
 
 
 def test_large_samples_threshold_by_bisection_in_the_file(tmp_path, monkeypatch):
