@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help setup demo test slow check format bench budget gpu clean
+.PHONY: help setup cpp demo test slow check format bench budget gpu clean
 
 help:
 	@echo "make demo    sample a grid of handwritten digits: digits.png"
@@ -19,7 +19,7 @@ help:
 setup: $(STAMP)
 
 # The stamp comes last, so that an interrupted installation is taken up again.
-$(STAMP): pyproject.toml constraints.txt Makefile scripts/make_venv.sh
+$(STAMP): pyproject.toml constraints.txt Makefile scripts/make_venv.sh scripts/apt_install.sh
 	@echo "Installing into $(VENV); this takes a few minutes once."
 	sh scripts/make_venv.sh $(PYTHON) $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
@@ -28,10 +28,14 @@ $(STAMP): pyproject.toml constraints.txt Makefile scripts/make_venv.sh
 demo: setup
 	$(BIN)/fastddim sample --out digits.png
 
-test: setup
+# No stamp: a kept folder may meet a machine without the compilers.
+cpp: setup
+	@sh scripts/make_cpp.sh $(BIN)/python
+
+test: setup cpp
 	$(BIN)/python -m pytest $(ARGS)
 
-slow: setup
+slow: setup cpp
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 check: setup
