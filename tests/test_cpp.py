@@ -5,9 +5,11 @@ import json
 import os
 import platform
 import random
+import re
 import shutil
 import struct
 import subprocess
+import sys
 
 import diffusers
 import numpy as np
@@ -109,7 +111,11 @@ def draw_table(draw):
 
 
 def table_request(fields, eta, clipped, steps, timesteps):
-    names = {"beta_schedule": BETA_SCHEDULES, "prediction_type": PREDICTION_TYPES, "timestep_spacing": TIMESTEP_SPACINGS}
+    names = {
+        "beta_schedule": BETA_SCHEDULES,
+        "prediction_type": PREDICTION_TYPES,
+        "timestep_spacing": TIMESTEP_SPACINGS,
+    }
     plain = {name: names[name].index(value) if name in names else value for name, value in fields.items()}
     trained = plain.pop("trained_betas") or ()
     words = [*(int(value) if isinstance(value, bool) else repr(value) for value in plain.values()), repr(eta)]
@@ -625,22 +631,12 @@ add_executable(consumer main.cpp)
 target_link_libraries(consumer PRIVATE fastddim::ort)
 """
 
-MAIN = """
-#include <fastddim/ort_sampler.hpp>
-#include <cstdio>
-int main(int, char** words) {
-    const fastddim::OrtSampler sampler(fastddim::open_bundle(words[1]));
-    fastddim::Call call;
-    call.seeds = 1;
-    std::printf("%zu", sampler(call).values.size());
-}
-"""
 
-
-def test_an_installed_copy_is_found_by_cmake(release, bundles, tmp_path):
+def test_the_readmes_program_finds_an_installed_copy(release, bundles, tmp_path):
     prefix = tmp_path / "prefix"
     (tmp_path / "CMakeLists.txt").write_text(CONSUMER.format(version=fastddim.__version__))
-    (tmp_path / "main.cpp").write_text(MAIN)
+    (program,) = re.findall(r"```cpp\n(.*?)```", (ROOT / "cpp" / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "main.cpp").write_text(program)
     for command in (
         ["cmake", "--install", release, "--prefix", prefix],
         ["cmake", "-S", tmp_path, "-B", tmp_path / "out", f"-DCMAKE_PREFIX_PATH={prefix}",
@@ -648,12 +644,21 @@ def test_an_installed_copy_is_found_by_cmake(release, bundles, tmp_path):
         ["cmake", "--build", tmp_path / "out"],
     ):  # fmt: skip
         subprocess.run(command, check=True, capture_output=True)
-    done = subprocess.run([tmp_path / "out" / "consumer", bundles("resizable")], capture_output=True, text=True)
-    assert done.stdout == "64", done.stderr
+    (tmp_path / "digits").symlink_to(bundles("digits, loop"))
+    done = subprocess.run([tmp_path / "out" / "consumer"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "768 numbers\n", done.stderr
 
 
 def test_flags_that_would_change_the_bits_are_refused():
-    command = ["g++", "-std=c++17", "-fsyntax-only", f"-I{ROOT}/cpp/include", "-include", "fastddim/philox.hpp", "-xc++"]
+    command = [
+        "g++",
+        "-std=c++17",
+        "-fsyntax-only",
+        f"-I{ROOT}/cpp/include",
+        "-include",
+        "fastddim/philox.hpp",
+        "-xc++",
+    ]
     flags = {"-ffast-math": "-ffast-math and -Ofast change the bits", "-Ofast": "-ffast-math and -Ofast"}
     if platform.machine() == "x86_64":
         flags["-mfpmath=387"] = "float arithmetic in a wider type"
@@ -661,3 +666,13 @@ def test_flags_that_would_change_the_bits_are_refused():
         done = subprocess.run([*command, flag, "/dev/null"], capture_output=True, text=True)
         assert done.returncode != 0 and message in done.stderr
     assert subprocess.run([*command, "/dev/null"]).returncode == 0
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / "cpp_sampler.py", "--quick", "--json", tmp_path / "out.json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["status"] for row in rows] == ["ok"] * 4
