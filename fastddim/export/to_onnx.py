@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
 import torch
 from torch.export import Dim
@@ -149,15 +150,15 @@ def export_onnx(
         module = StepModule(
             denoiser, schedule.config.limit, options.guided, options.guidance_rescale, options.stochastic
         )
-        graph = strip(_to_graph(module, denoiser, options))
-        if options.graph == "loop":
-            graph = as_loop(graph)
-        if options.bake_schedule:
-            graph = with_schedule(graph, strip(_schedule_graph(schedule, options)))
-        _set_producer(graph)
 
         def fill(folder: Path) -> dict[str, Any]:
-            save(graph, folder / MODEL_FILE)
+            graph = strip(_to_graph(module, denoiser, options, folder / MODEL_FILE))
+            if options.graph == "loop":
+                graph = as_loop(graph)
+            if options.bake_schedule:
+                graph = with_schedule(graph, strip(_schedule_graph(schedule, options)))
+            graph.producer_name, graph.producer_version = "fastddim", fastddim.__version__
+            (folder / MODEL_FILE).write_bytes(graph.SerializeToString(deterministic=True))
             _check(folder / MODEL_FILE)
             manifest = _manifest(graph, denoiser, schedule, table, options)
             manifest["parity"] = measure_parity(
@@ -169,7 +170,8 @@ def export_onnx(
         return write_bundle(target, force, fill)
 
 
-def _to_graph(module: StepModule, denoiser: Denoiser, options: ExportOptions) -> onnx.ModelProto:
+def _to_graph(module: StepModule, denoiser: Denoiser, options: ExportOptions, path: Path) -> onnx.ModelProto:
+    """The step's graph; its weights are in it, or beside `path` where one file cannot hold them."""
     examples = module.example_inputs()
     names = list(examples)
     spatial = {2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if options.dynamic_size else {}
@@ -188,11 +190,20 @@ def _to_graph(module: StepModule, denoiser: Denoiser, options: ExportOptions) ->
         except Exception as error:
             raise ExportError(f"model: {type(denoiser.model).__name__} cannot be exported: {_told(error)}") from error
     assert exported is not None
-    graph: onnx.ModelProto = exported.model_proto
+    graph = _to_proto(exported.model, path)
     _require_symbolic(graph.graph, shapes)
     dims = _named_dims(graph.graph, denoiser, options)
     name_dims(graph.graph, dims)
     return graph
+
+
+def _to_proto(model: onnx_ir.Model, path: Path) -> onnx.ModelProto:
+    weights = [value.const_value for value in model.graph.initializers.values()]
+    if sum(weight.nbytes for weight in weights if weight is not None) < _LARGEST_FILE:
+        return onnx_ir.to_proto(model)
+    onnx_ir.save(model, path, external_data=f"{path.name}.data")
+    # What follows moves nodes; the weights stay where they are.
+    return onnx.load(path, load_external_data=False)
 
 
 def _schedule_graph(schedule: Schedule, options: ExportOptions) -> onnx.ModelProto:
@@ -256,20 +267,6 @@ def _named_dims(graph: onnx.GraphProto, denoiser: Denoiser, options: ExportOptio
         is_state = name in ("sample", "noise", "next_sample", "pred_original_sample")
         named[name] = state if is_state else ["batch", *dims[1:]]
     return named
-
-
-def _set_producer(graph: onnx.ModelProto) -> None:
-    graph.producer_name, graph.producer_version = "fastddim", fastddim.__version__
-
-
-def save(graph: onnx.ModelProto, path: Path) -> None:
-    """Write a graph, with its weights beside it where one file cannot hold them."""
-    if graph.ByteSize() < _LARGEST_FILE:
-        path.write_bytes(graph.SerializeToString(deterministic=True))
-        return
-    onnx.save_model(
-        graph, str(path), save_as_external_data=True, all_tensors_to_one_file=True, location=f"{path.name}.data"
-    )
 
 
 def _check(path: Path) -> None:
