@@ -3,8 +3,10 @@
 import functools
 import http.server
 import json
+import os
 import queue
 import shutil
+import signal
 import subprocess
 import threading
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 
 import fastddim
-from fastddim.export import ExportOptions, OrtSampler, export_onnx
+from fastddim.export import BundleError, ExportOptions, OrtSampler, export_onnx, open_bundle
 from fastddim.noise import STREAM_INITIAL, normal_numpy
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -30,10 +32,15 @@ RUNS = (
 def run_node(code, *arguments):
     """What a module printed, as bytes; `arguments` are its process.argv from 2 on."""
     done = subprocess.run(
-        ["node", "--input-type=module", "-", *arguments], input=code.encode(), capture_output=True, timeout=120, cwd=WEB
+        ["node", "--input-type=module", "-", *arguments], input=code.encode(), capture_output=True, timeout=60, cwd=WEB
     )
     assert done.returncode == 0, done.stderr.decode()
     return done.stdout
+
+
+def import_module(names):
+    """The line that imports `names` of the page's module."""
+    return f'import {{ {names} }} from "{WEB.as_uri()}/fastddim.js";\n'
 
 
 def expected_sample(bundle, run):
@@ -49,30 +56,54 @@ def expected_sample(bundle, run):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The page as a user has it, with the digits and two bundles that it cannot open."""
+    """The page as a user has it, with the digits and bundles that it refuses; in `bare`, without its runtime."""
     folder = tmp_path_factory.mktemp("web")
+    (folder / "bare").mkdir()
     for name in ("index.html", "fastddim.js"):
         shutil.copy(WEB / name, folder)
+        shutil.copy(WEB / name, folder / "bare")
     (folder / "node_modules").symlink_to(WEB / "node_modules")
     pipe = fastddim.load_pipeline()
     options = ExportOptions(guided=True, bake_schedule=True)
     export_onnx(pipe.unet, pipe.scheduler, folder / "digits", options, parity_steps=())
     manifest = json.loads((folder / "digits" / "manifest.json").read_text())
-    for name, changed in {"newer": {"format_version": 2}, "step": {"graph": "step"}}.items():
+    noise = {"name": "noise", "dtype": "float32", "shape": ["steps", "batch", 1, 16, 16], "meaning": "of each step"}
+    manifests = {
+        "broken": "{",
+        "foreign": "[]",
+        "newer": json.dumps({**manifest, "format_version": 2}),
+        "step": json.dumps({**manifest, "graph": "step"}),
+        "noisy": json.dumps({**manifest, "inputs": [*manifest["inputs"], noise]}),
+        "colour": json.dumps({**manifest, "sample": {**manifest["sample"], "shape": [3, 16, 16]}}),
+    }
+    for name, text in manifests.items():
         (folder / name).mkdir()
-        (folder / name / "manifest.json").write_text(json.dumps({**manifest, **changed}))
-    shutil.copytree(folder / "digits", folder / "cut")
-    (folder / "cut" / "model.onnx").write_bytes(b"\x08")
+        (folder / name / "manifest.json").write_text(text)
+    model = bytearray((folder / "digits" / "model.onnx").read_bytes())
+    # Inside a weight, so that the graph still opens.
+    model[len(model) // 2] ^= 1
+    for name, content in {"cut": b"\x08", "damaged": model}.items():
+        shutil.copytree(folder / "digits", folder / name)
+        (folder / name / "model.onnx").write_bytes(content)
     return folder
 
 
+def pythons_message(bundle):
+    """What Python tells of a bundle, with the names of its files as the page knows them."""
+    with pytest.raises(BundleError) as caught:
+        open_bundle(bundle)
+    return str(caught.value).replace(f"{bundle}/", "")
+
+
 def test_the_noise_is_pythons_bit_for_bit():
-    code = f"""
-import {{ normal }} from "{WEB.as_uri()}/fastddim.js";
+    code = (
+        import_module("normal")
+        + """
 const parts = JSON.parse(process.argv[2]).map(([seed, step, length, stream]) =>
   Buffer.from(normal(BigInt(seed), step, length, stream).slice().buffer));
 process.stdout.write(Buffer.concat(parts));
 """
+    )
     cases = [
         (seed, step, length, stream)
         for seed in (0, 7, 2**32 - 1, 2**32, 2**53 + 1, 2**64 - 1)
@@ -84,44 +115,88 @@ process.stdout.write(Buffer.concat(parts));
 
 
 def test_seeds_are_read_exactly_or_refused():
-    code = f"""
-import {{ parseSeed }} from "{WEB.as_uri()}/fastddim.js";
-const read = (text) => {{ try {{ return String(parseSeed(text)); }} catch (error) {{ return error.message; }} }};
+    code = (
+        import_module("parseSeed")
+        + """
+const read = (text) => { try { return String(parseSeed(text)); } catch (error) { return error.message; } };
 console.log(JSON.stringify(JSON.parse(process.argv[2]).map(read)));
 """
+    )
     good = ["0", "9007199254740993", str(2**64 - 1)]
     bad = ["", "-1", "1.5", "1e3", "0x10", str(2**64), "seven"]
     told = json.loads(run_node(code, json.dumps(good + bad)))
     assert told == good + [f"seed: {text}; pass an integer in [0, 2**64)" for text in bad]
 
 
-def test_the_module_in_node_samples_as_python_does(site):
-    code = f"""
+OPEN_IN_NODE = f"""
 import {{ readFile }} from "node:fs/promises";
+import {{ webcrypto }} from "node:crypto";
 import * as ort from "{WEB.as_uri()}/node_modules/onnxruntime-web/dist/ort.wasm.min.mjs";
-import {{ Sampler }} from "{WEB.as_uri()}/fastddim.js";
 ort.env.wasm.numThreads = 1;
-const sampler = await Sampler.open(ort, (name) => readFile(`${{process.argv[2]}}/${{name}}`));
-const drawn = [];
-for (const {{ steps, guidance, seed, label }} of JSON.parse(process.argv[3])) {{
-  drawn.push([...await sampler.sample({{ steps, guidanceScale: guidance, seed: BigInt(seed), label }})]);
-}}
-console.log(JSON.stringify(drawn));
+const site = process.argv[2];
+const open = (bundle) => Sampler.open(ort, (name) => readFile(`${{site}}/${{bundle}}/${{name}}`));
+const told = (promise) => promise.then(() => "nothing", (error) => error.message);
+const setCrypto = (value) => Object.defineProperty(globalThis, "crypto", {{ value, configurable: true }});
 """
-    drawn = json.loads(
-        run_node(code, str(site / "digits"), json.dumps([{**run, "seed": str(run["seed"])} for run in RUNS]))
+
+
+def test_the_module_in_node_samples_as_python_does(site):
+    code = (
+        import_module("Sampler")
+        + OPEN_IN_NODE
+        + """
+const sampler = await open("digits");
+const drawn = [];
+for (const { steps, guidance, seed, label } of JSON.parse(process.argv[3])) {
+  const settings = { numInferenceSteps: steps, guidanceScale: guidance, seed: BigInt(seed), label };
+  drawn.push([...await sampler.sample(settings)]);
+}
+const good = { numInferenceSteps: 1, guidanceScale: 1, seed: 0n, label: 0 };
+const bad = [
+  { numInferenceSteps: 0 }, { numInferenceSteps: 1.5 }, { guidanceScale: NaN }, { seed: 7 }, { seed: -1n }, { label: 10 }];
+const errors = [];
+for (const changed of bad) errors.push(await told(sampler.sample({ ...good, ...changed })));
+console.log(JSON.stringify({ drawn, errors }));
+"""
     )
-    for actual, run in zip(drawn, RUNS, strict=True):
+    report = json.loads(run_node(code, str(site), json.dumps([{**run, "seed": str(run["seed"])} for run in RUNS])))
+    for actual, run in zip(report["drawn"], RUNS, strict=True):
         np.testing.assert_allclose(actual, expected_sample(site / "digits", run), atol=1e-4)
+    assert report["errors"] == [
+        "numInferenceSteps: 0; pass an integer in [1, 1000]",
+        "numInferenceSteps: 1.5; pass an integer in [1, 1000]",
+        "guidanceScale: NaN; pass a finite number",
+        "seed: 7; pass a BigInt in [0, 2**64)",
+        "seed: -1; pass a BigInt in [0, 2**64)",
+        "label: 10; pass an integer in [0, 9]",
+    ]
+
+
+def test_the_hash_is_checked_where_there_is_web_crypto(site):
+    code = (
+        import_module("Sampler")
+        + OPEN_IN_NODE
+        + """
+const errors = [];
+for (const crypto of [webcrypto, undefined]) {
+  setCrypto(crypto);
+  for (const bundle of ["damaged", "cut"]) errors.push(await told(open(bundle)));
+}
+console.log(JSON.stringify(errors));
+"""
+    )
+    damaged, cut = (pythons_message(site / name) for name in ("damaged", "cut"))
+    assert "SHA-256" in damaged and "bytes" in cut
+    assert json.loads(run_node(code, str(site))) == [damaged, cut, "nothing", cut]
 
 
 # Works the page's own controls in a frame, and posts what it drew and what it told.
 CHECK = """<!doctype html><script type="module">
 const runs = RUNS;
 const post = (body) => fetch("/report", { method: "POST", body: JSON.stringify(body) });
-async function open(query) {
+async function open(address) {
   const frame = document.createElement("iframe");
-  frame.src = `index.html${query}`;
+  frame.src = address;
   const loaded = new Promise((done) => frame.addEventListener("load", done));
   document.body.append(frame);
   await loaded;
@@ -134,10 +209,9 @@ async function untilTold(page, pattern) {
 }
 try {
   const report = { errors: {}, runs: [] };
-  for (const name of ["missing", "newer", "step", "cut"]) {
-    report.errors[name] = await untilTold(await open(`?bundle=${name}`), /bundle:/);
-  }
-  const page = await open("");
+  for (const name of BUNDLES) report.errors[name] = await untilTold(await open(`index.html?bundle=${name}`), /bundle:/);
+  report.errors.bare = await untilTold(await open("bare/index.html"), /runtime:/);
+  const page = await open("index.html");
   await untilTold(page, / ms /);
   for (const { steps, guidance, seed, label } of runs) {
     const form = page.forms[0];
@@ -185,21 +259,24 @@ def report_from_browser(site, profile):
         # A debugging port keeps the browser open until it is told to go.
         url = f"http://127.0.0.1:{server.server_port}/check.html"
         with (profile / "log").open("wb") as log:
-            process = subprocess.Popen([browser, *flags, "--remote-debugging-port=0", url], stdout=log, stderr=log)
+            command = [browser, *flags, "--remote-debugging-port=0", url]
+            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
             try:
-                return reports.get(timeout=100)
+                return reports.get(timeout=60)
             except queue.Empty:
                 pytest.fail(f"the page reported nothing: {(profile / 'log').read_text()[-2000:]}")
             finally:
-                process.terminate()
-                process.wait(20)
+                # The whole group: a browser that hangs would leave its children.
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
                 server.shutdown()
 
 
 def test_the_page_in_a_browser(site, tmp_path):
     """Every control, the picture and each error, as a user meets them."""
     runs = [{**run, "seed": str(run["seed"])} for run in RUNS]
-    (site / "check.html").write_text(CHECK.replace("RUNS", json.dumps(runs)))
+    bundles = ["missing", "broken", "foreign", "newer", "step", "noisy", "colour", "cut", "damaged"]
+    (site / "check.html").write_text(CHECK.replace("RUNS", json.dumps(runs)).replace("BUNDLES", json.dumps(bundles)))
     report = report_from_browser(site, tmp_path)
     assert "failure" not in report, report["failure"]
     for actual, run in zip(report["runs"], RUNS, strict=True):
@@ -209,12 +286,18 @@ def test_the_page_in_a_browser(site, tmp_path):
         pixels = np.array(actual["pixels"]).reshape(256, 4)
         np.testing.assert_allclose(pixels[:, :3], np.repeat((expected[:, None] + 1) * 127.5, 3, axis=1), atol=1)
         assert (pixels[:, 3] == 255).all()
+    inputs = "num_inference_steps, sample, guidance_scale, class_labels, uncond_class_labels"
+    fix = "export a model of one label with --guidance --bake-schedule alone"
     messages = {
-        "missing": "bundle: missing/manifest.json is missing; write it with fastddim export",
-        "newer": "bundle: format_version 2, this page reads 1; export it again",
-        "step": "bundle: this page needs one exported with --guidance --bake-schedule, and without noise",
-        "cut": f"bundle: model.onnx has 1 bytes, the manifest says {(site / 'digits/model.onnx').stat().st_size}"
-        "; export it again",
+        "missing": "bundle: 'missing/manifest.json' is missing; write it with fastddim export --guidance --bake-schedule",
+        "step": f"bundle: a step graph of {inputs}; {fix}",
+        "noisy": f"bundle: a loop graph of {inputs}, noise; {fix}",
+        "colour": "bundle: NCHW samples of [3,16,16]; export a model of grey pictures",
+        "bare": "runtime: onnxruntime-web is missing; run npm ci in the page's folder",
         "seed": "seed: -1; pass an integer in [0, 2**64)",
+        **{name: pythons_message(site / name) for name in ("foreign", "newer", "cut", "damaged")},
     }
+    # The reason is the parser's own.
+    broken = report["errors"].pop("broken")
+    assert broken["failed"] and broken["text"].startswith("bundle: 'manifest.json' cannot be read: ")
     assert report["errors"] == {name: {"text": text, "failed": True} for name, text in messages.items()}

@@ -1,7 +1,8 @@
-// A bundle of `fastddim export` in a browser or in node: the noise of fastddim/noise.py, bit for bit, and one call to sample.
+// A bundle of `fastddim export` in a browser or in node: one call to sample, and the noise of fastddim/noise.py bit for bit.
 
 const FORMAT = "fastddim-bundle";
 const FORMAT_VERSION = 1;
+const MANIFEST = "manifest.json";
 
 const PHILOX_M = [0xd2511f53, 0xcd9e8d57];
 const PHILOX_W = [0x9e3779b9, 0xbb67ae85];
@@ -82,43 +83,77 @@ export function normal(seed, step, length, stream) {
   return values.subarray(0, length);
 }
 
+function check(fits, name, value, wanted) {
+  if (!fits) throw new Error(`${name}: ${value}; pass ${wanted}`);
+}
+
+function checkWhole(name, value, low, high) {
+  check(Number.isInteger(value) && value >= low && value <= high, name, value, `an integer in [${low}, ${high}]`);
+}
+
+const isSeed = (value) => typeof value === "bigint" && value >> 64n === 0n;
+
 /** A seed typed by a user as a BigInt; throws unless it is an integer in [0, 2**64). */
 export function parseSeed(text) {
-  if (!/^\d{1,20}$/.test(text) || BigInt(text) >> 64n) throw new Error(`seed: ${text}; pass an integer in [0, 2**64)`);
+  check(/^\d{1,20}$/.test(text) && isSeed(BigInt(text)), "seed", text, "an integer in [0, 2**64)");
   return BigInt(text);
 }
 
+function parseManifest(bytes) {
+  let manifest;
+  try {
+    manifest = JSON.parse(new TextDecoder().decode(bytes));
+  } catch (error) {
+    throw new Error(`bundle: '${MANIFEST}' cannot be read: ${error.message}; export it again`);
+  }
+  checkManifest(manifest);
+  return manifest;
+}
+
 function checkManifest(manifest) {
-  if (manifest?.format !== FORMAT) throw new Error("bundle: manifest.json is no manifest of a fastddim bundle");
+  if (manifest?.format !== FORMAT) throw new Error(`bundle: '${MANIFEST}' is no manifest of a fastddim bundle`);
   if (manifest.format_version !== FORMAT_VERSION) {
-    throw new Error(
-      `bundle: format_version ${manifest.format_version}, this page reads ${FORMAT_VERSION}; export it again`);
+    throw new Error(`bundle: '${MANIFEST}' has format_version ${manifest.format_version}, ` +
+      `this fastddim reads up to ${FORMAT_VERSION}; update it`);
   }
-  const { sampling, sample } = manifest;
-  if (manifest.graph !== "loop" || !sampling.guided || !sampling.baked_schedule || sampling.stochastic) {
-    throw new Error("bundle: this page needs one exported with --guidance --bake-schedule, and without noise");
+  const { graph, inputs, sample, sampling } = manifest;
+  const [label] = Object.keys(sampling.null_values);
+  const wanted = ["num_inference_steps", "sample", "guidance_scale", label, `uncond_${label}`];
+  if (graph !== "loop" || inputs.length !== wanted.length || !inputs.every(({ name }) => wanted.includes(name))) {
+    throw new Error(`bundle: a ${graph} graph of ${inputs.map(({ name }) => name).join(", ")}; ` +
+      "export a model of one label with --guidance --bake-schedule alone");
   }
-  if (Object.keys(sampling.null_values).length !== 1) throw new Error("bundle: this page needs a model of one label");
   if (sample.layout !== "NCHW" || sample.shape[0] !== 1 || !sample.range) {
-    throw new Error(`bundle: ${sample.layout} samples of [${sample.shape}]; this page draws grey pictures of a known range`);
+    throw new Error(`bundle: ${sample.layout} samples of [${sample.shape}]; export a model of grey pictures`);
   }
 }
 
-/** An opened bundle: `manifest`, `labels` (how many there are), and `sample`. */
+/** Size and, in a secure context (https or localhost), the hash: elsewhere browsers have no `crypto.subtle`. */
+async function checkFile(name, content, { bytes, sha256 }) {
+  if (content.length !== bytes) {
+    throw new Error(`bundle: '${name}' has ${content.length} bytes, the manifest says ${bytes}; export it again`);
+  }
+  const digest = await globalThis.crypto?.subtle?.digest("SHA-256", content);
+  if (digest && toHex(digest) !== sha256) {
+    throw new Error(`bundle: '${name}' is not the file that was exported (SHA-256); export it again`);
+  }
+}
+
+function toHex(buffer) {
+  return Array.from(new Uint8Array(buffer), (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+/** An opened bundle: `manifest`, `labels` (how many there are, from 0), and `sample`. */
 export class Sampler {
   /**
    * @param ort the module of onnxruntime-web.
-   * @param read takes a file's name in the bundle, and returns its ArrayBuffer or Uint8Array.
+   * @param read takes a file's name in the bundle, and returns a promise of its ArrayBuffer or Uint8Array.
+   * @throws Error on a bundle that is damaged, or that asks for more than `sample` takes.
    */
   static async open(ort, read) {
-    const text = new TextDecoder().decode(await read("manifest.json"));
-    const manifest = JSON.parse(text);
-    checkManifest(manifest);
+    const manifest = parseManifest(await read(MANIFEST));
     const model = new Uint8Array(await read(manifest.model));
-    const { bytes } = manifest.files[manifest.model];
-    if (model.length !== bytes) {
-      throw new Error(`bundle: ${manifest.model} has ${model.length} bytes, the manifest says ${bytes}; export it again`);
-    }
+    await checkFile(manifest.model, model, manifest.files[manifest.model]);
     return new Sampler(ort, manifest, await ort.InferenceSession.create(model));
   }
 
@@ -126,15 +161,20 @@ export class Sampler {
     this.ort = ort;
     this.manifest = manifest;
     this.session = session;
+    // The unconditional half's label is the one after the last.
     [[this.labelInput, this.labels]] = Object.entries(manifest.sampling.null_values);
   }
 
-  /** Float32Array of one sample, in the manifest's shape and range; `seed` is a BigInt. */
-  async sample({ steps, guidanceScale, seed, label }) {
-    const { sample, noise } = this.manifest;
+  /** Float32Array of one sample, in the manifest's shape and range; `seed` is a BigInt, the others are numbers. */
+  async sample({ numInferenceSteps, guidanceScale, seed, label }) {
+    const { sample, noise, schedule } = this.manifest;
+    checkWhole("numInferenceSteps", numInferenceSteps, 1, schedule.num_train_timesteps);
+    check(Number.isFinite(guidanceScale), "guidanceScale", guidanceScale, "a finite number");
+    check(isSeed(seed), "seed", seed, "a BigInt in [0, 2**64)");
+    checkWhole("label", label, 0, this.labels - 1);
     const length = sample.shape.reduce((product, size) => product * size, 1);
     const values = {
-      num_inference_steps: [BigInt(steps)],
+      num_inference_steps: [BigInt(numInferenceSteps)],
       sample: normal(seed, 0, length, noise.stream_initial),
       guidance_scale: [guidanceScale],
       [this.labelInput]: [BigInt(label)],
@@ -142,7 +182,8 @@ export class Sampler {
     };
     const feeds = {};
     for (const { name, dtype, shape } of this.manifest.inputs) {
-      const dims = shape.map((size) => (size === "batch" ? 1 : size));
+      // A height or width of any size is named too: the model's own is taken.
+      const dims = name === "sample" ? [1, ...sample.shape] : shape.map(() => 1);
       const array = dtype === "int64" ? BigInt64Array.from(values[name]) : Float32Array.from(values[name]);
       feeds[name] = new this.ort.Tensor(dtype, array, dims);
     }
