@@ -30,17 +30,13 @@ RUNS = (
 
 
 def run_node(code, *arguments):
-    """What a module printed, as bytes; `arguments` are its process.argv from 2 on."""
+    """What `code` printed, as bytes, with the page's module at hand; `arguments` are its process.argv from 2 on."""
+    module = f'import {{ Sampler, normal, parseSeed }} from "{WEB.as_uri()}/fastddim.js";\n{code}'
     done = subprocess.run(
-        ["node", "--input-type=module", "-", *arguments], input=code.encode(), capture_output=True, timeout=60, cwd=WEB
+        ["node", "--input-type=module", "-", *arguments], input=module.encode(), capture_output=True, timeout=60
     )
     assert done.returncode == 0, done.stderr.decode()
     return done.stdout
-
-
-def import_module(names):
-    """The line that imports `names` of the page's module."""
-    return f'import {{ {names} }} from "{WEB.as_uri()}/fastddim.js";\n'
 
 
 def expected_sample(bundle, run):
@@ -96,14 +92,11 @@ def pythons_message(bundle):
 
 
 def test_the_noise_is_pythons_bit_for_bit():
-    code = (
-        import_module("normal")
-        + """
+    code = """
 const parts = JSON.parse(process.argv[2]).map(([seed, step, length, stream]) =>
   Buffer.from(normal(BigInt(seed), step, length, stream).slice().buffer));
 process.stdout.write(Buffer.concat(parts));
 """
-    )
     cases = [
         (seed, step, length, stream)
         for seed in (0, 7, 2**32 - 1, 2**32, 2**53 + 1, 2**64 - 1)
@@ -115,13 +108,10 @@ process.stdout.write(Buffer.concat(parts));
 
 
 def test_seeds_are_read_exactly_or_refused():
-    code = (
-        import_module("parseSeed")
-        + """
+    code = """
 const read = (text) => { try { return String(parseSeed(text)); } catch (error) { return error.message; } };
 console.log(JSON.stringify(JSON.parse(process.argv[2]).map(read)));
 """
-    )
     good = ["0", "9007199254740993", str(2**64 - 1)]
     bad = ["", "-1", "1.5", "1e3", "0x10", str(2**64), "seven"]
     told = json.loads(run_node(code, json.dumps(good + bad)))
@@ -130,21 +120,16 @@ console.log(JSON.stringify(JSON.parse(process.argv[2]).map(read)));
 
 OPEN_IN_NODE = f"""
 import {{ readFile }} from "node:fs/promises";
-import {{ webcrypto }} from "node:crypto";
 import * as ort from "{WEB.as_uri()}/node_modules/onnxruntime-web/dist/ort.wasm.min.mjs";
 ort.env.wasm.numThreads = 1;
 const site = process.argv[2];
 const open = (bundle) => Sampler.open(ort, (name) => readFile(`${{site}}/${{bundle}}/${{name}}`));
 const told = (promise) => promise.then(() => "nothing", (error) => error.message);
-const setCrypto = (value) => Object.defineProperty(globalThis, "crypto", {{ value, configurable: true }});
 """
 
 
 def test_the_module_in_node_samples_as_python_does(site):
-    code = (
-        import_module("Sampler")
-        + OPEN_IN_NODE
-        + """
+    code = """
 const sampler = await open("digits");
 const drawn = [];
 for (const { steps, guidance, seed, label } of JSON.parse(process.argv[3])) {
@@ -153,15 +138,17 @@ for (const { steps, guidance, seed, label } of JSON.parse(process.argv[3])) {
 }
 const good = { numInferenceSteps: 1, guidanceScale: 1, seed: 0n, label: 0 };
 const bad = [
-  { numInferenceSteps: 0 }, { numInferenceSteps: 1.5 }, { guidanceScale: NaN }, { seed: 7 }, { seed: -1n }, { label: 10 }];
+  { numInferenceSteps: 0 }, { numInferenceSteps: 1.5 }, { guidanceScale: NaN },
+  { seed: 7 }, { seed: -1n }, { label: 10 },
+];
 const errors = [];
 for (const changed of bad) errors.push(await told(sampler.sample({ ...good, ...changed })));
 console.log(JSON.stringify({ drawn, errors }));
 """
-    )
-    report = json.loads(run_node(code, str(site), json.dumps([{**run, "seed": str(run["seed"])} for run in RUNS])))
+    runs = json.dumps([{**run, "seed": str(run["seed"])} for run in RUNS])
+    report = json.loads(run_node(OPEN_IN_NODE + code, str(site), runs))
     for actual, run in zip(report["drawn"], RUNS, strict=True):
-        np.testing.assert_allclose(actual, expected_sample(site / "digits", run), atol=1e-4)
+        np.testing.assert_allclose(actual, expected_sample(site / "digits", run), atol=1e-5)
     assert report["errors"] == [
         "numInferenceSteps: 0; pass an integer in [1, 1000]",
         "numInferenceSteps: 1.5; pass an integer in [1, 1000]",
@@ -173,21 +160,18 @@ console.log(JSON.stringify({ drawn, errors }));
 
 
 def test_the_hash_is_checked_where_there_is_web_crypto(site):
-    code = (
-        import_module("Sampler")
-        + OPEN_IN_NODE
-        + """
+    code = """
+import { webcrypto } from "node:crypto";
 const errors = [];
-for (const crypto of [webcrypto, undefined]) {
-  setCrypto(crypto);
+for (const value of [webcrypto, undefined]) {
+  Object.defineProperty(globalThis, "crypto", { value, configurable: true });
   for (const bundle of ["damaged", "cut"]) errors.push(await told(open(bundle)));
 }
 console.log(JSON.stringify(errors));
 """
-    )
     damaged, cut = (pythons_message(site / name) for name in ("damaged", "cut"))
     assert "SHA-256" in damaged and "bytes" in cut
-    assert json.loads(run_node(code, str(site))) == [damaged, cut, "nothing", cut]
+    assert json.loads(run_node(OPEN_IN_NODE + code, str(site))) == [damaged, cut, "nothing", cut]
 
 
 # Works the page's own controls in a frame, and posts what it drew and what it told.
@@ -282,14 +266,14 @@ def test_the_page_in_a_browser(site, tmp_path):
     for actual, run in zip(report["runs"], RUNS, strict=True):
         assert actual["seed"] == str(run["seed"]) and not actual["told"]["failed"]
         expected = expected_sample(site / "digits", run)
-        np.testing.assert_allclose(actual["samples"], expected, atol=1e-4)
+        np.testing.assert_allclose(actual["samples"], expected, atol=1e-5)
         pixels = np.array(actual["pixels"]).reshape(256, 4)
         np.testing.assert_allclose(pixels[:, :3], np.repeat((expected[:, None] + 1) * 127.5, 3, axis=1), atol=1)
         assert (pixels[:, 3] == 255).all()
     inputs = "num_inference_steps, sample, guidance_scale, class_labels, uncond_class_labels"
     fix = "export a model of one label with --guidance --bake-schedule alone"
     messages = {
-        "missing": "bundle: 'missing/manifest.json' is missing; write it with fastddim export --guidance --bake-schedule",
+        "missing": "bundle: 'missing/manifest.json' is missing; run fastddim export --guidance --bake-schedule",
         "step": f"bundle: a step graph of {inputs}; {fix}",
         "noisy": f"bundle: a loop graph of {inputs}, noise; {fix}",
         "colour": "bundle: NCHW samples of [3,16,16]; export a model of grey pictures",

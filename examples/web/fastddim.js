@@ -1,4 +1,4 @@
-// A bundle of `fastddim export` in a browser or in node: one call to sample, and the noise of fastddim/noise.py bit for bit.
+// Samples from a bundle of `fastddim export`, in a browser or in node, with the noise of fastddim/noise.py bit for bit.
 
 const FORMAT = "fastddim-bundle";
 const FORMAT_VERSION = 1;
