@@ -11,9 +11,11 @@ _ROOM_OF = {
     "ExportError": "to_onnx",
     "ExportOptions": "to_onnx",
     "NotFiniteError": "ort",
+    "OrtPipeline": "ort_pipeline",
     "OrtSampler": "ort",
     "ParityError": "validate",
     "export_onnx": "to_onnx",
+    "export_pipeline": "pipelines",
     "open_bundle": "bundle",
     "verify_bundle": "validate",
 }
@@ -24,9 +26,11 @@ __all__ = [
     "ExportError",
     "ExportOptions",
     "NotFiniteError",
+    "OrtPipeline",
     "OrtSampler",
     "ParityError",
     "export_onnx",
+    "export_pipeline",
     "open_bundle",
     "verify_bundle",
 ]

@@ -8,7 +8,7 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from fastddim.schedule import Schedule
 
 GRAPHS = ("loop", "step")
 MODEL_FILE = "model.onnx"
+NOTE_FILE = "README.md"
 # 21 and later have slower or refused operators in today's runtimes; 20 has all that the models need.
 _OPSET = 20
 # protobuf holds no more.
@@ -132,8 +133,49 @@ def export_onnx(
         FileExistsError, NotADirectoryError, PermissionError: `out`, before any work.
         ParityError: the file's results differ from the torch reference's.
     """
-    options = ExportOptions() if options is None else options
     target = check_destination(out, force)
+    plan = plan_sampler(model, scheduler, options, sample_shape, example_kwargs)
+
+    def fill(folder: Path) -> dict[str, Any]:
+        manifest = write_sampler(folder, plan, parity_steps, tolerance)
+        (folder / NOTE_FILE).write_text(note(manifest), "utf-8")
+        return manifest
+
+    return write_bundle(target, force, fill)
+
+
+@dataclass(frozen=True)
+class SamplerPlan:
+    """What `write_sampler` exports, all of it checked.
+
+    Attributes:
+        denoiser: the model.
+        schedule, table: of the default run.
+        options: with every default decided.
+    """
+
+    denoiser: Denoiser
+    schedule: Schedule
+    table: StepTable
+    options: ExportOptions
+
+
+def plan_sampler(
+    model: Any,
+    scheduler: Schedule | DDIMConfig | Any,
+    options: ExportOptions | None,
+    sample_shape: Sequence[int] | None = None,
+    example_kwargs: Mapping[str, torch.Tensor] | None = None,
+) -> SamplerPlan:
+    """Check what is to be exported, before any work.
+
+    Args:
+        model, scheduler, options, sample_shape, example_kwargs: as `export_onnx`'s.
+
+    Raises:
+        TypeError: no module; ValueError: options or configurations that cannot be exported.
+    """
+    options = ExportOptions() if options is None else options
     schedule = to_schedule(scheduler)
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: {type(model).__name__}; pass a torch module")
@@ -145,35 +187,76 @@ def export_onnx(
     denoiser = describe(model, None if sample_shape is None else tuple(sample_shape), example_kwargs)
     if options.dynamic_size and not denoiser.resizable:
         raise ValueError(f"dynamic_size: True for a {type(model).__name__}, whose size is fixed; leave it out")
+    return SamplerPlan(denoiser, schedule, table, options)
+
+
+def write_sampler(
+    folder: Path, plan: SamplerPlan, parity_steps: Sequence[int], tolerance: float | None
+) -> dict[str, Any]:
+    """Write the sampler's graph to a folder and compare it with torch.
+
+    Args:
+        folder: of the bundle that is being written.
+        plan: from `plan_sampler`.
+        parity_steps, tolerance: as `export_onnx`'s.
+
+    Returns:
+        The manifest, without `files`.
+
+    Raises:
+        ExportError, ParityError: as `export_onnx`.
+    """
+    denoiser, schedule, options = plan.denoiser, plan.schedule, plan.options
     with prepared(denoiser.model, DTYPES[options.dtype]):
         module = StepModule(
             denoiser, schedule.config.limit, options.guided, options.guidance_rescale, options.stochastic
         )
-        graph = strip(_to_graph(module, denoiser, options))
+        graph = _step_graph(module, denoiser, options)
         if options.graph == "loop":
             graph = as_loop(graph)
         if options.bake_schedule:
             graph = with_schedule(graph, strip(_schedule_graph(schedule, options)))
-        _set_producer(graph)
-
-        def fill(folder: Path) -> dict[str, Any]:
-            save(graph, folder / MODEL_FILE)
-            _check(folder / MODEL_FILE)
-            manifest = _manifest(graph, denoiser, schedule, table, options)
-            manifest["parity"] = measure_parity(
-                Bundle(folder, manifest), denoiser, schedule, steps=parity_steps, tolerance=tolerance
-            )
-            (folder / "README.md").write_text(_note(manifest), "utf-8")
-            return manifest
-
-        return write_bundle(target, force, fill)
+        save(graph, folder / MODEL_FILE)
+        manifest = _manifest(graph, denoiser, schedule, plan.table, options)
+        manifest["parity"] = measure_parity(
+            Bundle(folder, manifest), denoiser, schedule, steps=parity_steps, tolerance=tolerance
+        )
+    return manifest
 
 
-def _to_graph(module: StepModule, denoiser: Denoiser, options: ExportOptions) -> onnx.ModelProto:
+def _step_graph(module: StepModule, denoiser: Denoiser, options: ExportOptions) -> onnx.ModelProto:
     examples = module.example_inputs()
+    resized = ("sample", "noise") if options.dynamic_size else ()
+    graph = to_graph(
+        module, examples, ["next_sample", "pred_original_sample"], type(denoiser.model).__name__, resized=resized
+    )
+    name_dims(graph.graph, _named_dims(graph.graph, denoiser, options))
+    return graph
+
+
+def to_graph(
+    module: torch.nn.Module,
+    examples: dict[str, torch.Tensor],
+    outputs: Sequence[str],
+    kind: str,
+    *,
+    resized: Sequence[str] = (),
+) -> onnx.ModelProto:
+    """Trace a module whose `forward` takes a dictionary of tensors.
+
+    Args:
+        module: in evaluation mode; it returns a tuple.
+        examples: `[2, ...]` for each input; the batch is dynamic.
+        outputs: names of what it returns.
+        kind: the model's name for errors.
+        resized: inputs whose last two of four dimensions are dynamic too.
+
+    Raises:
+        ExportError: code that cannot be exported, or that fixes a dynamic dimension.
+    """
     names = list(examples)
-    spatial = {2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if options.dynamic_size else {}
-    shapes = {name: {0: Dim.DYNAMIC, **(spatial if name in ("sample", "noise") else {})} for name in names}
+    spatial = {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    shapes = {name: {0: Dim.DYNAMIC, **(spatial if name in resized else {})} for name in names}
     with _quiet():
         try:
             program = torch.export.export(module, (examples,), dynamic_shapes=({**shapes},), strict=False)
@@ -182,17 +265,15 @@ def _to_graph(module: StepModule, denoiser: Denoiser, options: ExportOptions) ->
                 dynamo=True,
                 opset_version=_OPSET,
                 input_names=names,
-                output_names=["next_sample", "pred_original_sample"],
+                output_names=list(outputs),
                 verbose=False,
             )
         except Exception as error:
-            raise ExportError(f"model: {type(denoiser.model).__name__} cannot be exported: {_told(error)}") from error
+            raise ExportError(f"model: {kind} cannot be exported: {_told(error)}") from error
     assert exported is not None
     graph: onnx.ModelProto = exported.model_proto
     _require_symbolic(graph.graph, shapes)
-    dims = _named_dims(graph.graph, denoiser, options)
-    name_dims(graph.graph, dims)
-    return graph
+    return strip(graph)
 
 
 def _schedule_graph(schedule: Schedule, options: ExportOptions) -> onnx.ModelProto:
@@ -258,25 +339,36 @@ def _named_dims(graph: onnx.GraphProto, denoiser: Denoiser, options: ExportOptio
     return named
 
 
-def _set_producer(graph: onnx.ModelProto) -> None:
-    graph.producer_name, graph.producer_version = "fastddim", fastddim.__version__
-
-
 def save(graph: onnx.ModelProto, path: Path) -> None:
-    """Write a graph, with its weights beside it where one file cannot hold them."""
+    """Write a graph, with its weights beside it where one file cannot hold them, and check it.
+
+    Raises:
+        ExportError: a graph that is not valid.
+    """
+    graph.producer_name, graph.producer_version = "fastddim", fastddim.__version__
     if graph.ByteSize() < _LARGEST_FILE:
         path.write_bytes(graph.SerializeToString(deterministic=True))
-        return
-    onnx.save_model(
-        graph, str(path), save_as_external_data=True, all_tensors_to_one_file=True, location=f"{path.name}.data"
-    )
-
-
-def _check(path: Path) -> None:
+    else:
+        onnx.save_model(
+            graph, str(path), save_as_external_data=True, all_tensors_to_one_file=True, location=f"{path.name}.data"
+        )
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
         raise ExportError(f"model: the exported graph is not valid: {_told(error)}") from error
+
+
+def describe_values(values: Iterable[onnx.ValueInfoProto], meanings: Mapping[str, str]) -> list[dict[str, Any]]:
+    """A graph's inputs or outputs for the manifest."""
+    return [
+        {
+            "name": value.name,
+            "dtype": str(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)),
+            "shape": [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim],
+            "meaning": meanings[value.name],
+        }
+        for value in values
+    ]
 
 
 def _limit_text(limit: Limit) -> str:
@@ -296,26 +388,14 @@ def _manifest(
         meanings[name] = condition.meaning or "conditions the model"
         meanings[f"uncond_{name}"] = f"{name} of the unconditional half"
 
-    def describe_values(values: Any) -> list[dict[str, Any]]:
-        dims = symbolic_dims(graph.graph)
-        return [
-            {
-                "name": value.name,
-                "dtype": str(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)),
-                "shape": dims[value.name],
-                "meaning": meanings[value.name],
-            }
-            for value in values
-        ]
-
     limit = schedule.config.limit
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "graph": options.graph,
         "model": MODEL_FILE,
-        "inputs": describe_values(graph.graph.input),
-        "outputs": describe_values(graph.graph.output),
+        "inputs": describe_values(graph.graph.input, meanings),
+        "outputs": describe_values(graph.graph.output, meanings),
         "schedule": asdict(schedule.config),
         "sampling": {
             "guided": options.guided,
@@ -352,36 +432,41 @@ def _manifest(
 
 def _versions() -> dict[str, str]:
     versions = {"onnxruntime": onnxruntime.__version__}
-    for name in ("torch", "diffusers", "onnx", "onnxscript"):
+    for name in ("torch", "diffusers", "transformers", "onnx", "onnxscript"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions
 
 
-def _note(manifest: Mapping[str, Any]) -> str:
+def note(manifest: Mapping[str, Any]) -> str:
     """What an integrator reads first."""
-
-    def rows(group: str) -> str:
-        return "\n".join(
-            f"| `{item['name']}` | {item['dtype']} | {item['shape']} | {item['meaning']} |" for item in manifest[group]
-        )
-
     kind = "all steps of a run in one call" if manifest["graph"] == "loop" else "one step of a run in each call"
     largest = max((entry["largest_error"] for entry in manifest["parity"]), default=math.nan)
+    components = "".join(
+        f"\n## {name}\n\n`{component['model']}`: {component['meaning']}.\n\n{_tables(component)}\n"
+        for name, component in manifest.get("components", {}).items()
+    )
+    runner = "OrtPipeline" if components else "OrtSampler"
+    command = "" if components else "`fastddim run FOLDER --seed 0 --out samples.png`, or "
     return f"""# An exported DDIM sampler
 
 `{manifest["model"]}` holds the model and its sampler: {kind}. Any ONNX runtime loads it. `manifest.json` says the same as
 this page for programs, with a default table of timesteps and coefficients; its schema is in fastddim.
 
-| input | dtype | shape | |
-|---|---|---|---|
-{rows("inputs")}
-
-| output | dtype | shape | |
-|---|---|---|---|
-{rows("outputs")}
+{_tables(manifest)}
 
 Limit of x0: {manifest["sampling"]["limit"]}. Largest difference from the torch reference at export: {largest:.1e}.
 
-With Python: `fastddim run FOLDER --seed 0 --out samples.png`, or `fastddim.export.OrtSampler(FOLDER)`, which needs no torch.
-"""
+With Python: {command}`fastddim.export.{runner}(FOLDER)`, which needs no torch.
+{components}"""
+
+
+def _tables(described: Mapping[str, Any]) -> str:
+    """The inputs and outputs of the sampler or of a component."""
+    tables = []
+    for group in ("inputs", "outputs"):
+        rows = [
+            f"| `{item['name']}` | {item['dtype']} | {item['shape']} | {item['meaning']} |" for item in described[group]
+        ]
+        tables.append("\n".join([f"| {group.removesuffix('s')} | dtype | shape | |", "|---|---|---|---|", *rows]))
+    return "\n\n".join(tables)
