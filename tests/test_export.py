@@ -28,11 +28,12 @@ from fastddim.export import (
     export_onnx,
     modules,
     open_bundle,
+    to_onnx,
     validate,
     verify_bundle,
 )
 from fastddim.export.bundle import manifest_schema, write_bundle
-from fastddim.export.graph import node_kinds, symbolic_dims
+from fastddim.export.graph import symbolic_dims
 from fastddim.export.schedule_module import ScheduleModule
 from fastddim.models.policy import ActionUNet1d
 from fastddim.reference import apply_limit
@@ -154,6 +155,15 @@ def test_thresholds_are_torchs_quantile(largest_topk, n, monkeypatch):
         x0[0] = x0[0].round()
         limit = DynamicThreshold(ratio, maximum)
         torch.testing.assert_close(modules.limit_x0(x0, limit), apply_limit(x0.clone(), limit), rtol=0, atol=2e-7)
+
+
+def node_kinds(graphs):
+    """The operators in graphs and the graphs inside them."""
+    kinds = set()
+    for node in (node for graph in graphs for node in graph.node):
+        kinds.add(node.op_type)
+        kinds |= node_kinds(attribute.g for attribute in node.attribute if attribute.HasField("g"))
+    return kinds
 
 
 def test_large_samples_threshold_by_bisection_in_the_file(tmp_path, monkeypatch):
@@ -296,6 +306,20 @@ def test_the_model_is_left_as_it_was(tmp_path):
     )  # fmt: skip
     assert model.training and model.conv.weight is weight and weight.requires_grad
     assert weight.dtype == torch.float32 and torch.equal(weight, before)
+
+
+def test_weights_that_one_file_cannot_hold_lie_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(to_onnx, "_LARGEST_FILE", 1000)
+    model = Tiny(channels=24)
+    bundle = export_onnx(
+        model, DDIMConfig(), tmp_path / "bundle", sample_shape=(24, 6, 6), example_kwargs={"labels": LABELS},
+        parity_steps=QUICK,
+    )  # fmt: skip
+    assert sorted(bundle.manifest["files"]) == ["README.md", "model.onnx", "model.onnx.data"]
+    assert bundle.manifest["files"]["model.onnx.data"]["bytes"] >= 4 * model.conv.weight.numel()
+    actual = OrtSampler(bundle)(3, seeds=5, num_inference_steps=5, labels=LABELS.numpy())
+    expected = Sampler(model, DDIMConfig(), 5, sample_shape=(24, 6, 6))(3, seeds=5, labels=LABELS)
+    np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
 def test_the_same_export_gives_the_same_bytes(tmp_path):

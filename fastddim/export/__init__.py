@@ -8,8 +8,8 @@ from typing import Any
 _ROOM_OF = {
     "Bundle": "bundle",
     "BundleError": "bundle",
-    "ExportError": "to_onnx",
-    "ExportOptions": "to_onnx",
+    "ExportError": "plan",
+    "ExportOptions": "plan",
     "NotFiniteError": "ort",
     "OrtPipeline": "ort_pipeline",
     "OrtSampler": "ort",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -130,13 +130,3 @@ def with_schedule(loop: onnx.ModelProto, schedule: onnx.ModelProto) -> onnx.Mode
     model = helper.make_model(merged.graph, opset_imports=list(loop.opset_import), ir_version=loop.ir_version)
     model.graph.name = "loop"
     return model
-
-
-def node_kinds(graphs: Iterable[onnx.GraphProto]) -> set[str]:
-    """The operators in graphs and the graphs inside them."""
-    kinds = set()
-    for graph in graphs:
-        for node in graph.node:
-            kinds.add(node.op_type)
-            kinds |= node_kinds(attribute.g for attribute in node.attribute if attribute.HasField("g"))
-    return kinds

@@ -11,17 +11,10 @@ import torch
 
 from fastddim.export.bundle import Bundle, check_destination, write_bundle
 from fastddim.export.graph import name_dims, symbolic_dims
+from fastddim.export.manifest import NOTE_FILE, note
 from fastddim.export.modules import DTYPES, TOKENS, prepared
-from fastddim.export.to_onnx import (
-    NOTE_FILE,
-    ExportOptions,
-    describe_values,
-    note,
-    plan_sampler,
-    save,
-    to_graph,
-    write_sampler,
-)
+from fastddim.export.plan import ExportOptions, plan_sampler
+from fastddim.export.to_onnx import describe_values, save, to_graph, write_sampler
 from fastddim.export.validate import LARGEST_BATCH, PARITY_STEPS, measure_component
 from fastddim.noise import STREAM_INITIAL, normal
 
@@ -249,7 +242,7 @@ def _write_component(
     with prepared(component.model, component.dtype):
         examples = {key: value[:2] for key, value in component.batches[-1].items()}
         kind = type(component.model).__name__
-        graph = to_graph(component.module, examples, component.outputs, kind, resized=component.resized)
+        graph = to_graph(component.module, examples, component.outputs, kind, path, resized=component.resized)
         name_dims(graph.graph, _named_dims(symbolic_dims(graph.graph)))
         save(graph, path)
         parity = measure_component(

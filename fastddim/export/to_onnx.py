@@ -3,101 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import io
 import logging
-import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-import onnxruntime
+import onnx_ir
 import torch
 from torch.export import Dim
 
 import fastddim
-from fastddim.coefficients import StepTable
-from fastddim.config import Clip, DDIMConfig, DynamicThreshold, Limit, require_choice, require_int
-from fastddim.export.bundle import FORMAT, FORMAT_VERSION, Bundle, check_destination, write_bundle
+from fastddim.config import DDIMConfig
+from fastddim.export.bundle import Bundle, check_destination, write_bundle
 from fastddim.export.graph import as_loop, name_dims, strip, symbolic_dims, with_schedule
-from fastddim.export.modules import DTYPES, Denoiser, StepModule, describe, prepared
+from fastddim.export.manifest import NOTE_FILE, build_manifest, name_meanings, note
+from fastddim.export.modules import DTYPES, Denoiser, StepModule, prepared
+from fastddim.export.plan import ExportError, ExportOptions, SamplerPlan, plan_sampler
 from fastddim.export.schedule_module import ScheduleModule
 from fastddim.export.validate import PARITY_STEPS, measure_parity
-from fastddim.noise import STREAM_INITIAL, STREAM_STEP
-from fastddim.sampler import to_schedule
 from fastddim.schedule import Schedule
 
-GRAPHS = ("loop", "step")
 MODEL_FILE = "model.onnx"
-NOTE_FILE = "README.md"
 # 21 and later have slower or refused operators in today's runtimes; 20 has all that the models need.
 _OPSET = 20
 # protobuf holds no more.
 _LARGEST_FILE = 2_000_000_000
-
-_MEANINGS = {
-    "sample": "the starting state; standard normal for a whole run",
-    "timestep": "the training timestep of each sample's step",
-    "timesteps": "the training timestep of each step, the noisiest first",
-    "num_inference_steps": "how many steps to take",
-    "noise": "standard normal, fresh for each step",
-    "guidance_scale": "classifier-free guidance: uncond + guidance_scale * (cond - uncond)",
-    "guidance_rescale": "in [0, 1]: how far to pull the guided output's deviation back to the conditional one's",
-    "samples": "the finished samples",
-    "next_sample": "the state after the step",
-    "pred_original_sample": "the limited prediction of x0",
-}
-_COLUMNS = "x0 = limit(c0 * sample + c1 * output); next_sample = c2 * sample + c3 * output + c4 * x0 + c5 * noise"
-
-
-class ExportError(ValueError):
-    """A model that cannot be exported; the message names the module or operator."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportOptions:
-    """What is fixed in an exported file.
-
-    Attributes:
-        graph: `"loop"`, all steps in one call; `"step"`, one step, with rows of the table for each sample.
-        guided: classifier-free guidance, its scale an input `[B]`.
-        guidance_rescale: `guidance_rescale` is an input `[B]` too.
-        stochastic: noise is an input, so that rows may add it.
-        bake_schedule: the loop takes `num_inference_steps` and derives the table itself.
-        num_inference_steps, eta: of the default table; a baked schedule keeps eta.
-        use_clipped_model_output: derive epsilon from the limited x0; where x0 is limited by default.
-        dtype: of the weights, `"float32"`, `"float16"` or `"bfloat16"`; the state is float32.
-        dynamic_size: heights and widths may differ from call to call, for models that take them.
-
-    Raises:
-        ValueError: options that exclude each other.
-    """
-
-    graph: str = "loop"
-    guided: bool = False
-    guidance_rescale: bool = False
-    stochastic: bool = False
-    bake_schedule: bool = False
-    num_inference_steps: int = 50
-    eta: float = 0.0
-    use_clipped_model_output: bool | None = None
-    dtype: str = "float32"
-    dynamic_size: bool = False
-
-    def __post_init__(self) -> None:
-        require_choice("graph", self.graph, GRAPHS)
-        require_choice("dtype", self.dtype, DTYPES)
-        require_int("num_inference_steps", self.num_inference_steps, 1)
-        if self.guidance_rescale and not self.guided:
-            raise ValueError("guidance_rescale: True without guided; pass both")
-        if self.bake_schedule and self.graph == "step":
-            raise ValueError("bake_schedule: True with graph 'step', which takes rows of a table; pass graph='loop'")
-        if self.eta and not self.stochastic:
-            raise ValueError(f"eta: {self.eta!r} adds noise; pass stochastic=True, which makes noise an input")
 
 
 def export_onnx(
@@ -144,52 +77,6 @@ def export_onnx(
     return write_bundle(target, force, fill)
 
 
-@dataclass(frozen=True)
-class SamplerPlan:
-    """What `write_sampler` exports, all of it checked.
-
-    Attributes:
-        denoiser: the model.
-        schedule, table: of the default run.
-        options: with every default decided.
-    """
-
-    denoiser: Denoiser
-    schedule: Schedule
-    table: StepTable
-    options: ExportOptions
-
-
-def plan_sampler(
-    model: Any,
-    scheduler: Schedule | DDIMConfig | Any,
-    options: ExportOptions | None,
-    sample_shape: Sequence[int] | None = None,
-    example_kwargs: Mapping[str, torch.Tensor] | None = None,
-) -> SamplerPlan:
-    """Check what is to be exported, before any work.
-
-    Args:
-        model, scheduler, options, sample_shape, example_kwargs: as `export_onnx`'s.
-
-    Raises:
-        TypeError: no module; ValueError: options or configurations that cannot be exported.
-    """
-    options = ExportOptions() if options is None else options
-    schedule = to_schedule(scheduler)
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model: {type(model).__name__}; pass a torch module")
-    rederive = options.use_clipped_model_output
-    rederive = schedule.config.limit is not None if rederive is None else rederive
-    options = replace(options, use_clipped_model_output=rederive)
-    pairs = schedule.pairs(options.num_inference_steps)
-    table = StepTable.build(schedule, pairs, eta=options.eta, use_clipped_model_output=rederive)
-    denoiser = describe(model, None if sample_shape is None else tuple(sample_shape), example_kwargs)
-    if options.dynamic_size and not denoiser.resizable:
-        raise ValueError(f"dynamic_size: True for a {type(model).__name__}, whose size is fixed; leave it out")
-    return SamplerPlan(denoiser, schedule, table, options)
-
-
 def write_sampler(
     folder: Path, plan: SamplerPlan, parity_steps: Sequence[int], tolerance: float | None
 ) -> dict[str, Any]:
@@ -211,24 +98,32 @@ def write_sampler(
         module = StepModule(
             denoiser, schedule.config.limit, options.guided, options.guidance_rescale, options.stochastic
         )
-        graph = _step_graph(module, denoiser, options)
+        graph = _step_graph(module, denoiser, options, folder / MODEL_FILE)
         if options.graph == "loop":
             graph = as_loop(graph)
         if options.bake_schedule:
             graph = with_schedule(graph, strip(_schedule_graph(schedule, options)))
         save(graph, folder / MODEL_FILE)
-        manifest = _manifest(graph, denoiser, schedule, plan.table, options)
+        meanings = name_meanings(plan)
+        inputs, outputs = (describe_values(values, meanings) for values in (graph.graph.input, graph.graph.output))
+        manifest = build_manifest(plan, MODEL_FILE, inputs, outputs)
+        manifest["versions"]["opset"] = str(_OPSET)
         manifest["parity"] = measure_parity(
             Bundle(folder, manifest), denoiser, schedule, steps=parity_steps, tolerance=tolerance
         )
     return manifest
 
 
-def _step_graph(module: StepModule, denoiser: Denoiser, options: ExportOptions) -> onnx.ModelProto:
+def _step_graph(module: StepModule, denoiser: Denoiser, options: ExportOptions, path: Path) -> onnx.ModelProto:
     examples = module.example_inputs()
     resized = ("sample", "noise") if options.dynamic_size else ()
     graph = to_graph(
-        module, examples, ["next_sample", "pred_original_sample"], type(denoiser.model).__name__, resized=resized
+        module,
+        examples,
+        ["next_sample", "pred_original_sample"],
+        type(denoiser.model).__name__,
+        path,
+        resized=resized,
     )
     name_dims(graph.graph, _named_dims(graph.graph, denoiser, options))
     return graph
@@ -239,6 +134,7 @@ def to_graph(
     examples: dict[str, torch.Tensor],
     outputs: Sequence[str],
     kind: str,
+    path: Path,
     *,
     resized: Sequence[str] = (),
 ) -> onnx.ModelProto:
@@ -249,6 +145,7 @@ def to_graph(
         examples: `[2, ...]` for each input; the batch is dynamic.
         outputs: names of what it returns.
         kind: the model's name for errors.
+        path: the file to be; weights that it cannot hold are written beside it now.
         resized: inputs whose last two of four dimensions are dynamic too.
 
     Raises:
@@ -271,9 +168,18 @@ def to_graph(
         except Exception as error:
             raise ExportError(f"model: {kind} cannot be exported: {_told(error)}") from error
     assert exported is not None
-    graph: onnx.ModelProto = exported.model_proto
+    graph = _to_proto(exported.model, path)
     _require_symbolic(graph.graph, shapes)
     return strip(graph)
+
+
+def _to_proto(model: onnx_ir.Model, path: Path) -> onnx.ModelProto:
+    weights = [value.const_value for value in model.graph.initializers.values()]
+    if sum(weight.nbytes for weight in weights if weight is not None) < _LARGEST_FILE:
+        return onnx_ir.to_proto(model)
+    onnx_ir.save(model, path, external_data=f"{path.name}.data")
+    # What follows moves nodes; the weights stay where they are.
+    return onnx.load(path, load_external_data=False)
 
 
 def _schedule_graph(schedule: Schedule, options: ExportOptions) -> onnx.ModelProto:
@@ -340,18 +246,13 @@ def _named_dims(graph: onnx.GraphProto, denoiser: Denoiser, options: ExportOptio
 
 
 def save(graph: onnx.ModelProto, path: Path) -> None:
-    """Write a graph, with its weights beside it where one file cannot hold them, and check it.
+    """Write a graph and check it.
 
     Raises:
         ExportError: a graph that is not valid.
     """
     graph.producer_name, graph.producer_version = "fastddim", fastddim.__version__
-    if graph.ByteSize() < _LARGEST_FILE:
-        path.write_bytes(graph.SerializeToString(deterministic=True))
-    else:
-        onnx.save_model(
-            graph, str(path), save_as_external_data=True, all_tensors_to_one_file=True, location=f"{path.name}.data"
-        )
+    path.write_bytes(graph.SerializeToString(deterministic=True))
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
@@ -369,104 +270,3 @@ def describe_values(values: Iterable[onnx.ValueInfoProto], meanings: Mapping[str
         }
         for value in values
     ]
-
-
-def _limit_text(limit: Limit) -> str:
-    if isinstance(limit, Clip):
-        return f"clip to [-{limit.range:g}, {limit.range:g}]"
-    if isinstance(limit, DynamicThreshold):
-        return f"dynamic threshold, quantile {limit.ratio:g}, at most {limit.max_value:g}"
-    return "none"
-
-
-def _manifest(
-    graph: onnx.ModelProto, denoiser: Denoiser, schedule: Schedule, table: StepTable, options: ExportOptions
-) -> dict[str, Any]:
-    row_of = "step" if options.graph == "loop" else "sample"
-    meanings = {**_MEANINGS, "coefficients": f"c0 to c5 of each {row_of}: {_COLUMNS}"}
-    for name, condition in denoiser.conditions.items():
-        meanings[name] = condition.meaning or "conditions the model"
-        meanings[f"uncond_{name}"] = f"{name} of the unconditional half"
-
-    limit = schedule.config.limit
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "graph": options.graph,
-        "model": MODEL_FILE,
-        "inputs": describe_values(graph.graph.input, meanings),
-        "outputs": describe_values(graph.graph.output, meanings),
-        "schedule": asdict(schedule.config),
-        "sampling": {
-            "guided": options.guided,
-            "guidance_rescale": options.guidance_rescale,
-            "stochastic": options.stochastic,
-            "baked_schedule": options.bake_schedule,
-            "eta": float(options.eta),
-            "use_clipped_model_output": bool(options.use_clipped_model_output),
-            "dtype": options.dtype,
-            "limit": _limit_text(limit),
-            "null_values": {
-                name: condition.null for name, condition in denoiser.conditions.items() if condition.null is not None
-            },
-        },
-        "table": {
-            "timesteps": list(table.timesteps),
-            "coefficients": np.asarray(table.columns).tolist(),
-        },
-        "sample": {
-            "shape": list(denoiser.sample_shape),
-            "layout": "NCHW" if len(denoiser.sample_shape) == 3 else "N...",
-            "range": [-limit.range, limit.range] if isinstance(limit, Clip) else None,
-        },
-        "noise": {
-            "generator": "Philox4x32-10, then Box-Muller; see fastddim/noise.py",
-            "key": "the 64 bits of the sample's seed",
-            "counter": "(element // 4, 0, step, stream)",
-            "stream_initial": STREAM_INITIAL,
-            "stream_step": STREAM_STEP,
-        },
-        "versions": {"fastddim": fastddim.__version__, "opset": str(_OPSET), **_versions()},
-    }
-
-
-def _versions() -> dict[str, str]:
-    versions = {"onnxruntime": onnxruntime.__version__}
-    for name in ("torch", "diffusers", "transformers", "onnx", "onnxscript"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
-
-
-def note(manifest: Mapping[str, Any]) -> str:
-    """What an integrator reads first."""
-    kind = "all steps of a run in one call" if manifest["graph"] == "loop" else "one step of a run in each call"
-    largest = max((entry["largest_error"] for entry in manifest["parity"]), default=math.nan)
-    components = "".join(
-        f"\n## {name}\n\n`{component['model']}`: {component['meaning']}.\n\n{_tables(component)}\n"
-        for name, component in manifest.get("components", {}).items()
-    )
-    runner = "OrtPipeline" if components else "OrtSampler"
-    command = "" if components else "`fastddim run FOLDER --seed 0 --out samples.png`, or "
-    return f"""# An exported DDIM sampler
-
-`{manifest["model"]}` holds the model and its sampler: {kind}. Any ONNX runtime loads it. `manifest.json` says the same as
-this page for programs, with a default table of timesteps and coefficients; its schema is in fastddim.
-
-{_tables(manifest)}
-
-Limit of x0: {manifest["sampling"]["limit"]}. Largest difference from the torch reference at export: {largest:.1e}.
-
-With Python: {command}`fastddim.export.{runner}(FOLDER)`, which needs no torch.
-{components}"""
-
-
-def _tables(described: Mapping[str, Any]) -> str:
-    """The inputs and outputs of the sampler or of a component."""
-    tables = []
-    for group in ("inputs", "outputs"):
-        rows = [
-            f"| `{item['name']}` | {item['dtype']} | {item['shape']} | {item['meaning']} |" for item in described[group]
-        ]
-        tables.append("\n".join([f"| {group.removesuffix('s')} | dtype | shape | |", "|---|---|---|---|", *rows]))
-    return "\n\n".join(tables)

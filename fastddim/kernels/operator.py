@@ -82,7 +82,7 @@ def ddim_step(
     noise: torch.Tensor | None = None,
     seeds: torch.Tensor | None = None,
     first_row: torch.Tensor | None = None,
-    guidance_scale: Coefficient | None = None,
+    guidance_scale: "Coefficient | None" = None,
     guidance_rescale: Coefficient = 0.0,
     cond_first: bool = False,
     out: torch.Tensor | None = None,
