@@ -16,8 +16,10 @@ _ROOM_OF = {
     "ParityError": "validate",
     "export_onnx": "to_onnx",
     "export_pipeline": "pipelines",
+    "load_exportable": "pipelines",
     "open_bundle": "bundle",
     "verify_bundle": "validate",
+    "verify_pipeline": "pipelines",
 }
 
 __all__ = [
@@ -31,8 +33,10 @@ __all__ = [
     "ParityError",
     "export_onnx",
     "export_pipeline",
+    "load_exportable",
     "open_bundle",
     "verify_bundle",
+    "verify_pipeline",
 ]
 
 
