@@ -350,7 +350,7 @@ def test_texts_to_pictures_from_the_shell(tmp_path, capsys):
         "--prompt: this bundle makes pictures of texts": ["run", str(bundle)],
         "no --labels": [*run, "--labels", "1"],
         "size: 15x; pass height and width": [*run, "--size", "15x"],
-        "size: (24, 24)": [*run, "--size", "24x24"],
+        "size: (24, 24); this bundle makes pictures of (16, 16)": [*run, "--size", "24x24"],
         "--parity-steps: 'two'": [*export[:-1], "two", "--out", str(tmp_path / "other")],
     }
     for message, arguments in bad.items():

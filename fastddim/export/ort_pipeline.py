@@ -172,9 +172,11 @@ class OrtPipeline:
     def _sizes(self, size: tuple[int, int] | None) -> tuple[tuple[int, int] | None, tuple[int, int]]:
         """The latents' size, and the pictures'."""
         upscale = self.bundle.components[DECODER]["upscale"]
-        if size is None:
-            height, width = self.bundle.manifest["sample"]["shape"][-2:]
-            return None, (height * upscale, width * upscale)
+        own = tuple(side * upscale for side in self.bundle.manifest["sample"]["shape"][-2:])
+        if size is None or tuple(size) == own:
+            return None, own
+        if not self.bundle.any_size:
+            raise ValueError(f"size: {tuple(size)}; this bundle makes pictures of {own} alone")
         height, width = size
         if height < 1 or width < 1 or height % upscale or width % upscale:
             raise ValueError(f"size: {tuple(size)}; pass a height and width that are multiples of {upscale}")

@@ -206,9 +206,7 @@ def verify_pipeline(
     """
     _check_pipeline(pipe)
     manifest = bundle.manifest
-    options = ExportOptions(
-        dtype=manifest["sampling"]["dtype"], dynamic_size="height" in manifest["inputs"][0]["shape"]
-    )
+    options = ExportOptions(dtype=manifest["sampling"]["dtype"], dynamic_size=bundle.any_size)
     components = {
         name: make(pipe, name, options, tuple(manifest["sample"]["shape"])) for name, make in _components(pipe)
     }
