@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from fastddim.sampler import Sampler
 from fastddim.schedule import Schedule
 
 PARITY_STEPS = (1, 10, 50)
-_LARGEST_BATCH = 3
+LARGEST_BATCH = 3
 # Half-precision models round at every layer, and runtimes fuse them differently.
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-1}
 # How much larger than the effect of a rounding of the start the difference may be.
@@ -52,25 +53,76 @@ def measure_parity(
         ParityError: a larger difference; the message has the sizes and both numbers.
     """
     sampling = bundle.manifest["sampling"]
-    session_options = onnxruntime.SessionOptions()
-    # Threads that spin between calls would slow torch, whose turn it is then.
-    session_options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    ort = OrtSampler(bundle, providers="cpu", session_options=session_options)
+    ort = OrtSampler(bundle, providers="cpu", session_options=_session_options())
     dtype = next((p.dtype for p in denoiser.model.parameters() if p.is_floating_point()), torch.float32)
     small = large = denoiser.sample_shape
-    if "height" in bundle.manifest["inputs"][0]["shape"]:
+    if bundle.any_size:
         large = (small[0], 2 * small[1], small[2])
     results = []
-    for batch, shape in ((1, small), (_LARGEST_BATCH, large)):
+    for batch, shape in ((1, small), (LARGEST_BATCH, large)):
         for count in steps:
             entry = _compare(ort, denoiser, schedule, sampling, batch, shape, count, dtype, tolerance)
+            _require_parity(entry, f"after {count} steps of a batch of {batch} of {shape}")
             results.append(entry)
-            if not entry["largest_error"] <= entry["tolerance"]:
-                raise ParityError(
-                    f"model: the exported file differs from torch by {entry['largest_error']:.3g} (tolerance"
-                    f" {entry['tolerance']:.3g}) after {count} steps of a batch of {batch} of {shape}"
-                )
     return results
+
+
+def measure_component(
+    path: Path,
+    name: str,
+    module: torch.nn.Module,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    dtype: torch.dtype,
+    tolerance: float | None = None,
+) -> list[dict[str, Any]]:
+    """Largest differences between a component's file and its module, for the manifest.
+
+    Args:
+        path: of the graph.
+        name: of the component.
+        module: in evaluation mode; takes a dictionary of inputs and returns a tuple.
+        batches: inputs `[B, ...]` to compare with.
+        dtype: of the module's weights.
+        tolerance: the largest difference. By default what the dtype explains, of the largest value where that is above 1.
+
+    Raises:
+        ParityError: a larger difference; the message has the component and both numbers.
+    """
+    session = onnxruntime.InferenceSession(str(path), _session_options(), providers=["CPUExecutionProvider"])
+    results = []
+    for inputs in batches:
+        with torch.no_grad():
+            expected = module(dict(inputs))
+        actual = session.run(None, {key: value.numpy() for key, value in inputs.items()})
+        first = next(iter(inputs.values()))
+        largest = max(float(value.abs().max()) for value in expected)
+        # numpy's maximum keeps a NaN, Python's need not.
+        error = float(np.max([np.abs(have - want.numpy()).max() for have, want in zip(actual, expected, strict=True)]))
+        entry = {
+            "component": name,
+            "batch": first.shape[0],
+            "size": list(first.shape[1:]),
+            "largest_error": error if math.isfinite(error) else math.inf,
+            "tolerance": _TOLERANCES[dtype] * max(1.0, largest) if tolerance is None else tolerance,
+        }
+        _require_parity(entry, f"in {name}, a batch of {first.shape[0]} of {tuple(first.shape[1:])}")
+        results.append(entry)
+    return results
+
+
+def _session_options() -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    # Threads that spin between calls would slow torch, whose turn it is then.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def _require_parity(entry: Mapping[str, Any], where: str) -> None:
+    if not entry["largest_error"] <= entry["tolerance"]:
+        raise ParityError(
+            f"model: the exported file differs from torch by {entry['largest_error']:.3g} (tolerance"
+            f" {entry['tolerance']:.3g}) {where}"
+        )
 
 
 def verify_bundle(
