@@ -83,6 +83,11 @@ class OrtSampler:
     ) -> None:
         chosen = choose_providers(providers)
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+        if self.bundle.manifest["sampling"]["dtype"] == "bfloat16" and chosen == [_PROVIDERS["cpu"]]:
+            raise ValueError(
+                "providers: ONNX Runtime's CPU has no bfloat16 convolutions; pass 'cuda' or 'tensorrt', or export the"
+                " model with another dtype"
+            )
         self.session = onnxruntime.InferenceSession(
             str(self.bundle.model_path), sess_options=session_options, providers=chosen
         )
