@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help setup cpp demo test slow check format bench budget gpu clean
+.PHONY: help setup web cpp demo test slow check format bench budget gpu clean
 
 help:
 	@echo "make demo    sample a grid of handwritten digits: digits.png"
@@ -28,11 +28,15 @@ $(STAMP): pyproject.toml constraints.txt Makefile scripts/make_venv.sh scripts/a
 demo: setup
 	$(BIN)/fastddim sample --out digits.png
 
-# No stamp: a kept folder may meet a machine without the compilers.
+# The page's tests run in node and in a browser; no stamp, as a kept folder may meet a machine without them.
+web:
+	@sh scripts/make_web.sh
+
+# What cpp/ is built with; no stamp either.
 cpp: setup
 	@sh scripts/make_cpp.sh $(BIN)/python
 
-test: setup cpp
+test: setup web cpp
 	$(BIN)/python -m pytest $(ARGS)
 
 slow: setup cpp
@@ -63,4 +67,4 @@ gpu:
 	    $(PYTHON) -m pytest tests/test_kernels.py -k 'rescale or advances' -p no:cacheprovider
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist *.egg-info examples/web/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -510,6 +510,13 @@ DAMAGE = {
     r"\$\.files\['model\.onnx'\]: 'bytes' is a required property": put({"sha256": ""}, "files", "model.onnx"),
     r"\$\.files\['model\.onnx'\]\.bytes: -1 is not >= 0": put(-1, "files", "model.onnx", "bytes"),
     r"\$\.model: no file \"other\.onnx\" among 'files'": put("other.onnx", "model"),
+    r"\$\.components\['vae_decoder'\]\.model: no file \"vae.onnx\" among 'files'": put(
+        {"vae_decoder": {"model": "vae.onnx", "inputs": [], "outputs": [], "meaning": ""}}, "components"
+    ),
+    r"\$\.components\['vae_decoder'\]\.upscale: 0 is not >= 1": put(
+        {"vae_decoder": {"model": "model.onnx", "inputs": [], "outputs": [], "meaning": "", "upscale": 0}}, "components"
+    ),
+    r"\$\.zeros_for_empty_prompt: 0 is not true or false": put(0, "zeros_for_empty_prompt"),
     "names '../model.onnx', which leads out of the folder": put(ENTRY, "files", "../model.onnx"),
     "names 'a/../../b', which leads out of the folder": put(ENTRY, "files", "a/../../b"),
     "names '/etc/passwd', which leads out of the folder": put(ENTRY, "files", "/etc/passwd"),
@@ -530,6 +537,17 @@ def test_a_damaged_bundle_is_refused(checked, bundles, tmp_path):
             with pytest.raises(CppError, match=message) as caught:
                 reader.open(folder)
             assert caught.value.kind == "BundleError" and str(folder) in str(caught.value)
+
+
+def test_a_whole_pipelines_components_are_known(checked, bundles, tmp_path):
+    folder = shutil.copytree(bundles("typed"), tmp_path / "bundle")
+    tensor = {"name": "latents", "dtype": "float32", "shape": ["batch", 4, "height", "width"], "meaning": ""}
+    decoder = {"model": "model.onnx", "inputs": [tensor], "outputs": [], "meaning": "", "upscale": 8}
+    parity = [{"component": "vae_decoder", "batch": 1, "largest_error": 0.0, "tolerance": 1.0}]
+    changes = {"components": {"vae_decoder": decoder}, "zeros_for_empty_prompt": True, "parity": parity}
+    edit(lambda manifest: manifest.update(changes))(folder)
+    with CppSampler(checked / "ort_driver") as reader:
+        assert reader.open(folder)["components"] == {"vae_decoder": [str(folder / "model.onnx"), 8]}
 
 
 def test_hashes_are_left_out_when_asked(checked, bundles, tmp_path):

@@ -8,14 +8,18 @@ from typing import Any
 _ROOM_OF = {
     "Bundle": "bundle",
     "BundleError": "bundle",
-    "ExportError": "to_onnx",
-    "ExportOptions": "to_onnx",
+    "ExportError": "plan",
+    "ExportOptions": "plan",
     "NotFiniteError": "ort",
+    "OrtPipeline": "ort_pipeline",
     "OrtSampler": "ort",
     "ParityError": "validate",
     "export_onnx": "to_onnx",
+    "export_pipeline": "pipelines",
+    "load_exportable": "pipelines",
     "open_bundle": "bundle",
     "verify_bundle": "validate",
+    "verify_pipeline": "pipelines",
 }
 
 __all__ = [
@@ -24,11 +28,15 @@ __all__ = [
     "ExportError",
     "ExportOptions",
     "NotFiniteError",
+    "OrtPipeline",
     "OrtSampler",
     "ParityError",
     "export_onnx",
+    "export_pipeline",
+    "load_exportable",
     "open_bundle",
     "verify_bundle",
+    "verify_pipeline",
 ]
 
 

@@ -52,6 +52,21 @@ class Bundle:
         """The graph's file."""
         return self.path / str(self.manifest["model"])
 
+    @property
+    def any_size(self) -> bool:
+        """Whether heights and widths may differ from call to call."""
+        return any("height" in item["shape"] for item in self.manifest["inputs"])
+
+    @property
+    def components(self) -> Mapping[str, Any]:
+        """The graphs beside the sampler's, by name: empty but for a whole pipeline."""
+        found: Mapping[str, Any] = self.manifest.get("components", {})
+        return found
+
+    def component_path(self, name: str) -> Path:
+        """The file of a component's graph."""
+        return self.path / str(self.components[name]["model"])
+
     def names(self, group: str) -> list[str]:
         """Names of the `"inputs"` or `"outputs"`."""
         return [item["name"] for item in self.manifest[group]]
@@ -160,8 +175,9 @@ def open_bundle(path: str | Path, *, check_hashes: bool = True) -> Bundle:
             )
         if check_hashes and sha256(member) != expected["sha256"]:
             raise BundleError(f"bundle: {str(member)!r} is not the file that was exported (SHA-256); export it again")
-    if manifest["model"] not in manifest["files"]:
-        raise BundleError(f"bundle: {str(file)!r} names no file {manifest['model']!r}; export it again")
+    for holder in (manifest, *manifest.get("components", {}).values()):
+        if holder["model"] not in manifest["files"]:
+            raise BundleError(f"bundle: {str(file)!r} names no file {holder['model']!r}; export it again")
     return Bundle(folder, manifest)
 
 

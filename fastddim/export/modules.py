@@ -17,6 +17,8 @@ from fastddim.coefficients import NUM_COLUMNS
 from fastddim.config import Clip, DynamicThreshold, Limit
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# What CLIP's text encoders take.
+TOKENS = 77
 # TensorRT's limit for TopK.
 LARGEST_TOPK = 3840
 _BISECTIONS_TO_ONE_ULP = 24
@@ -100,7 +102,16 @@ class _Call:
         return dict(conditions)
 
 
-class _XLCall(_Call):
+class _TextCall(_Call):
+    """A UNet whose conditions are float32, whatever its dtype."""
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        # The embeddings of SDXL's other two are float32 until the UNet itself casts them.
+        states = conditions["encoder_hidden_states"].to(x.dtype)
+        return super().__call__(x, t, {**conditions, "encoder_hidden_states": states})
+
+
+class _XLCall(_TextCall):
     """SDXL's UNet, whose pooled text and sizes come in a dictionary."""
 
     def _arguments(self, conditions: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -143,19 +154,16 @@ def _describe_condition_unet(model: torch.nn.Module, config: Any, sample_shape: 
         raise ValueError(f"model: addition_embed_type {kind!r} cannot be exported; None and 'text_time' (SDXL) can")
     if config.encoder_hid_dim_type is not None or config.class_embed_type is not None:
         raise ValueError("model: encoder_hid_dim_type and class_embed_type have to be None to be exported")
-    dtype = next(model.parameters()).dtype
     width = config.cross_attention_dim
     width = width[0] if isinstance(width, (tuple, list)) else width
     conditions = {
-        "encoder_hidden_states": Condition(torch.zeros(2, 77, width, dtype=dtype), meaning="the text encoder's states")
+        "encoder_hidden_states": Condition(torch.zeros(2, TOKENS, width), meaning="the text encoder's states")
     }
     if kind is None:
-        return Denoiser(model, _Call(model, return_dict=False), _square(config, sample_shape), conditions, True)
+        return Denoiser(model, _TextCall(model, return_dict=False), _square(config, sample_shape), conditions, True)
     pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    conditions["text_embeds"] = Condition(torch.zeros(2, pooled, dtype=dtype), meaning="the pooled text embedding")
-    conditions["time_ids"] = Condition(
-        torch.zeros(2, 6, dtype=dtype), meaning="original size, crop corner, target size: h, w each"
-    )
+    conditions["text_embeds"] = Condition(torch.zeros(2, pooled), meaning="the pooled text embedding")
+    conditions["time_ids"] = Condition(torch.zeros(2, 6), meaning="original size, crop corner, target size: h, w each")
     return Denoiser(model, _XLCall(model, return_dict=False), _square(config, sample_shape), conditions, True)
 
 

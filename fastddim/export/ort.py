@@ -83,6 +83,11 @@ class OrtSampler:
     ) -> None:
         chosen = choose_providers(providers)
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+        if self.bundle.manifest["sampling"]["dtype"] == "bfloat16" and chosen == [_PROVIDERS["cpu"]]:
+            raise ValueError(
+                "providers: ONNX Runtime's CPU has no bfloat16 convolutions; pass 'cuda' or 'tensorrt', or export the"
+                " model with another dtype"
+            )
         self.session = onnxruntime.InferenceSession(
             str(self.bundle.model_path), sess_options=session_options, providers=chosen
         )
@@ -184,7 +189,7 @@ class OrtSampler:
         own = self.bundle.manifest["sample"]["shape"]
         if size is None:
             return (int(start), *own)
-        if "height" not in expected and tuple(size) != tuple(own[-2:]):
+        if not self.bundle.any_size and tuple(size) != tuple(own[-2:]):
             raise ValueError(f"size: {tuple(size)}; this bundle makes samples of {tuple(own[-2:])} alone")
         return (int(start), own[0], *size)
 
@@ -214,30 +219,18 @@ class OrtSampler:
         for name in self._conditions:
             if name not in conditions:
                 raise ValueError(f"{name}: missing; pass an array {self._inputs[name]['shape']}")
-            feeds[name] = self._fit(name, conditions[name], batch)
+            feeds[name] = fit_array(name, conditions[name], self._inputs[name], batch)
             other = f"uncond_{name}"
             if other not in self._inputs:
                 continue
             null = self._sampling["null_values"].get(name)
             if name in uncond:
-                feeds[other] = self._fit(other, uncond[name], batch)
+                feeds[other] = fit_array(other, uncond[name], self._inputs[other], batch)
             elif null is not None:
                 feeds[other] = np.full_like(feeds[name], null)
             else:
                 raise ValueError(f"uncond_kwargs: {name!r} is missing, and the bundle knows no value for it; pass it")
         return feeds
-
-    def _fit(self, name: str, value: Array, batch: int) -> Array:
-        item = self._inputs[name]
-        dtype = np.dtype(item["dtype"])
-        array = np.asarray(value)
-        shape = tuple(batch if dim == "batch" else dim for dim in item["shape"])
-        fits = array.ndim == len(shape) and all(
-            isinstance(want, str) or want == have for want, have in zip(shape, array.shape, strict=True)
-        )
-        if not fits or not np.can_cast(array.dtype, dtype, "same_kind"):
-            raise ValueError(f"{name}: {array.dtype} of shape {array.shape}; pass {dtype} of shape {shape}")
-        return np.ascontiguousarray(array, dtype=dtype)
 
     def _run_loop(self, sample: Array, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Array]) -> Array:
         steps = len(table)
@@ -297,6 +290,29 @@ class OrtSampler:
             else:
                 bad = middle
         return f"the state has NaN or infinite values after step {bad - 1} (timestep {table.timesteps[bad - 1]})"
+
+
+def fit_array(name: str, value: Array, item: Mapping[str, Any], batch: int | None = None) -> Array:
+    """An argument as an input of a graph.
+
+    Args:
+        name: of the argument, for errors.
+        value: the array.
+        item: the manifest's description of the input.
+        batch: the first dimension, where it is known.
+
+    Raises:
+        ValueError: another shape, or a dtype that does not convert.
+    """
+    dtype = np.dtype(item["dtype"])
+    array = np.asarray(value)
+    shape = tuple(batch if dim == "batch" and batch is not None else dim for dim in item["shape"])
+    fits = array.ndim == len(shape) and all(
+        isinstance(want, str) or want == have for want, have in zip(shape, array.shape, strict=True)
+    )
+    if not fits or not np.can_cast(array.dtype, dtype, "same_kind"):
+        raise ValueError(f"{name}: {array.dtype} of shape {array.shape}; pass {dtype} of shape {shape}")
+    return np.ascontiguousarray(array, dtype=dtype)
 
 
 def _per_sample(name: str, value: float | Array, batch: int) -> Array:

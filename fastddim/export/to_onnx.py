@@ -3,101 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import io
 import logging
-import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir
-import onnxruntime
 import torch
 from torch.export import Dim
 
 import fastddim
-from fastddim.coefficients import StepTable
-from fastddim.config import Clip, DDIMConfig, DynamicThreshold, Limit, require_choice, require_int
-from fastddim.export.bundle import FORMAT, FORMAT_VERSION, Bundle, check_destination, write_bundle
+from fastddim.config import DDIMConfig
+from fastddim.export.bundle import Bundle, check_destination, write_bundle
 from fastddim.export.graph import as_loop, name_dims, strip, symbolic_dims, with_schedule
-from fastddim.export.modules import DTYPES, Denoiser, StepModule, describe, prepared
+from fastddim.export.manifest import NOTE_FILE, build_manifest, name_meanings, note
+from fastddim.export.modules import DTYPES, Denoiser, StepModule, prepared
+from fastddim.export.plan import ExportError, ExportOptions, SamplerPlan, plan_sampler
 from fastddim.export.schedule_module import ScheduleModule
 from fastddim.export.validate import PARITY_STEPS, measure_parity
-from fastddim.noise import STREAM_INITIAL, STREAM_STEP
-from fastddim.sampler import to_schedule
 from fastddim.schedule import Schedule
 
-GRAPHS = ("loop", "step")
 MODEL_FILE = "model.onnx"
-# 21 and later have slower or refused operators in today's runtimes; 20 has all that the models need.
+# 21 and later have slower or refused operators in today's runtimes; 20 has all that the models need, but no bfloat16
+# convolutions.
 _OPSET = 20
+_BFLOAT16_OPSET = 22
 # protobuf holds no more.
 _LARGEST_FILE = 2_000_000_000
-
-_MEANINGS = {
-    "sample": "the starting state; standard normal for a whole run",
-    "timestep": "the training timestep of each sample's step",
-    "timesteps": "the training timestep of each step, the noisiest first",
-    "num_inference_steps": "how many steps to take",
-    "noise": "standard normal, fresh for each step",
-    "guidance_scale": "classifier-free guidance: uncond + guidance_scale * (cond - uncond)",
-    "guidance_rescale": "in [0, 1]: how far to pull the guided output's deviation back to the conditional one's",
-    "samples": "the finished samples",
-    "next_sample": "the state after the step",
-    "pred_original_sample": "the limited prediction of x0",
-}
-_COLUMNS = "x0 = limit(c0 * sample + c1 * output); next_sample = c2 * sample + c3 * output + c4 * x0 + c5 * noise"
-
-
-class ExportError(ValueError):
-    """A model that cannot be exported; the message names the module or operator."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportOptions:
-    """What is fixed in an exported file.
-
-    Attributes:
-        graph: `"loop"`, all steps in one call; `"step"`, one step, with rows of the table for each sample.
-        guided: classifier-free guidance, its scale an input `[B]`.
-        guidance_rescale: `guidance_rescale` is an input `[B]` too.
-        stochastic: noise is an input, so that rows may add it.
-        bake_schedule: the loop takes `num_inference_steps` and derives the table itself.
-        num_inference_steps, eta: of the default table; a baked schedule keeps eta.
-        use_clipped_model_output: derive epsilon from the limited x0; where x0 is limited by default.
-        dtype: of the weights, `"float32"`, `"float16"` or `"bfloat16"`; the state is float32.
-        dynamic_size: heights and widths may differ from call to call, for models that take them.
-
-    Raises:
-        ValueError: options that exclude each other.
-    """
-
-    graph: str = "loop"
-    guided: bool = False
-    guidance_rescale: bool = False
-    stochastic: bool = False
-    bake_schedule: bool = False
-    num_inference_steps: int = 50
-    eta: float = 0.0
-    use_clipped_model_output: bool | None = None
-    dtype: str = "float32"
-    dynamic_size: bool = False
-
-    def __post_init__(self) -> None:
-        require_choice("graph", self.graph, GRAPHS)
-        require_choice("dtype", self.dtype, DTYPES)
-        require_int("num_inference_steps", self.num_inference_steps, 1)
-        if self.guidance_rescale and not self.guided:
-            raise ValueError("guidance_rescale: True without guided; pass both")
-        if self.bake_schedule and self.graph == "step":
-            raise ValueError("bake_schedule: True with graph 'step', which takes rows of a table; pass graph='loop'")
-        if self.eta and not self.stochastic:
-            raise ValueError(f"eta: {self.eta!r} adds noise; pass stochastic=True, which makes noise an input")
 
 
 def export_onnx(
@@ -133,68 +68,111 @@ def export_onnx(
         FileExistsError, NotADirectoryError, PermissionError: `out`, before any work.
         ParityError: the file's results differ from the torch reference's.
     """
-    options = ExportOptions() if options is None else options
     target = check_destination(out, force)
-    schedule = to_schedule(scheduler)
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model: {type(model).__name__}; pass a torch module")
-    rederive = options.use_clipped_model_output
-    rederive = schedule.config.limit is not None if rederive is None else rederive
-    options = replace(options, use_clipped_model_output=rederive)
-    pairs = schedule.pairs(options.num_inference_steps)
-    table = StepTable.build(schedule, pairs, eta=options.eta, use_clipped_model_output=rederive)
-    denoiser = describe(model, None if sample_shape is None else tuple(sample_shape), example_kwargs)
-    if options.dynamic_size and not denoiser.resizable:
-        raise ValueError(f"dynamic_size: True for a {type(model).__name__}, whose size is fixed; leave it out")
+    plan = plan_sampler(model, scheduler, options, sample_shape, example_kwargs)
+
+    def fill(folder: Path) -> dict[str, Any]:
+        manifest = write_sampler(folder, plan, parity_steps, tolerance)
+        (folder / NOTE_FILE).write_text(note(manifest), "utf-8")
+        return manifest
+
+    return write_bundle(target, force, fill)
+
+
+def write_sampler(
+    folder: Path, plan: SamplerPlan, parity_steps: Sequence[int], tolerance: float | None
+) -> dict[str, Any]:
+    """Write the sampler's graph to a folder and compare it with torch.
+
+    Args:
+        folder: of the bundle that is being written.
+        plan: from `plan_sampler`.
+        parity_steps, tolerance: as `export_onnx`'s.
+
+    Returns:
+        The manifest, without `files`.
+
+    Raises:
+        ExportError, ParityError: as `export_onnx`.
+    """
+    denoiser, schedule, options = plan.denoiser, plan.schedule, plan.options
     with prepared(denoiser.model, DTYPES[options.dtype]):
         module = StepModule(
             denoiser, schedule.config.limit, options.guided, options.guidance_rescale, options.stochastic
         )
-
-        def fill(folder: Path) -> dict[str, Any]:
-            graph = strip(_to_graph(module, denoiser, options, folder / MODEL_FILE))
-            if options.graph == "loop":
-                graph = as_loop(graph)
-            if options.bake_schedule:
-                graph = with_schedule(graph, strip(_schedule_graph(schedule, options)))
-            graph.producer_name, graph.producer_version = "fastddim", fastddim.__version__
-            (folder / MODEL_FILE).write_bytes(graph.SerializeToString(deterministic=True))
-            _check(folder / MODEL_FILE)
-            manifest = _manifest(graph, denoiser, schedule, table, options)
-            manifest["parity"] = measure_parity(
-                Bundle(folder, manifest), denoiser, schedule, steps=parity_steps, tolerance=tolerance
-            )
-            (folder / "README.md").write_text(_note(manifest), "utf-8")
-            return manifest
-
-        return write_bundle(target, force, fill)
+        graph = _step_graph(module, denoiser, options, folder / MODEL_FILE)
+        if options.graph == "loop":
+            graph = as_loop(graph)
+        if options.bake_schedule:
+            graph = with_schedule(graph, strip(_schedule_graph(schedule, options, graph.opset_import[0].version)))
+        save(graph, folder / MODEL_FILE)
+        meanings = name_meanings(plan)
+        inputs, outputs = (describe_values(values, meanings) for values in (graph.graph.input, graph.graph.output))
+        manifest = build_manifest(plan, MODEL_FILE, inputs, outputs)
+        manifest["versions"]["opset"] = str(graph.opset_import[0].version)
+        manifest["parity"] = measure_parity(
+            Bundle(folder, manifest), denoiser, schedule, steps=parity_steps, tolerance=tolerance
+        )
+    return manifest
 
 
-def _to_graph(module: StepModule, denoiser: Denoiser, options: ExportOptions, path: Path) -> onnx.ModelProto:
-    """The step's graph; its weights are in it, or beside `path` where one file cannot hold them."""
+def _step_graph(module: StepModule, denoiser: Denoiser, options: ExportOptions, path: Path) -> onnx.ModelProto:
     examples = module.example_inputs()
+    resized = ("sample", "noise") if options.dynamic_size else ()
+    graph = to_graph(
+        module,
+        examples,
+        ["next_sample", "pred_original_sample"],
+        type(denoiser.model).__name__,
+        path,
+        resized=resized,
+    )
+    name_dims(graph.graph, _named_dims(graph.graph, denoiser, options))
+    return graph
+
+
+def to_graph(
+    module: torch.nn.Module,
+    examples: dict[str, torch.Tensor],
+    outputs: Sequence[str],
+    kind: str,
+    path: Path,
+    *,
+    resized: Sequence[str] = (),
+) -> onnx.ModelProto:
+    """Trace a module whose `forward` takes a dictionary of tensors.
+
+    Args:
+        module: in evaluation mode; it returns a tuple.
+        examples: `[2, ...]` for each input; the batch is dynamic.
+        outputs: names of what it returns.
+        kind: the model's name for errors.
+        path: the file to be; weights that it cannot hold are written beside it now.
+        resized: inputs whose last two of four dimensions are dynamic too.
+
+    Raises:
+        ExportError: code that cannot be exported, or that fixes a dynamic dimension.
+    """
     names = list(examples)
-    spatial = {2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if options.dynamic_size else {}
-    shapes = {name: {0: Dim.DYNAMIC, **(spatial if name in ("sample", "noise") else {})} for name in names}
+    spatial = {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    shapes = {name: {0: Dim.DYNAMIC, **(spatial if name in resized else {})} for name in names}
     with _quiet():
         try:
             program = torch.export.export(module, (examples,), dynamic_shapes=({**shapes},), strict=False)
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
-                opset_version=_OPSET,
+                opset_version=_BFLOAT16_OPSET if _has_bfloat16(module) else _OPSET,
                 input_names=names,
-                output_names=["next_sample", "pred_original_sample"],
+                output_names=list(outputs),
                 verbose=False,
             )
         except Exception as error:
-            raise ExportError(f"model: {type(denoiser.model).__name__} cannot be exported: {_told(error)}") from error
+            raise ExportError(f"model: {kind} cannot be exported: {_told(error)}") from error
     assert exported is not None
     graph = _to_proto(exported.model, path)
     _require_symbolic(graph.graph, shapes)
-    dims = _named_dims(graph.graph, denoiser, options)
-    name_dims(graph.graph, dims)
-    return graph
+    return strip(graph)
 
 
 def _to_proto(model: onnx_ir.Model, path: Path) -> onnx.ModelProto:
@@ -206,14 +184,18 @@ def _to_proto(model: onnx_ir.Model, path: Path) -> onnx.ModelProto:
     return onnx.load(path, load_external_data=False)
 
 
-def _schedule_graph(schedule: Schedule, options: ExportOptions) -> onnx.ModelProto:
+def _has_bfloat16(module: torch.nn.Module) -> bool:
+    return any(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
+
+
+def _schedule_graph(schedule: Schedule, options: ExportOptions, opset: int) -> onnx.ModelProto:
     module = ScheduleModule(schedule, options.eta, bool(options.use_clipped_model_output))
     with _quiet():
         program = torch.export.export(module, (torch.tensor(5),))
         exported = torch.onnx.export(
             program,
             dynamo=True,
-            opset_version=_OPSET,
+            opset_version=opset,
             input_names=["num_inference_steps"],
             output_names=["timesteps", "coefficients"],
             verbose=False,
@@ -269,116 +251,28 @@ def _named_dims(graph: onnx.GraphProto, denoiser: Denoiser, options: ExportOptio
     return named
 
 
-def _check(path: Path) -> None:
+def save(graph: onnx.ModelProto, path: Path) -> None:
+    """Write a graph and check it.
+
+    Raises:
+        ExportError: a graph that is not valid.
+    """
+    graph.producer_name, graph.producer_version = "fastddim", fastddim.__version__
+    path.write_bytes(graph.SerializeToString(deterministic=True))
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
         raise ExportError(f"model: the exported graph is not valid: {_told(error)}") from error
 
 
-def _limit_text(limit: Limit) -> str:
-    if isinstance(limit, Clip):
-        return f"clip to [-{limit.range:g}, {limit.range:g}]"
-    if isinstance(limit, DynamicThreshold):
-        return f"dynamic threshold, quantile {limit.ratio:g}, at most {limit.max_value:g}"
-    return "none"
-
-
-def _manifest(
-    graph: onnx.ModelProto, denoiser: Denoiser, schedule: Schedule, table: StepTable, options: ExportOptions
-) -> dict[str, Any]:
-    row_of = "step" if options.graph == "loop" else "sample"
-    meanings = {**_MEANINGS, "coefficients": f"c0 to c5 of each {row_of}: {_COLUMNS}"}
-    for name, condition in denoiser.conditions.items():
-        meanings[name] = condition.meaning or "conditions the model"
-        meanings[f"uncond_{name}"] = f"{name} of the unconditional half"
-
-    def describe_values(values: Any) -> list[dict[str, Any]]:
-        dims = symbolic_dims(graph.graph)
-        return [
-            {
-                "name": value.name,
-                "dtype": str(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)),
-                "shape": dims[value.name],
-                "meaning": meanings[value.name],
-            }
-            for value in values
-        ]
-
-    limit = schedule.config.limit
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "graph": options.graph,
-        "model": MODEL_FILE,
-        "inputs": describe_values(graph.graph.input),
-        "outputs": describe_values(graph.graph.output),
-        "schedule": asdict(schedule.config),
-        "sampling": {
-            "guided": options.guided,
-            "guidance_rescale": options.guidance_rescale,
-            "stochastic": options.stochastic,
-            "baked_schedule": options.bake_schedule,
-            "eta": float(options.eta),
-            "use_clipped_model_output": bool(options.use_clipped_model_output),
-            "dtype": options.dtype,
-            "limit": _limit_text(limit),
-            "null_values": {
-                name: condition.null for name, condition in denoiser.conditions.items() if condition.null is not None
-            },
-        },
-        "table": {
-            "timesteps": list(table.timesteps),
-            "coefficients": np.asarray(table.columns).tolist(),
-        },
-        "sample": {
-            "shape": list(denoiser.sample_shape),
-            "layout": "NCHW" if len(denoiser.sample_shape) == 3 else "N...",
-            "range": [-limit.range, limit.range] if isinstance(limit, Clip) else None,
-        },
-        "noise": {
-            "generator": "Philox4x32-10, then Box-Muller; see fastddim/noise.py",
-            "key": "the 64 bits of the sample's seed",
-            "counter": "(element // 4, 0, step, stream)",
-            "stream_initial": STREAM_INITIAL,
-            "stream_step": STREAM_STEP,
-        },
-        "versions": {"fastddim": fastddim.__version__, "opset": str(_OPSET), **_versions()},
-    }
-
-
-def _versions() -> dict[str, str]:
-    versions = {"onnxruntime": onnxruntime.__version__}
-    for name in ("torch", "diffusers", "onnx", "onnxscript"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
-
-
-def _note(manifest: Mapping[str, Any]) -> str:
-    """What an integrator reads first."""
-
-    def rows(group: str) -> str:
-        return "\n".join(
-            f"| `{item['name']}` | {item['dtype']} | {item['shape']} | {item['meaning']} |" for item in manifest[group]
-        )
-
-    kind = "all steps of a run in one call" if manifest["graph"] == "loop" else "one step of a run in each call"
-    largest = max((entry["largest_error"] for entry in manifest["parity"]), default=math.nan)
-    return f"""# An exported DDIM sampler
-
-`{manifest["model"]}` holds the model and its sampler: {kind}. Any ONNX runtime loads it. `manifest.json` says the same as
-this page for programs, with a default table of timesteps and coefficients; its schema is in fastddim.
-
-| input | dtype | shape | |
-|---|---|---|---|
-{rows("inputs")}
-
-| output | dtype | shape | |
-|---|---|---|---|
-{rows("outputs")}
-
-Limit of x0: {manifest["sampling"]["limit"]}. Largest difference from the torch reference at export: {largest:.1e}.
-
-With Python: `fastddim run FOLDER --seed 0 --out samples.png`, or `fastddim.export.OrtSampler(FOLDER)`, which needs no torch.
-"""
+def describe_values(values: Iterable[onnx.ValueInfoProto], meanings: Mapping[str, str]) -> list[dict[str, Any]]:
+    """A graph's inputs or outputs for the manifest."""
+    return [
+        {
+            "name": value.name,
+            "dtype": str(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)),
+            "shape": [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim],
+            "meaning": meanings[value.name],
+        }
+        for value in values
+    ]

@@ -1,0 +1,147 @@
+"""What a bundle says of itself: its manifest, and the note for whoever integrates it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+import fastddim
+from fastddim.config import Clip, DynamicThreshold, Limit
+from fastddim.export.bundle import FORMAT, FORMAT_VERSION
+from fastddim.export.plan import SamplerPlan
+from fastddim.noise import STREAM_INITIAL, STREAM_STEP
+
+NOTE_FILE = "README.md"
+
+_MEANINGS = {
+    "sample": "the starting state; standard normal for a whole run",
+    "timestep": "the training timestep of each sample's step",
+    "timesteps": "the training timestep of each step, the noisiest first",
+    "num_inference_steps": "how many steps to take",
+    "noise": "standard normal, fresh for each step",
+    "guidance_scale": "classifier-free guidance: uncond + guidance_scale * (cond - uncond)",
+    "guidance_rescale": "in [0, 1]: how far to pull the guided output's deviation back to the conditional one's",
+    "samples": "the finished samples",
+    "next_sample": "the state after the step",
+    "pred_original_sample": "the limited prediction of x0",
+}
+_COLUMNS = "x0 = limit(c0 * sample + c1 * output); next_sample = c2 * sample + c3 * output + c4 * x0 + c5 * noise"
+
+
+def name_meanings(plan: SamplerPlan) -> dict[str, str]:
+    """What each of the sampler's inputs and outputs is, by name."""
+    row_of = "step" if plan.options.graph == "loop" else "sample"
+    meanings = {**_MEANINGS, "coefficients": f"c0 to c5 of each {row_of}: {_COLUMNS}"}
+    for name, condition in plan.denoiser.conditions.items():
+        meanings[name] = condition.meaning or "conditions the model"
+        meanings[f"uncond_{name}"] = f"{name} of the unconditional half"
+    return meanings
+
+
+def build_manifest(
+    plan: SamplerPlan, model: str, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The manifest of a sampler, without `files` and `parity`.
+
+    Args:
+        plan: what was exported.
+        model: the file's name.
+        inputs, outputs: `name`, `dtype`, `shape` and `meaning` of each.
+    """
+    denoiser, options, table = plan.denoiser, plan.options, plan.table
+    limit = plan.schedule.config.limit
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "graph": options.graph,
+        "model": model,
+        "inputs": inputs,
+        "outputs": outputs,
+        "schedule": asdict(plan.schedule.config),
+        "sampling": {
+            "guided": options.guided,
+            "guidance_rescale": options.guidance_rescale,
+            "stochastic": options.stochastic,
+            "baked_schedule": options.bake_schedule,
+            "eta": float(options.eta),
+            "use_clipped_model_output": bool(options.use_clipped_model_output),
+            "dtype": options.dtype,
+            "limit": _limit_text(limit),
+            "null_values": {
+                name: condition.null for name, condition in denoiser.conditions.items() if condition.null is not None
+            },
+        },
+        "table": {
+            "timesteps": list(table.timesteps),
+            "coefficients": np.asarray(table.columns).tolist(),
+        },
+        "sample": {
+            "shape": list(denoiser.sample_shape),
+            "layout": "NCHW" if len(denoiser.sample_shape) == 3 else "N...",
+            "range": [-limit.range, limit.range] if isinstance(limit, Clip) else None,
+        },
+        "noise": {
+            "generator": "Philox4x32-10, then Box-Muller; see fastddim/noise.py",
+            "key": "the 64 bits of the sample's seed",
+            "counter": "(element // 4, 0, step, stream)",
+            "stream_initial": STREAM_INITIAL,
+            "stream_step": STREAM_STEP,
+        },
+        "versions": {"fastddim": fastddim.__version__, **_versions()},
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def _limit_text(limit: Limit) -> str:
+    if isinstance(limit, Clip):
+        return f"clip to [-{limit.range:g}, {limit.range:g}]"
+    if isinstance(limit, DynamicThreshold):
+        return f"dynamic threshold, quantile {limit.ratio:g}, at most {limit.max_value:g}"
+    return "none"
+
+
+def note(manifest: Mapping[str, Any]) -> str:
+    """What an integrator reads first."""
+    kind = "all steps of a run in one call" if manifest["graph"] == "loop" else "one step of a run in each call"
+    largest = max((entry["largest_error"] for entry in manifest["parity"]), default=math.nan)
+    components = "".join(
+        f"\n## {name}\n\n`{component['model']}`: {component['meaning']}.\n\n{_tables(component)}\n"
+        for name, component in manifest.get("components", {}).items()
+    )
+    runner = "OrtPipeline" if components else "OrtSampler"
+    command = "" if components else "`fastddim run FOLDER --seed 0 --out samples.png`, or "
+    return f"""# An exported DDIM sampler
+
+`{manifest["model"]}` holds the model and its sampler: {kind}. Any ONNX runtime loads it. `manifest.json` says the same as
+this page for programs, with a default table of timesteps and coefficients; its schema is in fastddim.
+
+{_tables(manifest)}
+
+Limit of x0: {manifest["sampling"]["limit"]}. Largest difference from the torch reference at export: {largest:.1e}.
+
+With Python: {command}`fastddim.export.{runner}(FOLDER)`, which needs no torch.
+{components}"""
+
+
+def _tables(described: Mapping[str, Any]) -> str:
+    """The inputs and outputs of the sampler or of a component."""
+    tables = []
+    for group in ("inputs", "outputs"):
+        rows = [
+            f"| `{item['name']}` | {item['dtype']} | {item['shape']} | {item['meaning']} |" for item in described[group]
+        ]
+        tables.append("\n".join([f"| {group.removesuffix('s')} | dtype | shape | |", "|---|---|---|---|", *rows]))
+    return "\n\n".join(tables)

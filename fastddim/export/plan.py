@@ -1,0 +1,109 @@
+"""What is to be exported, checked before any work: the options, the model, the schedule and its table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fastddim.coefficients import StepTable
+from fastddim.config import DDIMConfig, require_choice, require_int
+from fastddim.export.modules import DTYPES, Denoiser, describe
+from fastddim.sampler import to_schedule
+from fastddim.schedule import Schedule
+
+GRAPHS = ("loop", "step")
+
+
+class ExportError(ValueError):
+    """A model that cannot be exported; the message names the module or operator."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What is fixed in an exported file.
+
+    Attributes:
+        graph: `"loop"`, all steps in one call; `"step"`, one step, with rows of the table for each sample.
+        guided: classifier-free guidance, its scale an input `[B]`.
+        guidance_rescale: `guidance_rescale` is an input `[B]` too.
+        stochastic: noise is an input, so that rows may add it.
+        bake_schedule: the loop takes `num_inference_steps` and derives the table itself.
+        num_inference_steps, eta: of the default table; a baked schedule keeps eta.
+        use_clipped_model_output: derive epsilon from the limited x0; where x0 is limited by default.
+        dtype: of the weights, `"float32"`, `"float16"` or `"bfloat16"`; the state is float32.
+        dynamic_size: heights and widths may differ from call to call, for models that take them.
+
+    Raises:
+        ValueError: options that exclude each other.
+    """
+
+    graph: str = "loop"
+    guided: bool = False
+    guidance_rescale: bool = False
+    stochastic: bool = False
+    bake_schedule: bool = False
+    num_inference_steps: int = 50
+    eta: float = 0.0
+    use_clipped_model_output: bool | None = None
+    dtype: str = "float32"
+    dynamic_size: bool = False
+
+    def __post_init__(self) -> None:
+        require_choice("graph", self.graph, GRAPHS)
+        require_choice("dtype", self.dtype, DTYPES)
+        require_int("num_inference_steps", self.num_inference_steps, 1)
+        if self.guidance_rescale and not self.guided:
+            raise ValueError("guidance_rescale: True without guided; pass both")
+        if self.bake_schedule and self.graph == "step":
+            raise ValueError("bake_schedule: True with graph 'step', which takes rows of a table; pass graph='loop'")
+        if self.eta and not self.stochastic:
+            raise ValueError(f"eta: {self.eta!r} adds noise; pass stochastic=True, which makes noise an input")
+
+
+@dataclass(frozen=True)
+class SamplerPlan:
+    """What `write_sampler` exports, all of it checked.
+
+    Attributes:
+        denoiser: the model.
+        schedule, table: of the default run.
+        options: with every default decided.
+    """
+
+    denoiser: Denoiser
+    schedule: Schedule
+    table: StepTable
+    options: ExportOptions
+
+
+def plan_sampler(
+    model: Any,
+    scheduler: Schedule | DDIMConfig | Any,
+    options: ExportOptions | None,
+    sample_shape: Sequence[int] | None = None,
+    example_kwargs: Mapping[str, torch.Tensor] | None = None,
+) -> SamplerPlan:
+    """Check what is to be exported, before any work.
+
+    Args:
+        model, scheduler, options, sample_shape, example_kwargs: as `export_onnx`'s.
+
+    Raises:
+        TypeError: no module; ValueError: options or configurations that cannot be exported.
+    """
+    options = ExportOptions() if options is None else options
+    schedule = to_schedule(scheduler)
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: {type(model).__name__}; pass a torch module")
+    rederive = options.use_clipped_model_output
+    rederive = schedule.config.limit is not None if rederive is None else rederive
+    options = replace(options, use_clipped_model_output=rederive)
+    pairs = schedule.pairs(options.num_inference_steps)
+    table = StepTable.build(schedule, pairs, eta=options.eta, use_clipped_model_output=rederive)
+    denoiser = describe(model, None if sample_shape is None else tuple(sample_shape), example_kwargs)
+    if options.dynamic_size and not denoiser.resizable:
+        raise ValueError(f"dynamic_size: True for a {type(model).__name__}, whose size is fixed; leave it out")
+    return SamplerPlan(denoiser, schedule, table, options)
