@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help setup demo test slow check format bench budget gpu clean
+.PHONY: help setup web demo test slow check format bench budget gpu clean
 
 help:
 	@echo "make demo    sample a grid of handwritten digits: digits.png"
@@ -19,7 +19,7 @@ help:
 setup: $(STAMP)
 
 # The stamp comes last, so that an interrupted installation is taken up again.
-$(STAMP): pyproject.toml constraints.txt Makefile scripts/make_venv.sh
+$(STAMP): pyproject.toml constraints.txt Makefile scripts/make_venv.sh scripts/apt_install.sh
 	@echo "Installing into $(VENV); this takes a few minutes once."
 	sh scripts/make_venv.sh $(PYTHON) $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
@@ -28,7 +28,11 @@ $(STAMP): pyproject.toml constraints.txt Makefile scripts/make_venv.sh
 demo: setup
 	$(BIN)/fastddim sample --out digits.png
 
-test: setup
+# The page's tests run in node and in a browser; no stamp, as a kept folder may meet a machine without them.
+web:
+	@sh scripts/make_web.sh
+
+test: setup web
 	$(BIN)/python -m pytest $(ARGS)
 
 slow: setup
@@ -59,4 +63,4 @@ gpu:
 	    $(PYTHON) -m pytest tests/test_kernels.py -k 'rescale or advances' -p no:cacheprovider
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist *.egg-info examples/web/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -10,17 +10,6 @@ packages=""
 "$python" -c 'import ensurepip, venv' 2>/dev/null || packages="python$version-venv"
 # Triton compiles its launchers with the machine's C compiler.
 command -v "${CC:-gcc}" >/dev/null || command -v clang >/dev/null || packages="$packages gcc libc6-dev"
-if [ -n "$packages" ]; then
-    root=""
-    if [ "$(id -u)" != 0 ]; then
-        root="sudo -n"
-        if ! sudo -n true 2>/dev/null; then
-            echo "packages are missing; run: sudo apt-get install $packages" >&2
-            exit 1
-        fi
-    fi
-    $root apt-get update -qq
-    # shellcheck disable=SC2086
-    $root apt-get install -y -qq $packages
-fi
+# shellcheck disable=SC2086
+[ -z "$packages" ] || sh "$(dirname "$0")/apt_install.sh" $packages
 "$python" -m venv "$venv"
