@@ -11,6 +11,9 @@ import numpy as np
 import typer
 
 from fastddim.cli_options import Json, Model, Out, integer, load_model, number, parse_integers
+from fastddim.config import require_choice
+
+FORMATS = ("onnx", "aoti")
 
 app = typer.Typer()
 
@@ -19,6 +22,13 @@ app = typer.Typer()
 def export(
     model: Model = None,
     out: Annotated[Path | None, typer.Option(help="The folder to write.")] = None,
+    format: Annotated[
+        str, typer.Option(help="onnx; or aoti: compiled by AOTInductor, for libtorch, on machines like this one.")
+    ] = "onnx",
+    device: Annotated[str, typer.Option(help="With aoti: cpu or cuda.")] = "cpu",
+    cpu_isa: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With aoti: the CPU needs avx2 or avx512. Default: avx2.")
+    ] = None,
     graph: Annotated[str, typer.Option(help="loop: all steps in one call; step: one step a call.")] = "loop",
     guidance: Annotated[bool, typer.Option(help="Classifier-free guidance, its scale an input.")] = False,
     guidance_rescale: Annotated[bool, typer.Option(help="With guidance: its rescale is an input too.")] = False,
@@ -42,10 +52,14 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Export a model and its sampler as one ONNX file, compared with torch, in a folder that describes it."""
+    """Export a model and its sampler as one file, compared with torch, in a folder that describes it."""
     if (out is None) == (verify is None):
         raise ValueError("--out, --verify: pass one of the two")
-    from fastddim.export import ExportOptions, export_onnx, open_bundle, verify_bundle
+    require_choice("--format", format, FORMATS)
+    compiled: dict[str, Any] = {"device": device, "cpu_isa": cpu_isa}
+    if format != "aoti" and compiled != {"device": "cpu", "cpu_isa": None}:
+        raise ValueError(f"--device, --cpu-isa: given with format {format!r}; pass --format aoti, or leave them out")
+    from fastddim.export import ExportOptions, export_aoti, export_onnx, open_bundle, verify_bundle
 
     start = time.perf_counter()
     if verify is not None:
@@ -66,7 +80,11 @@ def export(
             dynamic_size=dynamic_size,
         )
         pipeline = load_model(model)
-        bundle = export_onnx(pipeline.unet, pipeline.scheduler, out, options, force=force, tolerance=tolerance)
+        common: dict[str, Any] = {"force": force, "tolerance": tolerance}
+        if format == "aoti":
+            bundle = export_aoti(pipeline.unet, pipeline.scheduler, out, options, **common, **compiled)
+        else:
+            bundle = export_onnx(pipeline.unet, pipeline.scheduler, out, options, **common)
         parity = bundle.manifest["parity"]
     seconds = time.perf_counter() - start
     if as_json:
@@ -104,7 +122,8 @@ def run(
         int, typer.Option(parser=integer, metavar="INTEGER", help="Of the first image; the others count up.")
     ] = 0,
     providers: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="cpu, cuda, tensorrt. Default: cuda where it is there.")
+        str | None,
+        typer.Option(metavar="NAMES", help="For ONNX files: cpu, cuda, tensorrt. Default: cuda where it is there."),
     ] = None,
     check_finite: Annotated[
         bool, typer.Option("--check-finite", help="Report the step at which NaN or infinities appear.")
@@ -112,18 +131,24 @@ def run(
     out: Out = Path("samples.png"),
     as_json: Json = False,
 ) -> None:
-    """Sample from an exported bundle with ONNX Runtime, without torch, and write a picture."""
-    from fastddim.export import OrtSampler
+    """Sample from an exported bundle with what runs its file, and write a picture; an ONNX file needs no torch."""
+    from fastddim.export import open_bundle, open_sampler
     from fastddim.pictures import GridLayout, check_picture, make_grid, save_picture
 
     classes = None if labels is None else parse_integers(labels, "--labels")
-    sampler = OrtSampler(
-        bundle, providers=None if providers is None else providers.split(","), check_finite=check_finite
-    )
-    manifest = sampler.bundle.manifest
+    opened = open_bundle(bundle)
+    options: dict[str, Any] = {"check_finite": check_finite}
+    if providers is not None:
+        if opened.runtime != "onnx":
+            raise ValueError(
+                f"--providers: {providers!r}, but this bundle is of runtime {opened.runtime!r}; leave it out"
+            )
+        options["providers"] = providers.split(",")
+    sampler = open_sampler(opened, **options)
+    manifest = opened.manifest
     shape = manifest["sample"]["shape"]
     if len(shape) != 3 or shape[0] not in (1, 3):
-        raise ValueError(f"bundle: its samples are {shape}, no pictures; use fastddim.export.OrtSampler")
+        raise ValueError(f"bundle: its samples are {shape}, no pictures; use fastddim.export.open_sampler")
     null = manifest["sampling"]["null_values"].get("class_labels")
     conditions: dict[str, Any] = {}
     names = None
@@ -149,7 +174,7 @@ def run(
     )
     seconds = time.perf_counter() - start
     save_picture(make_grid(samples, labels=names), out)
-    device = sampler.session.get_providers()[0].removesuffix("ExecutionProvider")
+    device = sampler.device()
     if as_json:
         typer.echo(json.dumps({"path": str(out), "num_images": num_images, "seconds": seconds, "provider": device}))
     else:
