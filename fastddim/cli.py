@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = app(args=None if arguments is None else list(arguments), prog_name="fastddim", standalone_mode=False)
     except _UsageError as error:
         return _fail(f"{error.format_message()} See fastddim --help.")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         return _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
 
-from fastddim.cli_options import Json, Model, Out, integer, load_model, number, parse_integers
+from fastddim.cli_options import Json, Model, Out, integer, naming, number, parse_integers, quiet_diffusers
 from fastddim.config import require_choice
 
+if TYPE_CHECKING:
+    from fastddim.export import Bundle
+    from fastddim.export.bundle_sampler import BundleSampler
+
 FORMATS = ("onnx", "aoti")
+# Of class labels; a text-to-image pipeline has its own default.
+_GUIDANCE = 2.0
 
 app = typer.Typer()
 
@@ -46,6 +54,12 @@ def export(
         float | None,
         typer.Option(parser=number, metavar="NUMBER", help="Largest difference from torch. Default: by dtype."),
     ] = None,
+    parity_steps: Annotated[
+        str, typer.Option(metavar="INTEGERS", help="Numbers of steps after which to compare with torch.")
+    ] = "1,10,50",
+    sampler_only: Annotated[
+        bool, typer.Option("--sampler-only", help="Of a text-to-image pipeline: without text encoders and decoder.")
+    ] = False,
     verify: Annotated[
         Path | None, typer.Option(metavar="BUNDLE", help="Compare a bundle with its model instead of writing one.")
     ] = None,
@@ -59,13 +73,27 @@ def export(
     compiled: dict[str, Any] = {"device": device, "cpu_isa": cpu_isa}
     if format != "aoti" and compiled != {"device": "cpu", "cpu_isa": None}:
         raise ValueError(f"--device, --cpu-isa: given with format {format!r}; pass --format aoti, or leave them out")
-    from fastddim.export import ExportOptions, export_aoti, export_onnx, open_bundle, verify_bundle
+    from fastddim.export import (
+        ExportOptions,
+        export_aoti,
+        export_onnx,
+        export_pipeline,
+        open_bundle,
+        verify_bundle,
+        verify_pipeline,
+    )
+    from fastddim.export.bundle import check_destination
+    from fastddim.export.pipelines import denoiser_of, is_text_to_image
 
+    compared = parse_integers(parity_steps, "--parity-steps")
     start = time.perf_counter()
     if verify is not None:
         bundle = open_bundle(verify)
-        pipeline = load_model(model)
-        parity = verify_bundle(bundle, pipeline.unet, tolerance=tolerance)
+        pipeline = _load(model)
+        if bundle.components:
+            parity = verify_pipeline(bundle, pipeline, steps=compared, tolerance=tolerance)
+        else:
+            parity = verify_bundle(bundle, denoiser_of(pipeline), steps=compared, tolerance=tolerance)
     else:
         assert out is not None
         options = ExportOptions(
@@ -79,24 +107,42 @@ def export(
             dtype=dtype,
             dynamic_size=dynamic_size,
         )
-        pipeline = load_model(model)
-        common: dict[str, Any] = {"force": force, "tolerance": tolerance}
+        # Before a model is fetched and read.
+        check_destination(out, force)
+        pipeline = _load(model)
+        common: dict[str, Any] = {"force": force, "parity_steps": compared, "tolerance": tolerance}
+        whole = is_text_to_image(pipeline) and not sampler_only
         if format == "aoti":
-            bundle = export_aoti(pipeline.unet, pipeline.scheduler, out, options, **common, **compiled)
+            if whole:
+                raise ValueError(
+                    "--format: 'aoti' exports the sampler of a text-to-image pipeline; pass --sampler-only"
+                )
+            bundle = export_aoti(denoiser_of(pipeline), pipeline.scheduler, out, options, **common, **compiled)
+        elif whole:
+            bundle = export_pipeline(pipeline, out, options, **common)
         else:
-            bundle = export_onnx(pipeline.unet, pipeline.scheduler, out, options, **common)
+            bundle = export_onnx(denoiser_of(pipeline), pipeline.scheduler, out, options, **common)
         parity = bundle.manifest["parity"]
     seconds = time.perf_counter() - start
     if as_json:
         typer.echo(json.dumps({"path": str(bundle.path), "seconds": seconds, "parity": parity}))
         return
     for entry in parity:
+        compared_after = f"{entry['steps']} steps" if "steps" in entry else entry["component"]
         typer.echo(
-            f"batch {entry['batch']} of {entry['size']}, {entry['steps']} steps: largest difference from torch"
+            f"batch {entry['batch']} of {entry['size']}, {compared_after}: largest difference from torch"
             f" {entry['largest_error']:.1e} (tolerance {entry['tolerance']:.1e})"
         )
     size = sum(file["bytes"] for file in bundle.manifest["files"].values())
     typer.echo(f"{str(bundle.path)!r}: {bundle.graph}, {size / 1e6:.1f} MB, {seconds:.1f} s")
+
+
+def _load(model: str | None) -> Any:
+    from fastddim.export import load_exportable
+
+    quiet_diffusers()
+    with naming("model", "--model"):
+        return load_exportable(model)
 
 
 @app.command()
@@ -104,10 +150,18 @@ def run(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that `fastddim export` wrote.")],
     num_images: Annotated[
         int | None,
-        typer.Option(parser=integer, metavar="INTEGER", help="How many. Default: one for each label, else 10."),
+        typer.Option(
+            parser=integer, metavar="INTEGER", help="How many. Default: one for each label or prompt, else 10."
+        ),
     ] = None,
     labels: Annotated[
         str | None, typer.Option(metavar="INTEGERS", help='Classes such as "0,1,2", repeated in turn.')
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Of a text-to-image bundle; give it again for another.")
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What the pictures should not show. Default: empty.")
     ] = None,
     steps: Annotated[
         int | None, typer.Option(parser=integer, metavar="INTEGER", help="Model calls. Default: the bundle's.")
@@ -116,14 +170,18 @@ def run(
         float | None, typer.Option(parser=number, metavar="NUMBER", help="0 is DDIM, 1 is DDPM. Default: the bundle's.")
     ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(parser=number, metavar="NUMBER", help="For bundles with guidance. Default: 2.")
+        float | None,
+        typer.Option(parser=number, metavar="NUMBER", help="For bundles with guidance. Default: 2; with prompts 7.5."),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="HEIGHTxWIDTH", help="In pixels, for bundles of any size.")
     ] = None,
     seed: Annotated[
         int, typer.Option(parser=integer, metavar="INTEGER", help="Of the first image; the others count up.")
     ] = 0,
     providers: Annotated[
         str | None,
-        typer.Option(metavar="NAMES", help="For ONNX files: cpu, cuda, tensorrt. Default: cuda where it is there."),
+        typer.Option(metavar="NAMES", help="Of ONNX bundles: cpu, cuda, tensorrt. Default: cuda where it is there."),
     ] = None,
     check_finite: Annotated[
         bool, typer.Option("--check-finite", help="Report the step at which NaN or infinities appear.")
@@ -131,51 +189,100 @@ def run(
     out: Out = Path("samples.png"),
     as_json: Json = False,
 ) -> None:
-    """Sample from an exported bundle with what runs its file, and write a picture; an ONNX file needs no torch."""
-    from fastddim.export import open_bundle, open_sampler
+    """Sample from an exported bundle with what runs its file, and write a picture; an ONNX bundle needs no torch."""
+    from fastddim.export import open_bundle
     from fastddim.pictures import GridLayout, check_picture, make_grid, save_picture
 
-    classes = None if labels is None else parse_integers(labels, "--labels")
     opened = open_bundle(bundle)
-    options: dict[str, Any] = {"check_finite": check_finite}
+    cycle: Sequence[int] | Sequence[str] | None
+    if opened.components:
+        if labels is not None or not prompt:
+            raise ValueError("--prompt: this bundle makes pictures of texts; pass one or more, and no --labels")
+        cycle, upscale = prompt, opened.components["vae_decoder"]["upscale"]
+    else:
+        if prompt or negative_prompt is not None:
+            raise ValueError("--prompt, --negative-prompt: this bundle has no text encoder; leave them out")
+        cycle, upscale = _pick_labels(labels, opened.manifest), 1
+    num_images = (len(cycle) if cycle else 10) if num_images is None else num_images
+    if num_images < 1:
+        raise ValueError(f"--num-images: {num_images}; pass an integer >= 1")
+    names = None if cycle is None else [cycle[k % len(cycle)] for k in range(num_images)]
+    pixels = None if size is None else _parse_size(size)
+    height, width = pixels or [side * upscale for side in opened.manifest["sample"]["shape"][-2:]]
+    # Texts are too long for a picture's margin.
+    shown = None if opened.components else names
+    check_picture(out, GridLayout.plan(num_images, height, width, shown).size)
+    options: dict[str, Any] = {"seeds": seed, "num_inference_steps": steps, "eta": eta, "size": pixels}
+    if guidance_scale is not None:
+        options["guidance_scale"] = guidance_scale
+    settings: dict[str, Any] = {"check_finite": check_finite}
     if providers is not None:
         if opened.runtime != "onnx":
             raise ValueError(
                 f"--providers: {providers!r}, but this bundle is of runtime {opened.runtime!r}; leave it out"
             )
-        options["providers"] = providers.split(",")
-    sampler = open_sampler(opened, **options)
-    manifest = opened.manifest
-    shape = manifest["sample"]["shape"]
-    if len(shape) != 3 or shape[0] not in (1, 3):
-        raise ValueError(f"bundle: its samples are {shape}, no pictures; use fastddim.export.open_sampler")
-    null = manifest["sampling"]["null_values"].get("class_labels")
-    conditions: dict[str, Any] = {}
-    names = None
-    if null is not None:
-        given = classes or list(range(null))
-        if max(given) > null:
-            raise ValueError(f"--labels: {max(given)}; pass integers in [0, {null}] ({null} is no class)")
-        num_images = len(given) if num_images is None else num_images
-        names = [given[k % len(given)] for k in range(max(num_images, 0))]
-        conditions["class_labels"] = np.array(names, dtype=np.int64)
-    elif classes is not None:
-        raise ValueError(f"--labels: {labels!r}, but this bundle has no classes; leave them out")
-    num_images = 10 if num_images is None else num_images
-    if num_images < 1:
-        raise ValueError(f"--num-images: {num_images}; pass an integer >= 1")
-    if manifest["sampling"]["guided"] and guidance_scale is None:
-        guidance_scale = 2.0
-    _, height, width = shape
-    check_picture(out, GridLayout.plan(num_images, height, width, names).size)
+        settings["providers"] = providers.split(",")
+    if opened.components:
+        draw, sampler = _load_pipeline(opened, settings, names, negative_prompt)
+    else:
+        draw, sampler = _load_sampler(opened, settings, names, num_images)
     start = time.perf_counter()
-    samples = sampler(
-        num_images, seeds=seed, num_inference_steps=steps, eta=eta, guidance_scale=guidance_scale, **conditions
-    )
+    samples = draw(**options)
     seconds = time.perf_counter() - start
-    save_picture(make_grid(samples, labels=names), out)
+    save_picture(make_grid(samples, labels=shown), out)
     device = sampler.device()
     if as_json:
         typer.echo(json.dumps({"path": str(out), "num_images": num_images, "seconds": seconds, "provider": device}))
     else:
         typer.echo(f"{str(out)!r}: {num_images} images, {seconds / num_images:.3g} s per image on {device}")
+
+
+def _pick_labels(labels: str | None, manifest: Mapping[str, Any]) -> list[int] | None:
+    """The classes to repeat in turn; None for a model without."""
+    shape = manifest["sample"]["shape"]
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise ValueError(f"bundle: its samples are {shape}, no pictures; use fastddim.export.open_sampler")
+    null = manifest["sampling"]["null_values"].get("class_labels")
+    if null is None:
+        if labels is not None:
+            raise ValueError(f"--labels: {labels!r}, but this bundle has no classes; leave them out")
+        return None
+    given = list(range(null)) if labels is None else parse_integers(labels, "--labels")
+    if max(given) > null:
+        raise ValueError(f"--labels: {max(given)}; pass integers in [0, {null}] ({null} is no class)")
+    return given
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    height, by, width = text.partition("x")
+    if not (by and height.isdecimal() and width.isdecimal()):
+        raise ValueError(f"--size: {text!r}; pass height and width in pixels, such as 512x768")
+    return int(height), int(width)
+
+
+def _load_sampler(
+    bundle: Bundle, settings: Mapping[str, Any], labels: Sequence[Any] | None, num_images: int
+) -> tuple[Callable[..., Any], BundleSampler]:
+    """What draws the samples, and the sampler."""
+    from fastddim.export import open_sampler
+
+    sampler = open_sampler(bundle, **settings)
+    fixed: dict[str, Any] = {} if labels is None else {"class_labels": np.array(labels, dtype=np.int64)}
+    if bundle.manifest["sampling"]["guided"]:
+        fixed["guidance_scale"] = _GUIDANCE
+    return functools.partial(sampler, num_images, **fixed), sampler
+
+
+def _load_pipeline(
+    bundle: Bundle, settings: Mapping[str, Any], prompts: Sequence[Any] | None, negative_prompt: str | None
+) -> tuple[Callable[..., Any], BundleSampler]:
+    """What draws the pictures, and their sampler."""
+    from fastddim.export import OrtPipeline
+
+    assert prompts is not None
+    pipeline = OrtPipeline(bundle, **settings)
+    ids = pipeline.tokenize(prompts)
+    if negative_prompt is None and pipeline.zeros_for_empty_prompt:
+        return functools.partial(pipeline, ids, None), pipeline.sampler
+    negative = pipeline.tokenize([negative_prompt or ""] * len(prompts))
+    return functools.partial(pipeline, ids, negative), pipeline.sampler

@@ -60,10 +60,14 @@ def naming(argument: str, option: str) -> Iterator[None]:
 
 def load_model(model: str | None) -> DDIMPipeline:
     """`fastddim.load_pipeline` of an option's value, without diffusers' own output."""
-    import diffusers
-
-    # Errors come as exceptions; diffusers' own lines and bars would only repeat them.
-    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)
-    diffusers.utils.logging.disable_progress_bar()
+    quiet_diffusers()
     with naming("model", "--model"):
         return fastddim.load_pipeline(model)
+
+
+def quiet_diffusers() -> None:
+    """Errors come as exceptions; diffusers' own lines and bars would only repeat them."""
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)
+    diffusers.utils.logging.disable_progress_bar()

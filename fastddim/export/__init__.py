@@ -18,9 +18,11 @@ _ROOM_OF = {
     "export_aoti": "to_aoti",
     "export_onnx": "to_onnx",
     "export_pipeline": "pipelines",
+    "load_exportable": "pipelines",
     "open_bundle": "bundle",
     "open_sampler": "bundle_sampler",
     "verify_bundle": "validate",
+    "verify_pipeline": "pipelines",
 }
 
 __all__ = [
@@ -36,9 +38,11 @@ __all__ = [
     "export_aoti",
     "export_onnx",
     "export_pipeline",
+    "load_exportable",
     "open_bundle",
     "open_sampler",
     "verify_bundle",
+    "verify_pipeline",
 ]
 
 

@@ -67,6 +67,11 @@ class Bundle:
         return self.path / str(self.manifest["model"])
 
     @property
+    def any_size(self) -> bool:
+        """Whether heights and widths may differ from call to call."""
+        return any("height" in item["shape"] for item in self.manifest["inputs"])
+
+    @property
     def components(self) -> Mapping[str, Any]:
         """The graphs beside the sampler's, by name: empty but for a whole pipeline."""
         found: Mapping[str, Any] = self.manifest.get("components", {})

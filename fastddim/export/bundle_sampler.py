@@ -192,7 +192,7 @@ class BundleSampler(ABC):
         own = self.bundle.manifest["sample"]["shape"]
         if size is None:
             return (int(start), *own)
-        if "height" not in expected and tuple(size) != tuple(own[-2:]):
+        if not self.bundle.any_size and tuple(size) != tuple(own[-2:]):
             raise ValueError(f"size: {tuple(size)}; this bundle makes samples of {tuple(own[-2:])} alone")
         return (int(start), own[0], *size)
 

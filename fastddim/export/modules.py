@@ -106,7 +106,9 @@ class _TextCall(_Call):
     """A UNet whose conditions are float32, whatever its dtype."""
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return super().__call__(x, t, {name: value.to(x.dtype) for name, value in conditions.items()})
+        # The embeddings of SDXL's other two are float32 until the UNet itself casts them.
+        states = conditions["encoder_hidden_states"].to(x.dtype)
+        return super().__call__(x, t, {**conditions, "encoder_hidden_states": states})
 
 
 class _XLCall(_TextCall):

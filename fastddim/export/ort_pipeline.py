@@ -29,6 +29,8 @@ class OrtPipeline:
     Attributes:
         bundle: with its manifest.
         sampler: the `OrtSampler` between the text encoders and the decoder.
+        zeros_for_empty_prompt: without a negative prompt the unconditional embeddings are zeros, as the pipeline's
+            configuration has it (`force_zeros_for_empty_prompt`, SDXL).
 
     Raises:
         BundleError: a bundle that is damaged, or that is a sampler alone; ValueError: a provider that is not there.
@@ -59,6 +61,7 @@ class OrtPipeline:
             for name in components
         }
         self._encoders = [name for name in components if name != DECODER]
+        self.zeros_for_empty_prompt: bool = self.bundle.manifest.get("zeros_for_empty_prompt", False)
         self._takes_sizes = "time_ids" in self.bundle.names("inputs")
 
     def __call__(
@@ -81,8 +84,7 @@ class OrtPipeline:
         Args:
             input_ids: `[B, 77]` integers, padded as the tokenizer does; for a bundle with two encoders (SDXL) a pair, as
                 its tokenizers pad differently.
-            negative_input_ids: the same of the negative prompts; None, for SDXL alone: zeros instead of embeddings, as
-                its pipeline has them without a negative prompt (`force_zeros_for_empty_prompt`).
+            negative_input_ids: the same of the negative prompts; None, with `zeros_for_empty_prompt` alone, for none.
             seeds: one per picture, or an integer s for s, s + 1, ...
             num_inference_steps, eta: of this run; the bundle's own by default.
             guidance_scale, guidance_rescale: numbers or `[B]`.
@@ -124,6 +126,24 @@ class OrtPipeline:
         result: Array = images
         return result
 
+    def tokenize(self, prompts: Sequence[str]) -> Ids:
+        """`input_ids` of texts, with the bundle's tokenizers: an array, or for SDXL a pair. Needs transformers, no torch.
+
+        Raises:
+            ImportError: transformers is not installed.
+        """
+        try:
+            from transformers import AutoTokenizer
+        except ImportError as error:
+            raise ImportError("transformers is missing; pip install transformers, or pass input_ids") from error
+        ids = []
+        for encoder in self._encoders:
+            tokenizer = AutoTokenizer.from_pretrained(self.bundle.path / encoder.replace("text_encoder", "tokenizer"))
+            (item,) = self.bundle.components[encoder]["inputs"]
+            given = tokenizer(list(prompts), padding="max_length", max_length=item["shape"][1], truncation=True)
+            ids.append(np.array(given.input_ids, dtype=np.int64))
+        return ids[0] if len(ids) == 1 else ids
+
     def _encode(self, argument: str, ids: Ids, batch: int | None = None) -> dict[str, Any]:
         count = len(self._encoders)
         given = [ids] if isinstance(ids, np.ndarray) else list(ids)
@@ -146,16 +166,18 @@ class OrtPipeline:
     def _uncond(self, ids: Ids | None, conditions: dict[str, Any]) -> dict[str, Any]:
         if ids is not None:
             return self._encode("negative_input_ids", ids, len(conditions["encoder_hidden_states"]))
-        if not self._takes_sizes:
+        if not self.zeros_for_empty_prompt:
             raise ValueError("negative_input_ids: None; pass the ids of the negative prompts, which may be empty")
         return {name: np.zeros_like(value) for name, value in conditions.items()}
 
     def _sizes(self, size: tuple[int, int] | None) -> tuple[tuple[int, int] | None, tuple[int, int]]:
         """The latents' size, and the pictures'."""
         upscale = self.bundle.components[DECODER]["upscale"]
-        if size is None:
-            height, width = self.bundle.manifest["sample"]["shape"][-2:]
-            return None, (height * upscale, width * upscale)
+        own = tuple(side * upscale for side in self.bundle.manifest["sample"]["shape"][-2:])
+        if size is None or tuple(size) == own:
+            return None, own
+        if not self.bundle.any_size:
+            raise ValueError(f"size: {tuple(size)}; this bundle makes pictures of {own} alone")
         height, width = size
         if height < 1 or width < 1 or height % upscale or width % upscale:
             raise ValueError(f"size: {tuple(size)}; pass a height and width that are multiples of {upscale}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 
 from fastddim.export.bundle import Bundle, check_destination, write_bundle
@@ -15,8 +16,9 @@ from fastddim.export.manifest import NOTE_FILE, note
 from fastddim.export.modules import DTYPES, TOKENS, prepared
 from fastddim.export.plan import ExportOptions, plan_sampler
 from fastddim.export.to_onnx import describe_values, save, to_graph, write_sampler
-from fastddim.export.validate import LARGEST_BATCH, PARITY_STEPS, measure_component
+from fastddim.export.validate import LARGEST_BATCH, PARITY_STEPS, measure_component, verify_bundle
 from fastddim.noise import STREAM_INITIAL, normal
+from fastddim.pipeline import load_pipeline
 
 _ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 # The classes that each pipeline's parts may have.
@@ -67,6 +69,48 @@ class _Component:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+def load_exportable(model: str | Path | None) -> Any:
+    """Load a diffusers pipeline of a kind that can be exported.
+
+    Args:
+        model: as `load_pipeline`'s; also the folder or hub id of a text-to-image pipeline or of a `DiTPipeline`.
+
+    Returns:
+        The diffusers pipeline; a `DDIMPipeline` for those of a `UNet2DModel`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_pipeline`.
+    """
+    kind = "" if model is None else _kind_of(model)
+    if kind not in (*_SUPPORTED, "DiTPipeline"):
+        return load_pipeline(model)
+    # Only Stable Diffusion's own pipeline has one.
+    unchecked = {"safety_checker": None, "requires_safety_checker": False} if kind == "StableDiffusionPipeline" else {}
+    try:
+        return diffusers.DiffusionPipeline.from_pretrained(str(model), **unchecked)
+    except Exception as error:  # diffusers, safetensors, torch and the hub's client each raise their own types
+        raise ValueError(f"model: {str(model)!r} cannot be loaded as a {kind}: {error}") from error
+
+
+def _kind_of(model: str | Path) -> str:
+    try:
+        kind: str = diffusers.DiffusionPipeline.load_config(str(model))["_class_name"]
+    except Exception:  # what is wrong with it, load_pipeline says
+        return ""
+    return kind
+
+
+def denoiser_of(pipe: Any) -> torch.nn.Module:
+    """The network of a pipeline from `load_exportable`."""
+    model: torch.nn.Module = pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
+    return model
+
+
+def is_text_to_image(pipe: Any) -> bool:
+    """Whether `export_pipeline` takes this kind of pipeline."""
+    return type(pipe).__name__ in _SUPPORTED
+
+
 def export_pipeline(
     pipe: Any,
     out: str | Path,
@@ -94,7 +138,7 @@ def export_pipeline(
         The bundle, opened; its manifest has `components`.
 
     Raises:
-        TypeError: another pipeline, or one with other parts; ValueError: options or configurations that cannot be exported.
+        TypeError: another pipeline; ValueError: parts, options or configurations that cannot be exported.
         ExportError: code that cannot be exported; ParityError: a file whose results differ from torch's.
         FileExistsError, NotADirectoryError, PermissionError: `out`, before any work.
     """
@@ -106,6 +150,7 @@ def export_pipeline(
 
     def fill(folder: Path) -> dict[str, Any]:
         manifest = write_sampler(folder, plan, parity_steps, tolerance)
+        manifest["zeros_for_empty_prompt"] = bool(pipe.config.get("force_zeros_for_empty_prompt", False))
         manifest["components"] = {}
         for name, component in components.items():
             entry, parity = _write_component(folder, name, component, tolerance)
@@ -128,7 +173,7 @@ def _check_pipeline(pipe: Any) -> None:
     for name, classes in _SUPPORTED[kind].items():
         found = type(getattr(pipe, name)).__name__
         if found not in classes:
-            raise TypeError(f"pipe: its {name} is {found}; only {' or '.join(classes)} can be exported")
+            raise ValueError(f"pipe: its {name} is {found}; only {' or '.join(classes)} can be exported")
         config = getattr(pipe, name).config
         if name.startswith("text_encoder"):
             if config.max_position_embeddings != TOKENS:
@@ -141,6 +186,41 @@ def _check_pipeline(pipe: Any) -> None:
         raise ValueError(
             "pipe: its unet has the guidance scale embedded (time_cond_proj_dim), which cannot be exported"
         )
+
+
+def verify_pipeline(
+    bundle: Bundle, pipe: Any, *, steps: Sequence[int] = PARITY_STEPS, tolerance: float | None = None
+) -> list[dict[str, Any]]:
+    """Compare an opened bundle with the pipeline it was exported from, as `export_pipeline` does.
+
+    Args:
+        bundle: from `open_bundle`.
+        pipe: in torch, on the CPU; it is not changed.
+        steps, tolerance: as `export_pipeline`'s.
+
+    Returns:
+        The measured entries.
+
+    Raises:
+        TypeError, ValueError: another pipeline than the bundle's; ParityError: a file whose results differ from torch's.
+    """
+    _check_pipeline(pipe)
+    manifest = bundle.manifest
+    options = ExportOptions(dtype=manifest["sampling"]["dtype"], dynamic_size=bundle.any_size)
+    components = {
+        name: make(pipe, name, options, tuple(manifest["sample"]["shape"])) for name, make in _components(pipe)
+    }
+    if set(components) != set(bundle.components):
+        raise ValueError(f"pipe: has {', '.join(components)}, the bundle {', '.join(bundle.components)}; pass its own")
+    parity = verify_bundle(bundle, pipe.unet, steps=steps, tolerance=tolerance)
+    for name, component in components.items():
+        with prepared(component.model, component.dtype):
+            parity += _measure(bundle.component_path(name), name, component, tolerance)
+    return parity
+
+
+def _measure(path: Path, name: str, component: _Component, tolerance: float | None) -> list[dict[str, Any]]:
+    return measure_component(path, name, component.module, component.batches, component.dtype, tolerance=tolerance)
 
 
 _Maker = Callable[[Any, str, ExportOptions, tuple[int, ...]], _Component]
@@ -245,9 +325,7 @@ def _write_component(
         graph = to_graph(component.module, examples, component.outputs, kind, path, resized=component.resized)
         name_dims(graph.graph, _named_dims(symbolic_dims(graph.graph)))
         save(graph, path)
-        parity = measure_component(
-            path, name, component.module, component.batches, component.dtype, tolerance=tolerance
-        )
+        parity = _measure(path, name, component, tolerance)
     entry = {
         "model": path.name,
         "inputs": describe_values(graph.graph.input, _MEANINGS),

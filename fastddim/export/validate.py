@@ -55,7 +55,7 @@ def measure_parity(
     exported = open_sampler(bundle, **onnx)
     dtype = next((p.dtype for p in denoiser.model.parameters() if p.is_floating_point()), torch.float32)
     small = large = denoiser.sample_shape
-    if "height" in bundle.manifest["inputs"][0]["shape"]:
+    if bundle.any_size:
         large = (small[0], 2 * small[1], small[2])
     results = []
     for batch, shape in ((1, small), (LARGEST_BATCH, large)):
