@@ -26,8 +26,8 @@ BUILDS = {
 }
 
 
-def build(name: str) -> Path:
-    """The folder with the programs of one of `BUILDS`, built as far as they are not up to date.
+def build(name: str, *programs: str) -> Path:
+    """The folder with the programs of one of `BUILDS`, all or some, built as far as they are not up to date.
 
     Raises:
         RuntimeError: with what the build printed.
@@ -35,7 +35,8 @@ def build(name: str) -> Path:
     folder = ROOT / "build" / f"cpp-{name}"
     configure = ["cmake", "-S", str(ROOT / "cpp"), "-B", str(folder), f"-DONNXRUNTIME_ROOT={RUNTIME}"]
     options = ["-DFASTDDIM_BUILD_TESTS=ON", "-DFASTDDIM_STRICT=ON", *BUILDS[name]]
-    for command in ([*configure, *options], ["cmake", "--build", str(folder), "--parallel", str(os.cpu_count())]):
+    make = ["cmake", "--build", str(folder), "--parallel", str(os.cpu_count()), "--target", *(programs or ["all"])]
+    for command in ([*configure, *options], make):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
@@ -113,15 +114,17 @@ def _to_call(start: int | np.ndarray, arguments: Mapping[str, Any]) -> dict[str,
     call: dict[str, Any] = {"start": _to_json(start)} if isinstance(start, np.ndarray) else {"batch": start}
     conditions = {}
     for name, value in arguments.items():
+        if value is None:
+            continue
         if name in ("guidance_scale", "guidance_rescale"):
             call[name] = np.atleast_1d(value).tolist()
         elif name == "uncond_kwargs":
-            call["uncond_conditions"] = {key: _to_json(array) for key, array in (value or {}).items()}
+            call["uncond_conditions"] = {key: _to_json(array) for key, array in value.items()}
         elif name in own:
             call[name] = value.tolist() if isinstance(value, np.ndarray) else value
         else:
             conditions[name] = _to_json(value)
-    return {name: value for name, value in call.items() if value is not None} | {"conditions": conditions}
+    return call | {"conditions": conditions}
 
 
 def _to_json(array: np.ndarray) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def checked():
 
 @pytest.fixture(scope="session")
 def release():
-    return build("release")
+    return build("release", "sample", "numbers")
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +40,7 @@ def fused(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fused")
     for compiler in ("g++", "clang++"):
         subprocess.run(
-            [compiler, "-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", f"-I{ROOT}/cpp/include",
+            [compiler, "-std=c++17", "-O3", "-march=native", f"-I{ROOT}/cpp/include",
              f"{ROOT}/cpp/tests/numbers.cpp", "-o", folder / compiler],
             check=True,
         )  # fmt: skip
@@ -212,8 +212,8 @@ def bundles(tmp_path_factory):
         "digits, loop": lambda path: export_digits(path, **all_options),
         "digits, step": lambda path: export_digits(path, **all_options, graph="step"),
         "digits, baked": lambda path: export_digits(path, bake_schedule=True, stochastic=True, eta=1.0),
-        "plain": lambda path: export_digits(path, num_inference_steps=7),
         "typed": lambda path: export_typed(path, **all_options, guidance_rescale=True),
+        "plain": export_typed,
         "resizable": export_resizable,
     }
 
@@ -231,8 +231,7 @@ def export_resizable(path):
     torch.manual_seed(0)
     unet = diffusers.UNet2DModel(
         sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), add_attention=False,
     )  # fmt: skip
     config = DDIMConfig(thresholding=True, sample_max_value=1.5)
     return export_onnx(unet, config, path, ExportOptions(dynamic_size=True), parity_steps=()).path
@@ -252,38 +251,34 @@ def both(checked, bundles):
         process.close()
 
 
-def assert_same(both, name, start, **arguments):
-    theirs, ours = (sampler(start, **arguments) for sampler in both(name))
+def assert_same(samplers, start, **arguments):
+    theirs, ours = (sampler(start, **arguments) for sampler in samplers)
     assert ours.dtype == np.float32 and ours.shape == theirs.shape
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4, err_msg=str(arguments))
     return ours
 
 
 @pytest.mark.parametrize("graph", ["loop", "step"])
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"num_inference_steps": 20},
-        {"num_inference_steps": 10, "eta": 0.7},
-        {"timesteps": [999, 700, 312, 5], "eta": 1.0},
-        {},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("batch", [1, 3])
-def test_the_digits_are_pythons(both, graph, arguments, batch):
-    digits = assert_same(
-        both, f"digits, {graph}", batch, seeds=2**64 - 3, guidance_scale=2.0, class_labels=np.array([3, 1, 4])[:batch],
-        **arguments,
-    )  # fmt: skip
-    assert digits.std() > 0.3
+def test_the_digits_are_pythons(both, graph):
+    samplers = both(f"digits, {graph}")
+    for batch in (1, 3):
+        for run in (
+            {"num_inference_steps": 20},
+            {"num_inference_steps": 10, "eta": 0.7},
+            {"timesteps": [999, 700, 312, 5], "eta": 1.0},
+            {},
+        ):
+            labels = np.array([3, 1, 4])[:batch]
+            digits = assert_same(samplers, batch, seeds=2**64 - 3, guidance_scale=2.0, class_labels=labels, **run)
+            assert digits.std() > 0.3
 
 
 def test_a_baked_schedule_takes_a_number_of_steps(both):
     labels = np.array([7, 0])
-    assert_same(both, "digits, baked", 2, seeds=[5, 900], num_inference_steps=9, class_labels=labels)
-    assert_same(both, "digits, baked", 2, seeds=[5, 900], class_labels=labels)
-    _, ours = both("digits, baked")
+    samplers = both("digits, baked")
+    assert_same(samplers, 2, seeds=[5, 900], num_inference_steps=9, class_labels=labels)
+    assert_same(samplers, 2, seeds=[5, 900], class_labels=labels)
+    _, ours = samplers
     with pytest.raises(CppError, match="timesteps, eta: this bundle derives its table itself"):
         ours(2, seeds=0, timesteps=[5, 3], class_labels=labels)
 
@@ -294,18 +289,20 @@ def test_conditions_of_every_dtype_scales_of_each_sample_and_given_starts(both):
         **typed_conditions(3), "uncond_kwargs": typed_conditions(3), "guidance_scale": np.array([1.5, 3.0, 7.5]),
         "guidance_rescale": np.array([0.0, 0.7, 1.0]), "num_inference_steps": 6,
     }  # fmt: skip
-    assert_same(both, "typed", start, **arguments)
-    assert_same(both, "typed", start, **arguments, eta=0.5, seeds=[8, 2**63, 1])
+    samplers = both("typed")
+    assert_same(samplers, start, **arguments)
+    assert_same(samplers, start, **arguments, eta=0.5, seeds=[8, 2**63, 1])
     # numpy's casts within a kind, and integers where floats are wanted.
     arguments |= {"labels": arguments["labels"].astype(np.int32), "weights": arguments["weights"].astype(np.float64)}
     arguments |= {"shorts": arguments["shorts"].astype(np.int64), "doubles": np.array([[1, 2], [3, 4], [5, 6]])}
-    assert_same(both, "typed", 3, **arguments, seeds=4)
+    assert_same(samplers, 3, **arguments, seeds=4)
 
 
 def test_a_model_of_any_size(both):
+    samplers = both("resizable")
     for size in (None, (8, 8), (12, 20)):
-        assert_same(both, "resizable", 2, seeds=1, num_inference_steps=4, size=size)
-    _, ours = both("resizable")
+        assert_same(samplers, 2, seeds=1, num_inference_steps=4, size=size)
+    _, ours = samplers
     for size in ((0, 8), (2**40, 2**40), (-8, 8)):
         with pytest.raises(CppError, match="batch, size: shape"):
             ours(2, seeds=1, size=size)
@@ -369,7 +366,7 @@ def test_bad_calls_are_named(both):
 
 def test_what_a_bundle_lacks_is_named(both):
     _, ours = both("plain")
-    good = {"seeds": 0, "class_labels": np.array([1])}
+    good = {"seeds": 0, **typed_conditions(1)}
     for message, changes in {
         "guidance_scale: given, but this bundle was exported without guidance": {"guidance_scale": 2.0},
         "guidance_rescale: given, but this bundle was exported without it": {"guidance_rescale": 0.5},
@@ -480,8 +477,7 @@ DAMAGE = {
     r"\$\.table\.timesteps\[0\]: 1e\+30 is not an integer": put(10**30, "table", "timesteps", 0),
     r"\$\.table\.coefficients: 1 rows for 3 timesteps": put([[0] * 6], "table", "coefficients"),
     r"\$\.table\.coefficients\[2\]: 5 numbers, not 6": put([0] * 5, "table", "coefficients", 2),
-    r"\$\.table\.coefficients\[2\]\[0\]: null is not a number": put([float("nan")] * 6, "table", "coefficients", 2)
-    and put([[0] * 6, [0] * 6, [()] * 0 + [False] * 6], "table", "coefficients"),
+    r"\$\.table\.coefficients\[2\]\[0\]: false is not a number": put([False] * 6, "table", "coefficients", 2),
     r"\$\.inputs\[0\]\.shape\[1\]: 0 is not >= 1": put(0, "inputs", 0, "shape", 1),
     r"\$\.inputs\[0\]\.shape\[1\]: an empty name": put("", "inputs", 0, "shape", 1),
     r"\$\.inputs\[0\]\.shape: \"batch\" is not an array": put("batch", "inputs", 0, "shape"),
@@ -560,15 +556,10 @@ def fuzz(checked, bundles, folder, seconds):
     corpus.mkdir()
     for name in ("typed", "plain"):
         shutil.copy(bundles(name) / "manifest.json", corpus / name)
-    manifest = json.loads((corpus / "typed").read_text())
-    words = {*manifest, *(key for value in manifest.values() if isinstance(value, dict) for key in value)}
-    words |= {*BETA_SCHEDULES, *PREDICTION_TYPES, *TIMESTEP_SPACINGS, "true", "false", "null", "1e308", "-1"}
-    dictionary = folder / "words"
-    dictionary.write_text("".join(f'"{word}"\n' for word in sorted(words)))
-    # Its own notes go beside the corpus, and a crash's input.
+    # In a folder of the test's, where it leaves an input that crashes.
     done = subprocess.run(
         [checked / "fuzz_manifest", corpus, f"-max_total_time={seconds}", "-seed=1", "-max_len=16384",
-         "-rss_limit_mb=1024", "-timeout=20", f"-dict={dictionary}", "-print_final_stats=1"],
+         "-rss_limit_mb=1024", "-timeout=20", "-print_final_stats=1"],
         cwd=folder, capture_output=True, text=True, timeout=seconds + 120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

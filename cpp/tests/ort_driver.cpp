@@ -3,11 +3,13 @@
 //   {"open": FOLDER, "check_hashes": BOOL}                  a bundle, opened alone
 //   {"load": FOLDER, "threads": N, "check_finite": BOOL}    the sampler of the requests that follow
 //   {"sample": CALL}, {"concurrent": [CALL, ...]}           a call; several at once, a thread each
+#include <array>
 #include <chrono>
 #include <cstdint>
 #include <exception>
 #include <future>
 #include <iostream>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
@@ -37,6 +39,13 @@ fastddim::Condition condition(const Json& json) {
     return halves;
 }
 
+std::map<std::string, fastddim::Condition> conditions(const Json& json, const char* group) {
+    std::map<std::string, fastddim::Condition> all;
+    if (json.contains(group))
+        for (const auto& [name, value] : json.at(group).items()) all[name] = condition(value);
+    return all;
+}
+
 fastddim::Call to_call(const Json& json) {
     fastddim::Call call;
     call.batch = json.value("batch", std::int64_t{1});
@@ -52,10 +61,8 @@ fastddim::Call to_call(const Json& json) {
     call.guidance_scale = json.value("guidance_scale", std::vector<float>{});
     call.guidance_rescale = json.value("guidance_rescale", std::vector<float>{});
     if (json.contains("size")) call.size = json.at("size").get<std::array<std::int64_t, 2>>();
-    for (const auto& [name, value] : json.value("conditions", Json::object()).items())
-        call.conditions[name] = condition(value);
-    for (const auto& [name, value] : json.value("uncond_conditions", Json::object()).items())
-        call.uncond_conditions[name] = condition(value);
+    call.conditions = conditions(json, "conditions");
+    call.uncond_conditions = conditions(json, "uncond_conditions");
     return call;
 }
 
@@ -117,7 +124,7 @@ int main() {
             answer = {{"error", "other"}, {"message", error.what()}};
         }
         answer["bytes"] = values.size() * sizeof(float);
-        std::cout << answer.dump() << "\n";
+        std::cout << answer.dump(-1, ' ', true, Json::error_handler_t::replace) << "\n";
         std::cout.write(reinterpret_cast<const char*>(values.data()),
                         static_cast<std::streamsize>(values.size() * sizeof(float)));
         std::cout.flush();

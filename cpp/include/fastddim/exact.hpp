@@ -10,7 +10,8 @@
 #error "fastddim: float arithmetic in a wider type changes the bits of the noise; on x86 pass -msse2 -mfpmath=sse"
 #endif
 
-// Around functions (GCC), and as the first statement of each (Clang); other compilers need their own option.
+// Around functions (GCC), and as the first statement of each (Clang, unless -ffp-contract=fast is passed); other
+// compilers need their own option.
 #if defined(__clang__)
 #define FASTDDIM_EXACT_BEGIN
 #define FASTDDIM_EXACT_END
