@@ -13,10 +13,13 @@ import numpy as np
 import typer
 
 from fastddim.cli_options import Json, Model, Out, integer, naming, number, parse_integers, quiet_diffusers
+from fastddim.config import require_choice
 
 if TYPE_CHECKING:
     from fastddim.export import Bundle
+    from fastddim.export.bundle_sampler import BundleSampler
 
+FORMATS = ("onnx", "aoti")
 # Of class labels; a text-to-image pipeline has its own default.
 _GUIDANCE = 2.0
 
@@ -27,6 +30,13 @@ app = typer.Typer()
 def export(
     model: Model = None,
     out: Annotated[Path | None, typer.Option(help="The folder to write.")] = None,
+    format: Annotated[
+        str, typer.Option(help="onnx; or aoti: compiled by AOTInductor, for libtorch, on machines like this one.")
+    ] = "onnx",
+    device: Annotated[str, typer.Option(help="With aoti: cpu or cuda.")] = "cpu",
+    cpu_isa: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With aoti: the CPU needs avx2 or avx512. Default: avx2.")
+    ] = None,
     graph: Annotated[str, typer.Option(help="loop: all steps in one call; step: one step a call.")] = "loop",
     guidance: Annotated[bool, typer.Option(help="Classifier-free guidance, its scale an input.")] = False,
     guidance_rescale: Annotated[bool, typer.Option(help="With guidance: its rescale is an input too.")] = False,
@@ -56,10 +66,22 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Export a model and its sampler as one ONNX file, compared with torch, in a folder that describes it."""
+    """Export a model and its sampler as one file, compared with torch, in a folder that describes it."""
     if (out is None) == (verify is None):
         raise ValueError("--out, --verify: pass one of the two")
-    from fastddim.export import ExportOptions, export_onnx, export_pipeline, open_bundle, verify_bundle, verify_pipeline
+    require_choice("--format", format, FORMATS)
+    compiled: dict[str, Any] = {"device": device, "cpu_isa": cpu_isa}
+    if format != "aoti" and compiled != {"device": "cpu", "cpu_isa": None}:
+        raise ValueError(f"--device, --cpu-isa: given with format {format!r}; pass --format aoti, or leave them out")
+    from fastddim.export import (
+        ExportOptions,
+        export_aoti,
+        export_onnx,
+        export_pipeline,
+        open_bundle,
+        verify_bundle,
+        verify_pipeline,
+    )
     from fastddim.export.bundle import check_destination
     from fastddim.export.pipelines import denoiser_of, is_text_to_image
 
@@ -89,7 +111,14 @@ def export(
         check_destination(out, force)
         pipeline = _load(model)
         common: dict[str, Any] = {"force": force, "parity_steps": compared, "tolerance": tolerance}
-        if is_text_to_image(pipeline) and not sampler_only:
+        whole = is_text_to_image(pipeline) and not sampler_only
+        if format == "aoti":
+            if whole:
+                raise ValueError(
+                    "--format: 'aoti' exports the sampler of a text-to-image pipeline; pass --sampler-only"
+                )
+            bundle = export_aoti(denoiser_of(pipeline), pipeline.scheduler, out, options, **common, **compiled)
+        elif whole:
             bundle = export_pipeline(pipeline, out, options, **common)
         else:
             bundle = export_onnx(denoiser_of(pipeline), pipeline.scheduler, out, options, **common)
@@ -151,7 +180,8 @@ def run(
         int, typer.Option(parser=integer, metavar="INTEGER", help="Of the first image; the others count up.")
     ] = 0,
     providers: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="cpu, cuda, tensorrt. Default: cuda where it is there.")
+        str | None,
+        typer.Option(metavar="NAMES", help="Of ONNX bundles: cpu, cuda, tensorrt. Default: cuda where it is there."),
     ] = None,
     check_finite: Annotated[
         bool, typer.Option("--check-finite", help="Report the step at which NaN or infinities appear.")
@@ -159,7 +189,7 @@ def run(
     out: Out = Path("samples.png"),
     as_json: Json = False,
 ) -> None:
-    """Sample from an exported bundle with ONNX Runtime, without torch, and write a picture."""
+    """Sample from an exported bundle with what runs its file, and write a picture; an ONNX bundle needs no torch."""
     from fastddim.export import open_bundle
     from fastddim.pictures import GridLayout, check_picture, make_grid, save_picture
 
@@ -185,19 +215,22 @@ def run(
     options: dict[str, Any] = {"seeds": seed, "num_inference_steps": steps, "eta": eta, "size": pixels}
     if guidance_scale is not None:
         options["guidance_scale"] = guidance_scale
-    settings: dict[str, Any] = {
-        "providers": None if providers is None else providers.split(","),
-        "check_finite": check_finite,
-    }
+    settings: dict[str, Any] = {"check_finite": check_finite}
+    if providers is not None:
+        if opened.runtime != "onnx":
+            raise ValueError(
+                f"--providers: {providers!r}, but this bundle is of runtime {opened.runtime!r}; leave it out"
+            )
+        settings["providers"] = providers.split(",")
     if opened.components:
-        draw, session = _load_pipeline(opened, settings, names, negative_prompt)
+        draw, sampler = _load_pipeline(opened, settings, names, negative_prompt)
     else:
-        draw, session = _load_sampler(opened, settings, names, num_images)
+        draw, sampler = _load_sampler(opened, settings, names, num_images)
     start = time.perf_counter()
     samples = draw(**options)
     seconds = time.perf_counter() - start
     save_picture(make_grid(samples, labels=shown), out)
-    device = session.get_providers()[0].removesuffix("ExecutionProvider")
+    device = sampler.device()
     if as_json:
         typer.echo(json.dumps({"path": str(out), "num_images": num_images, "seconds": seconds, "provider": device}))
     else:
@@ -208,7 +241,7 @@ def _pick_labels(labels: str | None, manifest: Mapping[str, Any]) -> list[int] |
     """The classes to repeat in turn; None for a model without."""
     shape = manifest["sample"]["shape"]
     if len(shape) != 3 or shape[0] not in (1, 3):
-        raise ValueError(f"bundle: its samples are {shape}, no pictures; use fastddim.export.OrtSampler")
+        raise ValueError(f"bundle: its samples are {shape}, no pictures; use fastddim.export.open_sampler")
     null = manifest["sampling"]["null_values"].get("class_labels")
     if null is None:
         if labels is not None:
@@ -229,27 +262,27 @@ def _parse_size(text: str) -> tuple[int, int]:
 
 def _load_sampler(
     bundle: Bundle, settings: Mapping[str, Any], labels: Sequence[Any] | None, num_images: int
-) -> tuple[Callable[..., Any], Any]:
-    """What draws the samples, and its session."""
-    from fastddim.export import OrtSampler
+) -> tuple[Callable[..., Any], BundleSampler]:
+    """What draws the samples, and the sampler."""
+    from fastddim.export import open_sampler
 
-    sampler = OrtSampler(bundle, **settings)
+    sampler = open_sampler(bundle, **settings)
     fixed: dict[str, Any] = {} if labels is None else {"class_labels": np.array(labels, dtype=np.int64)}
     if bundle.manifest["sampling"]["guided"]:
         fixed["guidance_scale"] = _GUIDANCE
-    return functools.partial(sampler, num_images, **fixed), sampler.session
+    return functools.partial(sampler, num_images, **fixed), sampler
 
 
 def _load_pipeline(
     bundle: Bundle, settings: Mapping[str, Any], prompts: Sequence[Any] | None, negative_prompt: str | None
-) -> tuple[Callable[..., Any], Any]:
-    """What draws the pictures, and the sampler's session."""
+) -> tuple[Callable[..., Any], BundleSampler]:
+    """What draws the pictures, and their sampler."""
     from fastddim.export import OrtPipeline
 
     assert prompts is not None
     pipeline = OrtPipeline(bundle, **settings)
     ids = pipeline.tokenize(prompts)
     if negative_prompt is None and pipeline.zeros_for_empty_prompt:
-        return functools.partial(pipeline, ids, None), pipeline.sampler.session
+        return functools.partial(pipeline, ids, None), pipeline.sampler
     negative = pipeline.tokenize([negative_prompt or ""] * len(prompts))
-    return functools.partial(pipeline, ids, negative), pipeline.sampler.session
+    return functools.partial(pipeline, ids, negative), pipeline.sampler

@@ -6,23 +6,27 @@ import importlib
 from typing import Any
 
 _ROOM_OF = {
+    "AotiSampler": "aoti",
     "Bundle": "bundle",
     "BundleError": "bundle",
     "ExportError": "plan",
     "ExportOptions": "plan",
-    "NotFiniteError": "ort",
+    "NotFiniteError": "bundle_sampler",
     "OrtPipeline": "ort_pipeline",
     "OrtSampler": "ort",
     "ParityError": "validate",
+    "export_aoti": "to_aoti",
     "export_onnx": "to_onnx",
     "export_pipeline": "pipelines",
     "load_exportable": "pipelines",
     "open_bundle": "bundle",
+    "open_sampler": "bundle_sampler",
     "verify_bundle": "validate",
     "verify_pipeline": "pipelines",
 }
 
 __all__ = [
+    "AotiSampler",
     "Bundle",
     "BundleError",
     "ExportError",
@@ -31,10 +35,12 @@ __all__ = [
     "OrtPipeline",
     "OrtSampler",
     "ParityError",
+    "export_aoti",
     "export_onnx",
     "export_pipeline",
     "load_exportable",
     "open_bundle",
+    "open_sampler",
     "verify_bundle",
     "verify_pipeline",
 ]
