@@ -227,13 +227,14 @@ def _build_target(library: Library, options: TensorRTOptions) -> tuple[str | Non
         return None, list(options.compute_capabilities)
     import torch
 
+    from fastddim.export.aoti import compute_capability
+
     if not torch.cuda.is_available():
         raise ValueError(
             f"flavour: {library.name} builds for the GPU that is here, and torch {torch.__version__} finds none; build on"
             " the machine that will run the engine, or pass flavour='rtx'"
         )
-    major, minor = torch.cuda.get_device_capability()
-    return torch.cuda.get_device_name(), [f"{major}.{minor}"]
+    return torch.cuda.get_device_name(), [compute_capability()]
 
 
 @dataclass(frozen=True)
@@ -367,12 +368,14 @@ def _fill(source: Bundle, engine: Mapping[str, Any], build: _Build, folder: Path
         described["model"] = graph.with_suffix(ENGINE_SUFFIX).name
         lines.append(f"== {described['model']}")
         build.write(graph, described, folder / described["model"], lines)
-    (folder / LOG_FILE).write_text("\n".join(lines) + "\n", "utf-8")
-    for path in source.path.iterdir():
+    # Without the folder, which may be a temporary one.
+    (folder / LOG_FILE).write_text("\n".join(lines).replace(f"{source.path}/", "") + "\n", "utf-8")
+    for name in source.manifest["files"]:
         # A tokenizer's.
-        if path.is_dir():
-            shutil.copytree(path, folder / path.name)
-    # Of the graph's runtime, not of the engine.
+        if "/" in name:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.path / name, folder / name)
+    # Of the graphs, not of the engines.
     manifest["parity"] = []
     manifest["runtime"] = "tensorrt"
     manifest["engine"] = dict(engine)

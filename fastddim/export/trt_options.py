@@ -84,7 +84,9 @@ class Profile:
         given = dict(self._given())
         for name in given:
             if name not in wanted:
-                raise ValueError(f"profiles: {name} is no dimension of this bundle, which has {', '.join(sorted(wanted))}")
+                raise ValueError(
+                    f"profiles: {name} is no dimension of this bundle, which has {', '.join(sorted(wanted))}"
+                )
         ranges = {**default, **given}
         for name in sorted(wanted):
             if name not in ranges:
