@@ -23,8 +23,10 @@ from fastddim.export.validate import PARITY_STEPS, measure_parity
 from fastddim.schedule import Schedule
 
 MODEL_FILE = "model.onnx"
-# 21 and later have slower or refused operators in today's runtimes; 20 has all that the models need.
+# 21 and later have slower or refused operators in today's runtimes; 20 has all that the models need, but no bfloat16
+# convolutions.
 _OPSET = 20
+_BFLOAT16_OPSET = 22
 # protobuf holds no more.
 _LARGEST_FILE = 2_000_000_000
 
@@ -98,12 +100,12 @@ def write_sampler(
         if options.graph == "loop":
             graph = as_loop(graph)
         if options.bake_schedule:
-            graph = with_schedule(graph, strip(_schedule_graph(schedule, options)))
+            graph = with_schedule(graph, strip(_schedule_graph(schedule, options, graph.opset_import[0].version)))
         save(graph, folder / MODEL_FILE)
         meanings = name_meanings(plan)
         inputs, outputs = (describe_values(values, meanings) for values in (graph.graph.input, graph.graph.output))
         manifest = build_manifest(plan, MODEL_FILE, inputs, outputs)
-        manifest["versions"]["opset"] = str(_OPSET)
+        manifest["versions"]["opset"] = str(graph.opset_import[0].version)
         manifest["parity"] = measure_parity(
             Bundle(folder, manifest), denoiser, schedule, steps=parity_steps, tolerance=tolerance
         )
@@ -155,7 +157,7 @@ def to_graph(
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
-                opset_version=_OPSET,
+                opset_version=_BFLOAT16_OPSET if _has_bfloat16(module) else _OPSET,
                 input_names=names,
                 output_names=list(outputs),
                 verbose=False,
@@ -177,14 +179,18 @@ def _to_proto(model: onnx_ir.Model, path: Path) -> onnx.ModelProto:
     return onnx.load(path, load_external_data=False)
 
 
-def _schedule_graph(schedule: Schedule, options: ExportOptions) -> onnx.ModelProto:
+def _has_bfloat16(module: torch.nn.Module) -> bool:
+    return any(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
+
+
+def _schedule_graph(schedule: Schedule, options: ExportOptions, opset: int) -> onnx.ModelProto:
     module = ScheduleModule(schedule, options.eta, bool(options.use_clipped_model_output))
     with quiet():
         program = torch.export.export(module, (torch.tensor(5),))
         exported = torch.onnx.export(
             program,
             dynamo=True,
-            opset_version=_OPSET,
+            opset_version=opset,
             input_names=["num_inference_steps"],
             output_names=["timesteps", "coefficients"],
             verbose=False,
