@@ -204,20 +204,22 @@ def check_components(bundle, names):
 
 def test_each_graph_of_a_pipeline_is_built(tiny, tmp_path):
     folder = shutil.copytree(tiny.path, tmp_path / "graph")
-    shutil.copy(folder / "model.onnx", folder / "vae_decoder.onnx")
+    names = ["text_encoder", "vae_decoder"]
+    for name in names:
+        shutil.copy(folder / "model.onnx", folder / f"{name}.onnx")
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "words.txt").write_text("a")
 
     def add(manifest):
         kept = {key: manifest[key] for key in ("inputs", "outputs")}
-        manifest["components"] = {"vae_decoder": {"model": "vae_decoder.onnx", "meaning": "pictures", **kept}}
-        manifest["files"]["vae_decoder.onnx"] = manifest["files"]["model.onnx"]
+        manifest["components"] = {name: {"model": f"{name}.onnx", "meaning": "a part", **kept} for name in names}
+        manifest["files"] |= {f"{name}.onnx": manifest["files"]["model.onnx"] for name in names}
         words = folder / "tokenizer" / "words.txt"
         manifest["files"]["tokenizer/words.txt"] = {"sha256": sha256(words), "bytes": 1}
 
     edit(folder, add)
     bundle = export_tensorrt(folder, tmp_path / "engine", RTX)
-    check_components(bundle, ["vae_decoder"])
+    check_components(bundle, names)
     assert (bundle.path / "tokenizer" / "words.txt").read_text() == "a"
     with pytest.raises(BundleError, match=r"is of runtime 'tensorrt', not 'onnx'"):
         OrtPipeline(bundle)
