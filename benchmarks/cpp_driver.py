@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).parents[1]
 RUNTIME = ROOT / "build" / "onnxruntime"
+LIBTORCH = Path(torch.utils.cmake_prefix_path)
 
 # Optimised by GCC, and by Clang with every check that it has.
 BUILDS = {
@@ -23,6 +25,7 @@ BUILDS = {
         "-DFASTDDIM_SANITIZE=address,undefined",
         "-DFASTDDIM_BUILD_FUZZERS=ON",
     ],
+    "aoti": ["-DCMAKE_CXX_COMPILER=g++", "-DCMAKE_BUILD_TYPE=Release", "-DFASTDDIM_ORT=OFF", "-DFASTDDIM_AOTI=ON"],
 }
 
 
@@ -34,6 +37,7 @@ def build(name: str, *programs: str) -> Path:
     """
     folder = ROOT / "build" / f"cpp-{name}"
     configure = ["cmake", "-S", str(ROOT / "cpp"), "-B", str(folder), f"-DONNXRUNTIME_ROOT={RUNTIME}"]
+    configure.append(f"-DCMAKE_PREFIX_PATH={LIBTORCH}")
     options = ["-DFASTDDIM_BUILD_TESTS=ON", "-DFASTDDIM_STRICT=ON", *BUILDS[name]]
     make = ["cmake", "--build", str(folder), "--parallel", str(os.cpu_count()), "--target", *(programs or ["all"])]
     for command in ([*configure, *options], make):

@@ -118,7 +118,9 @@ def main() -> int:
         if row.status != OK:
             print(f"{row.status}: {row.case}: {row.candidate}: {row.message}", file=sys.stderr)
     if arguments.json:
-        report.write_text("--json", arguments.json, report.make_json(report.make_report(rows, "cpp", arguments.quick, "system")))
+        report.write_text(
+            "--json", arguments.json, report.make_json(report.make_report(rows, "cpp", arguments.quick, "system"))
+        )
     return int(any(row.status != OK for row in rows))
 
 

@@ -76,10 +76,24 @@ struct Manifest {
         std::optional<std::array<double, 2>> range;
     };
 
+    /// Of compiled files: the machines that they run on.
+    struct Target {
+        std::string device;
+        std::string platform;
+        std::string machine;
+        /// As Linux names them, without underscores.
+        std::vector<std::string> cpu_features;
+        /// Of the GPU, such as 9.0.
+        std::string compute_capability;
+    };
+
     static constexpr std::int64_t newest_format_version = 1;
 
     /// `loop`: all steps in one call; `step`: one step a call.
     std::string graph;
+    /// What runs the file: `onnx` or `aoti`.
+    std::string runtime = "onnx";
+    std::optional<Target> target;
     std::string model;
     std::map<std::string, File> files;
     std::vector<TensorInfo> inputs;
@@ -287,6 +301,16 @@ inline Manifest::Sampling parse_sampling(const Field& field) {
     return sampling;
 }
 
+inline Manifest::Target parse_target(const Field& field) {
+    Manifest::Target target;
+    target.device = field.at("device").choice({"cpu", "cuda"}) == 0 ? "cpu" : "cuda";
+    target.platform = field.at("platform").string();
+    target.machine = field.at("machine").string();
+    for (const Field& feature : field.at("cpu_features").items()) target.cpu_features.push_back(feature.string());
+    if (const auto capability = field.find("compute_capability")) target.compute_capability = capability->string();
+    return target;
+}
+
 inline StepTable parse_table(const Field& field, std::int64_t num_train_timesteps) {
     StepTable table;
     for (const Field& timestep : field.at("timesteps").items())
@@ -390,6 +414,9 @@ inline Manifest parse_manifest(const std::string& text, const std::string& file 
                           "; update it");
     Manifest manifest;
     manifest.graph = root.at("graph").choice({"loop", "step"}) == 0 ? "loop" : "step";
+    if (const auto runtime = root.find("runtime")) manifest.runtime = runtime->choice({"onnx", "aoti"}) == 0 ? "onnx" : "aoti";
+    if (const auto target = root.find("target")) manifest.target = detail::parse_target(*target);
+    if (manifest.runtime == "aoti" && !manifest.target) root.at("target");
     manifest.model = root.at("model").string();
     for (const auto& [name, entry] : root.at("files").members()) {
         detail::inside(file, name);

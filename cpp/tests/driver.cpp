@@ -1,4 +1,4 @@
-// An OrtSampler for the Python tests and benchmarks: JSON requests on the standard input, one a line; the answer to each
+// An OrtSampler, or an AotiSampler, for the Python tests and benchmarks: JSON requests on the standard input, one a line; the answer to each
 // is a line of JSON and, where it says so, `bytes` of raw floats.
 //   {"open": FOLDER, "check_hashes": BOOL}                  a bundle, opened alone
 //   {"load": FOLDER, "threads": N, "check_finite": BOOL}    the sampler of the requests that follow
@@ -16,11 +16,34 @@
 #include <utility>
 #include <vector>
 
+#ifdef FASTDDIM_DRIVE_AOTI
+#include <ATen/Parallel.h>
+
+#include "fastddim/aoti_sampler.hpp"
+#else
 #include "fastddim/ort_sampler.hpp"
+#endif
 
 namespace {
 
 using Json = nlohmann::json;
+
+#ifdef FASTDDIM_DRIVE_AOTI
+using Sampler = fastddim::AotiSampler;
+
+void load(std::optional<Sampler>& sampler, const std::string& folder, int threads, bool check_finite) {
+    at::set_num_threads(threads);
+    sampler.emplace(fastddim::open_bundle(folder), c10::DeviceIndex{-1}, check_finite);
+}
+#else
+using Sampler = fastddim::OrtSampler;
+
+void load(std::optional<Sampler>& sampler, const std::string& folder, int threads, bool check_finite) {
+    Ort::SessionOptions options;
+    options.SetIntraOpNumThreads(threads);
+    sampler.emplace(fastddim::open_bundle(folder), options, check_finite);
+}
+#endif
 
 template <class T>
 fastddim::Array<T> array(const Json& json) {
@@ -75,10 +98,8 @@ class Driver {
             return {{"model", bundle.model_path().string()}, {"steps", bundle.manifest.table.size()}};
         }
         if (request.contains("load")) {
-            Ort::SessionOptions options;
-            options.SetIntraOpNumThreads(request.value("threads", 1));
-            sampler_.emplace(fastddim::open_bundle(request.at("load").get<std::string>()), options,
-                             request.value("check_finite", false));
+            load(sampler_, request.at("load").get<std::string>(), request.value("threads", 1),
+                 request.value("check_finite", false));
             return Json::object();
         }
         const auto& sampler = sampler_.value();
@@ -102,7 +123,7 @@ class Driver {
     }
 
    private:
-    std::optional<fastddim::OrtSampler> sampler_;
+    std::optional<Sampler> sampler_;
 };
 
 }  // namespace
