@@ -573,14 +573,23 @@ def test_a_capture_is_replayed_for_the_same_sizes_alone(steps, fake, tmp_path):
     options = TensorRTOptions(flavour="standard")
     sampler = TensorRTSampler(export_tensorrt(steps, tmp_path / "engine", options), cuda_graph=True)
     call(sampler, 2)
-    first = call(sampler, 2).clone()
+    first = call(sampler, 2)
+    before = first.clone()
     fake.calls.clear()
     second = call(sampler, 2, seeds=6)
     # Only replays: no shape or address is set again, and an earlier result stays as it was.
     assert {c[0] for c in fake.calls} == {"execute_async_v3"} and len(fake.calls) == 4
-    assert not torch.equal(first, second) and torch.equal(first, call(sampler, 2))
+    assert torch.equal(first, before) and not torch.equal(first, second) and torch.equal(first, call(sampler, 2))
     call(sampler, 3)
     assert sum(c[0] == "create_execution_context" for c in fake.calls) == 1
+
+
+def test_a_number_of_steps_that_the_host_reads_is_part_of_a_capture(baked, fake, tmp_path):
+    options = TensorRTOptions(flavour="standard")
+    sampler = TensorRTSampler(export_tensorrt(baked, tmp_path / "engine", options), cuda_graph=True)
+    for count in (3, 4, 3):
+        call(sampler, 2, num_inference_steps=count)
+    assert sum(c[0] == "create_execution_context" for c in fake.calls) == 2
 
 
 def test_sizes_that_no_profile_has_are_named(tiny, fake, tmp_path):
