@@ -56,18 +56,27 @@ class CppError(Exception):
 
 
 class CppSampler:
-    """cpp's `OrtSampler` in a process of its own, called as Python's is.
+    """A sampler of cpp/ in a process of its own, called as Python's is.
 
     Args:
-        program: `ort_driver` of a build.
+        program: the driver of a runtime, of a build.
         bundle: the folder to load; without one, `open` alone works.
-        check_finite: as `OrtSampler`'s.
+        env: environment variables of the process.
+        **options: of the sampler, such as `check_finite`.
     """
 
-    def __init__(self, program: Path, bundle: Path | None = None, *, check_finite: bool = False) -> None:
-        self._process = subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    def __init__(
+        self, program: Path, bundle: Path | None = None, *, env: Mapping[str, str] | None = None, **options: bool
+    ) -> None:
+        self._process = subprocess.Popen(
+            [program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **(env or {})}
+        )
         if bundle is not None:
-            self._ask({"load": str(bundle), "threads": 1, "check_finite": check_finite})
+            try:
+                self._ask({"load": str(bundle), "threads": 1, **options})
+            except CppError:
+                self.close()
+                raise
 
     def __enter__(self) -> CppSampler:
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ import torch
 
 from fastddim.coefficients import StepTable
 from fastddim.export.bundle import Bundle, BundleError
-from fastddim.export.bundle_sampler import BundleSampler, NumpyArrays
+from fastddim.export.bundle_sampler import BundleSampler
+from fastddim.export.torch_arrays import TorchArrays
 from fastddim.export.tracing import quiet
-from fastddim.noise import STREAM_STEP, normal
 
 
 class AotiSampler(BundleSampler):
@@ -51,7 +51,7 @@ class AotiSampler(BundleSampler):
         if place.type == "cuda" and place.index is None:
             place = torch.device("cuda", torch.cuda.current_device())
         self._device = place
-        self._arrays = _TorchArrays(place)
+        self._arrays = TorchArrays(place)
         index = -1 if place.index is None else place.index
         try:
             with quiet():
@@ -96,36 +96,6 @@ class AotiSampler(BundleSampler):
         return sample
 
 
-class _TorchArrays(NumpyArrays):
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def __contains__(self, value: object) -> bool:
-        return isinstance(value, (torch.Tensor, np.ndarray))
-
-    def place(self, value: Any) -> Any:
-        tensor = value if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
-        return tensor.to(self._device)
-
-    def casts(self, array: Any, dtype: str) -> bool:
-        return torch.can_cast(array.dtype, getattr(torch, dtype))
-
-    def is_floating(self, array: Any) -> bool:
-        return bool(array.is_floating_point()) if isinstance(array, torch.Tensor) else super().is_floating(array)
-
-    def cast(self, array: Any, dtype: str) -> Any:
-        return array.to(getattr(torch, dtype)).contiguous()
-
-    def full(self, shape: Sequence[int], value: float, dtype: str) -> Any:
-        return torch.full(tuple(shape), value, dtype=getattr(torch, dtype), device=self._device)
-
-    def normal(self, seeds: Sequence[int], step: int, shape: Sequence[int], stream: int = STREAM_STEP) -> Any:
-        return normal(seeds, step, shape, stream, device=self._device)
-
-    def is_finite(self, array: Any) -> bool:
-        return bool(torch.isfinite(array).all())
-
-
 def cpu_features() -> frozenset[str]:
     """What Linux says that this machine's processor has, without underscores; nothing elsewhere."""
     with contextlib.suppress(OSError):
@@ -136,9 +106,9 @@ def cpu_features() -> frozenset[str]:
     return frozenset()
 
 
-def compute_capability() -> str:
-    """Of the current GPU, such as 9.0."""
-    return ".".join(map(str, torch.cuda.get_device_capability()))
+def compute_capability(device: torch.device | None = None) -> str:
+    """Of a GPU, such as 9.0; the current one by default."""
+    return ".".join(map(str, torch.cuda.get_device_capability(device)))
 
 
 def require_target(bundle: Bundle) -> None:

@@ -23,7 +23,7 @@ FORMAT = "fastddim-bundle"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 # What runs a bundle's file, and the class of fastddim.export that calls it.
-SAMPLERS = {"onnx": "OrtSampler", "aoti": "AotiSampler"}
+SAMPLERS = {"onnx": "OrtSampler", "aoti": "AotiSampler", "tensorrt": "TensorRTSampler"}
 _HASH_BLOCK = 1 << 20
 
 
@@ -51,7 +51,7 @@ class Bundle:
 
     @property
     def runtime(self) -> str:
-        """What runs the file: `"onnx"` or `"aoti"`."""
+        """What runs the file: `"onnx"`, `"aoti"` or `"tensorrt"`."""
         name: str = self.manifest.get("runtime", "onnx")
         return name
 
