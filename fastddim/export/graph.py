@@ -1,4 +1,4 @@
-"""ONNX graphs put together: a step's graph becomes the body of a `Loop`, and a schedule's graph feeds the loop's table."""
+"""ONNX graphs put together: a step's graph becomes the body of a `Loop`; graphs of the schedule and the noise feed it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
-from onnx import TensorProto, compose, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 # What the loop takes one row of for each step.
 _ROWS = {"timestep": "timesteps", "coefficients": "coefficients", "noise": "noise"}
@@ -49,38 +49,49 @@ def symbolic_dims(graph: onnx.GraphProto) -> dict[str, list[str | int]]:
     }
 
 
-def as_loop(step: onnx.ModelProto) -> onnx.ModelProto:
+def as_loop(step: onnx.ModelProto, per_sample: bool = False) -> onnx.ModelProto:
     """A `Loop` of steps: trip count `len(timesteps)`, a row of the table for each iteration.
 
     Args:
-        step: with inputs `sample`, `timestep` `[B]`, `coefficients` `[B, 6]`, maybe `noise`, and others, which stay what
-            they are for all steps; the first output is the next sample.
+        step: with inputs `sample`, `timestep` `[B]`, `coefficients` `[B, 6]`, maybe `noise`, maybe `step_index` `[]`, and
+            others, which stay what they are for all steps; the first output is the next sample.
+        per_sample: the table has rows for each sample, and says how long each goes on.
 
     Returns:
         Inputs `sample`, `timesteps` `[steps]`, `coefficients` `[steps, 6]`, maybe `noise` `[steps, B, ...]`, the others;
-        output `samples`.
+        output `samples`. `per_sample`: `timesteps` `[steps, B]`, `coefficients` `[steps, B, 6]`, and `going` bool
+        `[steps, B]`, without which a sample stays as it is, bit for bit.
     """
     graph = step.graph
     given = {value.name: value for value in graph.input}
     rows = {name: outer for name, outer in _ROWS.items() if name in given}
-    renamed = {"sample": "state", **{name: f"step_{name}" for name in rows}}
+    renamed = {"sample": "state", "step_index": "iteration", **{name: f"step_{name}" for name in rows}}
     body_nodes = []
     for node in graph.node:
         copied = onnx.NodeProto()
         copied.CopyFrom(node)
         copied.input[:] = [renamed.get(name, name) for name in node.input]
         body_nodes.append(copied)
-    per_sample = {"timestep": "batch_shape", "coefficients": "coefficients_shape"}
+    per_row = {"timestep": "batch_shape", "coefficients": "coefficients_shape"}
     gathers = []
     for name, outer in rows.items():
-        row = f"{name}_row" if name in per_sample else renamed[name]
+        expanded = name in per_row and not per_sample
+        row = f"{name}_row" if expanded else renamed[name]
         gathers.append(helper.make_node("Gather", [outer, "iteration"], [row], name=f"gather_{name}", axis=0))
-        if name in per_sample:
-            gathers.append(helper.make_node("Expand", [row, per_sample[name]], [renamed[name]], name=f"expand_{name}"))
-    go_on = helper.make_node("Identity", ["go_on"], ["go_on_out"], name="go_on_again")
+        if expanded:
+            gathers.append(helper.make_node("Expand", [row, per_row[name]], [renamed[name]], name=f"expand_{name}"))
     sample = given["sample"].type
+    result = graph.output[0].name
+    if per_sample:
+        # Not a row of the table: a model's NaN times zero would be one.
+        body_nodes += [
+            helper.make_node("Gather", ["going", "iteration"], ["going_row"], name="gather_going", axis=0),
+            helper.make_node("Unsqueeze", ["going_row", "state_axes"], ["going_samples"], name="shape_going"),
+            helper.make_node("Where", ["going_samples", result, "state"], ["kept"], name="keep_finished"),
+        ]
+        result = "kept"
     body = helper.make_graph(
-        [*gathers, *body_nodes, go_on],
+        [*gathers, *body_nodes, helper.make_node("Identity", ["go_on"], ["go_on_out"], name="go_on_again")],
         "step",
         [
             helper.make_tensor_value_info("iteration", TensorProto.INT64, []),
@@ -89,26 +100,34 @@ def as_loop(step: onnx.ModelProto) -> onnx.ModelProto:
         ],
         [
             helper.make_tensor_value_info("go_on_out", TensorProto.BOOL, []),
-            helper.make_value_info(graph.output[0].name, sample),
+            helper.make_value_info(result, sample),
         ],
         # Within the body: ONNX Runtime is a fifth slower where it has to fetch them from outside.
         initializer=list(graph.initializer),
     )
-    inputs = [value for name, value in given.items() if name not in rows]
+    inputs = [value for name, value in given.items() if name not in rows and name != "step_index"]
     for name, outer in rows.items():
         kind = given[name].type.tensor_type
         dims = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
+        expanded = name in per_row and not per_sample
         inputs.append(
-            helper.make_tensor_value_info(outer, kind.elem_type, ["steps", *(dims[1:] if name in per_sample else dims)])
+            helper.make_tensor_value_info(outer, kind.elem_type, ["steps", *(dims[1:] if expanded else dims)])
         )
-    constants = {"true": np.array(True), "zero": np.array([0]), "columns": np.array([6])}
+    constants = {"true": np.array(True), "zero": np.array([0])}
     nodes = [
-        helper.make_node("Shape", ["timesteps"], ["steps_shape"], name="count_steps"),
+        helper.make_node("Shape", ["timesteps"], ["steps_shape"], name="count_steps", start=0, end=1),
         helper.make_node("Squeeze", ["steps_shape", "zero"], ["steps_count"], name="steps_count"),
-        helper.make_node("Shape", ["sample"], ["batch_shape"], name="count_samples", start=0, end=1),
-        helper.make_node("Concat", ["batch_shape", "columns"], ["coefficients_shape"], name="shape_rows", axis=0),
         helper.make_node("Loop", ["steps_count", "true", "sample"], ["samples"], name="steps", body=body),
     ]
+    if per_sample:
+        inputs.append(helper.make_tensor_value_info("going", TensorProto.BOOL, ["steps", "batch"]))
+        constants["state_axes"] = np.arange(1, len(sample.tensor_type.shape.dim))
+    else:
+        constants["columns"] = np.array([6])
+        nodes[2:2] = [
+            helper.make_node("Shape", ["sample"], ["batch_shape"], name="count_samples", start=0, end=1),
+            helper.make_node("Concat", ["batch_shape", "columns"], ["coefficients_shape"], name="shape_rows", axis=0),
+        ]
     outer_graph = helper.make_graph(
         nodes,
         "loop",
@@ -119,14 +138,39 @@ def as_loop(step: onnx.ModelProto) -> onnx.ModelProto:
     return helper.make_model(outer_graph, opset_imports=list(step.opset_import), ir_version=step.ir_version)
 
 
-def with_schedule(loop: onnx.ModelProto, schedule: onnx.ModelProto) -> onnx.ModelProto:
-    """A loop whose table comes from a graph with outputs `timesteps` and `coefficients`."""
-    prefixed = compose.add_prefix(schedule, "schedule_", rename_inputs=False)
-    merged = compose.merge_models(
-        prefixed,
-        loop,
-        io_map=[("schedule_timesteps", "timesteps"), ("schedule_coefficients", "coefficients")],
+def fed_by(model: onnx.ModelProto, producer: onnx.ModelProto, prefix: str) -> onnx.ModelProto:
+    """A model some of whose inputs come from another graph.
+
+    Args:
+        model: takes them.
+        producer: its outputs have these inputs' names; inputs of the same name as the model's are the same inputs.
+        prefix: for the names inside `producer`.
+
+    Returns:
+        The model with the producer's inputs in place of its outputs.
+    """
+    source = producer.graph
+    made = {value.name for value in source.output}
+    outside = made | {value.name for value in source.input}
+    nodes, weights = [], []
+    for node in source.node:
+        copied = onnx.NodeProto()
+        copied.CopyFrom(node)
+        copied.name = prefix + node.name
+        for names in (copied.input, copied.output):
+            names[:] = [name if not name or name in outside else prefix + name for name in names]
+        nodes.append(copied)
+    for weight in source.initializer:
+        named = TensorProto()
+        named.CopyFrom(weight)
+        named.name = prefix + weight.name
+        weights.append(named)
+    inputs = {value.name: value for value in (*source.input, *model.graph.input) if value.name not in made}
+    graph = helper.make_graph(
+        [*nodes, *model.graph.node],
+        model.graph.name,
+        list(inputs.values()),
+        list(model.graph.output),
+        initializer=[*weights, *model.graph.initializer],
     )
-    model = helper.make_model(merged.graph, opset_imports=list(loop.opset_import), ir_version=loop.ir_version)
-    model.graph.name = "loop"
-    return model
+    return helper.make_model(graph, opset_imports=list(model.opset_import), ir_version=model.ir_version)

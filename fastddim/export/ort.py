@@ -29,7 +29,7 @@ _INSTALL = {
     "TensorrtExecutionProvider": "pip install 'fastddim[gpu,tensorrt]'",
 }
 _OWN = ("sample", "timestep", "timesteps", "coefficients", "noise", "guidance_scale", "guidance_rescale",
-        "num_inference_steps")  # fmt: skip
+        "num_inference_steps", "seed")  # fmt: skip
 
 
 class NotFiniteError(ArithmeticError):
@@ -99,7 +99,7 @@ class OrtSampler:
         start: int | Array,
         *,
         seeds: int | Sequence[int] | None = None,
-        num_inference_steps: int | None = None,
+        num_inference_steps: int | Sequence[int] | None = None,
         timesteps: Sequence[int] | None = None,
         eta: float | None = None,
         guidance_scale: float | Array | None = None,
@@ -111,10 +111,10 @@ class OrtSampler:
         """Sample.
 
         Args:
-            start: how many samples to draw from `seeds`, or the starting state `[B, ...]`.
+            start: how many samples to draw from `seeds`, or the starting state `[B, ...]`. A seeded bundle takes no state.
             seeds: one per sample, or an integer s for s, s + 1, ...
             num_inference_steps, timesteps, eta: of this run; the bundle's own by default. A baked schedule takes
-                `num_inference_steps` alone.
+                `num_inference_steps` alone, one for each sample where it was exported with `per_sample_steps`.
             guidance_scale, guidance_rescale: numbers or `[B]`, for bundles with guidance.
             size: `(height, width)` of the samples, for bundles of any size; the model's own by default.
             uncond_kwargs: the conditions' unconditional halves, where the bundle knows none.
@@ -127,9 +127,16 @@ class OrtSampler:
             ValueError: inputs that the bundle does not take, or of the wrong shape or dtype.
             NotFiniteError: with `check_finite`.
         """
-        table = self._table(num_inference_steps, timesteps, eta)
         shape = self._shape(start, size)
+        feeds: dict[str, Array] = {}
+        if self._sampling.get("per_sample_steps"):
+            feeds["num_inference_steps"] = self._counts(num_inference_steps, shape[0])
+            num_inference_steps = int(feeds["num_inference_steps"].max())
+        table = self._table(num_inference_steps, timesteps, eta)
+        seeded = self._sampling.get("seeded", False)
         noisy = self._sampling["stochastic"] and bool((table.columns[:, -1] != 0).any())
+        if seeded and isinstance(start, np.ndarray):
+            raise ValueError("start: an array, but this bundle draws its states from seeds; pass a batch size")
         if seeds is None and (not isinstance(start, np.ndarray) or noisy):
             raise ValueError("seeds: None; pass one integer per sample, or one integer s for s, s + 1, ...")
         seed_list = None if seeds is None else check_seeds(seeds, shape[0])
@@ -137,8 +144,13 @@ class OrtSampler:
             sample = np.ascontiguousarray(start, dtype=np.float32)
         else:
             assert seed_list is not None
-            sample = normal_numpy(seed_list, 0, shape[1:], STREAM_INITIAL)
-        feeds = {
+            if seeded:
+                feeds["seed"] = np.array(seed_list, dtype=np.uint64).view(np.int64)
+                # The graph draws what this one only has the shape of.
+                sample = np.zeros(shape, dtype=np.float32)
+            else:
+                sample = normal_numpy(seed_list, 0, shape[1:], STREAM_INITIAL)
+        feeds |= {
             **self._scales(shape[0], guidance_scale, guidance_rescale),
             **self._condition_feeds(shape[0], conditions, uncond_kwargs),
         }
@@ -148,8 +160,25 @@ class OrtSampler:
             raise NotFiniteError(self._blame(sample, table, seed_list if noisy else None, feeds))
         return result
 
-    def _table(self, num_inference_steps: int | None, timesteps: Sequence[int] | None, eta: float | None) -> StepTable:
+    def _counts(self, num_inference_steps: int | Sequence[int] | None, batch: int) -> Array:
+        """Of each sample."""
+        given = len(self.bundle.manifest["table"]["timesteps"]) if num_inference_steps is None else num_inference_steps
+        counts = np.asarray(given)
+        most = self._schedule.config.num_train_timesteps
+        fits = counts.shape in ((), (batch,)) and np.issubdtype(counts.dtype, np.integer)
+        if not fits or counts.min() < 1 or counts.max() > most:
+            raise ValueError(
+                f"num_inference_steps: {num_inference_steps!r}; pass an integer in [1, {most}], or one for each of {batch}"
+                " samples"
+            )
+        return np.ascontiguousarray(np.broadcast_to(counts, (batch,)), dtype=np.int64)
+
+    def _table(self, num_inference_steps: int | Sequence[int] | None, timesteps: Sequence[int] | None, eta: float | None) -> StepTable:
         default = self.bundle.manifest["table"]
+        if num_inference_steps is not None and not isinstance(num_inference_steps, (int, np.integer)):
+            raise ValueError(
+                f"num_inference_steps: {num_inference_steps!r}; pass an integer, or export with per_sample_steps=True"
+            )
         if self._sampling["baked_schedule"]:
             if timesteps is not None or (eta is not None and eta != self._sampling["eta"]):
                 raise ValueError("timesteps, eta: this bundle derives its table itself; pass num_inference_steps alone")
@@ -170,7 +199,8 @@ class OrtSampler:
         return table
 
     def _shape(self, start: int | Array, size: tuple[int, int] | None) -> tuple[int, ...]:
-        expected = self._inputs["sample"]["shape"]
+        own = self.bundle.manifest["sample"]["shape"]
+        expected = self._inputs.get("sample", {"shape": ["batch", *own]})["shape"]
         text = f"[{', '.join(map(str, expected))}]"
         if isinstance(start, np.ndarray):
             fits = start.ndim == len(expected) and all(
@@ -181,7 +211,6 @@ class OrtSampler:
             return start.shape
         if isinstance(start, bool) or not isinstance(start, (int, np.integer)) or start < 1:
             raise ValueError(f"start: {start!r}; pass a batch size >= 1, or a state {text}")
-        own = self.bundle.manifest["sample"]["shape"]
         if size is None:
             return (int(start), *own)
         if not self.bundle.any_size and tuple(size) != tuple(own[-2:]):
@@ -229,9 +258,9 @@ class OrtSampler:
 
     def _run_loop(self, sample: Array, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Array]) -> Array:
         steps = len(table)
-        given: dict[str, Array] = {"sample": sample, **feeds}
+        given: dict[str, Array] = {"sample": sample, **feeds} if "sample" in self._inputs else dict(feeds)
         if self._sampling["baked_schedule"]:
-            given["num_inference_steps"] = np.array(steps, dtype=np.int64)
+            given.setdefault("num_inference_steps", np.array(steps, dtype=np.int64))
         else:
             given["timesteps"] = np.array(table.timesteps, dtype=np.int64)
             given["coefficients"] = table.columns.astype(np.float32)

@@ -18,12 +18,14 @@ from torch.export import Dim
 import fastddim
 from fastddim.config import DDIMConfig
 from fastddim.export.bundle import Bundle, check_destination, write_bundle
-from fastddim.export.graph import as_loop, name_dims, strip, symbolic_dims, with_schedule
+from fastddim.export.graph import as_loop, fed_by, name_dims, strip, symbolic_dims
 from fastddim.export.manifest import NOTE_FILE, build_manifest, name_meanings, note
 from fastddim.export.modules import DTYPES, Denoiser, StepModule, prepared
+from fastddim.export.noise_module import NoiseModule
 from fastddim.export.plan import ExportError, ExportOptions, SamplerPlan, plan_sampler
 from fastddim.export.schedule_module import ScheduleModule
 from fastddim.export.validate import PARITY_STEPS, measure_parity
+from fastddim.noise import STREAM_INITIAL, STREAM_STEP
 from fastddim.schedule import Schedule
 
 MODEL_FILE = "model.onnx"
@@ -99,10 +101,14 @@ def write_sampler(
             denoiser, schedule.config.limit, options.guided, options.guidance_rescale, options.stochastic
         )
         graph = _step_graph(module, denoiser, options, folder / MODEL_FILE)
+        if options.seeded and options.stochastic:
+            graph = fed_by(graph, _noise_graph(denoiser.sample_shape, "noise"), "noise_")
         if options.graph == "loop":
-            graph = as_loop(graph)
+            graph = as_loop(graph, options.per_sample_steps)
         if options.bake_schedule:
-            graph = with_schedule(graph, strip(_schedule_graph(schedule, options)))
+            graph = fed_by(graph, _schedule_graph(schedule, options), "schedule_")
+        if options.seeded:
+            graph = fed_by(graph, _noise_graph(denoiser.sample_shape, "sample"), "start_")
         save(graph, folder / MODEL_FILE)
         meanings = name_meanings(plan)
         inputs, outputs = (describe_values(values, meanings) for values in (graph.graph.input, graph.graph.output))
@@ -183,21 +189,48 @@ def _to_proto(model: onnx_ir.Model, path: Path) -> onnx.ModelProto:
 
 
 def _schedule_graph(schedule: Schedule, options: ExportOptions) -> onnx.ModelProto:
-    module = ScheduleModule(schedule, options.eta, bool(options.use_clipped_model_output))
+    per_sample = options.per_sample_steps
+    module = ScheduleModule(schedule, options.eta, bool(options.use_clipped_model_output), per_sample)
+    batch = ["batch"] if per_sample else []
+    outputs = {"timesteps": ["steps", *batch], "coefficients": ["steps", *batch, 6]}
+    if per_sample:
+        outputs["going"] = ["steps", *batch]
+    counts = torch.tensor([5, 3] if per_sample else 5)
+    return _plain_graph(module, {"num_inference_steps": (counts, batch)}, outputs)
+
+
+def _noise_graph(shape: Sequence[int], name: str) -> onnx.ModelProto:
+    """From seeds to the starting state `sample`, or to the `noise` of a step."""
+    inputs: dict[str, Any] = {"seed": (torch.tensor([5, 3]), ["batch"])}
+    if name == "noise":
+        inputs["step_index"] = (torch.tensor(1), [])
+    module = NoiseModule(shape, STREAM_STEP if name == "noise" else STREAM_INITIAL)
+    return _plain_graph(module, inputs, {name: ["batch", *shape]})
+
+
+def _plain_graph(
+    module: torch.nn.Module,
+    inputs: Mapping[str, tuple[torch.Tensor, list[str]]],
+    outputs: Mapping[str, Sequence[str | int]],
+) -> onnx.ModelProto:
+    """Trace a module without weights of a model: inputs' examples and dimensions, outputs' dimensions."""
+    examples = tuple(example for example, _ in inputs.values())
+    shapes = tuple(dict.fromkeys(range(example.ndim), Dim.DYNAMIC) for example in examples)
     with _quiet():
-        program = torch.export.export(module, (torch.tensor(5),))
+        program = torch.export.export(module, examples, dynamic_shapes=shapes)
         exported = torch.onnx.export(
             program,
             dynamo=True,
             opset_version=_OPSET,
-            input_names=["num_inference_steps"],
-            output_names=["timesteps", "coefficients"],
+            input_names=list(inputs),
+            output_names=list(outputs),
             verbose=False,
         )
     assert exported is not None
     graph: onnx.ModelProto = exported.model_proto
-    name_dims(graph.graph, {"num_inference_steps": [], "timesteps": ["steps"], "coefficients": ["steps", 6]})
-    return graph
+    _require_symbolic(graph.graph, {name: dict.fromkeys(range(len(dims))) for name, (_, dims) in inputs.items()})
+    name_dims(graph.graph, {**{name: dims for name, (_, dims) in inputs.items()}, **outputs})
+    return strip(graph)
 
 
 @contextlib.contextmanager
