@@ -34,6 +34,12 @@ def export(
     bake_schedule: Annotated[
         bool, typer.Option("--bake-schedule", help="Take a number of steps instead of a table.")
     ] = False,
+    per_sample_steps: Annotated[
+        bool, typer.Option("--per-sample-steps", help="With --bake-schedule: a number of steps for each sample.")
+    ] = False,
+    seeded: Annotated[
+        bool, typer.Option("--seeded", help="Take seeds instead of states and noise; the file draws them.")
+    ] = False,
     steps: Annotated[int, typer.Option(parser=integer, metavar="INTEGER", help="Steps of the default table.")] = 50,
     eta: Annotated[float, typer.Option(parser=number, metavar="NUMBER", help="Of the default table.")] = 0.0,
     dtype: Annotated[str, typer.Option(help="Of the weights: float32, float16 or bfloat16.")] = "float32",
@@ -53,15 +59,62 @@ def export(
     verify: Annotated[
         Path | None, typer.Option(metavar="BUNDLE", help="Compare a bundle with its model instead of writing one.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="BUNDLE", help="Take this bundle instead of exporting a model."),
+    ] = None,
+    triton_repository: cli_triton.Repository = None,
+    triton_name: cli_triton.Name = None,
+    max_batch_size: cli_triton.MaxBatchSize = 8,
+    preferred_batch_sizes: cli_triton.PreferredBatchSizes = None,
+    queue_delay: cli_triton.QueueDelay = 0,
+    queue_timeout: cli_triton.QueueTimeout = 0,
+    timeout_action: cli_triton.TimeoutAction = "reject",
+    queue_size: cli_triton.QueueSize = 0,
+    instances: cli_triton.Instances = 1,
+    instance_kind: cli_triton.Kind = "auto",
+    gpus: cli_triton.Gpus = None,
+    warmup: cli_triton.Warmup = None,
+    backend_parameter: cli_triton.Parameter = None,
+    accelerator: cli_triton.Accelerator = None,
+    accelerator_parameter: cli_triton.AcceleratorParameter = None,
+    model_versions: cli_triton.Versions = "1",
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle or model that is there.")] = False,
     as_json: Json = False,
 ) -> None:
     """Export a model and its sampler as one ONNX file, compared with torch, in a folder that describes it."""
-    if (out is None) == (verify is None):
-        raise ValueError("--out, --verify: pass one of the two")
+    if [out, verify, source].count(None) != 2:
+        raise ValueError("--out, --verify, --from: pass one of the three")
+    triton = None
+    if triton_repository is not None:
+        triton = cli_triton.triton_options(
+            name=triton_name,
+            max_batch_size=max_batch_size,
+            preferred_batch_sizes=preferred_batch_sizes,
+            queue_delay=queue_delay,
+            queue_timeout=queue_timeout,
+            timeout_action=timeout_action,
+            queue_size=queue_size,
+            instances=instances,
+            kind=instance_kind,
+            gpus=gpus,
+            warmup=warmup,
+            parameter=backend_parameter,
+            accelerator=accelerator,
+            accelerator_parameter=accelerator_parameter,
+            versions=model_versions,
+        )
+    if source is not None:
+        if triton_repository is None:
+            raise ValueError("--from: a bundle as it is; pass --triton-repository, where it is to go")
+        _add_to_repository(source, triton_repository, triton, force, as_json)
+        return
+    if verify is not None and triton_repository is not None:
+        raise ValueError("--verify, --triton-repository: pass one of the two")
     from fastddim.export import ExportOptions, export_onnx, export_pipeline, open_bundle, verify_bundle, verify_pipeline
     from fastddim.export.bundle import check_destination
     from fastddim.export.pipelines import denoiser_of, is_text_to_image
+    from fastddim.export.triton_repository import check_model_name, check_repository
 
     compared = parse_integers(parity_steps, "--parity-steps")
     start = time.perf_counter()
@@ -80,14 +133,22 @@ def export(
             guidance_rescale=guidance_rescale,
             stochastic=noise,
             bake_schedule=bake_schedule,
+            per_sample_steps=per_sample_steps,
+            seeded=seeded,
             num_inference_steps=steps,
             eta=eta,
             dtype=dtype,
             dynamic_size=dynamic_size,
         )
         # Before a model is fetched and read.
-        check_destination(out, force)
+        target = check_destination(out, force)
+        if triton is not None:
+            assert triton_repository is not None
+            _check_served(options, triton)
+            check_repository(triton_repository, triton.name or check_model_name(target.name), force)
         pipeline = _load(model)
+        if triton is not None and is_text_to_image(pipeline) and not sampler_only:
+            raise ValueError("--triton-repository: of a text-to-image pipeline it takes the sampler; pass --sampler-only")
         common: dict[str, Any] = {"force": force, "parity_steps": compared, "tolerance": tolerance}
         if is_text_to_image(pipeline) and not sampler_only:
             bundle = export_pipeline(pipeline, out, options, **common)
@@ -97,7 +158,6 @@ def export(
     seconds = time.perf_counter() - start
     if as_json:
         typer.echo(json.dumps({"path": str(bundle.path), "seconds": seconds, "parity": parity}))
-        return
     for entry in parity:
         compared_after = f"{entry['steps']} steps" if "steps" in entry else entry["component"]
         typer.echo(

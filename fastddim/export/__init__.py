@@ -14,12 +14,14 @@ _ROOM_OF = {
     "OrtPipeline": "ort_pipeline",
     "OrtSampler": "ort",
     "ParityError": "validate",
+    "TritonOptions": "triton_repository",
     "export_onnx": "to_onnx",
     "export_pipeline": "pipelines",
     "load_exportable": "pipelines",
     "open_bundle": "bundle",
     "verify_bundle": "validate",
     "verify_pipeline": "pipelines",
+    "write_triton_repository": "triton_repository",
 }
 
 __all__ = [
@@ -31,12 +33,14 @@ __all__ = [
     "OrtPipeline",
     "OrtSampler",
     "ParityError",
+    "TritonOptions",
     "export_onnx",
     "export_pipeline",
     "load_exportable",
     "open_bundle",
     "verify_bundle",
     "verify_pipeline",
+    "write_triton_repository",
 ]
 
 
