@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
+from fastddim import cli_triton
 from fastddim.cli_options import Json, Model, Out, integer, naming, number, parse_integers, quiet_diffusers
+from fastddim.config import require_choice
 
 if TYPE_CHECKING:
     from fastddim.export import Bundle
+    from fastddim.export.bundle_sampler import BundleSampler
 
+FORMATS = ("onnx", "aoti")
 # Of class labels; a text-to-image pipeline has its own default.
 _GUIDANCE = 2.0
 
@@ -27,6 +31,13 @@ app = typer.Typer()
 def export(
     model: Model = None,
     out: Annotated[Path | None, typer.Option(help="The folder to write.")] = None,
+    format: Annotated[
+        str, typer.Option(help="onnx; or aoti: compiled by AOTInductor, for libtorch, on machines like this one.")
+    ] = "onnx",
+    device: Annotated[str, typer.Option(help="With aoti: cpu or cuda.")] = "cpu",
+    cpu_isa: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With aoti: the CPU needs avx2 or avx512. Default: avx2.")
+    ] = None,
     graph: Annotated[str, typer.Option(help="loop: all steps in one call; step: one step a call.")] = "loop",
     guidance: Annotated[bool, typer.Option(help="Classifier-free guidance, its scale an input.")] = False,
     guidance_rescale: Annotated[bool, typer.Option(help="With guidance: its rescale is an input too.")] = False,
@@ -82,12 +93,32 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle or model that is there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Export a model and its sampler as one ONNX file, compared with torch, in a folder that describes it."""
+    """Export a model and its sampler as one file, compared with torch, in a folder that describes it."""
     if [out, verify, source].count(None) != 2:
         raise ValueError("--out, --verify, --from: pass one of the three")
-    triton = None
+    if (source is not None and triton_repository is None) or (verify is not None and triton_repository is not None):
+        raise ValueError("--triton-repository: goes with --out or --from, and --from with it")
+    require_choice("--format", format, FORMATS)
+    compiled: dict[str, Any] = {"device": device, "cpu_isa": cpu_isa}
+    if format != "aoti" and compiled != {"device": "cpu", "cpu_isa": None}:
+        raise ValueError(f"--device, --cpu-isa: given with format {format!r}; pass --format aoti, or leave them out")
+    from fastddim.export import (
+        ExportOptions,
+        export_aoti,
+        export_onnx,
+        export_pipeline,
+        open_bundle,
+        verify_bundle,
+        verify_pipeline,
+        write_triton_repository,
+    )
+    from fastddim.export.bundle import check_destination
+    from fastddim.export.pipelines import denoiser_of, is_text_to_image
+
+    compared = parse_integers(parity_steps, "--parity-steps")
+    served = None
     if triton_repository is not None:
-        triton = cli_triton.triton_options(
+        served = cli_triton.triton_options(
             name=triton_name,
             max_batch_size=max_batch_size,
             preferred_batch_sizes=preferred_batch_sizes,
@@ -104,21 +135,11 @@ def export(
             accelerator_parameter=accelerator_parameter,
             versions=model_versions,
         )
-    if source is not None:
-        if triton_repository is None:
-            raise ValueError("--from: a bundle as it is; pass --triton-repository, where it is to go")
-        _add_to_repository(source, triton_repository, triton, force, as_json)
-        return
-    if verify is not None and triton_repository is not None:
-        raise ValueError("--verify, --triton-repository: pass one of the two")
-    from fastddim.export import ExportOptions, export_onnx, export_pipeline, open_bundle, verify_bundle, verify_pipeline
-    from fastddim.export.bundle import check_destination
-    from fastddim.export.pipelines import denoiser_of, is_text_to_image
-    from fastddim.export.triton_repository import check_model_name, check_repository
-
-    compared = parse_integers(parity_steps, "--parity-steps")
     start = time.perf_counter()
-    if verify is not None:
+    if source is not None:
+        bundle = open_bundle(source)
+        parity = []
+    elif verify is not None:
         bundle = open_bundle(verify)
         pipeline = _load(model)
         if bundle.components:
@@ -142,22 +163,34 @@ def export(
         )
         # Before a model is fetched and read.
         target = check_destination(out, force)
-        if triton is not None:
-            assert triton_repository is not None
-            _check_served(options, triton)
-            check_repository(triton_repository, triton.name or check_model_name(target.name), force)
+        if served is not None:
+            cli_triton.check_export(options, format, target.name, triton_repository, served, force)
         pipeline = _load(model)
-        if triton is not None and is_text_to_image(pipeline) and not sampler_only:
-            raise ValueError("--triton-repository: of a text-to-image pipeline it takes the sampler; pass --sampler-only")
         common: dict[str, Any] = {"force": force, "parity_steps": compared, "tolerance": tolerance}
-        if is_text_to_image(pipeline) and not sampler_only:
+        whole = is_text_to_image(pipeline) and not sampler_only
+        if whole and served is not None:
+            raise ValueError(
+                "--triton-repository: takes the sampler of a text-to-image pipeline, not the whole; pass --sampler-only"
+            )
+        if format == "aoti":
+            if whole:
+                raise ValueError(
+                    "--format: 'aoti' exports the sampler of a text-to-image pipeline; pass --sampler-only"
+                )
+            bundle = export_aoti(denoiser_of(pipeline), pipeline.scheduler, out, options, **common, **compiled)
+        elif whole:
             bundle = export_pipeline(pipeline, out, options, **common)
         else:
             bundle = export_onnx(denoiser_of(pipeline), pipeline.scheduler, out, options, **common)
         parity = bundle.manifest["parity"]
+    placed = None
+    if triton_repository is not None:
+        placed = write_triton_repository(bundle, triton_repository, served, force=force)
     seconds = time.perf_counter() - start
     if as_json:
-        typer.echo(json.dumps({"path": str(bundle.path), "seconds": seconds, "parity": parity}))
+        told = {"path": str(bundle.path), "seconds": seconds, "parity": parity}
+        typer.echo(json.dumps(told if placed is None else {**told, "triton_model": str(placed)}))
+        return
     for entry in parity:
         compared_after = f"{entry['steps']} steps" if "steps" in entry else entry["component"]
         typer.echo(
@@ -166,6 +199,8 @@ def export(
         )
     size = sum(file["bytes"] for file in bundle.manifest["files"].values())
     typer.echo(f"{str(bundle.path)!r}: {bundle.graph}, {size / 1e6:.1f} MB, {seconds:.1f} s")
+    if placed is not None:
+        typer.echo(f"{str(placed)!r}: start the server with {cli_triton.server_line(placed.parent)}")
 
 
 def _load(model: str | None) -> Any:
@@ -211,7 +246,8 @@ def run(
         int, typer.Option(parser=integer, metavar="INTEGER", help="Of the first image; the others count up.")
     ] = 0,
     providers: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="cpu, cuda, tensorrt. Default: cuda where it is there.")
+        str | None,
+        typer.Option(metavar="NAMES", help="Of ONNX bundles: cpu, cuda, tensorrt. Default: cuda where it is there."),
     ] = None,
     check_finite: Annotated[
         bool, typer.Option("--check-finite", help="Report the step at which NaN or infinities appear.")
@@ -219,7 +255,7 @@ def run(
     out: Out = Path("samples.png"),
     as_json: Json = False,
 ) -> None:
-    """Sample from an exported bundle with ONNX Runtime, without torch, and write a picture."""
+    """Sample from an exported bundle with what runs its file, and write a picture; an ONNX bundle needs no torch."""
     from fastddim.export import open_bundle
     from fastddim.pictures import GridLayout, check_picture, make_grid, save_picture
 
@@ -245,19 +281,22 @@ def run(
     options: dict[str, Any] = {"seeds": seed, "num_inference_steps": steps, "eta": eta, "size": pixels}
     if guidance_scale is not None:
         options["guidance_scale"] = guidance_scale
-    settings: dict[str, Any] = {
-        "providers": None if providers is None else providers.split(","),
-        "check_finite": check_finite,
-    }
+    settings: dict[str, Any] = {"check_finite": check_finite}
+    if providers is not None:
+        if opened.runtime != "onnx":
+            raise ValueError(
+                f"--providers: {providers!r}, but this bundle is of runtime {opened.runtime!r}; leave it out"
+            )
+        settings["providers"] = providers.split(",")
     if opened.components:
-        draw, session = _load_pipeline(opened, settings, names, negative_prompt)
+        draw, sampler = _load_pipeline(opened, settings, names, negative_prompt)
     else:
-        draw, session = _load_sampler(opened, settings, names, num_images)
+        draw, sampler = _load_sampler(opened, settings, names, num_images)
     start = time.perf_counter()
     samples = draw(**options)
     seconds = time.perf_counter() - start
     save_picture(make_grid(samples, labels=shown), out)
-    device = session.get_providers()[0].removesuffix("ExecutionProvider")
+    device = sampler.device()
     if as_json:
         typer.echo(json.dumps({"path": str(out), "num_images": num_images, "seconds": seconds, "provider": device}))
     else:
@@ -268,7 +307,7 @@ def _pick_labels(labels: str | None, manifest: Mapping[str, Any]) -> list[int] |
     """The classes to repeat in turn; None for a model without."""
     shape = manifest["sample"]["shape"]
     if len(shape) != 3 or shape[0] not in (1, 3):
-        raise ValueError(f"bundle: its samples are {shape}, no pictures; use fastddim.export.OrtSampler")
+        raise ValueError(f"bundle: its samples are {shape}, no pictures; use fastddim.export.open_sampler")
     null = manifest["sampling"]["null_values"].get("class_labels")
     if null is None:
         if labels is not None:
@@ -289,27 +328,27 @@ def _parse_size(text: str) -> tuple[int, int]:
 
 def _load_sampler(
     bundle: Bundle, settings: Mapping[str, Any], labels: Sequence[Any] | None, num_images: int
-) -> tuple[Callable[..., Any], Any]:
-    """What draws the samples, and its session."""
-    from fastddim.export import OrtSampler
+) -> tuple[Callable[..., Any], BundleSampler]:
+    """What draws the samples, and the sampler."""
+    from fastddim.export import open_sampler
 
-    sampler = OrtSampler(bundle, **settings)
+    sampler = open_sampler(bundle, **settings)
     fixed: dict[str, Any] = {} if labels is None else {"class_labels": np.array(labels, dtype=np.int64)}
     if bundle.manifest["sampling"]["guided"]:
         fixed["guidance_scale"] = _GUIDANCE
-    return functools.partial(sampler, num_images, **fixed), sampler.session
+    return functools.partial(sampler, num_images, **fixed), sampler
 
 
 def _load_pipeline(
     bundle: Bundle, settings: Mapping[str, Any], prompts: Sequence[Any] | None, negative_prompt: str | None
-) -> tuple[Callable[..., Any], Any]:
-    """What draws the pictures, and the sampler's session."""
+) -> tuple[Callable[..., Any], BundleSampler]:
+    """What draws the pictures, and their sampler."""
     from fastddim.export import OrtPipeline
 
     assert prompts is not None
     pipeline = OrtPipeline(bundle, **settings)
     ids = pipeline.tokenize(prompts)
     if negative_prompt is None and pipeline.zeros_for_empty_prompt:
-        return functools.partial(pipeline, ids, None), pipeline.sampler.session
+        return functools.partial(pipeline, ids, None), pipeline.sampler
     negative = pipeline.tokenize([negative_prompt or ""] * len(prompts))
-    return functools.partial(pipeline, ids, negative), pipeline.sampler.session
+    return functools.partial(pipeline, ids, negative), pipeline.sampler

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastddim.cli_options import integer, parse_integers
+from fastddim.cli_options import integer, naming, parse_integers
 
 if TYPE_CHECKING:
-    from fastddim.export import TritonOptions
+    from fastddim.export import ExportOptions, TritonOptions
 
+_OPTIONS = {
+    "name": "--triton-name",
+    "max_batch_size": "--max-batch-size",
+    "preferred_batch_sizes": "--preferred-batch-sizes",
+    "max_queue_delay_microseconds": "--queue-delay",
+    "queue_timeout_microseconds": "--queue-timeout",
+    "timeout_action": "--timeout-action",
+    "max_queue_size": "--queue-size",
+    "instances": "--instances",
+    "kind": "--instance-kind",
+    "gpus": "--gpus",
+    "warmup_batch_sizes": "--warmup",
+    "parameters": "--backend-parameter",
+    "accelerator": "--accelerator",
+    "accelerator_parameters": "--accelerator-parameter",
+    "versions": "--model-versions",
+}
+_IMAGE = "nvcr.io/nvidia/tritonserver:25.06-py3"
 _PANEL = "NVIDIA Triton Inference Server"
 
 Repository = Annotated[
@@ -103,23 +122,63 @@ def triton_options(
     """
     from fastddim.export import TritonOptions
 
-    return TritonOptions(
-        name=name,
-        max_batch_size=max_batch_size,
-        preferred_batch_sizes=_integers(preferred_batch_sizes, "--preferred-batch-sizes"),
-        max_queue_delay_microseconds=queue_delay,
-        queue_timeout_microseconds=queue_timeout,
-        timeout_action=timeout_action,
-        max_queue_size=queue_size,
-        instances=instances,
-        kind=kind,
-        gpus=_integers(gpus, "--gpus"),
-        warmup_batch_sizes=_integers(warmup, "--warmup"),
-        parameters=_pairs(parameter, "--backend-parameter"),
-        accelerator=accelerator,
-        accelerator_parameters=_pairs(accelerator_parameter, "--accelerator-parameter"),
-        versions=_versions(versions),
-    )
+    with _naming_options():
+        return TritonOptions(
+            name=name,
+            max_batch_size=max_batch_size,
+            preferred_batch_sizes=_integers(preferred_batch_sizes, "--preferred-batch-sizes"),
+            max_queue_delay_microseconds=queue_delay,
+            queue_timeout_microseconds=queue_timeout,
+            timeout_action=timeout_action,
+            max_queue_size=queue_size,
+            instances=instances,
+            kind=kind,
+            gpus=_integers(gpus, "--gpus"),
+            warmup_batch_sizes=_integers(warmup, "--warmup"),
+            parameters=_pairs(parameter, "--backend-parameter"),
+            accelerator=accelerator,
+            accelerator_parameters=_pairs(accelerator_parameter, "--accelerator-parameter"),
+            versions=_versions(versions),
+        )
+
+
+def check_export(
+    options: ExportOptions, runtime: str, bundle_name: str, repository: Path | None, served: TritonOptions, force: bool
+) -> None:
+    """Whether the server will take what is to be exported, before the work.
+
+    Raises:
+        ValueError: a file that it cannot run or batch; OSError: a repository that cannot be written to.
+    """
+    from fastddim.export.triton_repository import BACKENDS, check_model_name, check_repository
+
+    if runtime not in BACKENDS:
+        raise ValueError(f"--format: {runtime!r}, which the server has no backend for; pass {' or '.join(BACKENDS)}")
+    if served.max_batch_size and options.graph == "loop" and not options.per_sample_steps:
+        raise ValueError(
+            f"--max-batch-size: {served.max_batch_size}, but the requests of a batch may differ in their steps; pass"
+            " --bake-schedule --per-sample-steps, and --seeded with --noise; or --max-batch-size 0"
+        )
+    assert repository is not None
+    with _naming_options():
+        name = check_model_name(bundle_name if served.name is None else served.name)
+    with naming("out", "--triton-repository"):
+        check_repository(repository, name, force)
+
+
+def server_line(repository: Path) -> str:
+    """The shell's line that serves a repository."""
+    return f"docker run --rm -p8000:8000 -p8001:8001 -p8002:8002 -v {repository}:/models {_IMAGE} tritonserver --model-repository=/models --disable-auto-complete-config"
+
+
+@contextlib.contextmanager
+def _naming_options() -> Iterator[None]:
+    """Let an error of `TritonOptions` name the option that the user typed."""
+    try:
+        yield
+    except ValueError as error:
+        name, colon, rest = str(error).partition(":")
+        raise ValueError(f"{_OPTIONS.get(name, name)}{colon}{rest}") from error
 
 
 def _integers(text: str | None, option: str) -> tuple[int, ...]:

@@ -6,25 +6,29 @@ import importlib
 from typing import Any
 
 _ROOM_OF = {
+    "AotiSampler": "aoti",
     "Bundle": "bundle",
     "BundleError": "bundle",
     "ExportError": "plan",
     "ExportOptions": "plan",
-    "NotFiniteError": "ort",
+    "NotFiniteError": "bundle_sampler",
     "OrtPipeline": "ort_pipeline",
     "OrtSampler": "ort",
     "ParityError": "validate",
     "TritonOptions": "triton_repository",
+    "export_aoti": "to_aoti",
     "export_onnx": "to_onnx",
     "export_pipeline": "pipelines",
     "load_exportable": "pipelines",
     "open_bundle": "bundle",
+    "open_sampler": "bundle_sampler",
     "verify_bundle": "validate",
     "verify_pipeline": "pipelines",
     "write_triton_repository": "triton_repository",
 }
 
 __all__ = [
+    "AotiSampler",
     "Bundle",
     "BundleError",
     "ExportError",
@@ -34,10 +38,12 @@ __all__ = [
     "OrtSampler",
     "ParityError",
     "TritonOptions",
+    "export_aoti",
     "export_onnx",
     "export_pipeline",
     "load_exportable",
     "open_bundle",
+    "open_sampler",
     "verify_bundle",
     "verify_pipeline",
     "write_triton_repository",

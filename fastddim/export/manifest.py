@@ -13,7 +13,7 @@ import numpy as np
 
 import fastddim
 from fastddim.config import Clip, DynamicThreshold, Limit
-from fastddim.export.bundle import FORMAT, FORMAT_VERSION
+from fastddim.export.bundle import FORMAT, FORMAT_VERSION, SAMPLERS
 from fastddim.export.plan import SamplerPlan
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP
 
@@ -31,6 +31,15 @@ _MEANINGS = {
     "samples": "the finished samples",
     "next_sample": "the state after the step",
     "pred_original_sample": "the limited prediction of x0",
+}
+# What loads a file, and what its sampler needs.
+_RUNTIMES = {
+    "onnx": ("Any ONNX runtime loads it.", "no torch"),
+    "aoti": (
+        "libtorch loads it (`AOTIModelPackageLoader`), on machines like `target` in `manifest.json`; inputs and outputs are"
+        " in this order.",
+        "torch",
+    ),
 }
 _COLUMNS = "x0 = limit(c0 * sample + c1 * output); next_sample = c2 * sample + c3 * output + c4 * x0 + c5 * noise"
 
@@ -124,18 +133,21 @@ def note(manifest: Mapping[str, Any]) -> str:
         f"\n## {name}\n\n`{component['model']}`: {component['meaning']}.\n\n{_tables(component)}\n"
         for name, component in manifest.get("components", {}).items()
     )
-    runner = "OrtPipeline" if components else "OrtSampler"
+    runtime = manifest.get("runtime", "onnx")
+    runner = "OrtPipeline" if components else SAMPLERS[runtime]
+    loads, needs = _RUNTIMES[runtime]
     command = "" if components else "`fastddim run FOLDER --seed 0 --out samples.png`, or "
     return f"""# An exported DDIM sampler
 
-`{manifest["model"]}` holds the model and its sampler: {kind}. Any ONNX runtime loads it. `manifest.json` says the same as
-this page for programs, with a default table of timesteps and coefficients; its schema is in fastddim.
+`{manifest["model"]}` holds the model and its sampler: {kind}. {loads}
+`manifest.json` says the same as this page for programs, with a default table of timesteps and coefficients; its schema is
+in fastddim.
 
 {_tables(manifest)}
 
 Limit of x0: {manifest["sampling"]["limit"]}. Largest difference from the torch reference at export: {largest:.1e}.
 
-With Python: {command}`fastddim.export.{runner}(FOLDER)`, which needs no torch.
+With Python: {command}`fastddim.export.{runner}(FOLDER)`, which needs {needs}.
 {components}"""
 
 

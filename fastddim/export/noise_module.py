@@ -31,7 +31,7 @@ class NoiseModule(torch.nn.Module):
         n = math.prod(self._shape)
         words = [(seed[:, None] >> shift) & _MASK for shift in (0, 32)]
         group = torch.arange((n + 3) // 4)[None]
-        values = normal_groups(torch, words, group, 0 if step is None else step, self._stream, _split)
+        values: torch.Tensor = normal_groups(torch, words, group, 0 if step is None else step, self._stream, _split)
         return values[:, :n].reshape(-1, *self._shape)
 
 

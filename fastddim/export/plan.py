@@ -73,7 +73,9 @@ class ExportOptions:
         if self.seeded and self.graph == "step":
             raise ValueError("seeded: True with graph 'step', which starts from any state; pass graph='loop'")
         if self.seeded and self.dynamic_size:
-            raise ValueError("seeded: True with dynamic_size, but the size of what is drawn is fixed; pass one of the two")
+            raise ValueError(
+                "seeded: True with dynamic_size, but the size of what is drawn is fixed; pass one of the two"
+            )
         if self.eta and not self.stochastic:
             raise ValueError(f"eta: {self.eta!r} adds noise; pass stochastic=True, which makes noise an input")
 

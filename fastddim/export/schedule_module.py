@@ -26,7 +26,9 @@ class ScheduleModule(torch.nn.Module):
 
     alphas_cumprod: torch.Tensor
 
-    def __init__(self, schedule: Schedule, eta: float, use_clipped_model_output: bool, per_sample: bool = False) -> None:
+    def __init__(
+        self, schedule: Schedule, eta: float, use_clipped_model_output: bool, per_sample: bool = False
+    ) -> None:
         super().__init__()
         self._config = schedule.config
         if self._config.timestep_spacing == "quadratic":
@@ -47,7 +49,7 @@ class ScheduleModule(torch.nn.Module):
         `[n, B, 6]`, n the largest number, and `going` bool `[n, B]`: whether the sample still takes that step.
         """
         n_train = self._config.num_train_timesteps
-        n = num_inference_steps.clamp(1, n_train)
+        n = self.nearest(num_inference_steps)
         count: Any = (n.max() if self._per_sample else n).item()
         torch._check(count >= 1)  # type: ignore[no-untyped-call]
         k = torch.arange(count)
@@ -66,6 +68,10 @@ class ScheduleModule(torch.nn.Module):
         )  # fmt: skip
         table = (t, rows.float())
         return (*table, k < n) if self._per_sample else table
+
+    def nearest(self, num_inference_steps: torch.Tensor) -> torch.Tensor:
+        """The number of steps that is taken: one in `[1, num_train_timesteps]`."""
+        return num_inference_steps.clamp(1, self._config.num_train_timesteps)
 
     def _timesteps(self, k: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
         """Timestep of step k of n, as `make_timesteps` has it, with numpy's own float64 arithmetic; 0 after the last."""

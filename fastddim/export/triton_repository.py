@@ -24,7 +24,7 @@ NOTE_FILE = "README.md"
 VERSION = 1
 
 # By the manifest's runtime: the backend, and the file that it looks for.
-_BACKENDS = {"onnx": ("onnxruntime", "model.onnx"), "tensorrt": ("tensorrt", "model.plan")}
+BACKENDS = {"onnx": ("onnxruntime", "model.onnx"), "tensorrt": ("tensorrt", "model.plan")}
 _DATA_TYPES = {
     "bool": "BOOL",
     **{f"{sign}int{bits}": f"{sign}int{bits}".upper() for sign in ("", "u") for bits in (8, 16, 32, 64)},
@@ -155,13 +155,10 @@ def write_triton_repository(
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     options = TritonOptions() if options is None else options
-    name = options.name
-    if name is None:
-        name = opened.path.resolve().name
-        check_model_name(name)
+    name = check_model_name(opened.path.resolve().name) if options.name is None else options.name
     repository = check_repository(out, name, force)
     config = model_config(opened, name, options)
-    file = _BACKENDS[_runtime(opened)][1]
+    file = BACKENDS[_runtime(opened)][1]
     model = str(opened.manifest["model"])
 
     def fill(folder: Path) -> None:
@@ -191,6 +188,17 @@ def write_triton_repository(
     return repository / name
 
 
+def check_model_name(name: str) -> str:
+    """The name, if the server takes it for a model and a folder.
+
+    Raises:
+        ValueError: another one.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(f"name: {name!r}; pass letters, digits, '_', '-' and '.', the first no '-' or '.'")
+    return name
+
+
 def check_repository(out: str | Path, name: str, force: bool) -> Path:
     """The absolute path of a repository to add a model to, before the work.
 
@@ -210,7 +218,9 @@ def check_repository(out: str | Path, name: str, force: bool) -> Path:
         if not force:
             raise FileExistsError(f"out: {str(model)!r} exists; pass another name, or --force to replace it")
         if model.is_symlink() or not (model / CONFIG_FILE).is_file():
-            raise FileExistsError(f"out: {str(model)!r} is no model, so --force does not replace it; remove it yourself")
+            raise FileExistsError(
+                f"out: {str(model)!r} is no model, so --force does not replace it; remove it yourself"
+            )
     return repository
 
 
@@ -236,13 +246,15 @@ def model_config(bundle: Bundle, name: str, options: TritonOptions) -> dict[str,
         raise ValueError(f"parameters, accelerator: are the ONNX Runtime backend's, and this bundle is {runtime}")
     scalars = [item["name"] for item in manifest["inputs"] if not item["shape"]]
     if runtime == "tensorrt" and scalars:
-        raise ValueError(f"bundle: {scalars[0]!r} shapes an engine's loop, which the server cannot pass; export a table")
+        raise ValueError(
+            f"bundle: {scalars[0]!r} shapes an engine's loop, which the server cannot pass; export a table"
+        )
     batched = options.max_batch_size > 0
     if batched:
         _require_batched(manifest, options.max_batch_size)
     config: dict[str, Any] = {
         "name": name,
-        "backend": _BACKENDS[runtime][0],
+        "backend": BACKENDS[runtime][0],
         "max_batch_size": options.max_batch_size,
         "input": [_tensor(item, batched) for item in manifest["inputs"]],
         "output": [_tensor(item, batched) for item in manifest["outputs"]],
@@ -292,19 +304,13 @@ def _entries(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"key": key, "value": value} for key, value in values.items()]
 
 
-def check_model_name(name: str) -> None:
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(f"name: {name!r}; pass letters, digits, '_', '-' and '.', the first no '-' or '.'")
-
-
 def _runtime(bundle: Bundle) -> str:
-    runtime: str = bundle.manifest.get("runtime", "onnx")
-    if runtime not in _BACKENDS:
+    if bundle.runtime not in BACKENDS:
         raise ValueError(
-            f"bundle: {str(bundle.path)!r} is for {runtime!r}, which the server has no backend for; export it for onnx or"
-            " tensorrt"
+            f"bundle: {str(bundle.path)!r} is for {bundle.runtime!r}, which the server has no backend for; export it for"
+            f" {' or '.join(BACKENDS)}"
         )
-    return runtime
+    return bundle.runtime
 
 
 def _require_batched(manifest: Mapping[str, Any], max_batch_size: int) -> None:
@@ -357,7 +363,11 @@ def _dynamic_batching(options: TritonOptions) -> dict[str, Any]:
 def _warmup(manifest: Mapping[str, Any], size: int, batched: bool) -> dict[str, Any]:
     """A request of zeros, which a baked schedule takes for one step; random bytes could be NaN, or no class."""
     own = manifest["sample"]["shape"]
-    known = {"batch": size, "steps": 1, "height": own[-2], "width": own[-1]} if len(own) > 1 else {"batch": size, "steps": 1}
+    known = (
+        {"batch": size, "steps": 1, "height": own[-2], "width": own[-1]}
+        if len(own) > 1
+        else {"batch": size, "steps": 1}
+    )
     inputs = {}
     for item in manifest["inputs"]:
         dims = [known[dim] if isinstance(dim, str) else dim for dim in item["shape"][batched:]] or [1]
@@ -395,9 +405,7 @@ def _curl(bundle: Bundle, config: Mapping[str, Any]) -> str:
         if not 0 < count <= _LONGEST_EXAMPLE:
             return ""
         data = [values.get(item["name"], 0)] * count
-        inputs.append(
-            {"name": item["name"], "shape": [1, *tensor["dims"]], "datatype": _data_type(item), "data": data}
-        )
+        inputs.append({"name": item["name"], "shape": [1, *tensor["dims"]], "datatype": _data_type(item), "data": data})
     body = json.dumps({"inputs": inputs})
     return f"""
 ```sh
