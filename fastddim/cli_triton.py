@@ -168,8 +168,10 @@ def check_export(
 
 def server_line(repository: Path) -> str:
     """The shell's line that serves a repository."""
-    return f"docker run --rm -p8000:8000 -p8001:8001 -p8002:8002 -v {repository}:/models {_IMAGE}"
+    return (
+        f"docker run --rm -p8000:8000 -p8001:8001 -p8002:8002 -v {repository}:/models {_IMAGE}"
         " tritonserver --model-repository=/models --disable-auto-complete-config"
+    )
 
 
 @contextlib.contextmanager

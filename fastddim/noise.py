@@ -93,7 +93,7 @@ def box_muller(xp: ModuleType, word0: Any, word1: Any, split: Split = split_bits
 
 
 def normal_groups(
-    xp: ModuleType, seed_words: Sequence[Any], group: Any, step: Any, stream: int, split: Split = split_bits
+    xp: ModuleType, seed_words: Sequence[Any], group: Any, step: Any, stream: Any, split: Split = split_bits
 ) -> Any:
     """`[B, 4 * groups]` from `[B, 1]` key words and `[1, groups]` element // 4; `split` as `split_bits`, the same values."""
     base = group + seed_words[0] * 0

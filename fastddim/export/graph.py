@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -174,3 +176,44 @@ def fed_by(model: onnx.ModelProto, producer: onnx.ModelProto, prefix: str) -> on
         initializer=[*weights, *model.graph.initializer],
     )
     return helper.make_model(graph, opset_imports=list(model.opset_import), ir_version=model.ir_version)
+
+
+def sized_noise(groups: onnx.ModelProto, shape: Sequence[int], name: str, fixed: Mapping[str, int]) -> onnx.ModelProto:
+    """Noise of a shape.
+
+    Args:
+        groups: from `seed`, `group` `[groups]` and numbers to `values` `[B, 4 * groups]`.
+        shape: of one sample.
+        name: of the output `[B, *shape]`.
+        fixed: the numbers that are known.
+
+    Returns:
+        Inputs `seed` `[B]` and the other numbers.
+    """
+    size = math.prod(shape)
+
+    def graph(nodes: list[onnx.NodeProto], outputs: Sequence[onnx.ValueInfoProto], **numbers: Any) -> onnx.ModelProto:
+        weights = [numpy_helper.from_array(np.array(value, dtype=np.int64), key) for key, value in numbers.items()]
+        inputs = [] if outputs[0].name != name else [values]
+        built = helper.make_graph(nodes, name, inputs, outputs, initializer=weights)
+        return helper.make_model(built, opset_imports=list(groups.opset_import), ir_version=groups.ir_version)
+
+    (values,) = groups.graph.output
+    given = {value.name: value for value in groups.graph.input}
+    numbers = graph(
+        [
+            helper.make_node("Range", ["first", "count", "stride"], ["group"], name="number_groups"),
+            *(helper.make_node("Identity", [f"{key}_number"], [key], name=f"fix_{key}") for key in fixed),
+        ],
+        [given["group"], *(given[key] for key in fixed)],
+        first=0, count=(size + 3) // 4, stride=1, **{f"{key}_number": value for key, value in fixed.items()},
+    )  # fmt: skip
+    shaped = graph(
+        [
+            helper.make_node("Slice", ["values", "start", "end", "axis"], ["elements"], name="drop_rest"),
+            helper.make_node("Reshape", ["elements", "whole"], [name], name="shape_noise"),
+        ],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape])],
+        start=[0], end=[size], axis=[1], whole=[-1, *shape],
+    )  # fmt: skip
+    return fed_by(shaped, fed_by(groups, numbers, "number_"), "draw_")

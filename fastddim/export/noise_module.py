@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -15,24 +14,15 @@ _SQRT_HALF = math.sqrt(0.5)
 
 
 class NoiseModule(torch.nn.Module):
-    """`fastddim.noise.normal_for` in operations that ONNX has.
+    """`fastddim.noise.normal_groups` in operations that ONNX has."""
 
-    Args:
-        shape: of one sample.
-        stream: `STREAM_INITIAL` or `STREAM_STEP`.
-    """
-
-    def __init__(self, shape: Sequence[int], stream: int) -> None:
-        super().__init__()
-        self._shape, self._stream = tuple(shape), stream
-
-    def forward(self, seed: torch.Tensor, step: torch.Tensor | None = None) -> torch.Tensor:
-        """`[B, *shape]` float32 of int64 seeds `[B]` as `seed_tensor` has them, for a step int64 `[]`, 0 by default."""
-        n = math.prod(self._shape)
+    def forward(
+        self, seed: torch.Tensor, group: torch.Tensor, step: torch.Tensor, stream: torch.Tensor
+    ) -> torch.Tensor:
+        """`[B, 4 * groups]` float32 from int64: seeds `[B]` of `seed_tensor`, element // 4 `[groups]`, step and stream `[]`."""
         words = [(seed[:, None] >> shift) & _MASK for shift in (0, 32)]
-        group = torch.arange((n + 3) // 4)[None]
-        values: torch.Tensor = normal_groups(torch, words, group, 0 if step is None else step, self._stream, _split)
-        return values[:, :n].reshape(-1, *self._shape)
+        values: torch.Tensor = normal_groups(torch, words, group[None], step, stream, _split)
+        return values
 
 
 def _split(xp: ModuleType, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import fastddim
 from fastddim.config import DDIMConfig
 from fastddim.export.bundle import Bundle, check_destination, write_bundle
-from fastddim.export.graph import as_loop, fed_by, name_dims, strip, symbolic_dims
+from fastddim.export.graph import as_loop, fed_by, name_dims, sized_noise, strip, symbolic_dims
 from fastddim.export.manifest import NOTE_FILE, build_manifest, name_meanings, note
 from fastddim.export.modules import DTYPES, Denoiser, StepModule, prepared
 from fastddim.export.noise_module import NoiseModule
@@ -196,11 +197,21 @@ def _schedule_graph(schedule: Schedule, options: ExportOptions) -> onnx.ModelPro
 
 def _noise_graph(shape: Sequence[int], name: str) -> onnx.ModelProto:
     """From seeds to the starting state `sample`, or to the `noise` of a step."""
-    inputs: dict[str, Any] = {"seed": (torch.tensor([5, 3]), ["batch"])}
-    if name == "noise":
-        inputs["step_index"] = (torch.tensor(1), [])
-    module = NoiseModule(shape, STREAM_STEP if name == "noise" else STREAM_INITIAL)
-    return _plain_graph(module, inputs, {name: ["batch", *shape]})
+    fixed = {"stream": STREAM_STEP} if name == "noise" else {"stream": STREAM_INITIAL, "step_index": 0}
+    return sized_noise(_noise_groups(), shape, name, fixed)
+
+
+# Whatever the model: traced once.
+@functools.cache
+def _noise_groups() -> onnx.ModelProto:
+    scalar: list[str] = []
+    inputs = {
+        "seed": (torch.tensor([5, 3]), ["batch"]),
+        "group": (torch.arange(3), ["groups"]),
+        "step_index": (torch.tensor(1), scalar),
+        "stream": (torch.tensor(1), scalar),
+    }
+    return _plain_graph(NoiseModule(), inputs, {"values": ["batch", "elements"]})
 
 
 def _plain_graph(
