@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import onnx
 import onnxruntime
@@ -586,20 +587,21 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    """A repository as a user makes it."""
-    folder = tmp_path_factory.mktemp("digits")
-    line = [
-        "export",
-        "--out",
-        str(folder / "digits"),
-        "--guidance",
-        "--bake-schedule",
-        "--per-sample-steps",
-        "--seeded",
-    ]
-    served = ["--triton-repository", str(folder / "models"), "--max-batch-size", "4", "--queue-delay", "1000"]
-    assert main([*line, *served, "--parity-steps", "1,10", "--json"]) == 0
+def shop(tmp_path_factory):
+    """A folder as a user's: a pipeline with classes, its bundle, and the repository with it."""
+    folder = tmp_path_factory.mktemp("shop")
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), num_class_embeds=5,
+    )  # fmt: skip
+    with torch.no_grad():
+        unet.conv_out.weight.mul_(0.1)
+    diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler()).save_pretrained(folder / "pipeline")
+    line = ["export", "--model", str(folder / "pipeline"), "--out", str(folder / "shapes"), "--parity-steps", "1,10"]
+    line += ["--guidance", "--bake-schedule", "--per-sample-steps", "--seeded", "--json"]
+    line += ["--triton-repository", str(folder / "models"), "--max-batch-size", "4", "--queue-delay", "1000"]
+    assert main(line) == 0
     return folder
 
 
@@ -619,29 +621,29 @@ def start_server(schema, repository, joined, request):
     return server
 
 
-def test_a_clients_seeds_become_the_samplers_pictures(digits, schema, client, tmp_path, request, capsys):
-    require_described(schema, digits / "models" / "digits")
-    server = start_server(schema, digits / "models", 3, request)
+def test_a_clients_seeds_become_the_samplers_pictures(shop, schema, client, tmp_path, request, capsys):
+    require_described(schema, shop / "models" / "shapes")
+    server = start_server(schema, shop / "models", 3, request)
     values = {
-        "num_inference_steps": [3, 10, 20], "class_labels": [3, 1, 4], "uncond_class_labels": [10],
+        "num_inference_steps": [3, 10, 20], "class_labels": [3, 1, 2], "uncond_class_labels": [4],
         "guidance_scale": [2.0, 1.0, 3.0],
     }  # fmt: skip
     seeds = [7, 2**63 + 5, 0]
-    samples = client.draw(server.address, "digits", seeds, values)
+    samples = client.draw(server.address, "shapes", seeds, values)
     assert server.batches == [3]
-    pipe = fastddim.load_pipeline()
+    pipe = fastddim.load_pipeline(shop / "pipeline")
     for k, seed in enumerate(seeds):
         steps, label, scale = values["num_inference_steps"][k], values["class_labels"][k], values["guidance_scale"][k]
         sampler = Sampler(pipe.unet, pipe.scheduler, steps, guidance_scale=scale)
-        uncond = {"class_labels": torch.tensor([10])}
+        uncond = {"class_labels": torch.tensor([4])}
         expected = sampler(1, seeds=[seed], class_labels=torch.tensor([label]), uncond_kwargs=uncond)
         np.testing.assert_allclose(samples[k], expected[0], atol=1e-4)
     picture = tmp_path / "client.png"
-    line = ["--server", server.address, "--model", "digits", "--seeds", "7,8,9", "--steps", "10", "--out", str(picture)]
-    client.main([*line, "--set", "class_labels=3,1,4", "--set", "uncond_class_labels=10", "--set", "guidance_scale=2"])
+    line = ["--server", server.address, "--model", "shapes", "--seeds", "7,8,9", "--steps", "10", "--out", str(picture)]
+    client.main([*line, "--set", "class_labels=3,1,2", "--set", "uncond_class_labels=4", "--set", "guidance_scale=2"])
     assert "3 pictures" in capsys.readouterr().out
-    scaled = OrtSampler(digits / "digits")(
-        3, seeds=7, num_inference_steps=10, guidance_scale=2.0, class_labels=np.array([3, 1, 4])
+    scaled = OrtSampler(shop / "shapes")(
+        3, seeds=7, num_inference_steps=10, guidance_scale=2.0, class_labels=np.array([3, 1, 2])
     )
     ours, theirs = (np.asarray(image).astype(int) for image in (Image.open(picture), make_grid(scaled)))
     assert ours.shape == theirs.shape and np.abs(ours - theirs).max() <= 1
@@ -659,27 +661,27 @@ def test_a_client_draws_the_states_that_a_model_takes(schema, client, tmp_path, 
         np.testing.assert_allclose(sample, expected[0], atol=2e-5)
 
 
-def test_the_notes_own_request_is_answered(digits, schema, client, request):
-    note = (digits / "models" / "digits" / "README.md").read_text("utf-8")
+def test_the_notes_own_request_is_answered(shop, schema, client, request):
+    note = (shop / "models" / "shapes" / "README.md").read_text("utf-8")
     body = note[note.index("-d '") + 4 : note.rindex("'")].encode()
-    server = start_server(schema, digits / "models", 1, request)
-    answer, _ = client.call(f"http://{server.address}/v2/models/digits/infer", body)
+    server = start_server(schema, shop / "models", 1, request)
+    answer, _ = client.call(f"http://{server.address}/v2/models/shapes/infer", body)
     (output,) = json.loads(answer)["outputs"]
     sample = np.array(output["data"], dtype=np.float32).reshape(output["shape"])
     labels = np.array([0])
-    expected = OrtSampler(digits / "digits")(
+    expected = OrtSampler(shop / "shapes")(
         1, seeds=0, num_inference_steps=20, guidance_scale=2.0, class_labels=labels
     )
     np.testing.assert_allclose(sample, expected, atol=1e-6)
 
 
-def test_a_client_is_told_what_is_wrong(digits, schema, client, request):
-    server = start_server(schema, digits / "models", 1, request)
+def test_a_client_is_told_what_is_wrong(shop, schema, client, request):
+    server = start_server(schema, shop / "models", 1, request)
     with pytest.raises(ValueError, match="guidance_scale: has no value; pass --set guidance_scale=NUMBER"):
-        client.draw(server.address, "digits", [0], {"num_inference_steps": [1]})
-    values = {"num_inference_steps": [1], "class_labels": [99], "uncond_class_labels": [10], "guidance_scale": [1]}
+        client.draw(server.address, "shapes", [0], {"num_inference_steps": [1]})
+    values = {"num_inference_steps": [1], "class_labels": [99], "uncond_class_labels": [4], "guidance_scale": [1]}
     with pytest.raises(RuntimeError, match="400"):
-        client.draw(server.address, "digits", [0], values)
+        client.draw(server.address, "shapes", [0], values)
     with pytest.raises(RuntimeError, match=r"v2/models/none: 400"):
         client.draw(server.address, "none", [0], {})
 
@@ -687,9 +689,9 @@ def test_a_client_is_told_what_is_wrong(digits, schema, client, request):
 # From the shell.
 
 
-def test_a_bundle_is_served_from_the_shell(digits, schema, tmp_path, capsys):
+def test_a_bundle_is_served_from_the_shell(shop, schema, tmp_path, capsys):
     models = tmp_path / "models"
-    line = ["export", "--from", str(digits / "digits"), "--triton-repository", str(models)]
+    line = ["export", "--from", str(shop / "shapes"), "--triton-repository", str(models)]
     named = ["--triton-name", "ten", "--preferred-batch-sizes", "4,8", "--warmup", "1,8", "--instance-kind", "gpu"]
     more = ["--gpus", "0,1", "--backend-parameter", "intra_op_thread_count=2", "--model-versions", "1,2"]
     assert main([*line, *named, *more]) == 0
@@ -698,9 +700,9 @@ def test_a_bundle_is_served_from_the_shell(digits, schema, tmp_path, capsys):
     assert list(config.instance_group[0].gpus) == [0, 1] and len(config.model_warmup) == 2
     assert list(config.version_policy.specific.versions) == [1, 2]
     assert main([*line, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["triton_model"] == str(models / "digits")
+    assert json.loads(capsys.readouterr().out)["triton_model"] == str(models / "shapes")
     assert main(line) == 2
-    assert "digits' exists; pass another name, or --force" in capsys.readouterr().err
+    assert "shapes' exists; pass another name, or --force" in capsys.readouterr().err
 
 
 BAD_LINES = {
@@ -723,11 +725,11 @@ def test_bad_lines_are_named_before_any_work(message, tmp_path, capsys, monkeypa
     assert os.listdir(tmp_path) == []
 
 
-def test_lines_that_lack_a_part_are_named(digits, tmp_path, capsys):
+def test_lines_that_lack_a_part_are_named(shop, tmp_path, capsys):
     for line, message in (
-        (["--from", str(digits / "digits")], "--triton-repository: goes with --out or --from"),
-        (["--verify", str(digits / "digits"), "--triton-repository", str(tmp_path)], "--triton-repository: goes with"),
-        (["--out", str(tmp_path / "x"), "--from", str(digits / "digits")], "--out, --verify, --from: pass one"),
+        (["--from", str(shop / "shapes")], "--triton-repository: goes with --out or --from"),
+        (["--verify", str(shop / "shapes"), "--triton-repository", str(tmp_path)], "--triton-repository: goes with"),
+        (["--out", str(tmp_path / "x"), "--from", str(shop / "shapes")], "--out, --verify, --from: pass one"),
     ):
         assert main(["export", *line]) == 2
         assert message in " ".join(capsys.readouterr().err.split())
