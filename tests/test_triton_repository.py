@@ -166,8 +166,8 @@ def test_finished_samples_stay_as_they_are_bit_for_bit(served):
     assert not np.array_equal(mixed[1], short[1])
 
 
-def test_what_the_model_says_of_finished_samples_does_not_count():
-    """A step of infinities, as rows of zeros times the output would be NaN."""
+def test_finished_samples_take_no_part_in_a_step():
+    """A step that adds its number of samples, and the logarithm of their timesteps: infinite for one that is finished."""
     value = onnx.helper.make_tensor_value_info
     sample = ["batch", 2]
     step = onnx.helper.make_graph(
@@ -177,13 +177,17 @@ def test_what_the_model_says_of_finished_samples_does_not_count():
             onnx.helper.make_node("Unsqueeze", ["log_t", "axis"], ["output"]),
             onnx.helper.make_node("ReduceSum", ["coefficients", "axis"], ["row"]),
             onnx.helper.make_node("Mul", ["output", "row"], ["change"]),
-            onnx.helper.make_node("Add", ["sample", "change"], ["next_sample"]),
+            onnx.helper.make_node("Shape", ["scale"], ["shape"]),
+            onnx.helper.make_node("Cast", ["shape"], ["count"], to=onnx.TensorProto.FLOAT),
+            onnx.helper.make_node("Add", ["change", "count"], ["whole_change"]),
+            onnx.helper.make_node("Add", ["sample", "whole_change"], ["next_sample"]),
         ],
         "step",
         [
             value("sample", onnx.TensorProto.FLOAT, sample),
             value("timestep", onnx.TensorProto.INT64, ["batch"]),
             value("coefficients", onnx.TensorProto.FLOAT, ["batch", 6]),
+            value("scale", onnx.TensorProto.FLOAT, ["batch"]),
         ],
         [value("next_sample", onnx.TensorProto.FLOAT, sample)],
         initializer=[onnx.numpy_helper.from_array(np.array([1]), "axis")],
@@ -191,16 +195,17 @@ def test_what_the_model_says_of_finished_samples_does_not_count():
     model = onnx.helper.make_model(step, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
     loop = as_loop(model, per_sample=True)
     onnx.checker.check_model(loop, full_check=True)
-    going = np.array([[True, True], [False, True], [False, True]])
-    start = np.array([[3.0, 2.0], [5.0, 1e-30]], dtype=np.float32)
+    going = np.array([[True, True, True], [False, True, True], [False, True, False]])
+    start = np.array([[3.0, 2.0], [5.0, 7.0], [1.0, -1.0]], dtype=np.float32)
     feeds = {
         "sample": start,
+        "scale": np.ones(3, dtype=np.float32),
         "timesteps": np.where(going, 1, 0),
-        "coefficients": np.ones((3, 2, 6), dtype=np.float32) * going[..., None],
+        "coefficients": np.ones((3, 3, 6), dtype=np.float32),
         "going": going,
     }
     (samples,) = onnxruntime.InferenceSession(loop.SerializeToString()).run(None, feeds)
-    np.testing.assert_array_equal(samples, start)
+    np.testing.assert_array_equal(samples, start + np.array([[3], [3 + 2 + 1], [3 + 2]], dtype=np.float32))
 
 
 BAD_CALLS = {
@@ -669,9 +674,7 @@ def test_the_notes_own_request_is_answered(shop, schema, client, request):
     (output,) = json.loads(answer)["outputs"]
     sample = np.array(output["data"], dtype=np.float32).reshape(output["shape"])
     labels = np.array([0])
-    expected = OrtSampler(shop / "shapes")(
-        1, seeds=0, num_inference_steps=20, guidance_scale=2.0, class_labels=labels
-    )
+    expected = OrtSampler(shop / "shapes")(1, seeds=0, num_inference_steps=20, guidance_scale=2.0, class_labels=labels)
     np.testing.assert_allclose(sample, expected, atol=1e-6)
 
 

@@ -56,44 +56,55 @@ def as_loop(step: onnx.ModelProto, per_sample: bool = False) -> onnx.ModelProto:
 
     Args:
         step: with inputs `sample`, `timestep` `[B]`, `coefficients` `[B, 6]`, maybe `noise`, maybe `step_index` `[]`, and
-            others, which stay what they are for all steps; the first output is the next sample.
+            others `[B, ...]`, which stay what they are for all steps; the first output is the next sample.
         per_sample: the table has rows for each sample, and says how long each goes on.
 
     Returns:
         Inputs `sample`, `timesteps` `[steps]`, `coefficients` `[steps, 6]`, maybe `noise` `[steps, B, ...]`, the others;
         output `samples`. `per_sample`: `timesteps` `[steps, B]`, `coefficients` `[steps, B, 6]`, and `going` bool
-        `[steps, B]`, without which a sample stays as it is, bit for bit.
+        `[steps, B]`, at least one in each row; the other samples take no part in the step.
     """
     graph = step.graph
     given = {value.name: value for value in graph.input}
     rows = {name: outer for name, outer in _ROWS.items() if name in given}
+    others = [name for name in given if name not in rows and name not in ("sample", "step_index")]
     renamed = {"sample": "state", "step_index": "iteration", **{name: f"step_{name}" for name in rows}}
-    body_nodes = []
+    shared = {} if per_sample else {"timestep": "batch_shape", "coefficients": "coefficients_shape"}
+    before = []
+    for name, outer in rows.items():
+        row = renamed[name] if name not in shared and not per_sample else f"{name}_row"
+        before.append(helper.make_node("Gather", [outer, "iteration"], [row], name=f"gather_{name}", axis=0))
+        if name in shared:
+            before.append(helper.make_node("Expand", [row, shared[name]], [renamed[name]], name=f"expand_{name}"))
+    sample = given["sample"].type
+    result = graph.output[0].name
+    after = [helper.make_node("Identity", ["go_on"], ["go_on_out"], name="go_on_again")]
+    if per_sample:
+        renamed |= {name: f"active_{name}" for name in ("sample", *others)}
+        whole = {"state": renamed["sample"], **{name: renamed[name] for name in others}}
+        whole |= {f"{name}_row": renamed[name] for name in rows}
+        before += [
+            helper.make_node("Gather", ["going", "iteration"], ["going_row"], name="gather_going", axis=0),
+            helper.make_node("NonZero", ["going_row"], ["going_columns"], name="find_active"),
+            helper.make_node("Squeeze", ["going_columns", "zero"], ["active"], name="list_active"),
+            *(
+                helper.make_node("Gather", [name, "active"], [part], name=f"select_{part}", axis=0)
+                for name, part in whole.items()
+            ),
+        ]
+        after += [
+            helper.make_node("Transpose", ["going_columns"], ["active_rows"], name="place_active", perm=[1, 0]),
+            helper.make_node("ScatterND", ["state", "active_rows", result], ["next_state"], name="keep_finished"),
+        ]
+        result = "next_state"
+    nodes = []
     for node in graph.node:
         copied = onnx.NodeProto()
         copied.CopyFrom(node)
         copied.input[:] = [renamed.get(name, name) for name in node.input]
-        body_nodes.append(copied)
-    per_row = {"timestep": "batch_shape", "coefficients": "coefficients_shape"}
-    gathers = []
-    for name, outer in rows.items():
-        expanded = name in per_row and not per_sample
-        row = f"{name}_row" if expanded else renamed[name]
-        gathers.append(helper.make_node("Gather", [outer, "iteration"], [row], name=f"gather_{name}", axis=0))
-        if expanded:
-            gathers.append(helper.make_node("Expand", [row, per_row[name]], [renamed[name]], name=f"expand_{name}"))
-    sample = given["sample"].type
-    result = graph.output[0].name
-    if per_sample:
-        # Not a row of the table: a model's NaN times zero would be one.
-        body_nodes += [
-            helper.make_node("Gather", ["going", "iteration"], ["going_row"], name="gather_going", axis=0),
-            helper.make_node("Unsqueeze", ["going_row", "state_axes"], ["going_samples"], name="shape_going"),
-            helper.make_node("Where", ["going_samples", result, "state"], ["kept"], name="keep_finished"),
-        ]
-        result = "kept"
+        nodes.append(copied)
     body = helper.make_graph(
-        [*gathers, *body_nodes, helper.make_node("Identity", ["go_on"], ["go_on_out"], name="go_on_again")],
+        [*before, *nodes, *after],
         "step",
         [
             helper.make_tensor_value_info("iteration", TensorProto.INT64, []),
@@ -107,31 +118,29 @@ def as_loop(step: onnx.ModelProto, per_sample: bool = False) -> onnx.ModelProto:
         # Within the body: ONNX Runtime is a fifth slower where it has to fetch them from outside.
         initializer=list(graph.initializer),
     )
-    inputs = [value for name, value in given.items() if name not in rows and name != "step_index"]
+    inputs = [given[name] for name in ("sample", *others)]
     for name, outer in rows.items():
         kind = given[name].type.tensor_type
         dims = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
-        expanded = name in per_row and not per_sample
         inputs.append(
-            helper.make_tensor_value_info(outer, kind.elem_type, ["steps", *(dims[1:] if expanded else dims)])
+            helper.make_tensor_value_info(outer, kind.elem_type, ["steps", *(dims[1:] if name in shared else dims)])
         )
     constants = {"true": np.array(True), "zero": np.array([0])}
-    nodes = [
+    outside = [
         helper.make_node("Shape", ["timesteps"], ["steps_shape"], name="count_steps", start=0, end=1),
         helper.make_node("Squeeze", ["steps_shape", "zero"], ["steps_count"], name="steps_count"),
-        helper.make_node("Loop", ["steps_count", "true", "sample"], ["samples"], name="steps", body=body),
     ]
     if per_sample:
         inputs.append(helper.make_tensor_value_info("going", TensorProto.BOOL, ["steps", "batch"]))
-        constants["state_axes"] = np.arange(1, len(sample.tensor_type.shape.dim))
     else:
         constants["columns"] = np.array([6])
-        nodes[2:2] = [
+        outside += [
             helper.make_node("Shape", ["sample"], ["batch_shape"], name="count_samples", start=0, end=1),
             helper.make_node("Concat", ["batch_shape", "columns"], ["coefficients_shape"], name="shape_rows", axis=0),
         ]
+    outside.append(helper.make_node("Loop", ["steps_count", "true", "sample"], ["samples"], name="steps", body=body))
     outer_graph = helper.make_graph(
-        nodes,
+        outside,
         "loop",
         inputs,
         [helper.make_value_info("samples", sample)],
