@@ -2,6 +2,8 @@ import os
 
 # Before anything imports triton: kernels run in its interpreter where there is no GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# The tests' tensors are small: on a busy machine torch's threads wait for each other 20 times as long as they compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

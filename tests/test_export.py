@@ -11,6 +11,7 @@ import diffusers
 import jsonschema
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -19,6 +20,7 @@ import fastddim
 from fastddim import DDIMConfig, DynamicThreshold, Sampler
 from fastddim.cli import main
 from fastddim.export import (
+    Bundle,
     BundleError,
     ExportError,
     ExportOptions,
@@ -36,6 +38,7 @@ from fastddim.export.bundle import manifest_schema, write_bundle
 from fastddim.export.graph import symbolic_dims
 from fastddim.export.schedule_module import ScheduleModule
 from fastddim.models.policy import ActionUNet1d
+from fastddim.noise import STREAM_INITIAL, STREAM_STEP, normal
 from fastddim.reference import apply_limit
 from fastddim.schedule import Schedule
 
@@ -107,6 +110,97 @@ def test_a_file_samples_as_the_sampler_does(tmp_path, name, graph):
         actual = run_tiny(bundle, batch, num_inference_steps=steps, eta=eta, guidance_scale=3.0, guidance_rescale=0.7)
         expected = sample_tiny(config, steps, batch, eta=eta, guidance_scale=3.0, guidance_rescale=0.7)
         np.testing.assert_allclose(actual, expected, atol=2e-5)
+
+
+LIMITS = {
+    "none": {"clip_sample": False},
+    "clip": {"clip_sample": True},
+    "threshold": {"clip_sample": False, "thresholding": True, "sample_max_value": 1.5},
+}
+RUNS = list(itertools.product(("leading", "trailing"), (1.0, 3.0), (0.0, 0.5), (1, 3, 8), ((8, 8), (16, 8))))
+
+
+def diffusers_run(unet, scheduler, steps, batch, size, scale, eta):
+    """The loop of diffusers' class-conditional pipelines, with the noise of seeds 5, 6, ..."""
+    seeds, shape = range(5, 5 + batch), (unet.config.in_channels, *size)
+    null = unet.config.num_class_embeds - 1
+    labels = torch.arange(batch) % null
+    x = normal(seeds, 0, shape, STREAM_INITIAL)
+    scheduler.set_timesteps(steps)
+    for k, t in enumerate(scheduler.timesteps):
+        cond, uncond = (unet(x, t, class_labels=given).sample for given in (labels, torch.full_like(labels, null)))
+        x = scheduler.step(
+            uncond + scale * (cond - uncond), t, x, eta=eta, variance_noise=normal(seeds, k, shape, STREAM_STEP),
+            use_clipped_model_output=scheduler.config.clip_sample or scheduler.config.thresholding,
+        ).prev_sample  # fmt: skip
+    return x.numpy()
+
+
+def one_thread():
+    """Options under which ONNX Runtime's threads do not spin while torch works."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return options
+
+
+def sampler_run(unet, scheduler, steps, batch, size, scale, eta):
+    """The loop of this library, whose table is float64: diffusers' own costs one step up to 1e-5."""
+    null = unet.config.num_class_embeds - 1
+    labels = torch.arange(batch) % null
+    shape = (unet.config.in_channels, *size)
+    # Guidance with scale 1 still calls the model with both halves in the file.
+    sampler = Sampler(unet, scheduler, steps, eta=eta, guidance_scale=scale, sample_shape=shape)
+    uncond = {"class_labels": torch.full_like(labels, null)}
+    return sampler(batch, seeds=5, class_labels=labels, uncond_kwargs=uncond).numpy()
+
+
+def check_runs(bundle, unet, config, run, steps, settings, tolerance):
+    """One file, as the schedule, prediction type and number of steps end in the table."""
+    for spacing, scale, eta, batch, size in settings:
+        changed = {**config, "timestep_spacing": spacing}
+        manifest = {**bundle.manifest, "schedule": {**bundle.manifest["schedule"], **changed}}
+        actual = OrtSampler(Bundle(bundle.path, manifest), session_options=one_thread())(
+            batch, seeds=5, num_inference_steps=steps, eta=eta, guidance_scale=scale, size=size,
+            class_labels=np.arange(batch) % (unet.config.num_class_embeds - 1),
+        )  # fmt: skip
+        expected = run(unet, diffusers.DDIMScheduler(**changed), steps, batch, size, scale, eta)
+        largest = max(1.0, float(np.abs(expected).max()))
+        told = f"{changed} {steps=} {scale=} {eta=} {batch=} {size=}"
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * largest, err_msg=told)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("limit", LIMITS)
+def test_runs_are_those_of_diffusers_loop(tmp_path, limit):
+    """Prediction types, spacings, guidance, eta, batches and sizes: a sample of the combinations of each limit."""
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4, num_class_embeds=4,
+    ).eval()  # fmt: skip
+    unet.conv_out.weight.mul_(0.1)
+    options = ExportOptions(guided=True, stochastic=True, dynamic_size=True)
+    bundle = export_onnx(unet, DDIMConfig(**LIMITS[limit]), tmp_path / "bundle", options, parity_steps=(1,))
+    chosen = [RUNS[k] for k in np.random.default_rng(0).permutation(len(RUNS))[:8]]
+    for prediction in ("epsilon", "sample", "v_prediction"):
+        config = {**LIMITS[limit], "prediction_type": prediction}
+        check_runs(bundle, unet, config, diffusers_run, 10, chosen, 1e-4)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("limit", LIMITS)
+def test_every_run_of_the_digits_is_that_of_the_loops(tmp_path, limit):
+    pipe = fastddim.load_pipeline()
+    config = {
+        "beta_schedule": pipe.scheduler.config.beta_schedule, "prediction_type": "v_prediction", **LIMITS[limit],
+    }  # fmt: skip
+    options = ExportOptions(guided=True, stochastic=True, dynamic_size=True)
+    bundle = export_onnx(pipe.unet, DDIMConfig(**config), tmp_path / "bundle", options, parity_steps=(1,))
+    settings = [(*rest, (2 * height, 2 * width)) for *rest, (height, width) in RUNS]
+    check_runs(bundle, pipe.unet, config, sampler_run, 1, settings, 2e-6)
+    check_runs(bundle, pipe.unet, config, diffusers_run, 50, settings, 1e-4)
 
 
 def test_scales_differ_from_sample_to_sample(tmp_path):
@@ -294,6 +388,40 @@ def test_half_precision_weights_keep_a_float32_state(tmp_path):
     actual = run_tiny(bundle, num_inference_steps=8, guidance_scale=2.0)
     assert actual.dtype == np.float32
     np.testing.assert_allclose(actual, sample_tiny(DDIMConfig(), 8, guidance_scale=2.0), atol=5e-3)
+
+
+@pytest.mark.parametrize("graph", ["loop", "step"])
+def test_bfloat16_weights_are_compared_in_float32(tmp_path, graph, monkeypatch):
+    unet = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+    )  # fmt: skip
+    with torch.no_grad():
+        unet.conv_out.weight.mul_(0.1)
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    options = ExportOptions(graph=graph, dtype="bfloat16")
+    if graph == "loop":
+        monkeypatch.setattr(to_onnx, "_LARGEST_FILE", 1000)
+    bundle = export_onnx(unet, DDIMConfig(), tmp_path / "bundle", options, parity_steps=QUICK)
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+    model = onnx.load(bundle.model_path)
+    weights = [
+        tensor.data_type
+        for graph_ in [model.graph, *(a.g for node in model.graph.node for a in node.attribute if a.HasField("g"))]
+        for tensor in graph_.initializer
+        if tensor.name.endswith("weight")
+    ]
+    assert weights and set(weights) == {onnx.TensorProto.BFLOAT16}
+    assert max(entry["largest_error"] for entry in bundle.manifest["parity"]) <= 2e-5
+    assert [entry["steps"] for entry in verify_bundle(bundle, unet, steps=(2,))] == [2, 2]
+    # The weights of the file are those of the model, rounded.
+    with torch.no_grad():
+        unet.conv_in.weight += 0.05
+    with pytest.raises(ParityError):
+        verify_bundle(bundle, unet, steps=(2,))
+    with pytest.raises(ValueError, match="CPU has no bfloat16 convolutions; pass 'cuda' or 'tensorrt'"):
+        OrtSampler(bundle, providers="cpu")
 
 
 def test_the_model_is_left_as_it_was(tmp_path):

@@ -226,3 +226,30 @@ def sized_noise(groups: onnx.ModelProto, shape: Sequence[int], name: str, fixed:
         start=[0], end=[size], axis=[1], whole=[-1, *shape],
     )  # fmt: skip
     return fed_by(shaped, fed_by(groups, numbers, "number_"), "draw_")
+
+
+def widen(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A graph whose bfloat16 tensors are float32, its weights still the bfloat16 ones; in place."""
+
+    def widen_graph(graph: onnx.GraphProto) -> None:
+        casts = []
+        for weight in graph.initializer:
+            if weight.data_type == TensorProto.BFLOAT16:
+                # Cast where it is used, so that weights beside the graph stay where they are.
+                name, weight.name = weight.name, f"{weight.name}.bfloat16"
+                casts.append(helper.make_node("Cast", [weight.name], [name], to=TensorProto.FLOAT))
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    widen_graph(attribute.g)
+                elif node.op_type == "Cast" and attribute.i == TensorProto.BFLOAT16:
+                    attribute.i = TensorProto.FLOAT
+                elif attribute.HasField("t") and attribute.t.data_type == TensorProto.BFLOAT16:
+                    values = numpy_helper.to_array(attribute.t).astype(np.float32)
+                    attribute.t.CopyFrom(numpy_helper.from_array(values, attribute.t.name))
+        nodes = [*casts, *graph.node]
+        del graph.node[:]
+        graph.node.extend(nodes)
+
+    widen_graph(model.graph)
+    return model

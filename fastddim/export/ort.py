@@ -73,6 +73,11 @@ class OrtSampler(BundleSampler):
     ) -> None:
         chosen = choose_providers(providers)
         super().__init__(bundle, check_finite)
+        if self._sampling["dtype"] == "bfloat16" and chosen == [_PROVIDERS["cpu"]]:
+            raise ValueError(
+                "providers: ONNX Runtime's CPU has no bfloat16 convolutions; pass 'cuda' or 'tensorrt', or export the"
+                " model with another dtype"
+            )
         self.session = onnxruntime.InferenceSession(
             str(self.bundle.model_path), sess_options=session_options, providers=chosen
         )

@@ -26,8 +26,10 @@ from fastddim.noise import STREAM_INITIAL, STREAM_STEP
 from fastddim.schedule import Schedule
 
 MODEL_FILE = "model.onnx"
-# 21 and later have slower or refused operators in today's runtimes; 20 has all that the models need.
+# 21 and later have slower or refused operators in today's runtimes; 20 has all that the models need, but no bfloat16
+# convolutions.
 _OPSET = 20
+_BFLOAT16_OPSET = 22
 # protobuf holds no more.
 _LARGEST_FILE = 2_000_000_000
 
@@ -98,19 +100,20 @@ def write_sampler(
             denoiser, schedule.config.limit, options.guided, options.guidance_rescale, options.stochastic
         )
         graph = _step_graph(module, denoiser, options, folder / MODEL_FILE)
+        opset = graph.opset_import[0].version
         if options.seeded and options.stochastic:
-            graph = fed_by(graph, _noise_graph(denoiser.sample_shape, "noise"), "noise_")
+            graph = fed_by(graph, _noise_graph(denoiser.sample_shape, "noise", opset), "noise_")
         if options.graph == "loop":
             graph = as_loop(graph, options.per_sample_steps)
         if options.bake_schedule:
-            graph = fed_by(graph, _schedule_graph(schedule, options), "schedule_")
+            graph = fed_by(graph, _schedule_graph(schedule, options, opset), "schedule_")
         if options.seeded:
-            graph = fed_by(graph, _noise_graph(denoiser.sample_shape, "sample"), "start_")
+            graph = fed_by(graph, _noise_graph(denoiser.sample_shape, "sample", opset), "start_")
         save(graph, folder / MODEL_FILE)
         meanings = name_meanings(plan)
         inputs, outputs = (describe_values(values, meanings) for values in (graph.graph.input, graph.graph.output))
         manifest = build_manifest(plan, MODEL_FILE, inputs, outputs)
-        manifest["versions"]["opset"] = str(_OPSET)
+        manifest["versions"]["opset"] = str(graph.opset_import[0].version)
         manifest["parity"] = measure_parity(
             Bundle(folder, manifest), denoiser, schedule, steps=parity_steps, tolerance=tolerance
         )
@@ -162,7 +165,7 @@ def to_graph(
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
-                opset_version=_OPSET,
+                opset_version=_BFLOAT16_OPSET if _has_bfloat16(module) else _OPSET,
                 input_names=names,
                 output_names=list(outputs),
                 verbose=False,
@@ -184,7 +187,11 @@ def _to_proto(model: onnx_ir.Model, path: Path) -> onnx.ModelProto:
     return onnx.load(path, load_external_data=False)
 
 
-def _schedule_graph(schedule: Schedule, options: ExportOptions) -> onnx.ModelProto:
+def _has_bfloat16(module: torch.nn.Module) -> bool:
+    return any(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
+
+
+def _schedule_graph(schedule: Schedule, options: ExportOptions, opset: int) -> onnx.ModelProto:
     per_sample = options.per_sample_steps
     module = ScheduleModule(schedule, options.eta, bool(options.use_clipped_model_output), per_sample)
     batch = ["batch"] if per_sample else []
@@ -192,18 +199,18 @@ def _schedule_graph(schedule: Schedule, options: ExportOptions) -> onnx.ModelPro
     if per_sample:
         outputs["going"] = ["steps", *batch]
     counts = torch.tensor([5, 3] if per_sample else 5)
-    return _plain_graph(module, {"num_inference_steps": (counts, batch)}, outputs)
+    return _plain_graph(module, {"num_inference_steps": (counts, batch)}, outputs, opset)
 
 
-def _noise_graph(shape: Sequence[int], name: str) -> onnx.ModelProto:
+def _noise_graph(shape: Sequence[int], name: str, opset: int) -> onnx.ModelProto:
     """From seeds to the starting state `sample`, or to the `noise` of a step."""
     fixed = {"stream": STREAM_STEP} if name == "noise" else {"stream": STREAM_INITIAL, "step_index": 0}
-    return sized_noise(_noise_groups(), shape, name, fixed)
+    return sized_noise(_noise_groups(opset), shape, name, fixed)
 
 
 # Whatever the model: traced once.
 @functools.cache
-def _noise_groups() -> onnx.ModelProto:
+def _noise_groups(opset: int) -> onnx.ModelProto:
     scalar: list[str] = []
     inputs = {
         "seed": (torch.tensor([5, 3]), ["batch"]),
@@ -211,13 +218,14 @@ def _noise_groups() -> onnx.ModelProto:
         "step_index": (torch.tensor(1), scalar),
         "stream": (torch.tensor(1), scalar),
     }
-    return _plain_graph(NoiseModule(), inputs, {"values": ["batch", "elements"]})
+    return _plain_graph(NoiseModule(), inputs, {"values": ["batch", "elements"]}, opset)
 
 
 def _plain_graph(
     module: torch.nn.Module,
     inputs: Mapping[str, tuple[torch.Tensor, list[str]]],
     outputs: Mapping[str, Sequence[str | int]],
+    opset: int,
 ) -> onnx.ModelProto:
     """Trace a module without weights of a model: inputs' examples and dimensions, outputs' dimensions."""
     examples = tuple(example for example, _ in inputs.values())
@@ -227,7 +235,7 @@ def _plain_graph(
         exported = torch.onnx.export(
             program,
             dynamo=True,
-            opset_version=_OPSET,
+            opset_version=opset,
             input_names=list(inputs),
             output_names=list(outputs),
             verbose=False,

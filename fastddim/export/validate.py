@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,22 +51,54 @@ def measure_parity(
         tolerance: the largest difference. By default what the model's dtype explains, or, for models that amplify it, a
             hundred times the effect of a last-bit change of the starting state.
 
+    A bfloat16 ONNX file is compared in float32 arithmetic on its bfloat16 weights: ONNX Runtime's CPU has no bfloat16.
+
     Raises:
         ParityError: a larger difference; the message has the sizes and both numbers.
     """
-    onnx = {"providers": "cpu", "session_options": _session_options()} if bundle.runtime == "onnx" else {}
-    exported = open_sampler(bundle, **onnx)
     dtype = next((p.dtype for p in denoiser.model.parameters() if p.is_floating_point()), torch.float32)
     small = large = denoiser.sample_shape
     if bundle.any_size:
         large = (small[0], 2 * small[1], small[2])
     results = []
-    for batch, shape in ((1, small), (LARGEST_BATCH, large)):
-        for count in steps:
-            entry = _compare(exported, denoiser, schedule, batch, shape, count, dtype, tolerance)
-            _require_parity(entry, f"after {count} steps of a batch of {batch} of {shape}")
-            results.append(entry)
+    with _opened(bundle, denoiser.model, dtype) as (exported, dtype):
+        for batch, shape in ((1, small), (LARGEST_BATCH, large)):
+            for count in steps:
+                entry = _compare(exported, denoiser, schedule, batch, shape, count, dtype, tolerance)
+                _require_parity(entry, f"after {count} steps of a batch of {batch} of {shape}")
+                results.append(entry)
     return results
+
+
+@contextlib.contextmanager
+def _opened(bundle: Bundle, model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[BundleSampler, torch.dtype]]:
+    """What samples from the bundle, and the dtype of its arithmetic, which is the model's meanwhile."""
+    if bundle.runtime != "onnx":
+        yield open_sampler(bundle), dtype
+        return
+    with _runnable(bundle.model_path, model, dtype) as (path, runs_in):
+        sampling = {**bundle.manifest["sampling"], "dtype": str(runs_in).removeprefix("torch.")}
+        opened = Bundle(path.parent, {**bundle.manifest, "sampling": sampling})
+        yield open_sampler(opened, providers="cpu", session_options=_session_options()), runs_in
+
+
+@contextlib.contextmanager
+def _runnable(path: Path, model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[Path, torch.dtype]]:
+    """A graph that a CPU runs, and the dtype of its arithmetic, which is the model's meanwhile."""
+    if dtype != torch.bfloat16:
+        yield path, dtype
+        return
+    with tempfile.TemporaryDirectory() as folder, prepared(model, torch.float32):
+        import onnx
+
+        from fastddim.export.graph import widen
+
+        widened = Path(folder, path.name)
+        beside = path.with_name(f"{path.name}.data")
+        if beside.exists():
+            shutil.copyfile(beside, widened.with_name(beside.name))
+        onnx.save_model(widen(onnx.load(path, load_external_data=False)), widened)
+        yield widened, torch.float32
 
 
 def measure_component(
@@ -89,12 +124,14 @@ def measure_component(
     """
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), _session_options(), providers=["CPUExecutionProvider"])
+    with _runnable(path, module, dtype) as (file, dtype), torch.no_grad():
+        session = onnxruntime.InferenceSession(str(file), _session_options(), providers=["CPUExecutionProvider"])
+        arrays = [{key: value.numpy() for key, value in inputs.items()} for inputs in batches]
+        pairs = [
+            (module(dict(inputs)), session.run(None, given)) for inputs, given in zip(batches, arrays, strict=True)
+        ]
     results = []
-    for inputs in batches:
-        with torch.no_grad():
-            expected = module(dict(inputs))
-        actual = session.run(None, {key: value.numpy() for key, value in inputs.items()})
+    for inputs, (expected, actual) in zip(batches, pairs, strict=True):
         first = next(iter(inputs.values()))
         largest = max(float(value.abs().max()) for value in expected)
         # numpy's maximum keeps a NaN, Python's need not.
