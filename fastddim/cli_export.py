@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from fastddim import cli_triton
 from fastddim.cli_options import Json, Model, Out, integer, naming, number, parse_integers, quiet_diffusers
 from fastddim.config import require_choice
 
@@ -51,6 +52,12 @@ def export(
     bake_schedule: Annotated[
         bool, typer.Option("--bake-schedule", help="Take a number of steps instead of a table.")
     ] = False,
+    per_sample_steps: Annotated[
+        bool, typer.Option("--per-sample-steps", help="With --bake-schedule: a number of steps for each sample.")
+    ] = False,
+    seeded: Annotated[
+        bool, typer.Option("--seeded", help="Take seeds instead of states and noise; the file draws them.")
+    ] = False,
     steps: Annotated[int, typer.Option(parser=integer, metavar="INTEGER", help="Steps of the default table.")] = 50,
     eta: Annotated[float, typer.Option(parser=number, metavar="NUMBER", help="Of the default table.")] = 0.0,
     dtype: Annotated[str, typer.Option(help="Of the weights: float32, float16 or bfloat16.")] = "float32",
@@ -70,9 +77,13 @@ def export(
     verify: Annotated[
         Path | None, typer.Option(metavar="BUNDLE", help="Compare a bundle with its model instead of writing one.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
     source: Annotated[
-        Path | None, _tensorrt("--from", metavar="BUNDLE", help="Build the engine from this ONNX bundle, no model.")
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="BUNDLE",
+            help="Take this bundle instead of a model: its ONNX graphs for an engine, or as it is for a server.",
+        ),
     ] = None,
     trt: Annotated[
         str, _tensorrt(help="standard; rtx: TensorRT for RTX, builds without a GPU; auto: what is installed.")
@@ -112,11 +123,32 @@ def export(
     reuse: Annotated[
         bool, _tensorrt("--reuse", help="Keep an engine that is there if nothing it depends on has changed.")
     ] = False,
+    triton_repository: cli_triton.Repository = None,
+    triton_name: cli_triton.Name = None,
+    max_batch_size: cli_triton.MaxBatchSize = 8,
+    preferred_batch_sizes: cli_triton.PreferredBatchSizes = None,
+    queue_delay: cli_triton.QueueDelay = 0,
+    queue_timeout: cli_triton.QueueTimeout = 0,
+    timeout_action: cli_triton.TimeoutAction = "reject",
+    queue_size: cli_triton.QueueSize = 0,
+    instances: cli_triton.Instances = 1,
+    instance_kind: cli_triton.Kind = "auto",
+    gpus: cli_triton.Gpus = None,
+    warmup: cli_triton.Warmup = None,
+    backend_parameter: cli_triton.Parameter = None,
+    accelerator: cli_triton.Accelerator = None,
+    accelerator_parameter: cli_triton.AcceleratorParameter = None,
+    model_versions: cli_triton.Versions = "1",
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle or model that is there.")] = False,
     as_json: Json = False,
 ) -> None:
     """Export a model and its sampler as one file, compared with torch, in a folder that describes it."""
-    if (out is None) == (verify is None):
-        raise ValueError("--out, --verify: pass one of the two")
+    if verify is not None and (out, source, triton_repository) != (None, None, None):
+        raise ValueError("--verify: compares a bundle alone; leave out --out, --from and --triton-repository")
+    if verify is None and out is None and None in (source, triton_repository):
+        raise ValueError("--out: missing; pass a folder to write, or --verify, or --from with --triton-repository")
+    if None not in (out, source) and format != "tensorrt":
+        raise ValueError(f"--from: with --out it builds an engine, format is {format!r}; pass --format tensorrt")
     require_choice("--format", format, FORMATS)
     compiled: dict[str, Any] = {"device": device, "cpu_isa": cpu_isa}
     if format != "aoti" and compiled != {"device": "cpu", "cpu_isa": None}:
@@ -128,11 +160,10 @@ def export(
         export_aoti,
         export_tensorrt,
         open_bundle,
-        verify_bundle,
-        verify_pipeline,
+        write_triton_repository,
     )
     from fastddim.export.bundle import check_destination
-    from fastddim.export.pipelines import denoiser_of, is_text_to_image
+    from fastddim.export.pipelines import denoiser_of
 
     compared = parse_integers(parity_steps, "--parity-steps")
     engine = TensorRTOptions(
@@ -149,26 +180,43 @@ def export(
         weight_streaming=weight_streaming,
         timing_cache=timing_cache,
     )
-    if format != "tensorrt" and (engine != TensorRTOptions() or reuse or source is not None):
-        raise ValueError(
-            f"--from, --reuse and the options of TensorRT: given with format {format!r}; pass --format tensorrt"
+    if format != "tensorrt" and (engine != TensorRTOptions() or reuse):
+        raise ValueError(f"--reuse and the options of TensorRT: given with format {format!r}; pass --format tensorrt")
+    served = None
+    if triton_repository is not None:
+        served = cli_triton.triton_options(
+            name=triton_name,
+            max_batch_size=max_batch_size,
+            preferred_batch_sizes=preferred_batch_sizes,
+            queue_delay=queue_delay,
+            queue_timeout=queue_timeout,
+            timeout_action=timeout_action,
+            queue_size=queue_size,
+            instances=instances,
+            kind=instance_kind,
+            gpus=gpus,
+            warmup=warmup,
+            parameter=backend_parameter,
+            accelerator=accelerator,
+            accelerator_parameter=accelerator_parameter,
+            versions=model_versions,
         )
     start = time.perf_counter()
     if verify is not None:
         bundle = open_bundle(verify)
-        pipeline = _load(model)
-        if bundle.components:
-            parity = verify_pipeline(bundle, pipeline, steps=compared, tolerance=tolerance)
-        else:
-            parity = verify_bundle(bundle, denoiser_of(pipeline), steps=compared, tolerance=tolerance)
+        parity = _verify(bundle, model, compared, tolerance)
+    elif out is None:
+        assert source is not None
+        bundle, parity = open_bundle(source), []
     else:
-        assert out is not None
         options = ExportOptions(
             graph=graph,
             guided=guidance,
             guidance_rescale=guidance_rescale,
             stochastic=noise,
             bake_schedule=bake_schedule,
+            per_sample_steps=per_sample_steps,
+            seeded=seeded,
             num_inference_steps=steps,
             eta=eta,
             dtype=dtype,
@@ -177,27 +225,30 @@ def export(
         if source is not None and (model is not None or options != ExportOptions()):
             raise ValueError("--from: the graph is that bundle's; leave out --model and the options of the graph")
         # Before a model is fetched and read.
-        check_destination(out, force or reuse)
+        target = check_destination(out, force or reuse)
+        if served is not None and source is None:
+            cli_triton.check_export(options, format, target.name, triton_repository, served, force)
+        load = functools.partial(_load_exported, model, sampler_only, format, served is not None)
         common: dict[str, Any] = {"parity_steps": compared, "tolerance": tolerance}
-        write = functools.partial(_export_onnx, model, options, sampler_only, common)
         if format == "tensorrt":
             with _build_progress(as_json) as progress:
-                bundle = export_tensorrt(source or write, out, engine, force=force, reuse=reuse, progress=progress)
+                graphs = source or functools.partial(_export_onnx, load, options, common)
+                bundle = export_tensorrt(graphs, out, engine, force=force, reuse=reuse, progress=progress)
         elif format == "aoti":
-            pipeline = _load(model)
-            if is_text_to_image(pipeline) and not sampler_only:
-                raise ValueError(
-                    "--format: 'aoti' exports the sampler of a text-to-image pipeline; pass --sampler-only"
-                )
+            pipeline, _ = load()
             bundle = export_aoti(
                 denoiser_of(pipeline), pipeline.scheduler, out, options, force=force, **common, **compiled
             )
         else:
-            bundle = write(out, force=force)
+            bundle = _export_onnx(load, options, common, out, force=force)
         parity = bundle.manifest["parity"]
+    placed = None
+    if triton_repository is not None:
+        placed = write_triton_repository(bundle, triton_repository, served, force=force)
     seconds = time.perf_counter() - start
     if as_json:
-        typer.echo(json.dumps({"path": str(bundle.path), "seconds": seconds, "parity": parity}))
+        told = {"path": str(bundle.path), "seconds": seconds, "parity": parity}
+        typer.echo(json.dumps(told if placed is None else {**told, "triton_model": str(placed)}))
         return
     for entry in parity:
         compared_after = f"{entry['steps']} steps" if "steps" in entry else entry["component"]
@@ -207,12 +258,38 @@ def export(
         )
     size = sum(file["bytes"] for file in bundle.manifest["files"].values())
     typer.echo(f"{str(bundle.path)!r}: {bundle.graph}, {size / 1e6:.1f} MB, {seconds:.1f} s")
+    if placed is not None:
+        typer.echo(f"{str(placed)!r}: start the server with {cli_triton.server_line(placed.parent)}")
+
+
+def _verify(bundle: Bundle, model: str | None, steps: Sequence[int], tolerance: float | None) -> list[dict[str, Any]]:
+    from fastddim.export import verify_bundle, verify_pipeline
+    from fastddim.export.pipelines import denoiser_of
+
+    pipeline = _load(model)
+    parity: list[dict[str, Any]]
+    if bundle.components:
+        parity = verify_pipeline(bundle, pipeline, steps=steps, tolerance=tolerance)
+    else:
+        parity = verify_bundle(bundle, denoiser_of(pipeline), steps=steps, tolerance=tolerance)
+    return parity
+
+
+def _load_exported(model: str | None, sampler_only: bool, format: str, served: bool) -> tuple[Any, bool]:
+    """A pipeline, and whether all of it is exported; one of texts that only ONNX and TensorRT hold whole is refused."""
+    from fastddim.export.pipelines import is_text_to_image
+
+    pipeline = _load(model)
+    whole = is_text_to_image(pipeline) and not sampler_only
+    if whole and (format == "aoti" or served):
+        name = "--triton-repository" if served else "--format: 'aoti'"
+        raise ValueError(f"{name} takes the sampler of a text-to-image pipeline, not the whole; pass --sampler-only")
+    return pipeline, whole
 
 
 def _export_onnx(
-    model: str | None,
+    load: Callable[[], tuple[Any, bool]],
     options: ExportOptions,
-    sampler_only: bool,
     common: Mapping[str, Any],
     out: Path,
     *,
@@ -220,10 +297,10 @@ def _export_onnx(
 ) -> Bundle:
     """Load a model and write its ONNX bundle: of the sampler, or of a whole text-to-image pipeline."""
     from fastddim.export import export_onnx, export_pipeline
-    from fastddim.export.pipelines import denoiser_of, is_text_to_image
+    from fastddim.export.pipelines import denoiser_of
 
-    pipeline = _load(model)
-    if is_text_to_image(pipeline) and not sampler_only:
+    pipeline, whole = load()
+    if whole:
         return export_pipeline(pipeline, out, options, force=force, **common)
     return export_onnx(denoiser_of(pipeline), pipeline.scheduler, out, options, force=force, **common)
 

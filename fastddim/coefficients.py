@@ -86,7 +86,7 @@ def columns(
         if use_clipped_model_output:
             eps = (1 / sigma, zero, -signal / sigma)
         from_x, from_output, from_x0 = (direction * factor for factor in eps)
-    rows: FloatArray = xp.stack([*x0, from_x, from_output, signal_next + from_x0, noise_scale], axis=1)
+    rows: FloatArray = xp.stack([*x0, from_x, from_output, signal_next + from_x0, noise_scale], axis=-1)
     return rows
 
 

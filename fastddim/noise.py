@@ -8,7 +8,7 @@ Needs numpy only; torch is imported where a tensor is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,8 @@ import numpy.typing as npt
 
 if TYPE_CHECKING:
     import torch
+
+Split = Callable[[ModuleType, Any], tuple[Any, Any]]
 
 STREAM_STEP = 0
 STREAM_INITIAL = 1
@@ -61,23 +63,26 @@ def _polynomial(x: Any, coefficients: Sequence[float]) -> Any:
     return total
 
 
-def _log(xp: ModuleType, u: Any) -> Any:
-    """Natural logarithm of float32 `u` in (0, 1], at most 0, relative error below 1e-6."""
+def split_bits(xp: ModuleType, u: Any) -> tuple[Any, Any]:
+    """Positive float32 `u` as an exponent of 2 and a mantissa in `[sqrt(1/2), sqrt(2))`, both float32."""
     bits = u.view(xp.int32) - SQRT_HALF_BITS
     exponent = bits >> 23
-    mantissa = (bits - (exponent << 23) + SQRT_HALF_BITS).view(xp.float32)
+    return _to_float(xp, exponent), (bits - (exponent << 23) + SQRT_HALF_BITS).view(xp.float32)
+
+
+def _log(exponent: Any, mantissa: Any) -> Any:
+    """Natural logarithm of a split float32 in (0, 1], at most 0, relative error below 1e-6."""
     t = mantissa - 1.0
     square = t * t
     tail = square * t * _polynomial(t, LOG) - square * 0.5
-    e = _to_float(xp, exponent)
-    return e * LN2_HIGH + (t + (tail + e * LN2_LOW))
+    return exponent * LN2_HIGH + (t + (tail + exponent * LN2_LOW))
 
 
-def box_muller(xp: ModuleType, word0: Any, word1: Any) -> tuple[Any, Any]:
+def box_muller(xp: ModuleType, word0: Any, word1: Any, split: Split = split_bits) -> tuple[Any, Any]:
     """Two independent float32 normals from two 32-bit words (int64 arrays of `xp`, numpy or torch)."""
     # A half-step off zero: the radius ends at 6.76 instead of infinity.
     u = _to_float(xp, word0) * 2.0**-32 + 2.0**-33
-    radius = _sqrt(xp, _log(xp, u) * -2.0)
+    radius = _sqrt(xp, _log(*split(xp, u)) * -2.0)
     # The top two bits choose the quadrant, the others the angle in it, in [-1/2, 1/2) quarter turns.
     f = _to_float(xp, (word1 & 0x3FFFFFFF) - 0x20000000) * 2.0**-30
     square = f * f
@@ -87,11 +92,13 @@ def box_muller(xp: ModuleType, word0: Any, word1: Any) -> tuple[Any, Any]:
     return radius * xp.where(negative, -x, x), radius * xp.where(negative, -y, y)
 
 
-def _normal(xp: ModuleType, seed_words: Sequence[Any], group: Any, step: Any, stream: int) -> Any:
-    """`[B, 4 * groups]` from `[B, 1]` key words and `[1, groups]` element // 4."""
+def normal_groups(
+    xp: ModuleType, seed_words: Sequence[Any], group: Any, step: Any, stream: Any, split: Split = split_bits
+) -> Any:
+    """`[B, 4 * groups]` from `[B, 1]` key words and `[1, groups]` element // 4; `split` as `split_bits`, the same values."""
     base = group + seed_words[0] * 0
     r0, r1, r2, r3 = philox((base & _MASK, base >> 32, base * 0 + step, base * 0 + stream), seed_words)
-    parts = (*box_muller(xp, r0, r1), *box_muller(xp, r2, r3))
+    parts = (*box_muller(xp, r0, r1, split), *box_muller(xp, r2, r3, split))
     return xp.stack(parts, -1).reshape(base.shape[0], 4 * base.shape[1])
 
 
@@ -127,7 +134,7 @@ def normal_numpy(
     """
     n = int(np.prod(shape, dtype=np.int64))
     words = [np.array([[seed >> shift & _MASK] for seed in seeds], dtype=np.int64) for shift in (0, 32)]
-    values = _normal(np, words, np.arange((n + 3) // 4, dtype=np.int64)[None], step, stream)
+    values = normal_groups(np, words, np.arange((n + 3) // 4, dtype=np.int64)[None], step, stream)
     return np.ascontiguousarray(values[:, :n]).reshape(len(seeds), *shape)
 
 
@@ -173,10 +180,10 @@ def normal_for(
     if plain and not torch.compiler.is_compiling():
         counters = steps.numpy() if isinstance(steps, torch.Tensor) else steps
         keys = [(seeds.numpy()[:, None] >> shift) & _MASK for shift in (0, 32)]
-        drawn = _normal(np, keys, np.arange((n + 3) // 4, dtype=np.int64)[None], counters, stream)
+        drawn = normal_groups(np, keys, np.arange((n + 3) // 4, dtype=np.int64)[None], counters, stream)
         values = torch.from_numpy(np.ascontiguousarray(drawn[:, :n]))
     else:
         words = [(seeds[:, None] >> shift) & _MASK for shift in (0, 32)]
         group = torch.arange((n + 3) // 4, device=seeds.device)[None]
-        values = _normal(torch, words, group, steps, stream)[:, :n].contiguous()
+        values = normal_groups(torch, words, group, steps, stream)[:, :n].contiguous()
     return values.view(seeds.shape[0], *shape)

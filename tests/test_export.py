@@ -731,6 +731,6 @@ def test_the_digits_from_the_shell(tmp_path, capsys):
     assert main([*run, "--providers", "cuda", "--out", str(picture)]) == 2
     assert "pip install" in capsys.readouterr().err
     assert main(["export"]) == 2
-    assert "--out, --verify: pass one of the two" in capsys.readouterr().err
+    assert "--out: missing; pass a folder to write" in capsys.readouterr().err
     assert main(["run", str(tmp_path)]) == 2
     assert "manifest.json' is missing" in capsys.readouterr().err

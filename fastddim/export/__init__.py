@@ -18,6 +18,7 @@ _ROOM_OF = {
     "Profile": "trt_options",
     "TensorRTOptions": "trt_options",
     "TensorRTSampler": "trt",
+    "TritonOptions": "triton_repository",
     "export_aoti": "to_aoti",
     "export_onnx": "to_onnx",
     "export_pipeline": "pipelines",
@@ -27,6 +28,7 @@ _ROOM_OF = {
     "open_sampler": "bundle_sampler",
     "verify_bundle": "validate",
     "verify_pipeline": "pipelines",
+    "write_triton_repository": "triton_repository",
 }
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "Profile",
     "TensorRTOptions",
     "TensorRTSampler",
+    "TritonOptions",
     "export_aoti",
     "export_onnx",
     "export_pipeline",
@@ -51,6 +54,7 @@ __all__ = [
     "open_sampler",
     "verify_bundle",
     "verify_pipeline",
+    "write_triton_repository",
 ]
 
 

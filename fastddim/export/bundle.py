@@ -133,8 +133,8 @@ def write_bundle(path: Path, force: bool, fill: Callable[[Path], Mapping[str, An
         force: replace the bundle there.
         fill: writes the files to a folder and returns the manifest without `files`.
     """
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+
+    def fill_whole(temporary: Path) -> None:
         manifest = dict(fill(temporary))
         manifest["files"] = {
             str(PurePosixPath(file.relative_to(temporary))): {"sha256": sha256(file), "bytes": file.stat().st_size}
@@ -142,10 +142,28 @@ def write_bundle(path: Path, force: bool, fill: Callable[[Path], Mapping[str, An
             if file.is_file()
         }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n", "utf-8")
+
+    write_folder(path, force, fill_whole)
+    return open_bundle(path)
+
+
+def write_folder(path: Path, force: bool, fill: Callable[[Path], None], workplace: Path | None = None) -> None:
+    """Write a folder whole or not at all.
+
+    Args:
+        path: of the folder to be.
+        force: replace the one there.
+        fill: writes the files to a folder.
+        workplace: where that folder is until it is whole, on the same file system; beside `path` by default.
+    """
+    beside = path.parent if workplace is None else workplace
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=beside))
+    try:
+        fill(temporary)
         os.chmod(temporary, 0o755)
         if force and path.exists():
             # Out of the way first: renaming onto a folder that is not empty fails.
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=beside))
             os.replace(path, old / path.name)
             os.replace(temporary, path)
             shutil.rmtree(old)
@@ -154,7 +172,6 @@ def write_bundle(path: Path, force: bool, fill: Callable[[Path], Mapping[str, An
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return open_bundle(path)
 
 
 def open_bundle(path: str | Path, *, check_hashes: bool = True) -> Bundle:

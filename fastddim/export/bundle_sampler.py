@@ -20,7 +20,7 @@ from fastddim.schedule import Schedule
 Array = npt.NDArray[Any]
 
 _OWN = ("sample", "timestep", "timesteps", "coefficients", "noise", "guidance_scale", "guidance_rescale",
-        "num_inference_steps")  # fmt: skip
+        "num_inference_steps", "seed")  # fmt: skip
 
 
 class NotFiniteError(ArithmeticError):
@@ -109,7 +109,7 @@ class BundleSampler(ABC):
         start: Any,
         *,
         seeds: int | Sequence[int] | None = None,
-        num_inference_steps: int | None = None,
+        num_inference_steps: int | Sequence[int] | None = None,
         timesteps: Sequence[int] | None = None,
         eta: float | None = None,
         guidance_scale: Any = None,
@@ -121,10 +121,10 @@ class BundleSampler(ABC):
         """Sample. Arrays are numpy's, or those that the subclass names.
 
         Args:
-            start: how many samples to draw from `seeds`, or the starting state `[B, ...]`.
+            start: how many samples to draw from `seeds`, or the starting state `[B, ...]`. A seeded bundle takes no state.
             seeds: one per sample, or an integer s for s, s + 1, ...
             num_inference_steps, timesteps, eta: of this run; the bundle's own by default. A baked schedule takes
-                `num_inference_steps` alone.
+                `num_inference_steps` alone, one for each sample where it was exported with `per_sample_steps`.
             guidance_scale, guidance_rescale: numbers or `[B]`, for bundles with guidance.
             size: `(height, width)` of the samples, for bundles of any size; the model's own by default.
             uncond_kwargs: the conditions' unconditional halves, where the bundle knows none.
@@ -137,10 +137,18 @@ class BundleSampler(ABC):
             ValueError: inputs that the bundle does not take, or of the wrong shape or dtype.
             NotFiniteError: with `check_finite`.
         """
-        table = self._table(num_inference_steps, timesteps, eta)
         shape = self._shape(start, size)
+        feeds: dict[str, Any] = {}
+        if self._sampling.get("per_sample_steps"):
+            counts = self._counts(num_inference_steps, shape[0])
+            feeds["num_inference_steps"] = self._arrays.place(counts)
+            num_inference_steps = int(counts.max())
+        table = self._table(num_inference_steps, timesteps, eta)
+        seeded = self._sampling.get("seeded", False)
         noisy = self._sampling["stochastic"] and bool((table.columns[:, -1] != 0).any())
         given = start in self._arrays
+        if seeded and given:
+            raise ValueError("start: a state, but this bundle draws its own from seeds; pass a batch size")
         if seeds is None and (not given or noisy):
             raise ValueError("seeds: None; pass one integer per sample, or one integer s for s, s + 1, ...")
         seed_list = None if seeds is None else check_seeds(seeds, shape[0])
@@ -148,8 +156,13 @@ class BundleSampler(ABC):
             sample = self._arrays.cast(self._arrays.place(start), "float32")
         else:
             assert seed_list is not None
-            sample = self._arrays.normal(seed_list, 0, shape[1:], STREAM_INITIAL)
-        feeds = {
+            if seeded:
+                feeds["seed"] = self._arrays.place(np.array(seed_list, dtype=np.uint64).view(np.int64))
+                # The file draws it; here is its shape.
+                sample = self._arrays.full(shape, 0.0, "float32")
+            else:
+                sample = self._arrays.normal(seed_list, 0, shape[1:], STREAM_INITIAL)
+        feeds |= {
             **self._scales(shape[0], guidance_scale, guidance_rescale),
             **self._condition_feeds(shape[0], conditions, uncond_kwargs),
         }
@@ -159,8 +172,27 @@ class BundleSampler(ABC):
             raise NotFiniteError(self._blame(sample, table, seed_list if noisy else None, feeds))
         return result
 
-    def _table(self, num_inference_steps: int | None, timesteps: Sequence[int] | None, eta: float | None) -> StepTable:
+    def _counts(self, num_inference_steps: int | Sequence[int] | None, batch: int) -> Array:
+        """Each sample's number of steps."""
+        given = len(self.bundle.manifest["table"]["timesteps"]) if num_inference_steps is None else num_inference_steps
+        counts = _on_host(given)
+        most = self._schedule.config.num_train_timesteps
+        fits = counts.shape in ((), (batch,)) and np.issubdtype(counts.dtype, np.integer)
+        if not fits or counts.min() < 1 or counts.max() > most:
+            raise ValueError(
+                f"num_inference_steps: {num_inference_steps!r}; pass an integer in [1, {most}], or one for each of {batch}"
+                " samples"
+            )
+        return np.ascontiguousarray(np.broadcast_to(counts, (batch,)), dtype=np.int64)
+
+    def _table(
+        self, num_inference_steps: int | Sequence[int] | None, timesteps: Sequence[int] | None, eta: float | None
+    ) -> StepTable:
         default = self.bundle.manifest["table"]
+        if num_inference_steps is not None and not isinstance(num_inference_steps, (int, np.integer)):
+            raise ValueError(
+                f"num_inference_steps: {num_inference_steps!r}; pass an integer, or export with per_sample_steps=True"
+            )
         if self._sampling["baked_schedule"]:
             if timesteps is not None or (eta is not None and eta != self._sampling["eta"]):
                 raise ValueError("timesteps, eta: this bundle derives its table itself; pass num_inference_steps alone")
@@ -181,7 +213,8 @@ class BundleSampler(ABC):
         return table
 
     def _shape(self, start: Any, size: tuple[int, int] | None) -> tuple[int, ...]:
-        expected = self._inputs["sample"]["shape"]
+        own = self.bundle.manifest["sample"]["shape"]
+        expected = self._inputs["sample"]["shape"] if "sample" in self._inputs else ["batch", *own]
         text = f"[{', '.join(map(str, expected))}]"
         if start in self._arrays:
             if not _fits(start.shape, expected) or not self._arrays.is_floating(start):
@@ -189,7 +222,6 @@ class BundleSampler(ABC):
             return tuple(start.shape)
         if isinstance(start, bool) or not isinstance(start, (int, np.integer)) or start < 1:
             raise ValueError(f"start: {start!r}; pass a batch size >= 1, or a state {text}")
-        own = self.bundle.manifest["sample"]["shape"]
         if size is None:
             return (int(start), *own)
         if not self.bundle.any_size and tuple(size) != tuple(own[-2:]):
@@ -243,9 +275,9 @@ class BundleSampler(ABC):
 
     def _run_loop(self, sample: Any, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Any]) -> Any:
         steps = len(table)
-        given: dict[str, Any] = {"sample": sample, **feeds}
+        given: dict[str, Any] = {"sample": sample, **feeds} if "sample" in self._inputs else dict(feeds)
         if self._sampling["baked_schedule"]:
-            given["num_inference_steps"] = np.array(steps, dtype=np.int64)
+            given.setdefault("num_inference_steps", np.array(steps, dtype=np.int64))
         else:
             given["timesteps"] = self._arrays.place(np.array(table.timesteps, dtype=np.int64))
             given["coefficients"] = self._arrays.place(table.columns.astype(np.float32))

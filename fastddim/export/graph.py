@@ -1,12 +1,14 @@
-"""ONNX graphs put together: a step's graph becomes the body of a `Loop`, and a schedule's graph feeds the loop's table."""
+"""ONNX graphs put together: a step's graph becomes the body of a `Loop`; graphs of the schedule and the noise feed it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, compose, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 # What the loop takes one row of for each step.
 _ROWS = {"timestep": "timesteps", "coefficients": "coefficients", "noise": "noise"}
@@ -49,38 +51,60 @@ def symbolic_dims(graph: onnx.GraphProto) -> dict[str, list[str | int]]:
     }
 
 
-def as_loop(step: onnx.ModelProto) -> onnx.ModelProto:
+def as_loop(step: onnx.ModelProto, per_sample: bool = False) -> onnx.ModelProto:
     """A `Loop` of steps: trip count `len(timesteps)`, a row of the table for each iteration.
 
     Args:
-        step: with inputs `sample`, `timestep` `[B]`, `coefficients` `[B, 6]`, maybe `noise`, and others, which stay what
-            they are for all steps; the first output is the next sample.
+        step: with inputs `sample`, `timestep` `[B]`, `coefficients` `[B, 6]`, maybe `noise`, maybe `step_index` `[]`, and
+            others `[B, ...]`, which stay what they are for all steps; the first output is the next sample.
+        per_sample: the table has rows for each sample, and says how long each goes on.
 
     Returns:
         Inputs `sample`, `timesteps` `[steps]`, `coefficients` `[steps, 6]`, maybe `noise` `[steps, B, ...]`, the others;
-        output `samples`.
+        output `samples`. `per_sample`: `timesteps` `[steps, B]`, `coefficients` `[steps, B, 6]`, and `going` bool
+        `[steps, B]`, at least one in each row; the other samples take no part in the step.
     """
     graph = step.graph
     given = {value.name: value for value in graph.input}
     rows = {name: outer for name, outer in _ROWS.items() if name in given}
-    renamed = {"sample": "state", **{name: f"step_{name}" for name in rows}}
-    body_nodes = []
+    others = [name for name in given if name not in rows and name not in ("sample", "step_index")]
+    renamed = {"sample": "state", "step_index": "iteration", **{name: f"step_{name}" for name in rows}}
+    shared = {} if per_sample else {"timestep": "batch_shape", "coefficients": "coefficients_shape"}
+    before = []
+    for name, outer in rows.items():
+        row = renamed[name] if name not in shared and not per_sample else f"{name}_row"
+        before.append(helper.make_node("Gather", [outer, "iteration"], [row], name=f"gather_{name}", axis=0))
+        if name in shared:
+            before.append(helper.make_node("Expand", [row, shared[name]], [renamed[name]], name=f"expand_{name}"))
+    sample = given["sample"].type
+    result = graph.output[0].name
+    after = [helper.make_node("Identity", ["go_on"], ["go_on_out"], name="go_on_again")]
+    if per_sample:
+        renamed |= {name: f"active_{name}" for name in ("sample", *others)}
+        whole = {"state": renamed["sample"], **{name: renamed[name] for name in others}}
+        whole |= {f"{name}_row": renamed[name] for name in rows}
+        before += [
+            helper.make_node("Gather", ["going", "iteration"], ["going_row"], name="gather_going", axis=0),
+            helper.make_node("NonZero", ["going_row"], ["going_columns"], name="find_active"),
+            helper.make_node("Squeeze", ["going_columns", "zero"], ["active"], name="list_active"),
+            *(
+                helper.make_node("Gather", [name, "active"], [part], name=f"select_{part}", axis=0)
+                for name, part in whole.items()
+            ),
+        ]
+        after += [
+            helper.make_node("Transpose", ["going_columns"], ["active_rows"], name="place_active", perm=[1, 0]),
+            helper.make_node("ScatterND", ["state", "active_rows", result], ["next_state"], name="keep_finished"),
+        ]
+        result = "next_state"
+    nodes = []
     for node in graph.node:
         copied = onnx.NodeProto()
         copied.CopyFrom(node)
         copied.input[:] = [renamed.get(name, name) for name in node.input]
-        body_nodes.append(copied)
-    per_sample = {"timestep": "batch_shape", "coefficients": "coefficients_shape"}
-    gathers = []
-    for name, outer in rows.items():
-        row = f"{name}_row" if name in per_sample else renamed[name]
-        gathers.append(helper.make_node("Gather", [outer, "iteration"], [row], name=f"gather_{name}", axis=0))
-        if name in per_sample:
-            gathers.append(helper.make_node("Expand", [row, per_sample[name]], [renamed[name]], name=f"expand_{name}"))
-    go_on = helper.make_node("Identity", ["go_on"], ["go_on_out"], name="go_on_again")
-    sample = given["sample"].type
+        nodes.append(copied)
     body = helper.make_graph(
-        [*gathers, *body_nodes, go_on],
+        [*before, *nodes, *after],
         "step",
         [
             helper.make_tensor_value_info("iteration", TensorProto.INT64, []),
@@ -89,28 +113,34 @@ def as_loop(step: onnx.ModelProto) -> onnx.ModelProto:
         ],
         [
             helper.make_tensor_value_info("go_on_out", TensorProto.BOOL, []),
-            helper.make_value_info(graph.output[0].name, sample),
+            helper.make_value_info(result, sample),
         ],
         # Within the body: ONNX Runtime is a fifth slower where it has to fetch them from outside.
         initializer=list(graph.initializer),
     )
-    inputs = [value for name, value in given.items() if name not in rows]
+    inputs = [given[name] for name in ("sample", *others)]
     for name, outer in rows.items():
         kind = given[name].type.tensor_type
         dims = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
         inputs.append(
-            helper.make_tensor_value_info(outer, kind.elem_type, ["steps", *(dims[1:] if name in per_sample else dims)])
+            helper.make_tensor_value_info(outer, kind.elem_type, ["steps", *(dims[1:] if name in shared else dims)])
         )
-    constants = {"true": np.array(True), "zero": np.array([0]), "columns": np.array([6])}
-    nodes = [
-        helper.make_node("Shape", ["timesteps"], ["steps_shape"], name="count_steps"),
+    constants = {"true": np.array(True), "zero": np.array([0])}
+    outside = [
+        helper.make_node("Shape", ["timesteps"], ["steps_shape"], name="count_steps", start=0, end=1),
         helper.make_node("Squeeze", ["steps_shape", "zero"], ["steps_count"], name="steps_count"),
-        helper.make_node("Shape", ["sample"], ["batch_shape"], name="count_samples", start=0, end=1),
-        helper.make_node("Concat", ["batch_shape", "columns"], ["coefficients_shape"], name="shape_rows", axis=0),
-        helper.make_node("Loop", ["steps_count", "true", "sample"], ["samples"], name="steps", body=body),
     ]
+    if per_sample:
+        inputs.append(helper.make_tensor_value_info("going", TensorProto.BOOL, ["steps", "batch"]))
+    else:
+        constants["columns"] = np.array([6])
+        outside += [
+            helper.make_node("Shape", ["sample"], ["batch_shape"], name="count_samples", start=0, end=1),
+            helper.make_node("Concat", ["batch_shape", "columns"], ["coefficients_shape"], name="shape_rows", axis=0),
+        ]
+    outside.append(helper.make_node("Loop", ["steps_count", "true", "sample"], ["samples"], name="steps", body=body))
     outer_graph = helper.make_graph(
-        nodes,
+        outside,
         "loop",
         inputs,
         [helper.make_value_info("samples", sample)],
@@ -119,17 +149,83 @@ def as_loop(step: onnx.ModelProto) -> onnx.ModelProto:
     return helper.make_model(outer_graph, opset_imports=list(step.opset_import), ir_version=step.ir_version)
 
 
-def with_schedule(loop: onnx.ModelProto, schedule: onnx.ModelProto) -> onnx.ModelProto:
-    """A loop whose table comes from a graph with outputs `timesteps` and `coefficients`."""
-    prefixed = compose.add_prefix(schedule, "schedule_", rename_inputs=False)
-    merged = compose.merge_models(
-        prefixed,
-        loop,
-        io_map=[("schedule_timesteps", "timesteps"), ("schedule_coefficients", "coefficients")],
+def fed_by(model: onnx.ModelProto, producer: onnx.ModelProto, prefix: str) -> onnx.ModelProto:
+    """A model some of whose inputs come from another graph.
+
+    Args:
+        model: takes them.
+        producer: its outputs have these inputs' names; inputs of the same name as the model's are the same inputs.
+        prefix: for the names inside `producer`.
+
+    Returns:
+        The model with the producer's inputs in place of its outputs.
+    """
+    source = producer.graph
+    made = {value.name for value in source.output}
+    outside = made | {value.name for value in source.input}
+    nodes, weights = [], []
+    for node in source.node:
+        copied = onnx.NodeProto()
+        copied.CopyFrom(node)
+        copied.name = prefix + node.name
+        for names in (copied.input, copied.output):
+            names[:] = [name if not name or name in outside else prefix + name for name in names]
+        nodes.append(copied)
+    for weight in source.initializer:
+        named = TensorProto()
+        named.CopyFrom(weight)
+        named.name = prefix + weight.name
+        weights.append(named)
+    inputs = {value.name: value for value in (*source.input, *model.graph.input) if value.name not in made}
+    graph = helper.make_graph(
+        [*nodes, *model.graph.node],
+        model.graph.name,
+        list(inputs.values()),
+        list(model.graph.output),
+        initializer=[*weights, *model.graph.initializer],
     )
-    model = helper.make_model(merged.graph, opset_imports=list(loop.opset_import), ir_version=loop.ir_version)
-    model.graph.name = "loop"
-    return model
+    return helper.make_model(graph, opset_imports=list(model.opset_import), ir_version=model.ir_version)
+
+
+def sized_noise(groups: onnx.ModelProto, shape: Sequence[int], name: str, fixed: Mapping[str, int]) -> onnx.ModelProto:
+    """Noise of a shape.
+
+    Args:
+        groups: from `seed`, `group` `[groups]` and numbers to `values` `[B, 4 * groups]`.
+        shape: of one sample.
+        name: of the output `[B, *shape]`.
+        fixed: the numbers that are known.
+
+    Returns:
+        Inputs `seed` `[B]` and the other numbers.
+    """
+    size = math.prod(shape)
+
+    def graph(nodes: list[onnx.NodeProto], outputs: Sequence[onnx.ValueInfoProto], **numbers: Any) -> onnx.ModelProto:
+        weights = [numpy_helper.from_array(np.array(value, dtype=np.int64), key) for key, value in numbers.items()]
+        inputs = [] if outputs[0].name != name else [values]
+        built = helper.make_graph(nodes, name, inputs, outputs, initializer=weights)
+        return helper.make_model(built, opset_imports=list(groups.opset_import), ir_version=groups.ir_version)
+
+    (values,) = groups.graph.output
+    given = {value.name: value for value in groups.graph.input}
+    numbers = graph(
+        [
+            helper.make_node("Range", ["first", "count", "stride"], ["group"], name="number_groups"),
+            *(helper.make_node("Identity", [f"{key}_number"], [key], name=f"fix_{key}") for key in fixed),
+        ],
+        [given["group"], *(given[key] for key in fixed)],
+        first=0, count=(size + 3) // 4, stride=1, **{f"{key}_number": value for key, value in fixed.items()},
+    )  # fmt: skip
+    shaped = graph(
+        [
+            helper.make_node("Slice", ["values", "start", "end", "axis"], ["elements"], name="drop_rest"),
+            helper.make_node("Reshape", ["elements", "whole"], [name], name="shape_noise"),
+        ],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape])],
+        start=[0], end=[size], axis=[1], whole=[-1, *shape],
+    )  # fmt: skip
+    return fed_by(shaped, fed_by(groups, numbers, "number_"), "draw_")
 
 
 def widen(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -86,7 +86,7 @@ class LoopModule(torch.nn.Module):
             steps: int | torch.Tensor = timesteps.shape[0]
         else:
             # A tensor: `while_loop` takes no size that is only known at run time.
-            steps = fixed.pop("num_inference_steps")
+            steps = self.schedule.nearest(fixed.pop("num_inference_steps"))
             timesteps, coefficients = (rows.to(sample.device) for rows in self.schedule(steps))
 
         # The condition's counter is on the CPU, so that no step waits for the device.

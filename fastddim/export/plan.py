@@ -31,6 +31,8 @@ class ExportOptions:
         guidance_rescale: `guidance_rescale` is an input `[B]` too.
         stochastic: noise is an input, so that rows may add it.
         bake_schedule: the loop takes `num_inference_steps` and derives the table itself.
+        per_sample_steps: each sample has its own `num_inference_steps` `[B]`; it stays as it is once it is finished.
+        seeded: the loop takes a `seed` for each sample and draws its starting state and noise itself.
         num_inference_steps, eta: of the default table; a baked schedule keeps eta.
         use_clipped_model_output: derive epsilon from the limited x0; where x0 is limited by default.
         dtype: of the weights, `"float32"`, `"float16"` or `"bfloat16"`; the state is float32.
@@ -45,6 +47,8 @@ class ExportOptions:
     guidance_rescale: bool = False
     stochastic: bool = False
     bake_schedule: bool = False
+    per_sample_steps: bool = False
+    seeded: bool = False
     num_inference_steps: int = 50
     eta: float = 0.0
     use_clipped_model_output: bool | None = None
@@ -59,6 +63,19 @@ class ExportOptions:
             raise ValueError("guidance_rescale: True without guided; pass both")
         if self.bake_schedule and self.graph == "step":
             raise ValueError("bake_schedule: True with graph 'step', which takes rows of a table; pass graph='loop'")
+        if self.per_sample_steps and not self.bake_schedule:
+            raise ValueError("per_sample_steps: True without bake_schedule, which makes the tables; pass both")
+        if self.per_sample_steps and self.stochastic and not self.seeded:
+            raise ValueError(
+                "per_sample_steps: True with stochastic, where the noise would have as many steps as the longest run; pass"
+                " seeded=True too"
+            )
+        if self.seeded and self.graph == "step":
+            raise ValueError("seeded: True with graph 'step', which starts from any state; pass graph='loop'")
+        if self.seeded and self.dynamic_size:
+            raise ValueError(
+                "seeded: True with dynamic_size, but the size of what is drawn is fixed; pass one of the two"
+            )
         if self.eta and not self.stochastic:
             raise ValueError(f"eta: {self.eta!r} adds noise; pass stochastic=True, which makes noise an input")
 

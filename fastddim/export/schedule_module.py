@@ -1,4 +1,4 @@
-"""The schedule as a torch module: a number of steps becomes timesteps and coefficients inside the exported file."""
+"""The schedule as a torch module: numbers of steps become timesteps and coefficients inside the exported file."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ class ScheduleModule(torch.nn.Module):
         schedule: gives alpha_bar, spacing and prediction type.
         eta: of every step.
         use_clipped_model_output: as in `StepTable.build`.
+        per_sample: each sample has a number of steps of its own.
 
     Raises:
         ValueError: a spacing that is not a formula of the number of steps.
@@ -25,7 +26,9 @@ class ScheduleModule(torch.nn.Module):
 
     alphas_cumprod: torch.Tensor
 
-    def __init__(self, schedule: Schedule, eta: float, use_clipped_model_output: bool) -> None:
+    def __init__(
+        self, schedule: Schedule, eta: float, use_clipped_model_output: bool, per_sample: bool = False
+    ) -> None:
         super().__init__()
         self._config = schedule.config
         if self._config.timestep_spacing == "quadratic":
@@ -37,15 +40,23 @@ class ScheduleModule(torch.nn.Module):
         self.register_buffer("alphas_cumprod", torch.from_numpy(bars))
         self._eta = eta
         self._rederive = use_clipped_model_output
+        self._per_sample = per_sample
 
-    def forward(self, num_inference_steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`num_inference_steps` int64 `[]` to timesteps int64 `[n]` and coefficients float32 `[n, 6]`."""
-        count: Any = num_inference_steps.item()
+    def forward(self, num_inference_steps: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The table of `num_inference_steps` int64, each taken as the nearest in `[1, num_train_timesteps]`.
+
+        `[]` gives timesteps int64 `[n]` and coefficients float32 `[n, 6]`. `per_sample`, `[B]` gives `[n, B]` and
+        `[n, B, 6]`, n the largest number, and `going` bool `[n, B]`: whether the sample still takes that step.
+        """
+        n_train = self._config.num_train_timesteps
+        n = self.nearest(num_inference_steps)
+        count: Any = (n.max() if self._per_sample else n).item()
         torch._check(count >= 1)  # type: ignore[no-untyped-call]
-        ascending = self._ascending(torch.arange(count), num_inference_steps)
-        t = ascending.flip(0)
+        k = torch.arange(count)
+        k = k[:, None] if self._per_sample else k
+        t = self._timesteps(k, n)
         # The next timestep of the last one is the clean end.
-        t_next = torch.cat([t[1:], t[:1] * 0 + self._config.num_train_timesteps])
+        t_next = torch.where(k + 1 < n, self._timesteps(k + 1, n), n_train)
         alpha_bar: Any = self.alphas_cumprod[t]
         alpha_bar_next: Any = self.alphas_cumprod[t_next]
         direction, noise_scale = noise_factors(
@@ -55,18 +66,24 @@ class ScheduleModule(torch.nn.Module):
             alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), alpha_bar_next.sqrt(), direction, noise_scale,
             self._config.prediction_type, self._rederive, xp=torch,
         )  # fmt: skip
-        return t, rows.float()
+        table = (t, rows.float())
+        return (*table, k < n) if self._per_sample else table
 
-    def _ascending(self, k: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
-        """`make_timesteps` in ascending order, with numpy's own float64 arithmetic."""
+    def nearest(self, num_inference_steps: torch.Tensor) -> torch.Tensor:
+        """The number of steps that is taken: one in `[1, num_train_timesteps]`."""
+        return num_inference_steps.clamp(1, self._config.num_train_timesteps)
+
+    def _timesteps(self, k: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        """Of step k of n, as `make_timesteps` has it, in numpy's own float64 arithmetic; after the last step, any."""
         config = self._config
         n_train = config.num_train_timesteps
+        ascending = (n - 1 - k).clamp(min=0)
         if config.timestep_spacing == "leading":
-            return k * torch.div(n * 0 + n_train, n, rounding_mode="floor") + config.steps_offset
+            return ascending * torch.div(n * 0 + n_train, n, rounding_mode="floor") + config.steps_offset
         count = n.double()
         if config.timestep_spacing == "trailing":
             # numpy.arange adds multiples of the difference of its first two numbers.
             difference = (n_train - (count * 0 + n_train) / count) - n_train
-            return (n_train + k * difference).round().long().flip(0) - 1
+            return ((n_train + k * difference).round().long() - 1).clamp(min=0)
         spread = (count * 0 + n_train - 1) / (count - 1).clamp(min=1.0)
-        return (k * spread).round().long()
+        return (ascending * spread).round().long()

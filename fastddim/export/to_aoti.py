@@ -72,6 +72,8 @@ def export_aoti(
         ParityError: the package's results differ from the torch reference's.
     """
     target = check_destination(out, force)
+    if options is not None and (options.per_sample_steps or options.seeded):
+        raise ValueError("per_sample_steps, seeded: are for ONNX files; leave them out, or export with export_onnx")
     plan = plan_sampler(model, scheduler, options, sample_shape, example_kwargs)
     require_choice("device", device, DEVICES)
     if device == "cuda" and not torch.cuda.is_available():

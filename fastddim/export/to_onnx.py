@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ import torch
 import fastddim
 from fastddim.config import DDIMConfig
 from fastddim.export.bundle import Bundle, check_destination, write_bundle
-from fastddim.export.graph import as_loop, name_dims, strip, symbolic_dims, with_schedule
+from fastddim.export.graph import as_loop, fed_by, name_dims, sized_noise, strip, symbolic_dims
 from fastddim.export.manifest import NOTE_FILE, build_manifest, name_meanings, note
 from fastddim.export.modules import DTYPES, Denoiser, StepModule, prepared
+from fastddim.export.noise_module import NoiseModule
 from fastddim.export.plan import ExportError, ExportOptions, SamplerPlan, plan_sampler
 from fastddim.export.schedule_module import ScheduleModule
 from fastddim.export.tracing import quiet, told, trace
 from fastddim.export.validate import PARITY_STEPS, measure_parity
+from fastddim.noise import STREAM_INITIAL, STREAM_STEP
 from fastddim.schedule import Schedule
 
 MODEL_FILE = "model.onnx"
@@ -97,10 +100,15 @@ def write_sampler(
             denoiser, schedule.config.limit, options.guided, options.guidance_rescale, options.stochastic
         )
         graph = _step_graph(module, denoiser, options, folder / MODEL_FILE)
+        opset = graph.opset_import[0].version
+        if options.seeded and options.stochastic:
+            graph = fed_by(graph, _noise_graph(denoiser.sample_shape, "noise", opset), "noise_")
         if options.graph == "loop":
-            graph = as_loop(graph)
+            graph = as_loop(graph, options.per_sample_steps)
         if options.bake_schedule:
-            graph = with_schedule(graph, strip(_schedule_graph(schedule, options, graph.opset_import[0].version)))
+            graph = fed_by(graph, _schedule_graph(schedule, options, opset), "schedule_")
+        if options.seeded:
+            graph = fed_by(graph, _noise_graph(denoiser.sample_shape, "sample", opset), "start_")
         save(graph, folder / MODEL_FILE)
         meanings = name_meanings(plan)
         inputs, outputs = (describe_values(values, meanings) for values in (graph.graph.input, graph.graph.output))
@@ -184,21 +192,59 @@ def _has_bfloat16(module: torch.nn.Module) -> bool:
 
 
 def _schedule_graph(schedule: Schedule, options: ExportOptions, opset: int) -> onnx.ModelProto:
-    module = ScheduleModule(schedule, options.eta, bool(options.use_clipped_model_output))
+    per_sample = options.per_sample_steps
+    module = ScheduleModule(schedule, options.eta, bool(options.use_clipped_model_output), per_sample)
+    batch = ["batch"] if per_sample else []
+    outputs: dict[str, list[str | int]] = {"timesteps": ["steps", *batch], "coefficients": ["steps", *batch, 6]}
+    if per_sample:
+        outputs["going"] = ["steps", *batch]
+    counts = torch.tensor([5, 3] if per_sample else 5)
+    return _plain_graph(module, {"num_inference_steps": (counts, batch)}, outputs, opset)
+
+
+def _noise_graph(shape: Sequence[int], name: str, opset: int) -> onnx.ModelProto:
+    """From seeds to the starting state `sample`, or to the `noise` of a step."""
+    fixed = {"stream": STREAM_STEP} if name == "noise" else {"stream": STREAM_INITIAL, "step_index": 0}
+    return sized_noise(_noise_groups(opset), shape, name, fixed)
+
+
+# Whatever the model: traced once.
+@functools.cache
+def _noise_groups(opset: int) -> onnx.ModelProto:
+    scalar: list[str] = []
+    inputs = {
+        "seed": (torch.tensor([5, 3]), ["batch"]),
+        "group": (torch.arange(3), ["groups"]),
+        "step_index": (torch.tensor(1), scalar),
+        "stream": (torch.tensor(1), scalar),
+    }
+    return _plain_graph(NoiseModule(), inputs, {"values": ["batch", "elements"]}, opset)
+
+
+def _plain_graph(
+    module: torch.nn.Module,
+    inputs: Mapping[str, tuple[torch.Tensor, list[str]]],
+    outputs: Mapping[str, Sequence[str | int]],
+    opset: int,
+) -> onnx.ModelProto:
+    """Trace a module without weights of a model: inputs' examples and dimensions, outputs' dimensions."""
+    examples = tuple(example for example, _ in inputs.values())
+    shapes = tuple(dict.fromkeys(range(example.ndim), torch.export.Dim.DYNAMIC) for example in examples)
     with quiet():
-        program = torch.export.export(module, (torch.tensor(5),))
+        program = torch.export.export(module, examples, dynamic_shapes=shapes)
         exported = torch.onnx.export(
             program,
             dynamo=True,
             opset_version=opset,
-            input_names=["num_inference_steps"],
-            output_names=["timesteps", "coefficients"],
+            input_names=list(inputs),
+            output_names=list(outputs),
             verbose=False,
         )
     assert exported is not None
     graph: onnx.ModelProto = exported.model_proto
-    name_dims(graph.graph, {"num_inference_steps": [], "timesteps": ["steps"], "coefficients": ["steps", 6]})
-    return graph
+    _require_symbolic(graph.graph, {name: range(len(dims)) for name, (_, dims) in inputs.items()})
+    name_dims(graph.graph, {**{name: dims for name, (_, dims) in inputs.items()}, **outputs})
+    return strip(graph)
 
 
 def _require_symbolic(graph: onnx.GraphProto, dynamic: Mapping[str, Sequence[int]]) -> None:
