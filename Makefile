@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help setup web demo test slow check format bench budget gpu clean
+.PHONY: help setup web cpp demo test slow check format bench budget gpu clean
 
 help:
 	@echo "make demo    sample a grid of handwritten digits: digits.png"
@@ -32,10 +32,14 @@ demo: setup
 web:
 	@sh scripts/make_web.sh
 
-test: setup web
+# No stamp: a kept folder may meet a machine without the compilers.
+cpp: setup
+	@sh scripts/make_cpp.sh $(BIN)/python
+
+test: setup web cpp
 	$(BIN)/python -m pytest $(ARGS)
 
-slow: setup
+slow: setup cpp
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 check: setup
