@@ -78,11 +78,16 @@ def check_step_arguments(
     _check_per_sample("guidance_rescale", guidance_rescale, sample)
     if not guided and (isinstance(guidance_rescale, torch.Tensor) or guidance_rescale != 0):
         raise ValueError(f"guidance_rescale: {guidance_rescale!r} without guidance_scale; pass both")
-    _check_advance(step, sample, len(table), guided, advance, timesteps, next_timestep)
+    _check_advance(step, sample, num_rows(table), guided, advance, timesteps, next_timestep)
     inputs = (sample, model_output, noise)
     written = out is not None or model_input is not None
     if written and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         raise ValueError("out, model_input: not differentiable; leave them out, or call under torch.no_grad()")
+
+
+def num_rows(table: StepTable | torch.Tensor) -> int:
+    """Steps of a table; of a traced tensor a symbol, where `len` would fix the number."""
+    return table.shape[0] if isinstance(table, torch.Tensor) else len(table)
 
 
 def _check_limit_values(limit: Any, limit_values: Any, sample: torch.Tensor) -> None:

@@ -64,6 +64,7 @@ _PACKAGES = {
     "onnx": ("onnx",),
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
+    "tensorrt_rtx": ("tensorrt-rtx",),
 }
 
 app = typer.Typer(name="fastddim", add_completion=False, pretty_exceptions_enable=False)
@@ -576,13 +577,14 @@ def _backends(has_gpu: bool) -> dict[str, dict[str, Any]]:
             _missing("tensorrt", "pip install fastddim[tensorrt]"),
             "" if has_gpu else "needs a CUDA device",
         ],
+        "tensorrt_rtx": [
+            _missing("tensorrt_rtx", "pip install fastddim[rtx]"),
+            "" if has_gpu else "needs a CUDA device; builds engines without",
+        ],
     }
-    # A room that is not written yet cannot run, whatever is installed.
-    rooms = {"reference": "reference", "triton": "kernels", "onnxruntime": "export", "tensorrt": "export"}
     report: dict[str, dict[str, Any]] = {}
     for name, reasons in needs.items():
-        written = importlib.util.find_spec(f"fastddim.{rooms[name]}") is not None
-        found = [*filter(None, reasons), *([] if written else [f"not part of fastddim {fastddim.__version__} yet"])]
+        found = [*filter(None, reasons)]
         report[name] = {"usable": not found, "reason": "; ".join(found) or None}
     return report
 

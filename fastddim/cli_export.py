@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from fastddim.cli_options import Json, Model, Out, integer, naming, number, parse_integers, quiet_diffusers
+from fastddim.config import require_choice
 
 if TYPE_CHECKING:
-    from fastddim.export import Bundle
+    from fastddim.export import Bundle, ExportOptions
+    from fastddim.export.bundle_sampler import BundleSampler
 
+FORMATS = ("onnx", "aoti", "tensorrt")
 # Of class labels; a text-to-image pipeline has its own default.
 _GUIDANCE = 2.0
 
 app = typer.Typer()
+_tensorrt = functools.partial(typer.Option, rich_help_panel="TensorRT")
 
 
 @app.command()
 def export(
     model: Model = None,
     out: Annotated[Path | None, typer.Option(help="The folder to write.")] = None,
+    format: Annotated[
+        str,
+        typer.Option(
+            help="onnx; aoti: compiled by AOTInductor, for libtorch, on machines like this one; tensorrt: an engine."
+        ),
+    ] = "onnx",
+    device: Annotated[str, typer.Option(help="With aoti: cpu or cuda.")] = "cpu",
+    cpu_isa: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With aoti: the CPU needs avx2 or avx512. Default: avx2.")
+    ] = None,
     graph: Annotated[str, typer.Option(help="loop: all steps in one call; step: one step a call.")] = "loop",
     guidance: Annotated[bool, typer.Option(help="Classifier-free guidance, its scale an input.")] = False,
     guidance_rescale: Annotated[bool, typer.Option(help="With guidance: its rescale is an input too.")] = False,
@@ -54,16 +71,88 @@ def export(
         Path | None, typer.Option(metavar="BUNDLE", help="Compare a bundle with its model instead of writing one.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
+    source: Annotated[
+        Path | None, _tensorrt("--from", metavar="BUNDLE", help="Build the engine from this ONNX bundle, no model.")
+    ] = None,
+    trt: Annotated[
+        str, _tensorrt(help="standard; rtx: TensorRT for RTX, builds without a GPU; auto: what is installed.")
+    ] = "auto",
+    profile: Annotated[
+        list[str] | None,
+        _tensorrt(
+            metavar="SIZES", help="MIN:OPT:MAX such as batch=1:4:8,steps=1:50:100, also height, width; again for more."
+        ),
+    ] = None,
+    compute_capability: Annotated[
+        list[str] | None, _tensorrt(metavar="NUMBER", help="rtx: a GPU to build for, such as 8.9; again for more.")
+    ] = None,
+    workspace: Annotated[
+        int | None, _tensorrt(parser=integer, metavar="BYTES", help="Largest scratch memory of a layer.")
+    ] = None,
+    optimization_level: Annotated[
+        int | None, _tensorrt(parser=integer, metavar="INTEGER", help="0 to 5; higher builds longer.")
+    ] = None,
+    tf32: Annotated[bool, _tensorrt("--tf32/--no-tf32", help="Let float32 products round to TF32.")] = True,
+    version_compatible: Annotated[
+        bool, _tensorrt("--version-compatible", help="Later versions of TensorRT load it too.")
+    ] = False,
+    hardware_compatibility: Annotated[
+        str | None, _tensorrt(metavar="NAME", help="standard: ampere_plus or same_compute_capability.")
+    ] = None,
+    refit: Annotated[bool, _tensorrt("--refit", help="Weights may be replaced later.")] = False,
+    strip_plan: Annotated[
+        bool, _tensorrt("--strip-plan", help="Leave the weights out; they come from the ONNX bundle.")
+    ] = False,
+    weight_streaming: Annotated[
+        bool, _tensorrt("--weight-streaming", help="Weights may stay on the host in part.")
+    ] = False,
+    timing_cache: Annotated[
+        Path | None, _tensorrt(metavar="FILE", help="standard: measured kernels, read where it is and written.")
+    ] = None,
+    reuse: Annotated[
+        bool, _tensorrt("--reuse", help="Keep an engine that is there if nothing it depends on has changed.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Export a model and its sampler as one ONNX file, compared with torch, in a folder that describes it."""
+    """Export a model and its sampler as one file, compared with torch, in a folder that describes it."""
     if (out is None) == (verify is None):
         raise ValueError("--out, --verify: pass one of the two")
-    from fastddim.export import ExportOptions, export_onnx, export_pipeline, open_bundle, verify_bundle, verify_pipeline
+    require_choice("--format", format, FORMATS)
+    compiled: dict[str, Any] = {"device": device, "cpu_isa": cpu_isa}
+    if format != "aoti" and compiled != {"device": "cpu", "cpu_isa": None}:
+        raise ValueError(f"--device, --cpu-isa: given with format {format!r}; pass --format aoti, or leave them out")
+    from fastddim.export import (
+        ExportOptions,
+        Profile,
+        TensorRTOptions,
+        export_aoti,
+        export_tensorrt,
+        open_bundle,
+        verify_bundle,
+        verify_pipeline,
+    )
     from fastddim.export.bundle import check_destination
     from fastddim.export.pipelines import denoiser_of, is_text_to_image
 
     compared = parse_integers(parity_steps, "--parity-steps")
+    engine = TensorRTOptions(
+        flavour=trt,
+        profiles=tuple(map(Profile.parse, profile)) if profile else (Profile(),),
+        compute_capabilities=tuple(compute_capability or ()),
+        workspace=workspace,
+        builder_optimization_level=optimization_level,
+        tf32=tf32,
+        version_compatible=version_compatible,
+        hardware_compatibility=hardware_compatibility,
+        refit=refit,
+        strip_plan=strip_plan,
+        weight_streaming=weight_streaming,
+        timing_cache=timing_cache,
+    )
+    if format != "tensorrt" and (engine != TensorRTOptions() or reuse or source is not None):
+        raise ValueError(
+            f"--from, --reuse and the options of TensorRT: given with format {format!r}; pass --format tensorrt"
+        )
     start = time.perf_counter()
     if verify is not None:
         bundle = open_bundle(verify)
@@ -85,14 +174,26 @@ def export(
             dtype=dtype,
             dynamic_size=dynamic_size,
         )
+        if source is not None and (model is not None or options != ExportOptions()):
+            raise ValueError("--from: the graph is that bundle's; leave out --model and the options of the graph")
         # Before a model is fetched and read.
-        check_destination(out, force)
-        pipeline = _load(model)
-        common: dict[str, Any] = {"force": force, "parity_steps": compared, "tolerance": tolerance}
-        if is_text_to_image(pipeline) and not sampler_only:
-            bundle = export_pipeline(pipeline, out, options, **common)
+        check_destination(out, force or reuse)
+        common: dict[str, Any] = {"parity_steps": compared, "tolerance": tolerance}
+        write = functools.partial(_export_onnx, model, options, sampler_only, common)
+        if format == "tensorrt":
+            with _build_progress(as_json) as progress:
+                bundle = export_tensorrt(source or write, out, engine, force=force, reuse=reuse, progress=progress)
+        elif format == "aoti":
+            pipeline = _load(model)
+            if is_text_to_image(pipeline) and not sampler_only:
+                raise ValueError(
+                    "--format: 'aoti' exports the sampler of a text-to-image pipeline; pass --sampler-only"
+                )
+            bundle = export_aoti(
+                denoiser_of(pipeline), pipeline.scheduler, out, options, force=force, **common, **compiled
+            )
         else:
-            bundle = export_onnx(denoiser_of(pipeline), pipeline.scheduler, out, options, **common)
+            bundle = write(out, force=force)
         parity = bundle.manifest["parity"]
     seconds = time.perf_counter() - start
     if as_json:
@@ -106,6 +207,43 @@ def export(
         )
     size = sum(file["bytes"] for file in bundle.manifest["files"].values())
     typer.echo(f"{str(bundle.path)!r}: {bundle.graph}, {size / 1e6:.1f} MB, {seconds:.1f} s")
+
+
+def _export_onnx(
+    model: str | None,
+    options: ExportOptions,
+    sampler_only: bool,
+    common: Mapping[str, Any],
+    out: Path,
+    *,
+    force: bool = False,
+) -> Bundle:
+    """Load a model and write its ONNX bundle: of the sampler, or of a whole text-to-image pipeline."""
+    from fastddim.export import export_onnx, export_pipeline
+    from fastddim.export.pipelines import denoiser_of, is_text_to_image
+
+    pipeline = _load(model)
+    if is_text_to_image(pipeline) and not sampler_only:
+        return export_pipeline(pipeline, out, options, force=force, **common)
+    return export_onnx(denoiser_of(pipeline), pipeline.scheduler, out, options, force=force, **common)
+
+
+@contextlib.contextmanager
+def _build_progress(as_json: bool) -> Iterator[Callable[[str, str | None, int, int], None] | None]:
+    """A bar for each phase of an engine's build, where someone may be looking."""
+    console = Console(stderr=True)
+    if as_json or not console.is_terminal:
+        yield None
+        return
+    tasks: dict[str, TaskID] = {}
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console) as bars:
+
+        def show(phase: str, parent: str | None, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase if parent is None else f"  {phase}", total=total)
+            bars.update(tasks[phase], completed=done, total=total, visible=parent is None or done < total)
+
+        yield show
 
 
 def _load(model: str | None) -> Any:
@@ -151,7 +289,8 @@ def run(
         int, typer.Option(parser=integer, metavar="INTEGER", help="Of the first image; the others count up.")
     ] = 0,
     providers: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="cpu, cuda, tensorrt. Default: cuda where it is there.")
+        str | None,
+        typer.Option(metavar="NAMES", help="Of ONNX bundles: cpu, cuda, tensorrt. Default: cuda where it is there."),
     ] = None,
     check_finite: Annotated[
         bool, typer.Option("--check-finite", help="Report the step at which NaN or infinities appear.")
@@ -159,7 +298,7 @@ def run(
     out: Out = Path("samples.png"),
     as_json: Json = False,
 ) -> None:
-    """Sample from an exported bundle with ONNX Runtime, without torch, and write a picture."""
+    """Sample from an exported bundle with what runs its file, and write a picture; an ONNX bundle needs no torch."""
     from fastddim.export import open_bundle
     from fastddim.pictures import GridLayout, check_picture, make_grid, save_picture
 
@@ -185,19 +324,22 @@ def run(
     options: dict[str, Any] = {"seeds": seed, "num_inference_steps": steps, "eta": eta, "size": pixels}
     if guidance_scale is not None:
         options["guidance_scale"] = guidance_scale
-    settings: dict[str, Any] = {
-        "providers": None if providers is None else providers.split(","),
-        "check_finite": check_finite,
-    }
+    settings: dict[str, Any] = {"check_finite": check_finite}
+    if providers is not None:
+        if opened.runtime != "onnx":
+            raise ValueError(
+                f"--providers: {providers!r}, but this bundle is of runtime {opened.runtime!r}; leave it out"
+            )
+        settings["providers"] = providers.split(",")
     if opened.components:
-        draw, session = _load_pipeline(opened, settings, names, negative_prompt)
+        draw, sampler = _load_pipeline(opened, settings, names, negative_prompt)
     else:
-        draw, session = _load_sampler(opened, settings, names, num_images)
+        draw, sampler = _load_sampler(opened, settings, names, num_images)
     start = time.perf_counter()
     samples = draw(**options)
     seconds = time.perf_counter() - start
     save_picture(make_grid(samples, labels=shown), out)
-    device = session.get_providers()[0].removesuffix("ExecutionProvider")
+    device = sampler.device()
     if as_json:
         typer.echo(json.dumps({"path": str(out), "num_images": num_images, "seconds": seconds, "provider": device}))
     else:
@@ -208,7 +350,7 @@ def _pick_labels(labels: str | None, manifest: Mapping[str, Any]) -> list[int] |
     """The classes to repeat in turn; None for a model without."""
     shape = manifest["sample"]["shape"]
     if len(shape) != 3 or shape[0] not in (1, 3):
-        raise ValueError(f"bundle: its samples are {shape}, no pictures; use fastddim.export.OrtSampler")
+        raise ValueError(f"bundle: its samples are {shape}, no pictures; use fastddim.export.open_sampler")
     null = manifest["sampling"]["null_values"].get("class_labels")
     if null is None:
         if labels is not None:
@@ -229,27 +371,27 @@ def _parse_size(text: str) -> tuple[int, int]:
 
 def _load_sampler(
     bundle: Bundle, settings: Mapping[str, Any], labels: Sequence[Any] | None, num_images: int
-) -> tuple[Callable[..., Any], Any]:
-    """What draws the samples, and its session."""
-    from fastddim.export import OrtSampler
+) -> tuple[Callable[..., Any], BundleSampler]:
+    """What draws the samples, and the sampler."""
+    from fastddim.export import open_sampler
 
-    sampler = OrtSampler(bundle, **settings)
+    sampler = open_sampler(bundle, **settings)
     fixed: dict[str, Any] = {} if labels is None else {"class_labels": np.array(labels, dtype=np.int64)}
     if bundle.manifest["sampling"]["guided"]:
         fixed["guidance_scale"] = _GUIDANCE
-    return functools.partial(sampler, num_images, **fixed), sampler.session
+    return functools.partial(sampler, num_images, **fixed), sampler
 
 
 def _load_pipeline(
     bundle: Bundle, settings: Mapping[str, Any], prompts: Sequence[Any] | None, negative_prompt: str | None
-) -> tuple[Callable[..., Any], Any]:
-    """What draws the pictures, and the sampler's session."""
+) -> tuple[Callable[..., Any], BundleSampler]:
+    """What draws the pictures, and their sampler."""
     from fastddim.export import OrtPipeline
 
     assert prompts is not None
     pipeline = OrtPipeline(bundle, **settings)
     ids = pipeline.tokenize(prompts)
     if negative_prompt is None and pipeline.zeros_for_empty_prompt:
-        return functools.partial(pipeline, ids, None), pipeline.sampler.session
+        return functools.partial(pipeline, ids, None), pipeline.sampler
     negative = pipeline.tokenize([negative_prompt or ""] * len(prompts))
-    return functools.partial(pipeline, ids, negative), pipeline.sampler.session
+    return functools.partial(pipeline, ids, negative), pipeline.sampler

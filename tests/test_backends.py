@@ -280,7 +280,7 @@ for options, size in (
             assert len(nodes) == 1
             if dynamic:
                 assert isinstance(nodes[0].args[1].meta["val"].shape[0], torch.SymInt)
-            assert "auto_functionalized_v2" in str(program.run_decompositions().graph)
+            assert "auto_functionalized" not in str(program.run_decompositions().graph)
 print("traced")
 """
 

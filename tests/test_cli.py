@@ -496,6 +496,7 @@ def test_info(run: Run) -> None:
         ("triton", "triton", "triton is not installed (pip install triton)"),
         ("onnxruntime", "onnxruntime", "onnxruntime is not installed (pip install fastddim[onnx])"),
         ("tensorrt", "tensorrt", "tensorrt is not installed (pip install fastddim[tensorrt])"),
+        ("tensorrt_rtx", "tensorrt_rtx", "tensorrt_rtx is not installed (pip install fastddim[rtx])"),
     ],
 )
 def test_info_says_what_is_missing(

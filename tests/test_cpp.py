@@ -109,7 +109,11 @@ def draw_table(draw):
 
 
 def table_request(fields, eta, clipped, steps, timesteps):
-    names = {"beta_schedule": BETA_SCHEDULES, "prediction_type": PREDICTION_TYPES, "timestep_spacing": TIMESTEP_SPACINGS}
+    names = {
+        "beta_schedule": BETA_SCHEDULES,
+        "prediction_type": PREDICTION_TYPES,
+        "timestep_spacing": TIMESTEP_SPACINGS,
+    }
     plain = {name: names[name].index(value) if name in names else value for name, value in fields.items()}
     trained = plain.pop("trained_betas") or ()
     words = [*(int(value) if isinstance(value, bool) else repr(value) for value in plain.values()), repr(eta)]
@@ -653,7 +657,15 @@ def test_an_installed_copy_is_found_by_cmake(release, bundles, tmp_path):
 
 
 def test_flags_that_would_change_the_bits_are_refused():
-    command = ["g++", "-std=c++17", "-fsyntax-only", f"-I{ROOT}/cpp/include", "-include", "fastddim/philox.hpp", "-xc++"]
+    command = [
+        "g++",
+        "-std=c++17",
+        "-fsyntax-only",
+        f"-I{ROOT}/cpp/include",
+        "-include",
+        "fastddim/philox.hpp",
+        "-xc++",
+    ]
     flags = {"-ffast-math": "-ffast-math and -Ofast change the bits", "-Ofast": "-ffast-math and -Ofast"}
     if platform.machine() == "x86_64":
         flags["-mfpmath=387"] = "float arithmetic in a wider type"

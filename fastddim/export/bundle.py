@@ -22,6 +22,8 @@ from jsonschema.exceptions import best_match
 FORMAT = "fastddim-bundle"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+# What runs a bundle's file, and the class of fastddim.export that calls it.
+SAMPLERS = {"onnx": "OrtSampler", "aoti": "AotiSampler", "tensorrt": "TensorRTSampler"}
 _HASH_BLOCK = 1 << 20
 
 
@@ -46,6 +48,18 @@ class Bundle:
         """`"loop"` or `"step"`."""
         kind: str = self.manifest["graph"]
         return kind
+
+    @property
+    def runtime(self) -> str:
+        """What runs the file: `"onnx"`, `"aoti"` or `"tensorrt"`."""
+        name: str = self.manifest.get("runtime", "onnx")
+        return name
+
+    @property
+    def device(self) -> str:
+        """What the file was compiled for, `"cpu"` or `"cuda"`; the CPU where it is not compiled."""
+        name: str = self.manifest.get("target", {}).get("device", "cpu")
+        return name
 
     @property
     def model_path(self) -> Path:
@@ -179,6 +193,19 @@ def open_bundle(path: str | Path, *, check_hashes: bool = True) -> Bundle:
         if holder["model"] not in manifest["files"]:
             raise BundleError(f"bundle: {str(file)!r} names no file {holder['model']!r}; export it again")
     return Bundle(folder, manifest)
+
+
+def require_runtime(bundle: Bundle, runtime: str) -> None:
+    """Check that a bundle is of a runtime.
+
+    Raises:
+        BundleError: of another one; the message names the class that runs it.
+    """
+    if bundle.runtime != runtime:
+        raise BundleError(
+            f"bundle: {str(bundle.path)!r} is of runtime {bundle.runtime!r}, not {runtime!r}; run it with"
+            f" fastddim.export.{SAMPLERS[bundle.runtime]}"
+        )
 
 
 def _inside(file: Path, name: str) -> PurePosixPath:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 
 import fastddim
 from fastddim.config import Clip, DynamicThreshold, Limit
-from fastddim.export.bundle import FORMAT, FORMAT_VERSION
+from fastddim.export.bundle import FORMAT, FORMAT_VERSION, SAMPLERS
 from fastddim.export.plan import SamplerPlan
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP
 
@@ -30,6 +29,20 @@ _MEANINGS = {
     "samples": "the finished samples",
     "next_sample": "the state after the step",
     "pred_original_sample": "the limited prediction of x0",
+}
+# What loads a file, and what its sampler needs.
+_RUNTIMES = {
+    "onnx": ("Any ONNX runtime loads it.", "no torch"),
+    "aoti": (
+        "libtorch loads it (`AOTIModelPackageLoader`), on machines like `target` in `manifest.json`; inputs and outputs are"
+        " in this order.",
+        "torch",
+    ),
+    "tensorrt": (
+        "TensorRT loads it, of the flavour and version and on the GPUs that `engine` in `manifest.json` names; `build.log`"
+        " is what it said.",
+        "torch and that TensorRT",
+    ),
 }
 _COLUMNS = "x0 = limit(c0 * sample + c1 * output); next_sample = c2 * sample + c3 * output + c4 * x0 + c5 * noise"
 
@@ -116,23 +129,31 @@ def _limit_text(limit: Limit) -> str:
 def note(manifest: Mapping[str, Any]) -> str:
     """What an integrator reads first."""
     kind = "all steps of a run in one call" if manifest["graph"] == "loop" else "one step of a run in each call"
-    largest = max((entry["largest_error"] for entry in manifest["parity"]), default=math.nan)
+    errors = [entry["largest_error"] for entry in manifest["parity"]]
+    compared = (
+        f"Largest difference from the torch reference at export: {max(errors):.1e}."
+        if errors
+        else "Not compared with the torch reference at export."
+    )
     components = "".join(
         f"\n## {name}\n\n`{component['model']}`: {component['meaning']}.\n\n{_tables(component)}\n"
         for name, component in manifest.get("components", {}).items()
     )
-    runner = "OrtPipeline" if components else "OrtSampler"
+    runtime = manifest.get("runtime", "onnx")
+    runner = "OrtPipeline" if components and runtime == "onnx" else SAMPLERS[runtime]
+    loads, needs = _RUNTIMES[runtime]
     command = "" if components else "`fastddim run FOLDER --seed 0 --out samples.png`, or "
     return f"""# An exported DDIM sampler
 
-`{manifest["model"]}` holds the model and its sampler: {kind}. Any ONNX runtime loads it. `manifest.json` says the same as
-this page for programs, with a default table of timesteps and coefficients; its schema is in fastddim.
+`{manifest["model"]}` holds the model and its sampler: {kind}. {loads}
+`manifest.json` says the same as this page for programs, with a default table of timesteps and coefficients; its schema is
+in fastddim.
 
 {_tables(manifest)}
 
-Limit of x0: {manifest["sampling"]["limit"]}. Largest difference from the torch reference at export: {largest:.1e}.
+Limit of x0: {manifest["sampling"]["limit"]}. {compared}
 
-With Python: {command}`fastddim.export.{runner}(FOLDER)`, which needs no torch.
+With Python: {command}`fastddim.export.{runner}(FOLDER)`, which needs {needs}.
 {components}"""
 
 

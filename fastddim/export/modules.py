@@ -181,18 +181,17 @@ _DESCRIBED: dict[str, Callable[[torch.nn.Module, Any, tuple[int, ...] | None], D
 
 
 @contextlib.contextmanager
-def prepared(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """The model in evaluation mode and of a dtype, and as it was afterwards."""
+def prepared(model: torch.nn.Module, dtype: torch.dtype, device: str = "cpu") -> Iterator[None]:
+    """The model in evaluation mode, of a dtype and on a device, and as it was afterwards."""
     training = {module: module.training for module in model.modules()}
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    kept = [(tensor, tensor.data) for _, tensor in tensors if tensor.is_floating_point()]
+    kept = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
     grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.eval()
         for parameter, _ in grads:
             parameter.requires_grad_(False)
         for tensor, data in kept:
-            tensor.data = data.to(dtype)
+            tensor.data = data.to(device, dtype if data.is_floating_point() else data.dtype)
         yield
     finally:
         for tensor, data in kept:
@@ -227,7 +226,7 @@ class StepModule(torch.nn.Module):
         super().__init__()
         self.model = denoiser.model
         self._denoiser = denoiser
-        self._limit = limit
+        self.limit = limit
         self.guided, self.rescale, self.stochastic = guided, rescale, stochastic
         self._model_dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
 
@@ -260,9 +259,13 @@ class StepModule(torch.nn.Module):
         return {name: values[name] for name in self.input_names()}
 
     def forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.update(self._predict(inputs["sample"], inputs), inputs)
+
+    def update(self, output: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The step from the model's output `[B, ...]`, or `[2B, ...]` with guidance; results as `forward`'s."""
         x = inputs["sample"]
         per_sample = (-1, *[1] * (x.ndim - 1))
-        output = self._predict(x, inputs).float()
+        output = output.float()
         if self.guided:
             batch = x.shape[0]
             uncond, cond = output[:batch], output[batch:]
@@ -272,7 +275,7 @@ class StepModule(torch.nn.Module):
                 phi = inputs["guidance_rescale"].reshape(per_sample)
                 output = output * (phi * ratio + (1 - phi))
         columns = [column.reshape(per_sample) for column in inputs["coefficients"].unbind(1)]
-        x0 = limit_x0(columns[0] * x + columns[1] * output, self._limit)
+        x0 = limit_x0(columns[0] * x + columns[1] * output, self.limit)
         x_next = columns[2] * x + columns[3] * output + columns[4] * x0
         if self.stochastic:
             x_next = x_next + columns[5] * inputs["noise"]

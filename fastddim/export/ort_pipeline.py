@@ -10,7 +10,8 @@ import numpy as np
 import onnxruntime
 
 from fastddim.export.bundle import Bundle, BundleError, open_bundle
-from fastddim.export.ort import Array, OrtSampler, choose_providers, fit_array
+from fastddim.export.bundle_sampler import Array, fit_array
+from fastddim.export.ort import OrtSampler, choose_providers
 
 DECODER = "vae_decoder"
 Ids = Array | Sequence[Array]

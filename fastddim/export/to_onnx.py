@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir
 import torch
-from torch.export import Dim
 
 import fastddim
 from fastddim.config import DDIMConfig
@@ -23,6 +18,7 @@ from fastddim.export.manifest import NOTE_FILE, build_manifest, name_meanings, n
 from fastddim.export.modules import DTYPES, Denoiser, StepModule, prepared
 from fastddim.export.plan import ExportError, ExportOptions, SamplerPlan, plan_sampler
 from fastddim.export.schedule_module import ScheduleModule
+from fastddim.export.tracing import quiet, told, trace
 from fastddim.export.validate import PARITY_STEPS, measure_parity
 from fastddim.schedule import Schedule
 
@@ -154,11 +150,10 @@ def to_graph(
         ExportError: code that cannot be exported, or that fixes a dynamic dimension.
     """
     names = list(examples)
-    spatial = {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
-    shapes = {name: {0: Dim.DYNAMIC, **(spatial if name in resized else {})} for name in names}
-    with _quiet():
+    dynamic = {name: (0, 2, 3) if name in resized else (0,) for name in names}
+    program = trace(module, examples, dynamic, kind)
+    with quiet():
         try:
-            program = torch.export.export(module, (examples,), dynamic_shapes=({**shapes},), strict=False)
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -168,10 +163,10 @@ def to_graph(
                 verbose=False,
             )
         except Exception as error:
-            raise ExportError(f"model: {kind} cannot be exported: {_told(error)}") from error
+            raise ExportError(f"model: {kind} cannot be exported: {told(error)}") from error
     assert exported is not None
     graph = _to_proto(exported.model, path)
-    _require_symbolic(graph.graph, shapes)
+    _require_symbolic(graph.graph, dynamic)
     return strip(graph)
 
 
@@ -190,7 +185,7 @@ def _has_bfloat16(module: torch.nn.Module) -> bool:
 
 def _schedule_graph(schedule: Schedule, options: ExportOptions, opset: int) -> onnx.ModelProto:
     module = ScheduleModule(schedule, options.eta, bool(options.use_clipped_model_output))
-    with _quiet():
+    with quiet():
         program = torch.export.export(module, (torch.tensor(5),))
         exported = torch.onnx.export(
             program,
@@ -206,33 +201,11 @@ def _schedule_graph(schedule: Schedule, options: ExportOptions, opset: int) -> o
     return graph
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's own notes on what it exports."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _told(error: BaseException) -> str:
-    """The innermost reason of an exporter's error, in a line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
-
-
-def _require_symbolic(graph: onnx.GraphProto, shapes: Mapping[str, Mapping[int, Any]]) -> None:
+def _require_symbolic(graph: onnx.GraphProto, dynamic: Mapping[str, Sequence[int]]) -> None:
     """torch fixes a size that it cannot prove to be free, without an error."""
     dims = symbolic_dims(graph)
-    for name, dynamic in shapes.items():
-        for index in dynamic:
+    for name, indices in dynamic.items():
+        for index in indices:
             if isinstance(dims[name][index], int):
                 raise ExportError(
                     f"model: its code fixes dimension {index} of {name!r} to {dims[name][index]}, so the file would take"
@@ -262,7 +235,7 @@ def save(graph: onnx.ModelProto, path: Path) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
-        raise ExportError(f"model: the exported graph is not valid: {_told(error)}") from error
+        raise ExportError(f"model: the exported graph is not valid: {told(error)}") from error
 
 
 def describe_values(values: Iterable[onnx.ValueInfoProto], meanings: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -11,23 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import torch
 
 from fastddim.config import DDIMConfig
 from fastddim.export.bundle import Bundle
-from fastddim.export.graph import widen
+from fastddim.export.bundle_sampler import BundleSampler, open_sampler
 from fastddim.export.modules import DTYPES, Denoiser, describe, prepared
-from fastddim.export.ort import OrtSampler
 from fastddim.noise import STREAM_INITIAL, normal
 from fastddim.sampler import Sampler
 from fastddim.schedule import Schedule
 
 PARITY_STEPS = (1, 10, 50)
 LARGEST_BATCH = 3
-# float16 models round at every layer, and runtimes fuse them differently.
-_TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2}
+# Half-precision models round at every layer, and runtimes fuse them differently.
+_TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-1}
 # How much larger than the effect of a rounding of the start the difference may be.
 _AMPLIFIED = 100.0
 
@@ -48,32 +45,41 @@ def measure_parity(
 
     Args:
         bundle: what was written; its hashes need not be there yet.
-        denoiser: the model in torch, of the bundle's dtype.
+        denoiser: the model in torch, of the bundle's dtype and on its device.
         schedule: of the bundle.
         steps: numbers of steps to compare.
         tolerance: the largest difference. By default what the model's dtype explains, or, for models that amplify it, a
             hundred times the effect of a last-bit change of the starting state.
 
-    A bfloat16 model is compared in float32 arithmetic on its bfloat16 weights, as ONNX Runtime's CPU has no bfloat16.
+    A bfloat16 ONNX file is compared in float32 arithmetic on its bfloat16 weights: ONNX Runtime's CPU has no bfloat16.
 
     Raises:
         ParityError: a larger difference; the message has the sizes and both numbers.
     """
-    sampling = bundle.manifest["sampling"]
     dtype = next((p.dtype for p in denoiser.model.parameters() if p.is_floating_point()), torch.float32)
     small = large = denoiser.sample_shape
     if bundle.any_size:
         large = (small[0], 2 * small[1], small[2])
     results = []
-    with _runnable(bundle.model_path, denoiser.model, dtype) as (path, dtype):
-        manifest = {**bundle.manifest, "sampling": {**sampling, "dtype": str(dtype).removeprefix("torch.")}}
-        ort = OrtSampler(Bundle(path.parent, manifest), providers="cpu", session_options=_session_options())
+    with _opened(bundle, denoiser.model, dtype) as (exported, dtype):
         for batch, shape in ((1, small), (LARGEST_BATCH, large)):
             for count in steps:
-                entry = _compare(ort, denoiser, schedule, sampling, batch, shape, count, dtype, tolerance)
+                entry = _compare(exported, denoiser, schedule, batch, shape, count, dtype, tolerance)
                 _require_parity(entry, f"after {count} steps of a batch of {batch} of {shape}")
                 results.append(entry)
     return results
+
+
+@contextlib.contextmanager
+def _opened(bundle: Bundle, model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[BundleSampler, torch.dtype]]:
+    """What samples from the bundle, and the dtype of its arithmetic, which is the model's meanwhile."""
+    if bundle.runtime != "onnx":
+        yield open_sampler(bundle), dtype
+        return
+    with _runnable(bundle.model_path, model, dtype) as (path, runs_in):
+        sampling = {**bundle.manifest["sampling"], "dtype": str(runs_in).removeprefix("torch.")}
+        opened = Bundle(path.parent, {**bundle.manifest, "sampling": sampling})
+        yield open_sampler(opened, providers="cpu", session_options=_session_options()), runs_in
 
 
 @contextlib.contextmanager
@@ -83,6 +89,10 @@ def _runnable(path: Path, model: torch.nn.Module, dtype: torch.dtype) -> Iterato
         yield path, dtype
         return
     with tempfile.TemporaryDirectory() as folder, prepared(model, torch.float32):
+        import onnx
+
+        from fastddim.export.graph import widen
+
         widened = Path(folder, path.name)
         beside = path.with_name(f"{path.name}.data")
         if beside.exists():
@@ -112,6 +122,8 @@ def measure_component(
     Raises:
         ParityError: a larger difference; the message has the component and both numbers.
     """
+    import onnxruntime
+
     with _runnable(path, module, dtype) as (file, dtype), torch.no_grad():
         session = onnxruntime.InferenceSession(str(file), _session_options(), providers=["CPUExecutionProvider"])
         arrays = [{key: value.numpy() for key, value in inputs.items()} for inputs in batches]
@@ -136,7 +148,9 @@ def measure_component(
     return results
 
 
-def _session_options() -> onnxruntime.SessionOptions:
+def _session_options() -> Any:
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     # Threads that spin between calls would slow torch, whose turn it is then.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -175,21 +189,22 @@ def verify_bundle(
     """
     denoiser = describe(model, tuple(bundle.manifest["sample"]["shape"]), example_kwargs)
     schedule = Schedule(DDIMConfig.from_dict(bundle.manifest["schedule"]))
-    with prepared(model, DTYPES[bundle.manifest["sampling"]["dtype"]]):
+    with prepared(model, DTYPES[bundle.manifest["sampling"]["dtype"]], bundle.device):
         return measure_parity(bundle, denoiser, schedule, steps=steps, tolerance=tolerance)
 
 
 def _compare(
-    ort: OrtSampler,
+    exported: BundleSampler,
     denoiser: Denoiser,
     schedule: Schedule,
-    sampling: Mapping[str, Any],
     batch: int,
     shape: tuple[int, ...],
     steps: int,
     dtype: torch.dtype,
     tolerance: float | None,
 ) -> dict[str, Any]:
+    sampling, device = exported.bundle.manifest["sampling"], exported.bundle.device
+
     def model(x: torch.Tensor, t: torch.Tensor, **conditions: torch.Tensor) -> torch.Tensor:
         return denoiser.call(x.to(dtype), t, conditions).float()
 
@@ -202,27 +217,28 @@ def _compare(
         guidance_rescale=0.5 if sampling["guidance_rescale"] else 0.0,
         use_clipped_model_output=sampling["use_clipped_model_output"],
         sample_shape=shape,
+        backend="reference",
         graph="off",
     )
-    conditions, uncond = _draw_conditions(denoiser, batch)
+    conditions, uncond = _draw_conditions(denoiser, batch, device)
     kwargs: dict[str, Any] = {**conditions, "uncond_kwargs": uncond if sampling["guided"] else None}
-    start = normal(range(batch), 0, shape, STREAM_INITIAL)
+    start = normal(range(batch), 0, shape, STREAM_INITIAL, device=device)
     expected = _sample(sampler, start, kwargs)
     if tolerance is None:
         # A random model is chaotic: what a last-bit change of the start does says how far two programs may be apart.
         nudged = _sample(sampler, start * (1 + 2**-23), kwargs)
         tolerance = max(_TOLERANCES[dtype], _AMPLIFIED * float((nudged - expected).abs().max()))
-    arrays: dict[str, Any] = {name: value.numpy() for name, value in conditions.items()}
-    actual = ort(
-        start.numpy(),
+    arrays: dict[str, Any] = {name: value.numpy(force=True) for name, value in conditions.items()}
+    actual = exported(
+        start.numpy(force=True),
         seeds=0,
         num_inference_steps=steps,
         guidance_scale=sampler.guidance_scale,
         guidance_rescale=sampler.guidance_rescale,
-        uncond_kwargs={name: value.numpy() for name, value in uncond.items()} if sampling["guided"] else None,
+        uncond_kwargs={name: value.numpy(force=True) for name, value in uncond.items()} if sampling["guided"] else None,
         **arrays,
     )
-    error = float(np.abs(actual - expected.numpy()).max())
+    error = float((torch.as_tensor(actual, device=device) - expected).abs().max())
     return {
         "batch": batch,
         "size": list(shape),
@@ -238,7 +254,9 @@ def _sample(sampler: Sampler, start: torch.Tensor, kwargs: dict[str, Any]) -> to
     return samples
 
 
-def _draw_conditions(denoiser: Denoiser, batch: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def _draw_conditions(
+    denoiser: Denoiser, batch: int, device: str
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Random conditions, and their unconditional counterparts."""
     generator = torch.Generator().manual_seed(1)
     conditions, uncond = {}, {}
@@ -251,4 +269,5 @@ def _draw_conditions(denoiser: Denoiser, batch: int) -> tuple[dict[str, torch.Te
             highest = max(1, int(condition.example.max()) if condition.null is None else condition.null)
             conditions[name] = torch.randint(0, highest, shape, generator=generator)
             uncond[name] = torch.full(shape, 0 if condition.null is None else condition.null)
-    return conditions, uncond
+    placed = [{name: value.to(device) for name, value in group.items()} for group in (conditions, uncond)]
+    return placed[0], placed[1]

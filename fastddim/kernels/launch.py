@@ -15,7 +15,7 @@ import torch
 import triton
 from triton.runtime import driver
 
-from fastddim.arguments import check_step_arguments
+from fastddim.arguments import check_step_arguments, num_rows
 from fastddim.coefficients import Coefficient, StepTable
 from fastddim.config import DynamicThreshold, Limit
 from fastddim.kernels.plan import STEP_POINTERS, KernelCall, Plan, StepShape, make_plan
@@ -367,7 +367,7 @@ def make_entry(
     shape = StepShape(
         batch=sample.shape[0],
         elements=elements,
-        num_steps=len(table),
+        num_steps=num_rows(table),
         channels=sample.shape[1] if sample.ndim > 1 else 1,
         guided=guidance_scale is not None,
         cond_first=bool(cond_first),

@@ -1,6 +1,6 @@
 """The fused step as a torch operator, `fastddim::ddim_step`, for `torch.compile` and `torch.export`: no graph break."""
 
-from typing import Any, Optional
+from typing import Any, List, Optional  # noqa: UP035
 
 import torch
 from torch.library import triton_op, wrap_triton
@@ -11,9 +11,35 @@ from fastddim.kernels.launch import make_entry
 from fastddim.kernels.plan import STEP_POINTERS
 
 
-# torch builds the operator's schema from these annotations, and knows Optional but not `|`.
-@triton_op("fastddim::ddim_step", mutates_args={"out", "x0", "model_input"})
+# torch builds the operators' schemas from these annotations, and knows Optional and List but not `|`.
+@triton_op("fastddim::ddim_step", mutates_args=())
 def _ddim_step(
+    model_output: torch.Tensor,
+    sample: torch.Tensor,
+    table: torch.Tensor,
+    step: torch.Tensor,
+    guidance_scale: Optional[torch.Tensor],  # noqa: UP045
+    guidance_rescale: Optional[torch.Tensor],  # noqa: UP045
+    noise: Optional[torch.Tensor],  # noqa: UP045
+    seeds: Optional[torch.Tensor],  # noqa: UP045
+    first_row: Optional[torch.Tensor],  # noqa: UP045
+    limit: str,
+    limit_range: float,
+    limit_ratio: float,
+    cond_first: bool,
+    return_x0: bool,
+) -> List[torch.Tensor]:  # noqa: UP006
+    results = [torch.empty_like(sample) for _ in range(2 if return_x0 else 1)]
+    _launch(
+        model_output, sample, table, step, guidance_scale, guidance_rescale, noise, seeds, first_row, results[0],
+        results[1] if return_x0 else None, None, limit, limit_range, limit_ratio, cond_first,
+    )  # fmt: skip
+    return results
+
+
+# In a loop's body torch takes no operator of which an argument that it may write is None, hence the one above.
+@triton_op("fastddim::ddim_step_", mutates_args={"out", "x0", "model_input"})
+def _ddim_step_in_place(
     model_output: torch.Tensor,
     sample: torch.Tensor,
     table: torch.Tensor,
@@ -26,6 +52,30 @@ def _ddim_step(
     out: torch.Tensor,
     x0: Optional[torch.Tensor],  # noqa: UP045
     model_input: Optional[torch.Tensor],  # noqa: UP045
+    limit: str,
+    limit_range: float,
+    limit_ratio: float,
+    cond_first: bool,
+) -> None:
+    _launch(
+        model_output, sample, table, step, guidance_scale, guidance_rescale, noise, seeds, first_row, out, x0,
+        model_input, limit, limit_range, limit_ratio, cond_first,
+    )  # fmt: skip
+
+
+def _launch(
+    model_output: torch.Tensor,
+    sample: torch.Tensor,
+    table: torch.Tensor,
+    step: torch.Tensor,
+    guidance_scale: torch.Tensor | None,
+    guidance_rescale: torch.Tensor | None,
+    noise: torch.Tensor | None,
+    seeds: torch.Tensor | None,
+    first_row: torch.Tensor | None,
+    out: torch.Tensor,
+    x0: torch.Tensor | None,
+    model_input: torch.Tensor | None,
     limit: str,
     limit_range: float,
     limit_ratio: float,
@@ -107,17 +157,21 @@ def ddim_step(
         table = table.tensor(device)
     if not isinstance(step, torch.Tensor):
         step = torch.full((1,), step, dtype=torch.int64, device=device).reshape(())
-    contiguous = torch.contiguous_format
-    x_next = torch.empty_like(sample, memory_format=contiguous) if out is None else out
-    x0 = torch.empty_like(x_next) if return_x0 else None
     rescaled = isinstance(guidance_rescale, torch.Tensor) or guidance_rescale != 0
     name = {Clip: "clip", DynamicThreshold: "threshold"}.get(type(limit), "none")
-    torch.ops.fastddim.ddim_step(
+    inputs = (
         model_output, sample.contiguous(), table, step,
         None if guidance_scale is None else _scalar_tensor(guidance_scale, device),
         _scalar_tensor(guidance_rescale, device) if rescaled else None,
-        noise, seeds, first_row, x_next, x0, model_input, name, *limit_numbers(limit), bool(cond_first),
+        noise, seeds, first_row,
     )  # fmt: skip
+    constants = (name, *limit_numbers(limit), bool(cond_first))
+    if out is None and model_input is None:
+        results = torch.ops.fastddim.ddim_step(*inputs, *constants, return_x0)
+        return results[0], results[1] if return_x0 else None
+    x_next = torch.empty_like(sample, memory_format=torch.contiguous_format) if out is None else out
+    x0 = torch.empty_like(x_next) if return_x0 else None
+    torch.ops.fastddim.ddim_step_(*inputs, x_next, x0, model_input, *constants)
     return x_next, x0
 
 

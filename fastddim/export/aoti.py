@@ -1,0 +1,138 @@
+"""Running a bundle's AOTInductor package with torch. Tensors in, tensors out."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastddim.coefficients import StepTable
+from fastddim.export.bundle import Bundle, BundleError
+from fastddim.export.bundle_sampler import BundleSampler
+from fastddim.export.torch_arrays import TorchArrays
+from fastddim.export.tracing import quiet
+
+
+class AotiSampler(BundleSampler):
+    """Samples from an AOTInductor bundle: the same seeds give the same samples as `fastddim.Sampler`, to float rounding.
+
+    Arrays are torch tensors on any device, or numpy's; the results are tensors on the package's device.
+
+    Args:
+        bundle: a folder that `export_aoti` wrote, or an opened bundle.
+        device: where a CUDA package runs, e.g. `"cuda:1"`; the current GPU by default.
+        check_finite: look for NaN and infinities in the result, and find the step at which they appeared.
+
+    Attributes:
+        bundle: with its manifest.
+
+    Raises:
+        BundleError: a bundle that is damaged, of another runtime, or compiled for other machines than this one.
+        ValueError: a device that the package is not for.
+    """
+
+    runtime = "aoti"
+
+    def __init__(
+        self, bundle: str | Path | Bundle, *, device: str | torch.device | None = None, check_finite: bool = False
+    ) -> None:
+        super().__init__(bundle, check_finite)
+        target = self.bundle.manifest["target"]
+        require_target(self.bundle)
+        place = torch.device(target["device"] if device is None else device)
+        if place.type != target["device"]:
+            raise ValueError(f"device: '{place}', but this package is for {target['device']}")
+        if place.type == "cuda" and place.index is None:
+            place = torch.device("cuda", torch.cuda.current_device())
+        self._device = place
+        self._arrays = TorchArrays(place)
+        index = -1 if place.index is None else place.index
+        try:
+            with quiet():
+                self._package = torch._inductor.aoti_load_package(str(self.bundle.model_path), device_index=index)
+        except RuntimeError as error:
+            built = self.bundle.manifest["versions"].get("torch")
+            raise BundleError(
+                f"bundle: {str(self.bundle.model_path)!r} of torch {built} does not load with {torch.__version__}: {error}"
+            ) from error
+
+    def device(self) -> str:
+        """CPU, or CUDA."""
+        return self._device.type.upper()
+
+    def _call(self, inputs: Mapping[str, Any]) -> Any:
+        with torch.no_grad():
+            return self._package({name: inputs[name] for name in self._inputs})
+
+    def _sample_loop(self, inputs: Mapping[str, Any]) -> Any:
+        given = dict(inputs)
+        if "num_inference_steps" in given:
+            given["num_inference_steps"] = torch.from_numpy(given["num_inference_steps"])
+        (samples,) = self._call(given)
+        return samples
+
+    def _run_steps(self, sample: Any, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Any]) -> Any:
+        batch = sample.shape[0]
+        rows = torch.from_numpy(table.columns.astype(np.float32)).to(self._device)
+        timesteps = torch.tensor(table.timesteps, device=self._device)
+        noise = torch.zeros_like(sample)
+        for step in range(len(table)):
+            if seeds is not None:
+                noise = self._arrays.normal(seeds, step, sample.shape[1:])
+            given = {
+                "sample": sample,
+                "timestep": timesteps[step].expand(batch).contiguous(),
+                "coefficients": rows[step].expand(batch, -1).contiguous(),
+                "noise": noise,
+                **feeds,
+            }
+            sample, _ = self._call(given)
+        return sample
+
+
+def cpu_features() -> frozenset[str]:
+    """What Linux says that this machine's processor has, without underscores; nothing elsewhere."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("flags", "Features"):
+                return frozenset(value.replace("_", "").split())
+    return frozenset()
+
+
+def compute_capability(device: torch.device | None = None) -> str:
+    """Of a GPU, such as 9.0; the current one by default."""
+    return ".".join(map(str, torch.cuda.get_device_capability(device)))
+
+
+def require_target(bundle: Bundle) -> None:
+    """Check that this machine runs a bundle's code: where it cannot, calling it would end the process.
+
+    Raises:
+        BundleError: what the machine lacks, and the fix.
+    """
+    target = bundle.manifest["target"]
+    name = f"bundle: {str(bundle.path)!r} is"
+    built, here = (target["platform"], target["machine"]), (sys.platform, platform.machine())
+    if built != here:
+        raise BundleError(f"{name} for {' '.join(built)}, this machine is {' '.join(here)}; export it here")
+    missing = sorted(set(target["cpu_features"]) - cpu_features())
+    if missing:
+        raise BundleError(
+            f"{name} for a CPU with {', '.join(missing)}, which this one has not; export it here, or with cpu_isa='avx2'"
+        )
+    if target["device"] == "cpu":
+        return
+    if not torch.cuda.is_available():
+        raise BundleError(f"{name} for CUDA, and torch {torch.__version__} finds no GPU here; export it for the CPU")
+    if target["compute_capability"] != compute_capability():
+        raise BundleError(
+            f"{name} for compute capability {target['compute_capability']}, this GPU has {compute_capability()};"
+            " export it here"
+        )

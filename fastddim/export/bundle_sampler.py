@@ -1,0 +1,327 @@
+"""Sampling from a bundle, whatever runs its file: the call's checks, table, noise and inputs. No torch."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fastddim.coefficients import StepTable
+from fastddim.config import DDIMConfig
+from fastddim.export.bundle import SAMPLERS, Bundle, open_bundle, require_runtime
+from fastddim.noise import STREAM_INITIAL, STREAM_STEP, check_seeds, normal_numpy
+from fastddim.schedule import Schedule
+
+Array = npt.NDArray[Any]
+
+_OWN = ("sample", "timestep", "timesteps", "coefficients", "noise", "guidance_scale", "guidance_rescale",
+        "num_inference_steps")  # fmt: skip
+
+
+class NotFiniteError(ArithmeticError):
+    """The model returned NaN or an infinity; the message says at which step."""
+
+
+class NumpyArrays:
+    """What a sampler does with arrays, in numpy. A subclass does it with another library's."""
+
+    def __contains__(self, value: object) -> bool:
+        """Whether a value is an array, rather than a number or a list."""
+        return isinstance(value, np.ndarray)
+
+    def place(self, value: Any) -> Any:
+        """A value as an array where the runtime wants it."""
+        return np.asarray(value)
+
+    def casts(self, array: Any, dtype: str) -> bool:
+        """Whether an array converts to a dtype of numpy's name without changing its kind."""
+        return bool(np.can_cast(array.dtype, np.dtype(dtype), "same_kind"))
+
+    def is_floating(self, array: Any) -> bool:
+        """Whether an array's dtype is a floating-point one."""
+        return bool(np.issubdtype(array.dtype, np.floating))
+
+    def cast(self, array: Any, dtype: str) -> Any:
+        """A contiguous array of a dtype."""
+        return np.ascontiguousarray(array, dtype=np.dtype(dtype))
+
+    def full(self, shape: Sequence[int], value: float, dtype: str) -> Any:
+        """A new array of one value."""
+        return np.full(tuple(shape), value, dtype=np.dtype(dtype))
+
+    def normal(self, seeds: Sequence[int], step: int, shape: Sequence[int], stream: int = STREAM_STEP) -> Any:
+        """`fastddim.noise.normal_numpy`."""
+        return normal_numpy(seeds, step, shape, stream)
+
+    def is_finite(self, array: Any) -> bool:
+        """Whether no element is NaN or infinite."""
+        return bool(np.isfinite(array).all())
+
+
+class BundleSampler(ABC):
+    """What the samplers of all runtimes share: a call is checked and becomes the file's inputs.
+
+    Args:
+        bundle: a folder that `fastddim export` wrote, or an opened bundle.
+        check_finite: look for NaN and infinities in the result, and find the step at which they appeared.
+
+    Attributes:
+        runtime: the manifest's name of what runs the file.
+        bundle: with its manifest.
+
+    Raises:
+        BundleError: a bundle that is damaged, or of another runtime.
+    """
+
+    runtime: ClassVar[str]
+
+    _arrays = NumpyArrays()
+
+    def __init__(self, bundle: str | Path | Bundle, check_finite: bool) -> None:
+        self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+        require_runtime(self.bundle, self.runtime)
+        self.check_finite = check_finite
+        manifest = self.bundle.manifest
+        self._sampling = manifest["sampling"]
+        self._inputs = {item["name"]: item for item in manifest["inputs"]}
+        self._conditions = [name for name in self._inputs if name not in _OWN and not name.startswith("uncond_")]
+        self._schedule = Schedule(DDIMConfig.from_dict(manifest["schedule"]))
+
+    @abstractmethod
+    def device(self) -> str:
+        """What the file runs on, for messages."""
+
+    @abstractmethod
+    def _sample_loop(self, inputs: Mapping[str, Any]) -> Any:
+        """`samples` of a file that takes all steps."""
+
+    @abstractmethod
+    def _run_steps(self, sample: Any, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Any]) -> Any:
+        """The finished samples of a file that takes one step."""
+
+    def __call__(
+        self,
+        start: Any,
+        *,
+        seeds: int | Sequence[int] | None = None,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        eta: float | None = None,
+        guidance_scale: Any = None,
+        guidance_rescale: Any = 0.0,
+        size: tuple[int, int] | None = None,
+        uncond_kwargs: Mapping[str, Any] | None = None,
+        **conditions: Any,
+    ) -> Any:
+        """Sample. Arrays are numpy's, or those that the subclass names.
+
+        Args:
+            start: how many samples to draw from `seeds`, or the starting state `[B, ...]`.
+            seeds: one per sample, or an integer s for s, s + 1, ...
+            num_inference_steps, timesteps, eta: of this run; the bundle's own by default. A baked schedule takes
+                `num_inference_steps` alone.
+            guidance_scale, guidance_rescale: numbers or `[B]`, for bundles with guidance.
+            size: `(height, width)` of the samples, for bundles of any size; the model's own by default.
+            uncond_kwargs: the conditions' unconditional halves, where the bundle knows none.
+            **conditions: the model's other inputs `[B, ...]`.
+
+        Returns:
+            float32 `[B, ...]`.
+
+        Raises:
+            ValueError: inputs that the bundle does not take, or of the wrong shape or dtype.
+            NotFiniteError: with `check_finite`.
+        """
+        table = self._table(num_inference_steps, timesteps, eta)
+        shape = self._shape(start, size)
+        noisy = self._sampling["stochastic"] and bool((table.columns[:, -1] != 0).any())
+        given = start in self._arrays
+        if seeds is None and (not given or noisy):
+            raise ValueError("seeds: None; pass one integer per sample, or one integer s for s, s + 1, ...")
+        seed_list = None if seeds is None else check_seeds(seeds, shape[0])
+        if given:
+            sample = self._arrays.cast(self._arrays.place(start), "float32")
+        else:
+            assert seed_list is not None
+            sample = self._arrays.normal(seed_list, 0, shape[1:], STREAM_INITIAL)
+        feeds = {
+            **self._scales(shape[0], guidance_scale, guidance_rescale),
+            **self._condition_feeds(shape[0], conditions, uncond_kwargs),
+        }
+        run = self._run_loop if self.bundle.graph == "loop" else self._run_steps
+        result = run(sample, table, seed_list if noisy else None, feeds)
+        if self.check_finite and not self._arrays.is_finite(result):
+            raise NotFiniteError(self._blame(sample, table, seed_list if noisy else None, feeds))
+        return result
+
+    def _table(self, num_inference_steps: int | None, timesteps: Sequence[int] | None, eta: float | None) -> StepTable:
+        default = self.bundle.manifest["table"]
+        if self._sampling["baked_schedule"]:
+            if timesteps is not None or (eta is not None and eta != self._sampling["eta"]):
+                raise ValueError("timesteps, eta: this bundle derives its table itself; pass num_inference_steps alone")
+            num_inference_steps = num_inference_steps or len(default["timesteps"])
+        if num_inference_steps is None and timesteps is None and eta is None:
+            return StepTable.from_columns(default["timesteps"], np.array(default["coefficients"]))
+        if num_inference_steps is None and timesteps is None:
+            num_inference_steps = len(default["timesteps"])
+        eta = self._sampling["eta"] if eta is None else eta
+        table = StepTable.build(
+            self._schedule,
+            self._schedule.pairs(num_inference_steps, timesteps=timesteps),
+            eta=eta,
+            use_clipped_model_output=self._sampling["use_clipped_model_output"],
+        )
+        if eta and not self._sampling["stochastic"]:
+            raise ValueError(f"eta: {eta!r}, but this bundle has no input for noise; export it with stochastic=True")
+        return table
+
+    def _shape(self, start: Any, size: tuple[int, int] | None) -> tuple[int, ...]:
+        expected = self._inputs["sample"]["shape"]
+        text = f"[{', '.join(map(str, expected))}]"
+        if start in self._arrays:
+            if not _fits(start.shape, expected) or not self._arrays.is_floating(start):
+                raise ValueError(f"start: {start.dtype} of shape {tuple(start.shape)}; pass a float32 state {text}")
+            return tuple(start.shape)
+        if isinstance(start, bool) or not isinstance(start, (int, np.integer)) or start < 1:
+            raise ValueError(f"start: {start!r}; pass a batch size >= 1, or a state {text}")
+        own = self.bundle.manifest["sample"]["shape"]
+        if size is None:
+            return (int(start), *own)
+        if not self.bundle.any_size and tuple(size) != tuple(own[-2:]):
+            raise ValueError(f"size: {tuple(size)}; this bundle makes samples of {tuple(own[-2:])} alone")
+        return (int(start), own[0], *size)
+
+    def _scales(self, batch: int, scale: Any, rescale: Any) -> dict[str, Any]:
+        feeds = {}
+        if not self._sampling["guided"]:
+            if scale is not None:
+                raise ValueError(f"guidance_scale: {scale!r}, but this bundle was exported without guidance")
+        elif scale is None:
+            raise ValueError("guidance_scale: None; this bundle has guidance, pass a number or one per sample")
+        else:
+            feeds["guidance_scale"] = self._per_sample("guidance_scale", scale, batch)
+        if self._sampling["guidance_rescale"]:
+            feeds["guidance_rescale"] = self._per_sample("guidance_rescale", rescale, batch)
+        elif np.any(_on_host(rescale) != 0):
+            raise ValueError(f"guidance_rescale: {rescale!r}, but this bundle was exported without it")
+        return feeds
+
+    def _condition_feeds(
+        self, batch: int, conditions: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        uncond = dict(uncond_kwargs or {})
+        for name in (*conditions, *uncond):
+            if name not in self._conditions:
+                raise ValueError(f"{name}: this bundle takes {', '.join(self._conditions) or 'no conditions'}")
+        feeds = {}
+        for name in self._conditions:
+            if name not in conditions:
+                raise ValueError(f"{name}: missing; pass an array {self._inputs[name]['shape']}")
+            feeds[name] = fit_array(name, conditions[name], self._inputs[name], batch, self._arrays)
+            other = f"uncond_{name}"
+            if other not in self._inputs:
+                continue
+            null = self._sampling["null_values"].get(name)
+            if name in uncond:
+                feeds[other] = fit_array(other, uncond[name], self._inputs[other], batch, self._arrays)
+            elif null is not None:
+                feeds[other] = self._arrays.full(feeds[name].shape, null, self._inputs[other]["dtype"])
+            else:
+                raise ValueError(f"uncond_kwargs: {name!r} is missing, and the bundle knows no value for it; pass it")
+        return feeds
+
+    def _per_sample(self, name: str, value: Any, batch: int) -> Any:
+        array = _on_host(value).astype(np.float32)
+        if array.shape not in ((), (batch,)) or not all(map(math.isfinite, array.reshape(-1).tolist())):
+            raise ValueError(f"{name}: {value!r}; pass a finite number, or one for each of {batch} samples")
+        return self._arrays.place(np.ascontiguousarray(np.broadcast_to(array, (batch,))))
+
+    def _run_loop(self, sample: Any, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Any]) -> Any:
+        steps = len(table)
+        given: dict[str, Any] = {"sample": sample, **feeds}
+        if self._sampling["baked_schedule"]:
+            given["num_inference_steps"] = np.array(steps, dtype=np.int64)
+        else:
+            given["timesteps"] = self._arrays.place(np.array(table.timesteps, dtype=np.int64))
+            given["coefficients"] = self._arrays.place(table.columns.astype(np.float32))
+        if "noise" in self._inputs:
+            noise = self._arrays.full((steps, *sample.shape), 0.0, "float32")
+            if seeds is not None:
+                for step in range(steps):
+                    noise[step] = self._arrays.normal(seeds, step, sample.shape[1:])
+            given["noise"] = noise
+        return self._sample_loop(given)
+
+    def _blame(self, sample: Any, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Any]) -> str:
+        """At which step a run stopped being finite, by runs of the table's first rows."""
+        if not self._arrays.is_finite(sample):
+            return "start: has NaN or infinite values"
+        if self._sampling["baked_schedule"]:
+            return "the result has NaN or infinite values; a bundle with a baked schedule cannot tell at which step"
+        run = self._run_loop if self.bundle.graph == "loop" else self._run_steps
+        good, bad = 0, len(table)
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            part = StepTable.from_columns(table.timesteps[:middle], table.columns[:middle])
+            if self._arrays.is_finite(run(sample, part, seeds, feeds)):
+                good = middle
+            else:
+                bad = middle
+        return f"the state has NaN or infinite values after step {bad - 1} (timestep {table.timesteps[bad - 1]})"
+
+
+def open_sampler(bundle: str | Path | Bundle, **options: Any) -> BundleSampler:
+    """The sampler for a bundle's runtime.
+
+    Args:
+        bundle: a folder that `fastddim export` wrote, or an opened bundle.
+        **options: of the class, `OrtSampler` or `AotiSampler`.
+
+    Raises:
+        BundleError: a bundle that is damaged, or that this machine cannot run.
+    """
+    import fastddim.export
+
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    sampler: BundleSampler = getattr(fastddim.export, SAMPLERS[opened.runtime])(opened, **options)
+    return sampler
+
+
+def fit_array(
+    name: str, value: Any, item: Mapping[str, Any], batch: int | None = None, arrays: NumpyArrays | None = None
+) -> Any:
+    """An argument as an input of a graph.
+
+    Args:
+        name: of the argument, for errors.
+        value: the array.
+        item: the manifest's description of the input.
+        batch: the first dimension, where it is known.
+        arrays: of the runtime; numpy's by default.
+
+    Raises:
+        ValueError: another shape, or a dtype that does not convert.
+    """
+    arrays = NumpyArrays() if arrays is None else arrays
+    array = arrays.place(value)
+    shape = tuple(batch if dim == "batch" and batch is not None else dim for dim in item["shape"])
+    if not _fits(array.shape, shape) or not arrays.casts(array, item["dtype"]):
+        raise ValueError(f"{name}: {array.dtype} of shape {tuple(array.shape)}; pass {item['dtype']} of shape {shape}")
+    return arrays.cast(array, item["dtype"])
+
+
+def _fits(shape: Sequence[int], expected: Sequence[int | str]) -> bool:
+    """Whether a shape is the expected one, names standing for any size."""
+    return len(shape) == len(expected) and all(
+        isinstance(want, str) or want == have for want, have in zip(expected, shape, strict=True)
+    )
+
+
+def _on_host(value: Any) -> Array:
+    """Numbers, or a tensor on whatever device, in numpy."""
+    return np.asarray(value.cpu() if hasattr(value, "cpu") else value)

@@ -1,0 +1,109 @@
+"""The whole loop as a torch module, for runtimes that take `while_loop`, and its step with the fused kernel on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch._higher_order_ops.while_loop import while_loop
+
+from fastddim.coefficients import NUM_COLUMNS
+from fastddim.export.modules import StepModule
+from fastddim.export.schedule_module import ScheduleModule
+
+_EXAMPLE_STEPS = 3
+
+
+class FusedStepModule(StepModule):
+    """`StepModule` with the fused kernel where the state is on a GPU."""
+
+    def update(self, output: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        x, rows = inputs["sample"], inputs["coefficients"]
+        if not x.is_cuda:
+            return super().update(output, inputs)
+        from fastddim.kernels.operator import ddim_step
+
+        shared = rows.shape[0] == 1
+        step = (
+            torch.zeros((), dtype=torch.int64, device=x.device) if shared else torch.arange(x.shape[0], device=x.device)
+        )
+        x_next, x0 = ddim_step(
+            output,
+            x,
+            rows,
+            step,
+            limit=self.limit,
+            noise=inputs.get("noise"),
+            guidance_scale=inputs.get("guidance_scale"),
+            guidance_rescale=inputs.get("guidance_rescale", 0.0),
+        )
+        assert x0 is not None
+        return x_next, x0
+
+
+class LoopModule(torch.nn.Module):
+    """All steps of a run, as many as the table has rows.
+
+    Args:
+        step: one of them; it takes one row of coefficients for the whole batch too.
+        schedule: with it, the loop takes a number of steps and derives the table.
+
+    The inputs of `forward`, in order, those in brackets where the step has them:
+        sample: `[B, ...]` float32, the starting state.
+        timesteps: `[N]` int64.
+        coefficients: `[N, 6]` float32. With a schedule, num_inference_steps `[]` int64 instead of these two.
+        [noise]: `[N, B, ...]` float32.
+        the step's others.
+    Returns `(samples,)`, `[B, ...]` float32.
+    """
+
+    def __init__(self, step: StepModule, schedule: ScheduleModule | None = None) -> None:
+        super().__init__()
+        self.step = step
+        self.schedule = schedule
+
+    def example_inputs(self) -> dict[str, torch.Tensor]:
+        """Tensors of two samples and three steps to trace with."""
+        values = {}
+        for name, value in self.step.example_inputs().items():
+            if name == "timestep" and self.schedule is None:
+                values["timesteps"] = torch.arange(_EXAMPLE_STEPS).flip(0)
+            elif name == "timestep":
+                values["num_inference_steps"] = torch.tensor(_EXAMPLE_STEPS)
+            elif name == "coefficients" and self.schedule is None:
+                values[name] = torch.full((_EXAMPLE_STEPS, NUM_COLUMNS), 0.5)
+            elif name == "noise":
+                values[name] = value.expand(_EXAMPLE_STEPS, *value.shape).contiguous()
+            elif name != "coefficients":
+                values[name] = value
+        return values
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor]:
+        fixed = dict(inputs)
+        sample, noise = fixed.pop("sample"), fixed.pop("noise", None)
+        if self.schedule is None:
+            timesteps, coefficients = fixed.pop("timesteps"), fixed.pop("coefficients")
+            steps: int | torch.Tensor = timesteps.shape[0]
+        else:
+            # A tensor: `while_loop` takes no size that is only known at run time.
+            steps = fixed.pop("num_inference_steps")
+            timesteps, coefficients = (rows.to(sample.device) for rows in self.schedule(steps))
+
+        # The condition's counter is on the CPU, so that no step waits for the device.
+        def go_on(count: torch.Tensor, row: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return count < steps
+
+        def body(count: torch.Tensor, row: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            given = {
+                "sample": x,
+                "timestep": timesteps.index_select(0, row).expand(x.shape[0]),
+                "coefficients": coefficients.index_select(0, row),
+            }
+            if noise is not None:
+                given["noise"] = noise.index_select(0, row).squeeze(0)
+            x_next, _ = self.step({**given, **fixed})
+            return count + 1, row + 1, x_next
+
+        first = torch.zeros(1, dtype=torch.int64, device=sample.device)
+        *_, samples = while_loop(go_on, body, (torch.zeros((), dtype=torch.int64), first, sample))  # type: ignore[no-untyped-call]
+        return (samples,)

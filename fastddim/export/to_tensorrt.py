@@ -1,0 +1,384 @@
+"""The TensorRT exporter: the graphs of an ONNX bundle, built into engines."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastddim.export.bundle import (
+    Bundle,
+    BundleError,
+    check_destination,
+    open_bundle,
+    require_runtime,
+    write_bundle,
+)
+from fastddim.export.manifest import NOTE_FILE, note
+from fastddim.export.plan import ExportError
+from fastddim.export.trt_library import Library, first_error, load_library
+from fastddim.export.trt_options import Range, TensorRTOptions
+from fastddim.files import check_writable, write_whole
+
+ENGINE_SUFFIX = ".engine"
+LOG_FILE = "build.log"
+# Of a manifest's `engine`: what has to be as before for a built engine to be the one asked for.
+_DECIDES = ("flavour", "version", "platform", "gpu", "compute_capabilities", "profiles", "options", "source")
+
+Progress = Callable[[str, str | None, int, int], None]
+
+
+def export_tensorrt(
+    source: str | Path | Bundle | Callable[[Path], Bundle],
+    out: str | Path,
+    options: TensorRTOptions | None = None,
+    *,
+    force: bool = False,
+    reuse: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Build a bundle of TensorRT engines, one for each graph of an ONNX bundle.
+
+    The rtx flavour needs no GPU to build. The engines are not run here; the graphs were compared with torch when they
+    were exported.
+
+    Args:
+        source: the ONNX bundle, or a function that writes one to the folder it is given, such as
+            `functools.partial(export_onnx, model, scheduler)`.
+        out: the folder to write: `model.engine`, one engine for each component, and `build.log`.
+        options: how to build; what they fix.
+        force: replace a bundle that is there.
+        reuse: keep a TensorRT bundle that is there if the same graphs, options, version and target made it, and build
+            it anew otherwise.
+        progress: called with a phase of the build, the phase it is part of, and how many of its steps are done, of how
+            many.
+
+    Returns:
+        The bundle, opened; its manifest has `engine`.
+
+    Raises:
+        ImportError: TensorRT is not there.
+        ValueError: options that this flavour or version of TensorRT does not have, or that do not fit the bundle.
+        ExportError: TensorRT refuses a graph; the message names its nodes.
+        BundleError: `source` is damaged, or no ONNX bundle.
+        FileExistsError, NotADirectoryError, PermissionError: `out`, before any work.
+    """
+    options = TensorRTOptions() if options is None else options
+    target = check_destination(out, force or reuse)
+    library = load_library(options.flavour)
+    settings = _settings(library, options)
+    if options.timing_cache is not None:
+        check_writable(options.timing_cache, "timing_cache")
+    gpu, capabilities = _build_target(library, options)
+    with _opened(source) as bundle:
+        ranges = [profile.ranges(bundle.manifest) for profile in options.profiles]
+        graphs = {
+            name: sha["sha256"] for name, sha in bundle.manifest["files"].items() if name.endswith((".onnx", ".data"))
+        }
+        engine = {
+            "flavour": library.flavour,
+            "version": library.version,
+            "platform": f"{sys.platform} {platform.machine()}",
+            "gpu": gpu,
+            "compute_capabilities": capabilities,
+            "profiles": [{name: list(sizes) for name, sizes in profile.items()} for profile in ranges],
+            "options": options.identity(),
+            "source": graphs,
+        }
+        if reuse and target.exists():
+            kept = _require_engines(target, force)
+            if kept is not None and all(kept.manifest["engine"][name] == engine[name] for name in _DECIDES):
+                return kept
+        build = _Build(library, settings, ranges, options.timing_cache, progress)
+        return write_bundle(target, force or reuse, functools.partial(_fill, bundle, engine, build))
+
+
+@contextmanager
+def _opened(source: str | Path | Bundle | Callable[[Path], Bundle]) -> Iterator[Bundle]:
+    if callable(source):
+        with tempfile.TemporaryDirectory(prefix="fastddim-onnx-") as folder:
+            yield source(Path(folder) / "bundle")
+        return
+    bundle = source if isinstance(source, Bundle) else open_bundle(source)
+    require_runtime(bundle, "onnx")
+    yield bundle
+
+
+def _require_engines(target: Path, force: bool) -> Bundle | None:
+    """The bundle that may be kept; None if it cannot be read, or is of another runtime and may be replaced."""
+    try:
+        kept = open_bundle(target)
+    except BundleError:
+        return None
+    if kept.runtime == "tensorrt":
+        return kept
+    if not force:
+        raise FileExistsError(
+            f"out: {str(target)!r} is of runtime {kept.runtime!r}, which reuse does not replace; pass another folder, or"
+            " --force to replace it"
+        )
+    return None
+
+
+Setting = Callable[[Any], None]
+
+
+def _settings(library: Library, options: TensorRTOptions) -> list[Setting]:
+    """What is to be set on a builder's configuration, all of it there in this flavour and version."""
+    trt = library.module
+    settings: list[Setting] = []
+
+    def add(option: str, *members: str, setting: Setting, refused: bool = False) -> None:
+        missing = [path for path in members if not _has(trt, path)]
+        if missing or refused:
+            raise ValueError(f"{option}: {library.name} (flavour {library.flavour!r}) has no such option; leave it out")
+        settings.append(setting)
+
+    rtx = library.flavour == "rtx"
+    flags = {
+        "version_compatible": options.version_compatible,
+        "refit": options.refit,
+        "strip_plan": options.strip_plan,
+        "weight_streaming": options.weight_streaming,
+    }
+    for name, wanted in flags.items():
+        if wanted:
+            flag = f"BuilderFlag.{name.upper()}"
+            add(name, flag, setting=lambda config, flag=flag: config.set_flag(_get(trt, flag)))  # type: ignore[misc]
+    if not options.tf32:
+        add("tf32", "BuilderFlag.TF32", setting=lambda config: config.clear_flag(trt.BuilderFlag.TF32))
+    if options.workspace is not None:
+        add(
+            "workspace",
+            "MemoryPoolType.WORKSPACE",
+            setting=lambda config: config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace),
+        )
+    if options.builder_optimization_level is not None:
+        add(
+            "builder_optimization_level",
+            "IBuilderConfig.builder_optimization_level",
+            setting=lambda config: setattr(config, "builder_optimization_level", options.builder_optimization_level),
+        )
+    if options.hardware_compatibility is not None:
+        level = f"HardwareCompatibilityLevel.{options.hardware_compatibility.upper()}"
+        # TensorRT-RTX has the attribute, and ignores it with a warning.
+        add(
+            "hardware_compatibility",
+            level,
+            setting=lambda config: setattr(config, "hardware_compatibility_level", _get(trt, level)),
+            refused=rtx,
+        )
+    if options.timing_cache is not None:
+        # TensorRT-RTX compiles on the machine that runs the engine, and keeps a cache there.
+        add("timing_cache", "IBuilderConfig.create_timing_cache", setting=lambda config: None, refused=rtx)
+    if options.compute_capabilities:
+        add(
+            "compute_capabilities",
+            "IBuilderConfig.set_compute_capability",
+            setting=functools.partial(_set_capabilities, _capability_members(library, options.compute_capabilities)),
+        )
+    return settings
+
+
+def _get(module: Any, path: str) -> Any:
+    return functools.reduce(getattr, path.split("."), module)
+
+
+def _has(module: Any, path: str) -> bool:
+    try:
+        _get(module, path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _capability_members(library: Library, capabilities: Sequence[str]) -> list[Any]:
+    kinds = getattr(library.module, "ComputeCapability", None)
+    if kinds is None:
+        return []
+    members = []
+    for capability in capabilities:
+        name = f"SM{capability.replace('.', '')}"
+        if not hasattr(kinds, name):
+            known = [f"{key[2:-1]}.{key[-1]}" for key in dir(kinds) if key.startswith("SM") and key[2:].isdecimal()]
+            known.sort(key=float)
+            raise ValueError(f"compute_capabilities: {capability!r}; {library.name} builds for {', '.join(known)}")
+        members.append(getattr(kinds, name))
+    return members
+
+
+def _set_capabilities(members: Sequence[Any], config: Any) -> None:
+    config.num_compute_capabilities = len(members)
+    for index, member in enumerate(members):
+        config.set_compute_capability(member, index)
+
+
+def _build_target(library: Library, options: TensorRTOptions) -> tuple[str | None, list[str]]:
+    """The GPU's name, where it decides the engine, and the compute capabilities; none for all of a flavour's."""
+    if library.flavour == "rtx":
+        return None, list(options.compute_capabilities)
+    import torch
+
+    from fastddim.export.aoti import compute_capability
+
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"flavour: {library.name} builds for the GPU that is here, and torch {torch.__version__} finds none; build on"
+            " the machine that will run the engine, or pass flavour='rtx'"
+        )
+    return torch.cuda.get_device_name(), [compute_capability()]
+
+
+@dataclass(frozen=True)
+class _Build:
+    """How to build each graph of a bundle.
+
+    Attributes:
+        library: TensorRT.
+        settings: of the builder's configuration.
+        ranges: of the dimensions, for each profile.
+        timing_cache: a file.
+        progress: as `export_tensorrt`'s.
+    """
+
+    library: Library
+    settings: Sequence[Setting]
+    ranges: Sequence[Mapping[str, Range]]
+    timing_cache: str | Path | None
+    progress: Progress | None
+
+    def write(self, graph: Path, described: Mapping[str, Any], engine: Path, lines: list[str]) -> None:
+        """Build an engine and write it.
+
+        Args:
+            graph: the ONNX file.
+            described: the manifest's entry for it.
+            engine: the file to write.
+            lines: of the log, which grows.
+        """
+        trt = self.library.module
+        start = len(lines)
+        logger = self.library.logger(lines)
+        builder = trt.Builder(logger)
+        # Newer versions know no other networks.
+        typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        network = builder.create_network(0 if typed is None else 1 << int(typed))
+        parser = trt.OnnxParser(network, logger)
+        if not parser.parse_from_file(str(graph)):
+            errors = [parser.get_error(index) for index in range(parser.num_errors)]
+            refused = "; ".join(f"node {e.node_name()!r} ({e.node_operator()}): {e.desc()}" for e in errors)
+            raise ExportError(f"model: {self.library.name} refuses {graph.name}: {refused}")
+        config = builder.create_builder_config()
+        for setting in self.settings:
+            setting(config)
+        cache = self._load_timing_cache(config)
+        for ranges in self.ranges:
+            self._add_profile(builder, config, network, described, ranges)
+        monitor = _monitor(trt, self.progress) if self.progress is not None else None
+        if monitor is not None:
+            config.progress_monitor = monitor
+        built = builder.build_serialized_network(network, config)
+        if monitor is not None and monitor.failed is not None:
+            raise monitor.failed
+        if built is None:
+            raise ExportError(f"model: {self.library.name} cannot build {graph.name}: {first_error(lines[start:])}")
+        with engine.open("wb") as file:
+            file.write(memoryview(built))
+        if cache is not None and self.timing_cache is not None:
+            content = bytes(memoryview(cache.serialize()))
+            write_whole(self.timing_cache, lambda file: file.write(content), "timing_cache")
+
+    def _load_timing_cache(self, config: Any) -> Any:
+        if self.timing_cache is None:
+            return None
+        file = Path(self.timing_cache)
+        cache = config.create_timing_cache(file.read_bytes() if file.exists() else b"")
+        # One of another version or GPU is not taken.
+        if not config.set_timing_cache(cache, ignore_mismatch=False):
+            cache = config.create_timing_cache(b"")
+            config.set_timing_cache(cache, ignore_mismatch=False)
+        return cache
+
+    def _add_profile(
+        self, builder: Any, config: Any, network: Any, described: Mapping[str, Any], ranges: Mapping[str, Range]
+    ) -> None:
+        dims = {item["name"]: item["shape"] for item in described["inputs"]}
+        profile = builder.create_optimization_profile()
+        for index in range(network.num_inputs):
+            tensor = network.get_input(index)
+            if tensor.is_shape_tensor:
+                # The number of steps of a baked schedule.
+                profile.set_shape_input(tensor.name, *([size] for size in ranges["steps"]))
+                continue
+            shape = dims[tensor.name]
+            profile.set_shape(
+                tensor.name,
+                *(tuple(ranges[dim][k] if isinstance(dim, str) else dim for dim in shape) for k in range(3)),
+            )
+        config.add_optimization_profile(profile)
+
+
+def _monitor(trt: Any, progress: Progress) -> Any:
+    """TensorRT's own progress interface around a function; what the function raises ends the build."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.failed: BaseException | None = None
+            self._phases: dict[str, tuple[str | None, int]] = {}
+
+        def phase_start(self, name: str, parent: str | None, num_steps: int) -> None:
+            self._phases[name] = parent, num_steps
+            self._tell(name, 0)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            self._tell(name, step + 1)
+            return self.failed is None
+
+        def phase_finish(self, name: str) -> None:
+            self._tell(name, self._phases[name][1])
+
+        def _tell(self, name: str, done: int) -> None:
+            parent, total = self._phases[name]
+            try:
+                if self.failed is None:
+                    progress(name, parent, done, total)
+            # TensorRT's own frames are between here and the caller; it takes no for an answer, but no exception.
+            except BaseException as error:
+                self.failed = error
+
+    return Monitor()
+
+
+def _fill(source: Bundle, engine: Mapping[str, Any], build: _Build, folder: Path) -> dict[str, Any]:
+    """Write the engines, their log and the rest of the bundle; returns the manifest."""
+    manifest: dict[str, Any] = copy.deepcopy(dict(source.manifest))
+    del manifest["files"]
+    lines: list[str] = []
+    for described in (manifest, *manifest.get("components", {}).values()):
+        graph = source.path / described["model"]
+        described["model"] = graph.with_suffix(ENGINE_SUFFIX).name
+        lines.append(f"== {described['model']}")
+        build.write(graph, described, folder / described["model"], lines)
+    # Without the folder, which may be a temporary one.
+    (folder / LOG_FILE).write_text("\n".join(lines).replace(f"{source.path}/", "") + "\n", "utf-8")
+    for name in source.manifest["files"]:
+        # A tokenizer's.
+        if "/" in name:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.path / name, folder / name)
+    # Of the graphs, not of the engines.
+    manifest["parity"] = []
+    manifest["runtime"] = "tensorrt"
+    manifest["engine"] = dict(engine)
+    manifest["versions"][build.library.package] = build.library.version
+    (folder / NOTE_FILE).write_text(note(manifest), "utf-8")
+    return manifest

@@ -1,0 +1,450 @@
+"""AOTInductor packages against the sampler, from Python; what needs a GPU is traced here and run where there is one."""
+
+import contextlib
+import glob
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastddim import DDIMConfig, Sampler
+from fastddim.cli import main
+from fastddim.export import (
+    AotiSampler,
+    BundleError,
+    ExportError,
+    ExportOptions,
+    NotFiniteError,
+    OrtSampler,
+    ParityError,
+    aoti,
+    export_aoti,
+    export_onnx,
+    open_bundle,
+    open_sampler,
+    to_aoti,
+    validate,
+    verify_bundle,
+)
+from test_export import CONFIGS, LABELS, SHAPE, Tiny, conditional_unet, edit, sample_tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+def export_tiny(folder, config=None, *, model=None, parity_steps=(1, 4), device="cpu", cpu_isa=None, **options):
+    return export_aoti(
+        model or Tiny(),
+        config or DDIMConfig(),
+        folder,
+        ExportOptions(**options),
+        device=device,
+        cpu_isa=cpu_isa,
+        sample_shape=SHAPE,
+        example_kwargs={"labels": LABELS},
+        parity_steps=parity_steps,
+    )
+
+
+def run_tiny(bundle, batch=3, **arguments):
+    labels = torch.from_numpy(np.resize(LABELS.numpy(), batch))
+    uncond = {"labels": torch.zeros_like(labels)} if open_bundle(bundle).manifest["sampling"]["guided"] else None
+    samples = AotiSampler(bundle)(batch, seeds=5, labels=labels, uncond_kwargs=uncond, **arguments)
+    assert isinstance(samples, torch.Tensor) and samples.dtype == torch.float32
+    return samples.numpy(force=True)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A loop with all inputs; Inductor's own files lie in the temporary folder."""
+    folder = tmp_path_factory.mktemp("kept")
+    before = tempfile.tempdir
+    tempfile.tempdir = str(folder)
+    try:
+        export_tiny(folder / "bundle", guided=True, guidance_rescale=True, stochastic=True)
+    finally:
+        tempfile.tempdir = before
+    return folder / "bundle"
+
+
+@pytest.fixture
+def copied(kept, tmp_path):
+    return shutil.copytree(kept, tmp_path / "bundle")
+
+
+def test_the_loop_samples_as_the_sampler_does(kept):
+    for batch, steps, eta in ((1, 1, 0.0), (3, 7, 0.5), (8, 12, 1.0)):
+        actual = run_tiny(kept, batch, num_inference_steps=steps, eta=eta, guidance_scale=3.0, guidance_rescale=0.7)
+        expected = sample_tiny(DDIMConfig(), steps, batch, eta=eta, guidance_scale=3.0, guidance_rescale=0.7)
+        np.testing.assert_allclose(actual, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_the_table_brings_prediction_type_and_spacing(copied, prediction):
+    config = DDIMConfig(prediction_type=prediction, timestep_spacing="trailing", beta_schedule="squaredcos_cap_v2")
+    edit(copied, lambda manifest: manifest["schedule"].update(
+        prediction_type=prediction, timestep_spacing="trailing", beta_schedule="squaredcos_cap_v2"
+    ))  # fmt: skip
+    actual = run_tiny(copied, num_inference_steps=9, guidance_scale=2.0)
+    np.testing.assert_allclose(actual, sample_tiny(config, 9, guidance_scale=2.0), atol=2e-5)
+
+
+def test_arrays_and_tensors_are_the_same(kept):
+    sampler = AotiSampler(kept)
+    start = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    arguments = {"num_inference_steps": 4, "guidance_scale": torch.tensor([1.5, 6.0])}
+    labels, null = LABELS[:2], torch.zeros(2, dtype=torch.int64)
+    tensors = sampler(start, labels=labels, uncond_kwargs={"labels": null}, **arguments)
+    arguments["guidance_scale"] = np.array([1.5, 6.0])
+    arrays = sampler(start.numpy(), labels=labels.numpy(), uncond_kwargs={"labels": null.numpy()}, **arguments)
+    assert torch.equal(tensors, arrays)
+    for k, scale in enumerate((1.5, 6.0)):
+        expected = Sampler(Tiny(), DDIMConfig(), 4, sample_shape=SHAPE, guidance_scale=scale)(
+            start.float(), labels=labels, uncond_kwargs={"labels": null}
+        )
+        np.testing.assert_allclose(tensors[k], expected[k], atol=1e-5)
+
+
+def test_one_step_a_call_and_the_threshold(tmp_path):
+    config = CONFIGS["threshold"]
+    bundle = export_tiny(tmp_path / "bundle", config, graph="step", stochastic=True)
+    assert bundle.names("outputs") == ["next_sample", "pred_original_sample"]
+    for batch, steps, eta in ((1, 1, 0.0), (5, 7, 0.5)):
+        actual = run_tiny(bundle.path, batch, num_inference_steps=steps, eta=eta)
+        np.testing.assert_allclose(actual, sample_tiny(config, steps, batch, eta=eta), atol=2e-5)
+
+
+def test_the_bundle_says_what_it_is_and_holds_no_more(kept):
+    bundle = open_bundle(kept)
+    assert sorted(bundle.manifest["files"]) == ["README.md", "model.pt2"]
+    assert bundle.runtime == "aoti" and bundle.device == "cpu" and bundle.manifest["versions"]["torch"]
+    target = bundle.manifest["target"]
+    assert (target["platform"], target["machine"]) == (sys.platform, os.uname().machine)
+    if target["machine"] == "x86_64":
+        assert "avx2" in target["cpu_features"] and not any("avx512" in name for name in target["cpu_features"])
+    assert bundle.names("inputs") == [
+        "sample", "timesteps", "coefficients", "noise", "guidance_scale", "guidance_rescale", "labels", "uncond_labels",
+    ]  # fmt: skip
+    shapes = {item["name"]: item["shape"] for item in bundle.manifest["inputs"]}
+    assert shapes["noise"] == ["steps", "batch", *SHAPE] and shapes["labels"] == ["batch"]
+    assert "AotiSampler" in (kept / "README.md").read_text() and "libtorch" in (kept / "README.md").read_text()
+    # Neither beside the bundle, nor left in the temporary folder.
+    assert os.listdir(kept.parent) == ["bundle"]
+
+
+def test_each_runtime_refuses_the_others_bundle(kept, tmp_path):
+    with pytest.raises(BundleError, match=r"of runtime 'aoti', not 'onnx'; run it with fastddim.export.AotiSampler"):
+        OrtSampler(kept)
+    other = export_onnx(
+        Tiny(), DDIMConfig(), tmp_path / "onnx", sample_shape=SHAPE, example_kwargs={"labels": LABELS}, parity_steps=()
+    )
+    with pytest.raises(BundleError, match=r"of runtime 'onnx', not 'aoti'; run it with fastddim.export.OrtSampler"):
+        AotiSampler(other)
+    assert type(open_sampler(kept)) is AotiSampler and type(open_sampler(other)) is OrtSampler
+    edit(other.path, lambda manifest: manifest.update(runtime="abacus"))
+    with pytest.raises(BundleError, match=r"\$.runtime: 'abacus' is not one of"):
+        open_sampler(other.path)
+
+
+def flip_a_byte(folder):
+    file = folder / "model.pt2"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "SHA-256": flip_a_byte,
+    "bytes, the manifest says": lambda folder: (folder / "model.pt2").write_bytes(b"x"),
+    "model.pt2' is missing": lambda folder: (folder / "model.pt2").unlink(),
+    r"\$: 'target' is a dependency of|'target' is a required property": lambda folder: edit(
+        folder, lambda manifest: manifest.pop("target")
+    ),
+    r"is for win32 .*, this machine is .*; export it here": lambda folder: edit(
+        folder, lambda manifest: manifest["target"].update(platform="win32")
+    ),
+    "for a CPU with quantum, which this one has not": lambda folder: edit(
+        folder, lambda manifest: manifest["target"]["cpu_features"].append("quantum")
+    ),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_a_bundle_that_is_damaged_or_for_another_machine_is_refused(copied, message):
+    AotiSampler(copied)
+    DAMAGE[message](copied)
+    with pytest.raises(BundleError, match=message):
+        AotiSampler(copied)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_cuda_is_refused(copied, tmp_path):
+    edit(copied, lambda manifest: manifest["target"].update(device="cuda", compute_capability="9.0"))
+    with pytest.raises(BundleError, match=r"is for CUDA, and torch .* finds no GPU here"):
+        AotiSampler(copied)
+    with pytest.raises(ValueError, match=r"device: 'cuda', but torch .* finds no GPU here"):
+        export_tiny(tmp_path / "other", device="cuda")
+    assert os.listdir(tmp_path) == ["bundle"]
+
+
+BAD_CALLS = {
+    "guidance_scale: None; this bundle has guidance": {"guidance_scale": None},
+    "guidance_scale: nan": {"guidance_scale": float("nan")},
+    "guidance_scale: .*; pass a finite number, or one for each of 3": {"guidance_scale": torch.ones(2)},
+    "num_inference_steps: 0": {"num_inference_steps": 0},
+    r"labels: torch.int64 of shape \(2,\); pass int64 of shape \(3,\)": {"labels": torch.zeros(2, dtype=torch.int64)},
+    "labels: torch.float32": {"labels": torch.zeros(3)},
+    "uncond_kwargs: 'labels' is missing": {"uncond_kwargs": None},
+    "seeds: None": {"seeds": None},
+}
+
+
+@pytest.mark.parametrize("message", BAD_CALLS)
+def test_bad_calls_are_named(kept, message):
+    arguments = {
+        "seeds": 0, "guidance_scale": 2.0, "labels": LABELS, "uncond_kwargs": {"labels": torch.zeros_like(LABELS)}
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        AotiSampler(kept)(3, **{**arguments, **BAD_CALLS[message]})
+
+
+def test_states_and_devices_that_do_not_fit_are_named(kept):
+    sampler = AotiSampler(kept)
+    for start in (torch.zeros(1, 2, 5, 6), torch.zeros(1, *SHAPE, dtype=torch.int64), np.zeros(SHAPE), 0, True):
+        with pytest.raises(ValueError, match="start: "):
+            sampler(start, seeds=0, guidance_scale=1.0, labels=LABELS[:1])
+    with pytest.raises(ValueError, match="device: 'cuda', but this package is for cpu"):
+        AotiSampler(kept, device="cuda")
+
+
+def test_the_step_at_which_nan_appears_is_found(kept):
+    start = torch.full((1, *SHAPE), torch.nan)
+    sampler = AotiSampler(kept, check_finite=True)
+    arguments = {"guidance_scale": 1.0, "labels": LABELS[:1], "uncond_kwargs": {"labels": LABELS[:1] * 0}}
+    with pytest.raises(NotFiniteError, match="start: has NaN"):
+        sampler(start, **arguments)
+    # x0 is clipped, and noise this large overflows where the third row adds it.
+    real = sampler._arrays.normal
+    sampler._arrays.normal = lambda seeds, step, *rest: real(seeds, step, *rest) * (torch.inf if step == 2 else 1.0)
+    with pytest.raises(NotFiniteError, match="after step 2 "):
+        sampler(1, seeds=0, num_inference_steps=6, eta=1.0, **arguments)
+
+
+@contextlib.contextmanager
+def temporary_folder(folder):
+    before = tempfile.tempdir
+    tempfile.tempdir = str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+
+
+def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    import torch._inductor.config as inductor
+
+    with (
+        temporary_folder(tmp_path),
+        inductor.patch({"cpp.cxx": (None, "false")}),
+        pytest.raises(ExportError, match="model: Tiny cannot be compiled: "),
+    ):
+        export_tiny(tmp_path / "bundle")
+    assert os.listdir(tmp_path) == []
+    with (
+        inductor.patch({"cpp.cxx": (None, "no-such-compiler")}),
+        pytest.raises(RuntimeError, match="apt-get install g"),
+    ):
+        export_tiny(tmp_path / "bundle")
+    with pytest.raises(ValueError, match="device: 'tpu' is not one of 'cpu', 'cuda'"):
+        export_tiny(tmp_path / "bundle", device="tpu")
+    with pytest.raises(ValueError, match=r"cpu_isa: 'mmx' is not one of 'avx2', 'avx512'|leave it out"):
+        export_tiny(tmp_path / "bundle", cpu_isa="mmx")
+    monkeypatch.setattr(to_aoti, "cpu_features", lambda: frozenset({"mmx"}))
+    if os.uname().machine == "x86_64":
+        with pytest.raises(ValueError, match=r"cpu_isa: 'avx2', but this CPU lacks abm, avx, avx2"):
+            export_tiny(tmp_path / "bundle")
+    assert os.listdir(tmp_path) == []
+
+
+class DataDependent(torch.nn.Module):
+    def forward(self, x, t):
+        return x * float(x.sum() > 0)
+
+
+def test_models_that_cannot_be_exported_are_named(tmp_path):
+    for graph in ("loop", "step"):
+        with pytest.raises(ExportError, match=r"model: DataDependent cannot be (exported|compiled): "):
+            export_aoti(
+                DataDependent(), DDIMConfig(), tmp_path / "bundle", ExportOptions(graph=graph), sample_shape=(2, 4, 4)
+            )
+    with pytest.raises(ValueError, match="dynamic_size: True for a Tiny"):
+        export_tiny(tmp_path / "bundle", dynamic_size=True)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_bundle_is_compared_again_with_its_model(kept, monkeypatch):
+    model = Tiny().train()
+    entries = verify_bundle(open_bundle(kept), model, example_kwargs={"labels": LABELS}, steps=(2,))
+    assert [entry["batch"] for entry in entries] == [1, 3] and model.training
+    real = validate._sample
+    monkeypatch.setattr(validate, "_sample", lambda *arguments: real(*arguments) + 1e-3)
+    with pytest.raises(ParityError, match=r"differs from torch by 0\.001"):
+        verify_bundle(open_bundle(kept), model, example_kwargs={"labels": LABELS}, steps=(2,))
+
+
+def test_the_digits_from_the_shell(tmp_path, capsys):
+    quick = ["--parity-steps", "1,8"]
+    bundle, picture, sampled = tmp_path / "digits", tmp_path / "digits.png", tmp_path / "sampled.png"
+    assert main(["export", "--format", "aoti", "--out", str(bundle), "--guidance", *quick, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert max(entry["largest_error"] for entry in told["parity"]) <= 1e-4
+    run = ["run", str(bundle), "--labels", "3,1,4", "--steps", "20", "--seed", "7"]
+    assert main([*run, "--out", str(picture)]) == 0
+    assert "s per image on CPU" in capsys.readouterr().out
+    sample = ["sample", "--labels", "3,1,4", "--num-images", "3", "--steps", "20", "--seed", "7"]
+    assert main([*sample, "--guidance-scale", "2", "--out", str(sampled)]) == 0
+    ours, theirs = (np.asarray(Image.open(path)).astype(int) for path in (picture, sampled))
+    assert ours.shape == theirs.shape and np.abs(ours - theirs).max() <= 1
+    assert main(["export", "--verify", str(bundle), *quick]) == 0
+    capsys.readouterr()
+    assert main([*run, "--providers", "cpu", "--out", str(picture)]) == 2
+    assert "--providers: 'cpu', but this bundle is of runtime 'aoti'" in capsys.readouterr().err
+    assert main(["export", "--format", "tflite", "--out", str(tmp_path / "other")]) == 2
+    assert "--format: 'tflite' is not one of" in capsys.readouterr().err
+    assert main(["export", "--cpu-isa", "avx2", "--out", str(tmp_path / "other")]) == 2
+    assert "--device, --cpu-isa: given with format 'onnx'" in capsys.readouterr().err
+
+
+# Triton's kernels cannot be traced where its interpreter has replaced them.
+TRACE = """
+import torch
+from torch._functorch.aot_autograd import aot_export_module
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from fastddim import DDIMConfig
+from fastddim.export import ExportOptions, to_aoti
+from fastddim.export.plan import plan_sampler
+
+class Model(torch.nn.Module):
+    def forward(self, x, t):
+        return torch.tanh(x) * torch.cos(t.to(x.dtype)).reshape(-1, 1, 1, 1)
+
+class Positional(torch.nn.Module):
+    def __init__(self, program, names):
+        super().__init__()
+        self.module, self.names = program.module(), names
+    def forward(self, *tensors):
+        return self.module(dict(zip(self.names, tensors)))
+
+torch.set_grad_enabled(False)
+guided = dict(guided=True, guidance_rescale=True, stochastic=True)
+threshold = DDIMConfig(thresholding=True, sample_max_value=1.5)
+for graph, config, options in (
+    ("loop", threshold, guided), ("step", threshold, guided), ("loop", DDIMConfig(), {}), ("step", DDIMConfig(), {}),
+):
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+        plan = plan_sampler(Model(), config, ExportOptions(graph=graph, **options), (2, 6, 6))
+        program, dims = to_aoti._trace(plan, "cuda:0")
+        values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+        assert isinstance(values["inputs_sample"].shape[0], torch.SymInt), values
+        assert isinstance(values["inputs_coefficients"].shape[0], torch.SymInt), values
+        (examples,), _ = program.example_inputs
+        # As AOTInductor lowers it: an operator that it does not know the inside of would stay one.
+        lowered, _ = aot_export_module(Positional(program, list(examples)), list(examples.values()), trace_joint=False)
+        modules = [module for module in lowered.modules() if isinstance(module, torch.fx.GraphModule)]
+        targets = [str(node.target) for module in modules for node in module.graph.nodes]
+        assert "triton_kernel_wrapper_functional" in targets, targets
+        assert not any("fastddim" in target for target in targets), targets
+        assert ("while_loop" in targets) == (graph == "loop"), targets
+print("traced")
+"""
+
+
+def test_on_a_gpu_the_step_is_the_fused_kernel():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.path.dirname(os.path.dirname(__file__))
+    done = subprocess.run([sys.executable, "-c", TRACE], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and done.stdout.strip().endswith("traced"), done.stderr[-3000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", ["loop", "step"])
+def test_a_package_for_a_gpu(tmp_path, graph):
+    options = {"guided": True, "guidance_rescale": True, "stochastic": True}
+    bundle = export_tiny(tmp_path / "bundle", CONFIGS["threshold"], device="cuda", graph=graph, **options)
+    assert bundle.device == "cuda" and bundle.manifest["target"]["compute_capability"] == aoti.compute_capability()
+    for batch, steps, eta in ((1, 1, 0.0), (3, 7, 0.5)):
+        arguments = {"eta": eta, "guidance_scale": 3.0, "guidance_rescale": 0.7}
+        actual = run_tiny(bundle.path, batch, num_inference_steps=steps, **arguments)
+        np.testing.assert_allclose(actual, sample_tiny(CONFIGS["threshold"], steps, batch, **arguments), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_baked_schedule_needs_a_number_of_steps_alone(tmp_path):
+    config = DDIMConfig(timestep_spacing="trailing", prediction_type="v_prediction")
+    bundle = export_tiny(tmp_path / "bundle", config, bake_schedule=True, stochastic=True, eta=1.0)
+    assert sorted(bundle.names("inputs")) == ["labels", "noise", "num_inference_steps", "sample"]
+    for steps in (1, 7, 30):
+        actual = run_tiny(bundle.path, num_inference_steps=steps)
+        np.testing.assert_allclose(actual, sample_tiny(config, steps, eta=1.0), atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("graph", ["loop", "step"])
+def test_every_kind_of_limit(tmp_path, name, graph):
+    bundle = export_tiny(tmp_path / "bundle", CONFIGS[name], graph=graph, stochastic=True)
+    for batch, steps, eta in ((1, 1, 0.0), (3, 7, 0.5), (8, 12, 1.0)):
+        actual = run_tiny(bundle.path, batch, num_inference_steps=steps, eta=eta)
+        np.testing.assert_allclose(actual, sample_tiny(CONFIGS[name], steps, batch, eta=eta), atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("graph", ["loop", "step"])
+def test_dynamic_sizes(tmp_path, graph):
+    unet = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+    )  # fmt: skip
+    config = DDIMConfig(thresholding=True, sample_max_value=1.5)
+    options = ExportOptions(dynamic_size=True, stochastic=True, graph=graph)
+    bundle = export_aoti(unet, config, tmp_path / "bundle", options, parity_steps=(1, 3))
+    actual = AotiSampler(bundle)(2, seeds=1, num_inference_steps=4, eta=0.5, size=(12, 16))
+    expected = Sampler(unet, config, 4, eta=0.5, sample_shape=(1, 12, 16))(2, seeds=1)
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_text_conditioned_unets_and_half_precision(tmp_path):
+    unet = conditional_unet()
+    config = DDIMConfig(clip_sample=False)
+    for dtype, tolerance in (("float32", 1e-4), ("float16", 2e-2)):
+        options = ExportOptions(guided=True, dtype=dtype)
+        bundle = export_aoti(unet, config, tmp_path / dtype, options, parity_steps=(1, 4))
+        embeds, null = torch.randn(2, 2, 77, 12, generator=torch.Generator().manual_seed(3))
+        arguments = {"encoder_hidden_states": embeds, "uncond_kwargs": {"encoder_hidden_states": null}}
+        actual = AotiSampler(bundle)(2, seeds=0, num_inference_steps=10, guidance_scale=5.0, **arguments)
+        expected = Sampler(unet, config, 10, guidance_scale=5.0)(2, seeds=0, **arguments)
+        np.testing.assert_allclose(actual, expected, atol=tolerance * float(expected.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("avx512f" not in aoti.cpu_features(), reason="needs a CPU with AVX-512")
+def test_wider_instructions_are_asked_for(tmp_path):
+    bundle = export_tiny(tmp_path / "bundle", cpu_isa="avx512")
+    assert "avx512f" in bundle.manifest["target"]["cpu_features"]
+    np.testing.assert_allclose(run_tiny(bundle.path, num_inference_steps=6), sample_tiny(DDIMConfig(), 6), atol=2e-5)
+
+
+def test_nothing_is_left_in_the_temporary_folder_by_a_run(kept, tmp_path):
+    with temporary_folder(tmp_path):
+        run_tiny(kept, num_inference_steps=2, guidance_scale=1.0)
+    assert glob.glob(str(tmp_path / "*")) == []
