@@ -1,10 +1,10 @@
 // A StepKernel for the Python tests: JSON requests on the standard input, one a line, each answered by a line of JSON.
 //   {"driver": NAME}                                  another library of the driver, for the requests that follow
 //   {"load": FOLDER, "batch": N}                      the kernels
-//   {"launch": {NAME: ARRAY}, "steps": N, "row": K, "stream": N}
+//   {"launch": {NAME: ARRAY}, "steps": N, "eta": X, "row": K, "stream": N}
 //     ARRAY: {"dtype": NAME, "size": N, "file": PATH, "save": PATH, "shift": BYTES, "same_as": NAME}: memory with a
 //     file's bytes, written back after the launch; "table", "step" and "timesteps" are those of the default schedule where
-//     they are null. The answer has the addresses.
+//     they are null. The answer has the addresses, and that schedule's numbers as they are on the device.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -69,8 +69,9 @@ class StepDriver {
    private:
     Json launch(const Json& request) {
         const fastddim::Schedule schedule;
-        const auto table = fastddim::StepTable::build(schedule, schedule.transitions(request.at("steps").get<std::int64_t>()), 1.0);
-        const fastddim::DeviceTable rows(*device_, table);
+        const auto table = fastddim::StepTable::build(schedule, schedule.transitions(request.at("steps").get<std::int64_t>()),
+                                                      request.at("eta"));
+        const fastddim::DeviceTable rows(device_.value(), table);
         StepArguments arguments;
         std::map<std::string, fastddim::DeviceMemory> memory;
         for (const auto& [name, array] : request.at("launch").items()) {
@@ -82,17 +83,18 @@ class StepDriver {
                 continue;
             }
             argument = {0, dtype_of(array.at("dtype")), array.at("size")};
-            if (array.contains("same_as")) {
-                argument.address = (arguments.*members.at(array.at("same_as"))).address + array.value("shift", 0U);
-                continue;
-            }
+            if (array.contains("same_as")) continue;
             const std::size_t shift = array.value("shift", std::size_t{0});
             const std::size_t bytes = std::max<std::size_t>(1, argument.size * fastddim::size_of(argument.dtype));
             auto& held = memory.emplace(name, fastddim::DeviceMemory(*device_, bytes + shift)).first->second;
             argument.address = held.address() + shift;
             if (array.contains("file")) held.upload(read(array.at("file"), held.bytes()).data());
         }
-        kernel_->launch(reinterpret_cast<CUstream>(request.value("stream", std::uintptr_t{0})), arguments);
+        for (const auto& [name, array] : request.at("launch").items())
+            if (array.is_object() && array.contains("same_as"))
+                (arguments.*members.at(name)).address =
+                    (arguments.*members.at(array.at("same_as"))).address + array.value("shift", 0U);
+        kernel_.value().launch(reinterpret_cast<CUstream>(request.value("stream", std::uintptr_t{0})), arguments);
         Json addresses;
         for (const auto& [name, member] : members) addresses[name] = (arguments.*member).address;
         for (const auto& [name, array] : request.at("launch").items()) {
@@ -102,7 +104,18 @@ class StepDriver {
             std::ofstream(array.at("save").get<std::string>(), std::ios::binary)
                 .write(content.data(), static_cast<std::streamsize>(content.size()));
         }
-        return {{"addresses", addresses}};
+        return {{"addresses", addresses},
+                {"columns", download<double>(rows.columns())},
+                {"timesteps", download<std::int64_t>(rows.timesteps())}};
+    }
+
+    template <class T>
+    std::vector<T> download(const DeviceArray& array) const {
+        std::vector<T> values(array.size);
+        const fastddim::Device::Scope scope(*device_);
+        const fastddim::Driver& driver = device_->driver();
+        driver.check("cuMemcpyDtoH", driver.download(values.data(), array.address, array.size * sizeof(T)));
+        return values;
     }
 
     static std::vector<char> read(const std::string& path, std::size_t bytes) {

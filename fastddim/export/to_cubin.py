@@ -111,6 +111,7 @@ class KernelOptions:
         return StepShape(
             batch,
             math.prod(self.shape),
+            channels=self.shape[0],
             guided=self.guided,
             scale_per_sample=self.guided and self.per_sample,
             rescale=self.guidance_rescale,
