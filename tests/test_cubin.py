@@ -341,7 +341,7 @@ REFUSALS = {
     "table: 0 elements of float64; pass float64 [num_steps, 6]": changed("table", dtype="float64", size=0),
     "out: shares memory with sample": changed("out", same_as="sample", shift=16),
     "out: shares memory with model_output": changed("out", same_as="model_output"),
-    "model_input: shares memory with out": changed("model_input", same_as="out"),
+    "out: shares memory with model_input": changed("model_input", same_as="out"),
 }
 
 

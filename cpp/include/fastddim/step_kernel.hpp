@@ -507,7 +507,8 @@ class StepKernel {
             const auto [other_start, other_end] = span(arguments.*slots()[k].member);
             if (k == written || start >= other_end || other_start >= end) continue;
             const std::string name = slot.name, other = slots()[k].name;
-            const bool in_place = name == "out" && (other == "sample" || other == "model_output");
+            const bool in_place = name == "out" && (other == "sample" || other == "model_output") &&
+                                  (arguments.*slot.member).size == (arguments.*slots()[k].member).size;
             if (in_place && start == other_start && end == other_end) continue;
             refuse(slot.name, "shares memory with " + other + "; pass memory of its own");
         }
