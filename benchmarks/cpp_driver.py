@@ -10,22 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import stub_cuda
 import torch
 
 ROOT = Path(__file__).parents[1]
 RUNTIME = ROOT / "build" / "onnxruntime"
 LIBTORCH = Path(torch.utils.cmake_prefix_path)
 
-# Optimised by GCC, and by Clang with every check that it has.
+# Optimised by GCC, and by Clang with every check that it has; without ONNX Runtime where only kernels are launched.
+_RELEASE = ["-DCMAKE_CXX_COMPILER=g++", "-DCMAKE_BUILD_TYPE=Release"]
+_CHECKED = ["-DCMAKE_CXX_COMPILER=clang++", "-DCMAKE_BUILD_TYPE=Debug", "-DFASTDDIM_SANITIZE=address,undefined"]
+_KERNELS = ["-DFASTDDIM_ORT=OFF", "-DFASTDDIM_STEP_KERNEL=ON", f"-DCUDA_INCLUDE_DIR={stub_cuda.HEADERS}"]
 BUILDS = {
-    "release": ["-DCMAKE_CXX_COMPILER=g++", "-DCMAKE_BUILD_TYPE=Release"],
-    "checked": [
-        "-DCMAKE_CXX_COMPILER=clang++",
-        "-DCMAKE_BUILD_TYPE=Debug",
-        "-DFASTDDIM_SANITIZE=address,undefined",
-        "-DFASTDDIM_BUILD_FUZZERS=ON",
-    ],
-    "aoti": ["-DCMAKE_CXX_COMPILER=g++", "-DCMAKE_BUILD_TYPE=Release", "-DFASTDDIM_ORT=OFF", "-DFASTDDIM_AOTI=ON"],
+    "release": _RELEASE,
+    "checked": [*_CHECKED, "-DFASTDDIM_BUILD_FUZZERS=ON"],
+    "aoti": [*_RELEASE, "-DFASTDDIM_ORT=OFF", "-DFASTDDIM_AOTI=ON"],
+    "kernels": [*_RELEASE, *_KERNELS],
+    "kernels-checked": [*_CHECKED, *_KERNELS],
 }
 
 

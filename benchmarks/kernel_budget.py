@@ -23,9 +23,9 @@ from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from fastddim.config import Clip, DynamicThreshold
+from fastddim.kernels.aot import compile_call, pointer_types
 from fastddim.kernels.plan import KernelCall, StepShape, make_plan
 
 BUDGET_FILE = Path(__file__).with_suffix(".json")
@@ -148,57 +148,25 @@ def make_cases() -> list[Case]:
     return cases
 
 
-def pointer_types(case: Case) -> dict[str, str]:
-    """The dtype of every pointer that the case's kernels get; the others are None."""
-    shape = case.shape
-    types = {"output": case.model, "sample": case.state, "table": "fp64", "step": "i64", "next": case.state}
-    types |= {"x0": case.state} if "x0" in case.outputs else {}
-    types |= {"input": case.model} if "input" in case.outputs else {}
-    types |= {"guidance": "fp32"} if shape.guided else {}
-    types |= {"rescale": "fp32"} if shape.rescale else {}
-    types |= {"limit": "fp64"} if shape.limit_on_device else {}
-    types |= {"noise": case.state} if case.noise else {}
-    types |= {"seeds": "i64", "first_row": "i64"} if shape.drawn else {}
-    types |= {"timesteps": "i64", "next_timestep": "i64"} if shape.advance else {}
-    plan = make_plan(shape)
-    types |= {"tickets": "i32"} if plan.tickets else {}
-    types |= {"statistics": "fp32", "counters": "i32"} if plan.statistics else {}
-    return types
-
-
-def source(call: KernelCall, types: dict[str, str]) -> ASTSource:
-    """The kernel with the specialisation Triton gives it for aligned tensors."""
-    signature, constants, attributes = {}, {}, {}
-    aligned = [["tt.divisibility", 16]]
-    loose = {p.name for p in call.kernel.params if p.do_not_specialize or p.do_not_specialize_on_alignment}
-    names = call.kernel.arg_names
-    for i, (name, pointer) in enumerate(zip(names, call.pointers, strict=False)):
-        if pointer in types:
-            signature[name] = f"*{types[pointer]}"
-            if name not in loose:
-                attributes[(i,)] = aligned
-        else:
-            signature[name], constants[name] = "constexpr", None
-    for i, number in enumerate(call.numbers, start=len(call.pointers)):
-        name = names[i]
-        if number == 1 and name not in loose:
-            signature[name], constants[name] = "constexpr", 1
-            continue
-        signature[name] = "i32" if number < 1 << 31 else "i64"
-        if number % 16 == 0 and name not in loose:
-            attributes[(i,)] = aligned
-    for name, value in call.constants.items():
-        signature[name], constants[name] = "constexpr", value
-    return ASTSource(call.kernel, signature, constants, attributes)
+def case_types(case: Case) -> dict[str, str]:
+    """The dtype of every pointer that the case's kernels get."""
+    return pointer_types(
+        case.shape,
+        case.state,
+        case.model,
+        x0="x0" in case.outputs,
+        model_input="input" in case.outputs,
+        noise=case.noise is not None,
+        first_row=case.shape.drawn,
+    )
 
 
 def measure(case: Case, target: str) -> list[Figure]:
     """Compile the case's kernels for a target."""
     figures = []
-    types = pointer_types(case)
+    types = case_types(case)
     for call in make_plan(case.shape).calls:
-        options = {"num_warps": call.num_warps, "enable_fp_fusion": False}
-        compiled = triton.compile(source(call, types), target=TARGETS[target], options=options)
+        compiled = compile_call(call, types, TARGETS[target])
         count, registers, spills, widths = (_nvidia if target.startswith("sm_") else _amd)(compiled)
         block = call.constants["BLOCK"]
         threads = call.num_warps * TARGETS[target].warp_size

@@ -17,28 +17,34 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from fastddim import cli_triton
 from fastddim.cli_options import Json, Model, Out, integer, naming, number, parse_integers, quiet_diffusers
-from fastddim.config import require_choice
+from fastddim.config import Clip, DynamicThreshold, Limit, require_choice
 
 if TYPE_CHECKING:
     from fastddim.export import Bundle, ExportOptions
     from fastddim.export.bundle_sampler import BundleSampler
 
-FORMATS = ("onnx", "aoti", "tensorrt")
+FORMATS = ("onnx", "aoti", "tensorrt", "cubin")
 # Of class labels; a text-to-image pipeline has its own default.
 _GUIDANCE = 2.0
 
 app = typer.Typer()
 _tensorrt = functools.partial(typer.Option, rich_help_panel="TensorRT")
+_KERNELS = "Kernels"
+_cubin = functools.partial(typer.Option, rich_help_panel=_KERNELS)
+# Options that kernels have in common with models.
+_SHARED = ("out", "format", "guidance", "guidance_rescale", "noise", "dtype", "force", "as_json")
 
 
 @app.command()
 def export(
+    context: typer.Context,
     model: Model = None,
     out: Annotated[Path | None, typer.Option(help="The folder to write.")] = None,
     format: Annotated[
         str,
         typer.Option(
-            help="onnx; aoti: compiled by AOTInductor, for libtorch, on machines like this one; tensorrt: an engine."
+            help="onnx; aoti: compiled by AOTInductor, for libtorch, on machines like this one; tensorrt: an engine;"
+            " cubin: the fused step alone, without a model."
         ),
     ] = "onnx",
     device: Annotated[str, typer.Option(help="With aoti: cpu or cuda.")] = "cpu",
@@ -139,17 +145,42 @@ def export(
     accelerator: cli_triton.Accelerator = None,
     accelerator_parameter: cli_triton.AcceleratorParameter = None,
     model_versions: cli_triton.Versions = "1",
+    shape: Annotated[str | None, _cubin(metavar="SIZES", help="Of one sample, such as 4x64x64.")] = None,
+    batch: Annotated[str | None, _cubin(metavar="INTEGERS", help="Sizes of a batch. Default: 1.")] = None,
+    state_dtype: Annotated[
+        str, _cubin(help="float32, float16 or bfloat16; --dtype is of the model's output.")
+    ] = "float32",
+    limit: Annotated[str, _cubin(help="Of x0: none, clip=RANGE or threshold=RATIO:MAX_VALUE.")] = "none",
+    per_sample: Annotated[bool, _cubin("--per-sample", help="Each sample has its own row and guidance.")] = False,
+    draw_noise: Annotated[bool, _cubin("--draw-noise", help="Draw the noise from seeds; --noise takes it.")] = False,
+    x0: Annotated[bool, _cubin("--x0", help="Write the prediction of x0 too.")] = False,
+    model_input: Annotated[bool, _cubin("--model-input", help="Write the next model input too.")] = False,
+    advance: Annotated[bool, _cubin("--advance", help="Move the index of the row on, for captured launches.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle or model that is there.")] = False,
     as_json: Json = False,
 ) -> None:
     """Export a model and its sampler as one file, compared with torch, in a folder that describes it."""
+    require_choice("--format", format, FORMATS)
+    _check_kernel_options(context, format)
+    if format == "cubin":
+        if out is None:
+            raise ValueError("--out: missing; pass a folder to write")
+        drawn = "drawn" if draw_noise else "none"
+        if noise and draw_noise:
+            raise ValueError("--noise, --draw-noise: both given; pass one of the two")
+        asked: dict[str, Any] = {
+            "state_dtype": state_dtype, "model_dtype": dtype, "guided": guidance, "guidance_rescale": guidance_rescale,
+            "per_sample": per_sample, "noise": "given" if noise else drawn, "x0": x0, "model_input": model_input,
+            "advance": advance,
+        }  # fmt: skip
+        _export_kernels(out, force, as_json, shape, batch, limit, asked)
+        return
     if verify is not None and (out, source, triton_repository) != (None, None, None):
         raise ValueError("--verify: compares a bundle alone; leave out --out, --from and --triton-repository")
     if verify is None and out is None and None in (source, triton_repository):
         raise ValueError("--out: missing; pass a folder to write, or --verify, or --from with --triton-repository")
     if None not in (out, source) and format != "tensorrt":
         raise ValueError(f"--from: with --out it builds an engine, format is {format!r}; pass --format tensorrt")
-    require_choice("--format", format, FORMATS)
     compiled: dict[str, Any] = {"device": device, "cpu_isa": cpu_isa}
     if format != "aoti" and compiled != {"device": "cpu", "cpu_isa": None}:
         raise ValueError(f"--device, --cpu-isa: given with format {format!r}; pass --format aoti, or leave them out")
@@ -285,6 +316,56 @@ def _load_exported(model: str | None, sampler_only: bool, format: str, served: b
         name = "--triton-repository" if served else "--format: 'aoti'"
         raise ValueError(f"{name} takes the sampler of a text-to-image pipeline, not the whole; pass --sampler-only")
     return pipeline, whole
+
+
+def _check_kernel_options(context: typer.Context, format: str) -> None:
+    """Refuse the options of kernels with another format, and those of models with the format of kernels."""
+    for option in context.command.params:
+        own = getattr(option, "rich_help_panel", None) == _KERNELS
+        fits = own or option.name in _SHARED if format == "cubin" else not own
+        # By its name: some releases of typer have a click of their own.
+        source = context.get_parameter_source(option.name or "")
+        if not fits and source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"{option.opts[0]}: given with --format {format}, which does not have it; leave it out")
+
+
+def _export_kernels(
+    out: Path, force: bool, as_json: bool, shape: str | None, batch: str | None, limit: str, asked: Mapping[str, Any]
+) -> None:
+    if shape is None:
+        raise ValueError("--shape: not given; pass the sizes of one sample, such as 4x64x64")
+    from fastddim.export import KernelOptions, export_cubin
+
+    options = KernelOptions(
+        shape=tuple(parse_integers(shape.replace("x", ","), "--shape")),
+        batches=tuple(parse_integers(batch or "1", "--batch")),
+        limit=_parse_limit(limit),
+        **asked,
+    )
+    start = time.perf_counter()
+    bundle = export_cubin(out, options, force=force)
+    seconds = time.perf_counter() - start
+    count = len(bundle.manifest["kernels"])
+    if as_json:
+        typer.echo(json.dumps({"path": str(bundle.path), "seconds": seconds, "kernels": count}))
+        return
+    size = sum(file["bytes"] for file in bundle.manifest["files"].values())
+    typer.echo(f"{str(bundle.path)!r}: {count} kernels, {size / 1e6:.1f} MB, {seconds:.1f} s")
+
+
+def _parse_limit(text: str) -> Limit:
+    kind, _, numbers = text.partition("=")
+    try:
+        if text == "none":
+            return None
+        if kind == "clip":
+            return Clip(float(numbers))
+        if kind == "threshold":
+            ratio, _, max_value = numbers.partition(":")
+            return DynamicThreshold(float(ratio), float(max_value))
+        raise ValueError("no such limit")
+    except ValueError as error:
+        raise ValueError(f"--limit: {text!r} ({error}); pass none, clip=1 or such as threshold=0.995:1.5") from error
 
 
 def _export_onnx(

@@ -34,7 +34,7 @@ from fastddim.export import (
     validate,
     verify_bundle,
 )
-from fastddim.export.bundle import manifest_schema, write_bundle
+from fastddim.export.bundle import FORMAT, write_bundle
 from fastddim.export.graph import symbolic_dims
 from fastddim.export.schedule_module import ScheduleModule
 from fastddim.models.policy import ActionUNet1d
@@ -458,8 +458,8 @@ def test_the_same_export_gives_the_same_bytes(tmp_path):
 
 def test_the_manifest_describes_the_file_and_keeps_its_schema(tmp_path):
     bundle = export_tiny(tmp_path / "bundle", guided=True, stochastic=True)
-    jsonschema.Draft202012Validator.check_schema(manifest_schema())
-    jsonschema.validate(json.loads((bundle.path / "manifest.json").read_text()), manifest_schema())
+    jsonschema.Draft202012Validator.check_schema(FORMAT.schema())
+    jsonschema.validate(json.loads((bundle.path / "manifest.json").read_text()), FORMAT.schema())
     graph = onnx.load(bundle.model_path).graph
     assert [(item["name"], item["shape"]) for item in bundle.manifest["inputs"]] == [
         (value.name, symbolic_dims(graph)[value.name]) for value in graph.input

@@ -29,7 +29,7 @@ from fastddim.export import (
     open_bundle,
     pipelines,
 )
-from fastddim.export.bundle import manifest_schema
+from fastddim.export.bundle import FORMAT
 from fastddim.noise import STREAM_INITIAL, normal
 from fastddim.pictures import make_grid
 
@@ -172,7 +172,7 @@ def test_sdxls_sizes_and_missing_negative_prompts_are_the_pipelines_own(exported
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_manifest_describes_each_component(exported, kind):
     bundle = open_bundle(exported(kind))
-    jsonschema.validate(json.loads((bundle.path / "manifest.json").read_text()), manifest_schema())
+    jsonschema.validate(json.loads((bundle.path / "manifest.json").read_text()), FORMAT.schema())
     encoders = ["text_encoder", "text_encoder_2"][: 1 + (kind == "sdxl")]
     assert list(bundle.components) == [*encoders, "vae_decoder"]
     for name, component in bundle.components.items():

@@ -40,7 +40,7 @@ from fastddim.export import (
     to_tensorrt,
     trt,
 )
-from fastddim.export.bundle import manifest_schema, sha256
+from fastddim.export.bundle import FORMAT, sha256
 from fastddim.models.policy import ActionUNet1d
 from test_export import LABELS, XL, Tiny, conditional_unet, edit, export_tiny
 from test_export_pipelines import make as make_pipeline
@@ -123,7 +123,7 @@ def test_engines_are_built_without_a_gpu(graphs, tmp_path, name):
     source = graphs(name)
     bundle = export_tensorrt(source, tmp_path / "engine", RTX)
     manifest = bundle.manifest
-    jsonschema.validate(json.loads((bundle.path / "manifest.json").read_text()), manifest_schema())
+    jsonschema.validate(json.loads((bundle.path / "manifest.json").read_text()), FORMAT.schema())
     assert bundle.runtime == "tensorrt" and manifest["model"] == "model.engine"
     assert sorted(manifest["files"]) == ["README.md", "build.log", "model.engine"]
     content = bundle.model_path.read_bytes()

@@ -12,6 +12,7 @@ from pathlib import Path
 import triton
 from triton.backends.nvidia import driver as nvidia
 
+HEADERS = Path(nvidia.__file__).with_name("include")
 _SOURCE = Path(__file__).with_name("libcuda_stub.c")
 # Until the process ends: some Triton releases link each kernel's launcher to the library.
 _FOLDER = tempfile.TemporaryDirectory(prefix="stub-cuda-")
@@ -49,6 +50,25 @@ class _Driver(nvidia.CudaDriver):
         return True
 
 
+def build(folder: Path, *command: str) -> Path:
+    """Compile the stub as `libcuda.so.1` in a folder.
+
+    Args:
+        command: a compiler and options for it; Triton's compiler by default.
+
+    Raises:
+        RuntimeError: no C compiler.
+    """
+    # As Triton looks for one.
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise RuntimeError("no C compiler: install gcc (apt-get install gcc), or name one in CC")
+    library = folder / "libcuda.so.1"
+    options = ["-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{HEADERS}"]
+    subprocess.run([*(command or [compiler]), *options, "-o", library, _SOURCE], check=True)
+    return library
+
+
 def install() -> Stub:
     """Put the stub under Triton for the rest of this process, which has used no GPU yet.
 
@@ -57,14 +77,7 @@ def install() -> Stub:
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: unset it, the interpreter launches nothing")
-    # As Triton looks for one.
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        raise RuntimeError("no C compiler: install gcc (apt-get install gcc), or name one in CC")
-    library = Path(_FOLDER.name) / "libcuda.so.1"
-    headers = Path(nvidia.__file__).with_name("include")
-    options = ["-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{headers}"]
-    subprocess.run([compiler, *options, "-o", library, _SOURCE], check=True)
+    library = build(Path(_FOLDER.name))
     stub = Stub(ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL))
     # Triton opens the library by this name, which the loader takes for the one loaded first.
     if not hasattr(ctypes.CDLL("libcuda.so.1"), "stub_launch_count"):

@@ -19,12 +19,34 @@ from typing import Any
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
-FORMAT = "fastddim-bundle"
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 # What runs a bundle's file, and the class of fastddim.export that calls it.
 SAMPLERS = {"onnx": "OrtSampler", "aoti": "AotiSampler", "tensorrt": "TensorRTSampler"}
 _HASH_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of bundle.
+
+    Attributes:
+        name, version: as its manifest says; later versions are not read.
+        file: the manifest.
+        schema_file: its JSON schema, beside this module.
+    """
+
+    name: str
+    version: int
+    file: str
+    schema_file: str
+
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema of the manifest."""
+        text = resources.files("fastddim.export").joinpath(self.schema_file).read_text("utf-8")
+        schema: dict[str, Any] = json.loads(text)
+        return schema
+
+
+FORMAT = Format("fastddim-bundle", 1, "manifest.json", "manifest.schema.json")
 
 
 class BundleError(ValueError):
@@ -86,13 +108,6 @@ class Bundle:
         return [item["name"] for item in self.manifest[group]]
 
 
-def manifest_schema() -> dict[str, Any]:
-    """The JSON schema of `manifest.json`."""
-    text = resources.files("fastddim.export").joinpath("manifest.schema.json").read_text("utf-8")
-    schema: dict[str, Any] = json.loads(text)
-    return schema
-
-
 def sha256(path: Path) -> str:
     """Of a file's bytes."""
     digest = hashlib.sha256()
@@ -102,7 +117,7 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_destination(path: str | Path, force: bool) -> Path:
+def check_destination(path: str | Path, force: bool, format: Format = FORMAT) -> Path:
     """The absolute path of a bundle to write, before the work.
 
     Raises:
@@ -118,7 +133,7 @@ def check_destination(path: str | Path, force: bool) -> Path:
     if target.exists() or target.is_symlink():
         if not force:
             raise FileExistsError(f"out: {str(target)!r} exists; pass another folder, or --force to replace it")
-        if not (target / MANIFEST).is_file() and any(target.iterdir() if target.is_dir() else [target]):
+        if not (target / format.file).is_file() and any(target.iterdir() if target.is_dir() else [target]):
             raise FileExistsError(
                 f"out: {str(target)!r} is no bundle, so --force does not replace it; remove it yourself"
             )
@@ -133,6 +148,12 @@ def write_bundle(path: Path, force: bool, fill: Callable[[Path], Mapping[str, An
         force: replace the bundle there.
         fill: writes the files to a folder and returns the manifest without `files`.
     """
+    write_files(path, force, fill, FORMAT)
+    return open_bundle(path)
+
+
+def write_files(path: Path, force: bool, fill: Callable[[Path], Mapping[str, Any]], format: Format) -> None:
+    """Write a bundle of some format whole or not at all. Arguments as `write_bundle`'s."""
 
     def fill_whole(temporary: Path) -> None:
         manifest = dict(fill(temporary))
@@ -141,10 +162,10 @@ def write_bundle(path: Path, force: bool, fill: Callable[[Path], Mapping[str, An
             for file in sorted(temporary.rglob("*"))
             if file.is_file()
         }
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n", "utf-8")
+        text = json.dumps(manifest, indent=1, allow_nan=False)
+        (temporary / format.file).write_text(text + "\n", "utf-8")
 
     write_folder(path, force, fill_whole)
-    return open_bundle(path)
 
 
 def write_folder(path: Path, force: bool, fill: Callable[[Path], None], workplace: Path | None = None) -> None:
@@ -185,14 +206,25 @@ def open_bundle(path: str | Path, *, check_hashes: bool = True) -> Bundle:
         BundleError: no bundle, one of a newer format, or one that is damaged.
     """
     folder = Path(path)
-    file = folder / MANIFEST
+    manifest = read_manifest(folder, FORMAT, check_hashes)
+    for holder in (manifest, *manifest.get("components", {}).values()):
+        if holder["model"] not in manifest["files"]:
+            raise BundleError(
+                f"bundle: {str(folder / FORMAT.file)!r} names no file {holder['model']!r}; export it again"
+            )
+    return Bundle(folder, manifest)
+
+
+def read_manifest(folder: Path, format: Format, check_hashes: bool = True) -> dict[str, Any]:
+    """Read and check a bundle of some format, as `open_bundle` does; its manifest."""
+    file = folder / format.file
     if not file.is_file():
         raise BundleError(f"bundle: {str(file)!r} is missing; pass a folder that `fastddim export` wrote")
     try:
-        manifest = json.loads(file.read_text("utf-8"))
+        manifest: dict[str, Any] = json.loads(file.read_text("utf-8"))
     except (ValueError, OSError) as error:
         raise BundleError(f"bundle: {str(file)!r} cannot be read: {error}; export it again") from error
-    _check_manifest(file, manifest)
+    _check_manifest(file, manifest, format)
     for name, expected in manifest["files"].items():
         member = folder / _inside(file, name)
         if member.is_symlink() or not member.resolve().is_relative_to(folder.resolve()):
@@ -206,10 +238,7 @@ def open_bundle(path: str | Path, *, check_hashes: bool = True) -> Bundle:
             )
         if check_hashes and sha256(member) != expected["sha256"]:
             raise BundleError(f"bundle: {str(member)!r} is not the file that was exported (SHA-256); export it again")
-    for holder in (manifest, *manifest.get("components", {}).values()):
-        if holder["model"] not in manifest["files"]:
-            raise BundleError(f"bundle: {str(file)!r} names no file {holder['model']!r}; export it again")
-    return Bundle(folder, manifest)
+    return manifest
 
 
 def require_runtime(bundle: Bundle, runtime: str) -> None:
@@ -232,17 +261,17 @@ def _inside(file: Path, name: str) -> PurePosixPath:
     return path
 
 
-def _check_manifest(file: Path, manifest: Any) -> None:
+def _check_manifest(file: Path, manifest: Any, format: Format) -> None:
     """The format and version, then everything the schema asks for."""
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") != format.name:
         raise BundleError(f"bundle: {str(file)!r} is no manifest of a fastddim bundle")
     version = manifest.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise BundleError(f"bundle: {str(file)!r} has format_version {version!r}; export it again")
-    if version > FORMAT_VERSION:
+    if version > format.version:
         raise BundleError(
-            f"bundle: {str(file)!r} has format_version {version}, this fastddim reads up to {FORMAT_VERSION}; update it"
+            f"bundle: {str(file)!r} has format_version {version}, this fastddim reads up to {format.version}; update it"
         )
-    error = best_match(Draft202012Validator(manifest_schema()).iter_errors(manifest))
+    error = best_match(Draft202012Validator(format.schema()).iter_errors(manifest))
     if error is not None:
         raise BundleError(f"bundle: {str(file)!r}: {error.json_path}: {error.message}; export it again")

@@ -12,7 +12,7 @@ import numpy as np
 
 import fastddim
 from fastddim.config import Clip, DynamicThreshold, Limit
-from fastddim.export.bundle import FORMAT, FORMAT_VERSION, SAMPLERS
+from fastddim.export.bundle import FORMAT, SAMPLERS
 from fastddim.export.plan import SamplerPlan
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP
 
@@ -71,8 +71,8 @@ def build_manifest(
     denoiser, options, table = plan.denoiser, plan.options, plan.table
     limit = plan.schedule.config.limit
     return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format": FORMAT.name,
+        "format_version": FORMAT.version,
         "graph": options.graph,
         "model": model,
         "inputs": inputs,
@@ -88,7 +88,7 @@ def build_manifest(
             "eta": float(options.eta),
             "use_clipped_model_output": bool(options.use_clipped_model_output),
             "dtype": options.dtype,
-            "limit": _limit_text(limit),
+            "limit": limit_text(limit),
             "null_values": {
                 name: condition.null for name, condition in denoiser.conditions.items() if condition.null is not None
             },
@@ -121,7 +121,8 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _limit_text(limit: Limit) -> str:
+def limit_text(limit: Limit) -> str:
+    """A limit of x0 in words."""
     if isinstance(limit, Clip):
         return f"clip to [-{limit.range:g}, {limit.range:g}]"
     if isinstance(limit, DynamicThreshold):

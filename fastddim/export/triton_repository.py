@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastddim.config import require_choice, require_int
-from fastddim.export.bundle import MANIFEST, Bundle, open_bundle, write_folder
+from fastddim.export.bundle import FORMAT, Bundle, open_bundle, write_folder
 
 CONFIG_FILE = "config.pbtxt"
 NOTE_FILE = "README.md"
@@ -211,7 +211,7 @@ def check_repository(out: str | Path, name: str, force: bool) -> Path:
         raise NotADirectoryError(f"out: {str(there)!r} is no folder; pass another, or create it first")
     if not os.access(there, os.W_OK):
         raise PermissionError(f"out: {str(there)!r} cannot be written to; pass another folder")
-    if (repository / MANIFEST).exists():
+    if (repository / FORMAT.file).exists():
         raise FileExistsError(f"out: {str(repository)!r} is a bundle; pass another folder for the repository")
     model = repository / name
     if model.exists() or model.is_symlink():

@@ -18,7 +18,7 @@ from triton.runtime import driver
 from fastddim.arguments import check_step_arguments, num_rows
 from fastddim.coefficients import Coefficient, StepTable
 from fastddim.config import DynamicThreshold, Limit
-from fastddim.kernels.plan import STEP_POINTERS, KernelCall, Plan, StepShape, make_plan
+from fastddim.kernels.plan import ARGUMENT_OF, STEP_POINTERS, KernelCall, Plan, StepShape, make_plan
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TABLE_DTYPES = (torch.float64, torch.float32)
@@ -451,27 +451,25 @@ def _scalar_tensor(value: Coefficient, device: torch.device) -> torch.Tensor:
 
 
 _WRITTEN = ("next", "input", "step", "next_timestep")
-_ARGUMENT_OF = {
-    "output": "model_output", "guidance": "guidance_scale", "rescale": "guidance_rescale", "next": "out",
-    "input": "model_input",
-}  # fmt: skip
 
 
 def _check_overlaps(tensors: Sequence[torch.Tensor | None], advance: bool) -> None:
     """Refuse results that share memory with something else, but for `out` on a state that is read element for element."""
     spans = [
-        (name, start := tensor.data_ptr(), start + tensor.nbytes)
+        (name, start := tensor.data_ptr(), start + tensor.nbytes, tensor.numel())
         for name, tensor in zip(STEP_POINTERS, tensors, strict=True)
         if tensor is not None
     ]
-    for name, start, end in spans:
+    for name, start, end, size in spans:
         if name not in _WRITTEN or (name == "step" and not advance):
             continue
-        for other, other_start, other_end in spans:
+        for other, other_start, other_end, other_size in spans:
             if start >= other_end or other_start >= end or other == name:
                 continue
-            # Guided, there are two halves of outputs to one of results, so their spans cannot be equal.
-            if name == "next" and other in ("sample", "output") and (start, end) == (other_start, other_end):
+            # Guided, there are two halves of outputs to one of results; of half the precision they have the same span.
+            if name == "next" and other in ("sample", "output") and (start, end, size) == (
+                other_start, other_end, other_size,
+            ):  # fmt: skip
                 continue
-            first, second = _ARGUMENT_OF.get(name, name), _ARGUMENT_OF.get(other, other)
+            first, second = ARGUMENT_OF.get(name, name), ARGUMENT_OF.get(other, other)
             raise ValueError(f"{first}: shares memory with {second}; pass memory of its own")

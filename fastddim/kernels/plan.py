@@ -16,6 +16,11 @@ STEP_POINTERS = (
     "output", "sample", "table", "step", "guidance", "rescale", "limit", "statistics", "noise", "seeds", "first_row",
     "next", "x0", "input", "timesteps", "next_timestep", "tickets",
 )  # fmt: skip
+# What `ddim_step` calls those that have another name there.
+ARGUMENT_OF = {
+    "output": "model_output", "guidance": "guidance_scale", "rescale": "guidance_rescale", "limit": "limit_values",
+    "next": "out", "input": "model_input",
+}  # fmt: skip
 _RESCALE_POINTERS = ("output", "guidance", "rescale", "statistics", "counters")
 _HISTOGRAM_POINTERS = ("sample", "output", "table", "step", "guidance", "limit", "statistics", "counters")
 

@@ -1,0 +1,315 @@
+"""The fused step as cubins and PTX for servers without Python: no GPU and no model needed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import fastddim
+from fastddim.coefficients import NUM_COLUMNS
+from fastddim.config import Limit, require_choice, require_int
+from fastddim.export.bundle import check_destination, write_files
+from fastddim.export.kernel_bundle import FORMAT, KernelBundle, open_kernels
+from fastddim.export.manifest import limit_text
+from fastddim.export.plan import ExportError
+from fastddim.kernels.aot import ALIGNMENT, compile_call, make_source, pointer_types
+from fastddim.kernels.plan import ARGUMENT_OF, KernelCall, Plan, StepShape, make_plan
+
+# Compute capabilities, times ten, of the cubins.
+TARGETS = (80, 90, 100, 120)
+# Its PTX goes along, which the driver of any newer GPU compiles: from 90 on Triton's code is for one capability alone.
+# The version is CUDA 12.0's, so that no driver is too old for it.
+PTX_TARGET = 80
+PTX_VERSION = 80
+NOISES = ("none", "given", "drawn")
+
+_TRITON_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+_DTYPES = {short: long for long, short in _TRITON_DTYPES.items()} | {"fp64": "float64", "i64": "int64", "i32": "int32"}
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "int64": 8, "int32": 4}
+_MAX_ELEMENTS = (1 << 31) - 1
+# What Triton adds to a kernel's parameters: null pointers, as these kernels need neither.
+_HIDDEN = ("global_scratch", "profile_scratch")
+_MEANINGS = {
+    "model_output": "the model's output; with guidance both halves, the unconditional one first",
+    "sample": "the state",
+    "table": "a row of coefficients for each step: x0_from_x, x0_from_output, next_from_x, next_from_output,"
+    " next_from_x0, noise_scale",
+    "step": "the index of the row",
+    "guidance_scale": "uncond + guidance_scale * (cond - uncond)",
+    "guidance_rescale": "in [0, 1]: how far to pull the guided output's deviation back to the conditional one's",
+    "noise": "standard normal",
+    "seeds": "what each sample's noise is drawn from",
+    "first_row": "the row with which each sample's run begins, so that its noise does not depend on where that is",
+    "out": "the next state; may be the memory of sample, or of an unguided model_output",
+    "x0": "the limited prediction of x0",
+    "model_input": "the next state as the model takes it; with guidance twice",
+    "timesteps": "the training timestep of each row",
+    "next_timestep": "the timestep of the next model call, for each of its inputs",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelOptions:
+    """What is fixed in exported kernels. The table of coefficients, and so the number of steps, is not.
+
+    Attributes:
+        shape: of one sample, such as `(4, 64, 64)`.
+        batches: sizes of a batch; each has a plan.
+        state_dtype, model_dtype: of the state, and of the model's output and input: `"float32"`, `"float16"`, `"bfloat16"`.
+        guided: classifier-free guidance over a stacked model output.
+        guidance_rescale: `guidance_rescale` is an argument too.
+        per_sample: each sample has a row and guidance of its own; otherwise all share one.
+        limit: of x0, its numbers included.
+        noise: `"none"`; `"given"`, an argument; `"drawn"`, from seeds in the kernel.
+        x0: the prediction of x0 is a result.
+        model_input: the next model input is a result.
+        advance: the step moves its row's index on and writes the next timestep, so that a captured launch serves all steps.
+
+    Raises:
+        ValueError: options out of range, or that exclude each other.
+    """
+
+    shape: tuple[int, ...]
+    batches: tuple[int, ...] = (1,)
+    state_dtype: str = "float32"
+    model_dtype: str = "float32"
+    guided: bool = False
+    guidance_rescale: bool = False
+    per_sample: bool = False
+    limit: Limit = None
+    noise: str = "none"
+    x0: bool = False
+    model_input: bool = False
+    advance: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.shape:
+            raise ValueError("shape: empty; pass the sizes of one sample, such as (4, 64, 64)")
+        if not self.batches or len(set(self.batches)) < len(self.batches):
+            raise ValueError(f"batches: {self.batches!r}; pass one or more sizes, none twice")
+        for name in ("shape", "batches"):
+            for size in getattr(self, name):
+                require_int(name, size, 1)
+        if math.prod(self.shape) > _MAX_ELEMENTS:
+            raise ValueError(f"shape: {self.shape} has {math.prod(self.shape)} elements; pass fewer than 2**31")
+        for name in ("state_dtype", "model_dtype"):
+            require_choice(name, getattr(self, name), _TRITON_DTYPES)
+        require_choice("noise", self.noise, NOISES)
+        if self.guidance_rescale and not self.guided:
+            raise ValueError("guidance_rescale: True without guided; pass both")
+
+    def step_shape(self, batch: int) -> StepShape:
+        """What the plan of a batch depends on."""
+        return StepShape(
+            batch,
+            math.prod(self.shape),
+            channels=self.shape[0],
+            guided=self.guided,
+            scale_per_sample=self.guided and self.per_sample,
+            rescale=self.guidance_rescale,
+            rescale_per_sample=self.guidance_rescale and self.per_sample,
+            row_per_sample=self.per_sample,
+            limit=self.limit,
+            drawn=self.noise == "drawn",
+            advance=self.advance,
+        )
+
+    def pointer_types(self, batch: int) -> dict[str, str]:
+        """The dtype of every pointer that the kernels of a batch get, by its name in the plan."""
+        return pointer_types(
+            self.step_shape(batch),
+            _TRITON_DTYPES[self.state_dtype],
+            _TRITON_DTYPES[self.model_dtype],
+            x0=self.x0,
+            model_input=self.model_input,
+            noise=self.noise == "given",
+            first_row=self.noise == "drawn" and self.per_sample,
+        )
+
+
+def export_cubin(out: str | Path, options: KernelOptions, *, force: bool = False) -> KernelBundle:
+    """Compile the fused step for NVIDIA GPUs of compute capability 8.x, 9.0, 10.0 and 12.0, with PTX for newer ones.
+
+    A kernel takes 5 s the first time. `fastddim/step_kernel.hpp` launches what is written.
+
+    Args:
+        out: the folder to write, whole or not at all.
+        options: what is fixed in the kernels.
+        force: replace a kernel bundle that is there.
+
+    Raises:
+        ExportError: kernels that Triton does not compile, or would interpret.
+        OSError: a folder that cannot be written, as `check_destination` says.
+    """
+    target = check_destination(out, force, FORMAT)
+    if triton.knobs.runtime.interpret:
+        raise ExportError("TRITON_INTERPRET: set, so that Triton compiles nothing; unset it")
+    write_files(target, force, lambda folder: _fill(folder, options), FORMAT)
+    return open_kernels(target)
+
+
+def _fill(folder: Path, options: KernelOptions) -> dict[str, Any]:
+    kernels: dict[tuple[str, int], dict[str, Any]] = {}
+    plans = []
+    for batch in options.batches:
+        types = options.pointer_types(batch)
+        plan = make_plan(options.step_shape(batch))
+        launches = []
+        for call in plan.calls:
+            source = make_source(call, types)
+            key = source.hash(), call.num_warps
+            if key not in kernels:
+                kernels[key] = _write_kernel(folder, len(kernels), call, source, types)
+            names = call.kernel.arg_names[len(call.pointers) :]
+            numbers = {
+                name: number
+                for name, number in zip(names, call.numbers, strict=False)
+                if source.signature[name] != "constexpr" and name != "num_steps"
+            }
+            launches.append({"kernel": kernels[key]["name"], "grid": [*call.grid, 1], "numbers": numbers})
+        plans.append(
+            {
+                "batch": batch,
+                "tier": plan.tier,
+                "shapes": _shapes(options, batch, types),
+                "scratch": _scratch(plan),
+                "launches": launches,
+            }
+        )
+    return {
+        "format": FORMAT.name,
+        "format_version": FORMAT.version,
+        "options": {**asdict(options), "limit": limit_text(options.limit)},
+        "arguments": _arguments(options, types),
+        "kernels": list(kernels.values()),
+        "plans": plans,
+        "versions": {"fastddim": fastddim.__version__, "triton": triton.__version__},
+    }
+
+
+def _write_kernel(
+    folder: Path, index: int, call: KernelCall, source: ASTSource, types: Mapping[str, str]
+) -> dict[str, Any]:
+    """Compile a kernel for every target; what `kernel.json` says of it."""
+    name = f"{call.kernel.__name__}_{index}"
+    parameters = _parameters(call, source)
+    images = []
+    for arch in TARGETS:
+        options = {"ptx_version": PTX_VERSION} if arch == PTX_TARGET else {}
+        compiled = _compile(call, types, arch, options)
+        _check_parameters(compiled, parameters)
+        (target,) = re.findall(r"^\.target (\w+)$", compiled.asm["ptx"], re.MULTILINE)
+        for kind, content in (("cubin", compiled.asm["cubin"]), ("ptx", compiled.asm["ptx"].encode())):
+            if kind == "ptx" and arch != PTX_TARGET:
+                continue
+            file = f"{name}.{target}.{kind}"
+            (folder / file).write_bytes(content)
+            images.append(
+                {
+                    "kind": kind,
+                    "target": target,
+                    "compute_capability": list(divmod(arch, 10)),
+                    "file": file,
+                    "shared_bytes": compiled.metadata.shared,
+                }
+            )
+    return {
+        "name": name,
+        "entry": compiled.metadata.name,
+        "source_sha256": call.kernel.cache_key,
+        "parameters": parameters,
+        "constants": call.constants,
+        "num_warps": call.num_warps,
+        "images": images,
+    }
+
+
+def _compile(call: KernelCall, types: Mapping[str, str], arch: int, options: Mapping[str, Any]) -> Any:
+    with triton.knobs.compilation.scope():
+        # Lines are told by the paths of this machine.
+        triton.knobs.compilation.disable_line_info = True
+        try:
+            return compile_call(call, dict(types), GPUTarget("cuda", arch, 32), **options)
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [""])[-1]
+            raise ExportError(
+                f"{call.kernel.__name__}: does not compile for sm_{arch}: {type(error).__name__}: {reason}"
+            ) from error
+
+
+def _parameters(call: KernelCall, source: ASTSource) -> list[dict[str, Any]]:
+    """What a launch of a kernel passes, in order."""
+    parameters = []
+    for i, name in enumerate(call.kernel.arg_names):
+        declared = source.signature[name]
+        if declared == "constexpr":
+            continue
+        aligned = (i,) in source.attrs
+        if i < len(call.pointers):
+            dtype = _DTYPES[declared.removeprefix("*")]
+            pointer = call.pointers[i]
+            named, type_, divisor = ARGUMENT_OF.get(pointer, pointer), f"{dtype}*", _BYTES[dtype]
+        else:
+            named, type_, divisor = name, _DTYPES[declared], 1
+        parameters.append({"name": named, "type": type_, "divisible_by": ALIGNMENT if aligned else divisor})
+    return parameters + [{"name": name, "type": "uint8*", "divisible_by": 1} for name in _HIDDEN]
+
+
+def _check_parameters(compiled: Any, parameters: list[dict[str, Any]]) -> None:
+    """Check that the compiler made of a kernel what `parameters` and a plain launch say."""
+    metadata = compiled.metadata
+    declared = re.findall(r"\.param \.([us]\d+)", compiled.asm["ptx"].partition(")")[0])
+    expected = [f"u{64 if parameter['type'] != 'int32' else 32}" for parameter in parameters]
+    plain = not metadata.global_scratch_size and not metadata.profile_scratch_size and metadata.num_ctas == 1
+    if declared != expected or not plain:
+        raise ExportError(
+            f"{metadata.name}: Triton {triton.__version__} gives it parameters {declared}, not {expected}, or asks for more"
+            " than a plain launch; install a version that fastddim supports"
+        )
+
+
+def _shapes(options: KernelOptions, batch: int, types: Mapping[str, str]) -> dict[str, Sequence[int | str]]:
+    state = [batch, *options.shape]
+    stacked = [2 * batch if options.guided else batch, *options.shape]
+    each = [batch if options.per_sample else 1]
+    shapes: dict[str, Sequence[int | str]] = {
+        "model_output": stacked,
+        "sample": state,
+        "table": ["num_steps", NUM_COLUMNS],
+        "step": each,
+        "guidance_scale": each,
+        "guidance_rescale": each,
+        "noise": state,
+        "seeds": [batch],
+        "first_row": [batch],
+        "out": state,
+        "x0": state,
+        "model_input": stacked,
+        "timesteps": ["num_steps"],
+        "next_timestep": stacked[:1],
+    }
+    passed = {ARGUMENT_OF.get(name, name) for name in types}
+    return {name: shape for name, shape in shapes.items() if name in passed}
+
+
+def _arguments(options: KernelOptions, types: Mapping[str, str]) -> dict[str, Any]:
+    dtypes = {ARGUMENT_OF.get(name, name): _DTYPES[short] for name, short in types.items()}
+    written = {"out", "x0", "model_input", "next_timestep"} | ({"step"} if options.advance else set())
+    return {
+        name: {"dtype": dtypes[name], "written": name in written, "meaning": meaning}
+        for name, meaning in _MEANINGS.items()
+        if name in dtypes
+    }
+
+
+def _scratch(plan: Plan) -> dict[str, int]:
+    sizes = {"tickets": plan.tickets, "counters": plan.counters, "statistics": plan.statistics}
+    return {name: 4 * size for name, size in sizes.items() if size}

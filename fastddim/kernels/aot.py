@@ -1,0 +1,85 @@
+"""A plan's kernels compiled ahead of time, for any GPU and without one: the types and what tensors would specialise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from fastddim.kernels.plan import KernelCall, StepShape, make_plan
+
+# Of pointers and numbers that are not exempt, as Triton specialises those that can be divided by it.
+ALIGNMENT = 16
+
+
+def pointer_types(
+    shape: StepShape,
+    state: str = "fp32",
+    model: str = "fp32",
+    *,
+    x0: bool = False,
+    model_input: bool = False,
+    noise: bool = False,
+    first_row: bool = False,
+) -> dict[str, str]:
+    """The dtype of every pointer that a step's kernels get, by its name in the plan; the others are None.
+
+    Args:
+        shape: what is asked of the step.
+        state, model: Triton's dtypes of the state (and x0, and the noise), and of the model's output and input.
+        x0, model_input, noise, first_row: the optional ones that `shape` says nothing of.
+    """
+    types = {"output": model, "sample": state, "table": "fp64", "step": "i64", "next": state}
+    types |= {"x0": state} if x0 else {}
+    types |= {"input": model} if model_input else {}
+    types |= {"guidance": "fp32"} if shape.guided else {}
+    types |= {"rescale": "fp32"} if shape.rescale else {}
+    types |= {"limit": "fp64"} if shape.limit_on_device else {}
+    types |= {"noise": state} if noise else {}
+    types |= {"seeds": "i64"} if shape.drawn else {}
+    types |= {"first_row": "i64"} if first_row else {}
+    types |= {"timesteps": "i64", "next_timestep": "i64"} if shape.advance else {}
+    plan = make_plan(shape)
+    types |= {"tickets": "i32"} if plan.tickets else {}
+    types |= {"statistics": "fp32", "counters": "i32"} if plan.statistics else {}
+    return types
+
+
+def make_source(call: KernelCall, types: dict[str, str]) -> ASTSource:
+    """A call's kernel with the specialisation that Triton gives it for aligned tensors of `types`."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], Any] = {}
+    aligned = [["tt.divisibility", ALIGNMENT]]
+    loose = {p.name for p in call.kernel.params if p.do_not_specialize or p.do_not_specialize_on_alignment}
+    names = call.kernel.arg_names
+    for i, (name, pointer) in enumerate(zip(names, call.pointers, strict=False)):
+        if pointer in types:
+            signature[name] = f"*{types[pointer]}"
+            if name not in loose:
+                attributes[(i,)] = aligned
+        else:
+            signature[name], constants[name] = "constexpr", None
+    for i, number in enumerate(call.numbers, start=len(call.pointers)):
+        name = names[i]
+        if number == 1 and name not in loose:
+            signature[name], constants[name] = "constexpr", 1
+            continue
+        signature[name] = "i32" if number < 1 << 31 else "i64"
+        if number % ALIGNMENT == 0 and name not in loose:
+            attributes[(i,)] = aligned
+    for name, value in call.constants.items():
+        signature[name], constants[name] = "constexpr", value
+    return ASTSource(call.kernel, signature, constants, attributes)
+
+
+def compile_call(call: KernelCall, types: dict[str, str], target: GPUTarget, **options: Any) -> CompiledKernel:
+    """Compile a call's kernel, as `launch.py` lets Triton compile it.
+
+    Args:
+        options: further ones of Triton's compiler.
+    """
+    options = {"num_warps": call.num_warps, "enable_fp_fusion": False, **options}
+    return triton.compile(make_source(call, types), target=target, options=options)
