@@ -319,6 +319,9 @@ inline Manifest::Sampling parse_sampling(const Field& field) {
     sampling.guidance_rescale = field.at("guidance_rescale").boolean();
     sampling.stochastic = field.at("stochastic").boolean();
     sampling.baked_schedule = field.at("baked_schedule").boolean();
+    for (const char* name : {"per_sample_steps", "seeded"})
+        if (const auto asked = field.find(name); asked && asked->boolean())
+            asked->fail("is on, and this loader takes bundles without it");
     sampling.eta = field.at("eta").number();
     sampling.use_clipped_model_output = field.at("use_clipped_model_output").boolean();
     sampling.dtype = field.at("dtype").string();
