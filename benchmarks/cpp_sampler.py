@@ -2,8 +2,8 @@
 
     python benchmarks/cpp_sampler.py [--quick] [--json FILE]
 
-Needs what `make cpp` prepares. `run` is one call; the C++ side's is timed from here, its pipe included. `start` is a whole
-process from its start to the file with the first picture, and has a bar of its own, `START_S`.
+Needs what `make cpp` prepares. `run` is one call; the C++ side's is timed from here, its pipe included. `start` is a
+whole process from its start to the file with the first picture, and has a bar of its own, `START_S`.
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ def main() -> int:
         if row.status != OK:
             print(f"{row.status}: {row.case}: {row.candidate}: {row.message}", file=sys.stderr)
     if arguments.json:
-        report.write_text("--json", arguments.json, report.make_json(report.make_report(rows, "cpp", arguments.quick, "system")))
+        report.write_text(
+            "--json", arguments.json, report.make_json(report.make_report(rows, "cpp", arguments.quick, "system"))
+        )
     return int(any(row.status != OK for row in rows))
 
 
