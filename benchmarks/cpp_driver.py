@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import stub_cuda
+import torch
 
 ROOT = Path(__file__).parents[1]
 RUNTIME = ROOT / "build" / "onnxruntime"
+LIBTORCH = Path(torch.utils.cmake_prefix_path)
 
 # Optimised by GCC, and by Clang with every check that it has; without ONNX Runtime where only kernels are launched.
 _RELEASE = ["-DCMAKE_CXX_COMPILER=g++", "-DCMAKE_BUILD_TYPE=Release"]
@@ -24,6 +26,7 @@ BUILDS = {
     "checked": [*_CHECKED, "-DFASTDDIM_BUILD_FUZZERS=ON"],
     "kernels": [*_RELEASE, *_KERNELS],
     "kernels-checked": [*_CHECKED, *_KERNELS],
+    "aoti": [*_RELEASE, "-DFASTDDIM_ORT=OFF", "-DFASTDDIM_AOTI=ON"],
 }
 
 
@@ -35,6 +38,7 @@ def build(name: str, *programs: str) -> Path:
     """
     folder = ROOT / "build" / f"cpp-{name}"
     configure = ["cmake", "-S", str(ROOT / "cpp"), "-B", str(folder), f"-DONNXRUNTIME_ROOT={RUNTIME}"]
+    configure.append(f"-DCMAKE_PREFIX_PATH={LIBTORCH}")
     options = ["-DFASTDDIM_BUILD_TESTS=ON", "-DFASTDDIM_STRICT=ON", *BUILDS[name]]
     make = ["cmake", "--build", str(folder), "--parallel", str(os.cpu_count()), "--target", *(programs or ["all"])]
     for command in ([*configure, *options], make):
@@ -53,18 +57,27 @@ class CppError(Exception):
 
 
 class CppSampler:
-    """cpp's `OrtSampler` in a process of its own, called as Python's is.
+    """A sampler of cpp/ in a process of its own, called as Python's is.
 
     Args:
-        program: `ort_driver` of a build.
+        program: the driver of a runtime, of a build.
         bundle: the folder to load; without one, `open` alone works.
-        check_finite: as `OrtSampler`'s.
+        env: environment variables of the process.
+        **options: of the sampler, such as `check_finite`.
     """
 
-    def __init__(self, program: Path, bundle: Path | None = None, *, check_finite: bool = False) -> None:
-        self._process = subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    def __init__(
+        self, program: Path, bundle: Path | None = None, *, env: Mapping[str, str] | None = None, **options: bool
+    ) -> None:
+        self._process = subprocess.Popen(
+            [program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **(env or {})}
+        )
         if bundle is not None:
-            self._ask({"load": str(bundle), "threads": 1, "check_finite": check_finite})
+            try:
+                self._ask({"load": str(bundle), "threads": 1, **options})
+            except CppError:
+                self.close()
+                raise
 
     def __enter__(self) -> CppSampler:
         return self

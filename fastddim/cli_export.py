@@ -98,7 +98,7 @@ def export(
     optimization_level: Annotated[
         int | None, _tensorrt(parser=integer, metavar="INTEGER", help="0 to 5; higher builds longer.")
     ] = None,
-    tf32: Annotated[bool, _tensorrt("--tf32/--no-tf32", help="Let float32 products round to TF32.")] = True,
+    tf32: Annotated[bool, _tensorrt("--tf32", help="Let float32 products round to TF32.")] = False,
     version_compatible: Annotated[
         bool, _tensorrt("--version-compatible", help="Later versions of TensorRT load it too.")
     ] = False,

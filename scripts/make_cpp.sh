@@ -59,3 +59,13 @@ if [ ! -e "$runtime/lib/libonnxruntime.so" ]; then
     ln -sf "$library" "$runtime/lib/libonnxruntime.so.1"
     ln -sf libonnxruntime.so.1 "$runtime/lib/libonnxruntime.so"
 fi
+# The headers of TensorRT, for a check that the loader compiles: a package that carries them, as NVIDIA's own do not.
+[ -e "$here/../build/tensorrt/include/NvInfer.h" ] || (
+    scratch=$(mktemp -d "$here/../build/.tensorrt.XXXXXX")
+    trap 'rm -rf "$scratch"' EXIT
+    "$python" -m pip download --quiet --disable-pip-version-check --no-deps -c "$here/../constraints.txt" \
+        -d "$scratch" kernel-lens
+    "$python" -m zipfile -e "$scratch"/kernel_lens-*.whl "$scratch"
+    mkdir -p "$here/../build/tensorrt"
+    mv "$scratch/kernel_lens/include/tensorrt" "$here/../build/tensorrt/include"
+)

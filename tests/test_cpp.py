@@ -483,6 +483,8 @@ DAMAGE = {
     r"\$\.inputs\[0\]\.shape\[1\]: 0 is not >= 1": put(0, "inputs", 0, "shape", 1),
     r"\$\.inputs\[0\]\.shape\[1\]: an empty name": put("", "inputs", 0, "shape", 1),
     r"\$\.inputs\[0\]\.shape: \"batch\" is not an array": put("batch", "inputs", 0, "shape"),
+    r"\$\.runtime: \"abacus\" is not one of 'onnx', 'aoti'": put("abacus", "runtime"),
+    r"\$: 'target' is a required property": put("aoti", "runtime"),
     r"\$\.inputs: no 'sample'": put("simple", "inputs", 0, "name"),
     r"\$\.inputs\[1\]: a second 'sample'": put("sample", "inputs", 1, "name"),
     r"\$\.outputs: no 'samples'": put([], "outputs"),
@@ -568,6 +570,10 @@ def test_a_graph_that_cannot_be_loaded_is_named(checked, bundles, tmp_path):
     folder = shutil.copytree(bundles("typed"), tmp_path / "other")
     put("bfloat16", "inputs", 2, "dtype")(folder)
     with pytest.raises(CppError, match=r"has an input '\w+' of dtype bfloat16"):
+        CppSampler(checked / "ort_driver", folder)
+    target = {"device": "cpu", "platform": "linux", "machine": "x86_64", "cpu_features": []}
+    edit(lambda manifest: manifest.update(runtime="aoti", target=target))(folder)
+    with pytest.raises(CppError, match=r"is of runtime 'aoti', not 'onnx'"):
         CppSampler(checked / "ort_driver", folder)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from cpp_driver import CppError, CppSampler, build
 from PIL import Image
 
 from fastddim import DDIMConfig, Sampler
@@ -112,13 +114,64 @@ def test_arrays_and_tensors_are_the_same(kept):
         np.testing.assert_allclose(tensors[k], expected[k], atol=1e-5)
 
 
-def test_one_step_a_call_and_the_threshold(tmp_path):
-    config = CONFIGS["threshold"]
-    bundle = export_tiny(tmp_path / "bundle", config, graph="step", stochastic=True)
-    assert bundle.names("outputs") == ["next_sample", "pred_original_sample"]
+@pytest.fixture(scope="module")
+def step(tmp_path_factory):
+    """One step, with a threshold and noise."""
+    return export_tiny(tmp_path_factory.mktemp("step") / "bundle", CONFIGS["threshold"], graph="step", stochastic=True)
+
+
+def test_one_step_a_call_and_the_threshold(step):
+    assert step.names("outputs") == ["next_sample", "pred_original_sample"]
     for batch, steps, eta in ((1, 1, 0.0), (5, 7, 0.5)):
-        actual = run_tiny(bundle.path, batch, num_inference_steps=steps, eta=eta)
-        np.testing.assert_allclose(actual, sample_tiny(config, steps, batch, eta=eta), atol=2e-5)
+        actual = run_tiny(step.path, batch, num_inference_steps=steps, eta=eta)
+        np.testing.assert_allclose(actual, sample_tiny(CONFIGS["threshold"], steps, batch, eta=eta), atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def driver():
+    return build("aoti", "aoti_driver") / "aoti_driver"
+
+
+def test_the_cpp_loader_makes_the_same_samples(kept, step, driver):
+    labels, null = LABELS.numpy(), {"labels": np.zeros(3, dtype=np.int64)}
+    guided = {"guidance_scale": 3.0, "guidance_rescale": 0.7, "uncond_kwargs": null}
+    for folder, arguments in ((kept, guided), (step.path, {})):
+        arguments = {"seeds": 5, "labels": labels, "eta": 0.5, "num_inference_steps": 7, **arguments}
+        python = AotiSampler(folder)
+        with CppSampler(driver, folder) as sampler:
+            expected = python(3, **arguments).numpy()
+            np.testing.assert_allclose(sampler(3, **arguments), expected, atol=1e-4)
+            start = np.random.default_rng(0).standard_normal((3, *SHAPE)).astype(np.float32)
+            np.testing.assert_allclose(sampler(start, **arguments), python(start, **arguments), atol=1e-4)
+            several = sampler.concurrent([(3, arguments)] * 4).reshape(4, *expected.shape)
+            np.testing.assert_allclose(several, np.broadcast_to(expected, several.shape), atol=1e-4)
+            with pytest.raises(CppError, match="seeds: missing"):
+                sampler(3, **{**arguments, "seeds": None})
+
+
+def test_the_cpp_loader_refuses_what_this_machine_cannot_run(copied, driver):
+    with CppSampler(driver) as reader:
+        assert reader.open(copied)["steps"] == 50
+    for message, change in {
+        "a CPU with quantum, which this one has not": {"cpu_features": ["quantum"]},
+        "is for win32 .*, this program is for linux": {"platform": "win32"},
+    }.items():
+        kept_target = open_bundle(copied).manifest["target"]
+        edit(copied, lambda manifest, change=change: manifest["target"].update(change))
+        with pytest.raises(CppError, match=message) as caught:
+            CppSampler(driver, copied)
+        assert caught.value.kind == "BundleError"
+        edit(copied, lambda manifest, target=kept_target: manifest.update(target=target))
+    (copied / "model.pt2").write_bytes(b"no package")
+    content = {"sha256": hashlib.sha256(b"no package").hexdigest(), "bytes": 10}
+    edit(copied, lambda manifest: manifest["files"].update({"model.pt2": content}))
+    with pytest.raises(CppError, match=r"model.pt2' cannot be loaded: "):
+        CppSampler(driver, copied)
+    with pytest.raises(BundleError, match=r"model.pt2' of torch .* does not load with "):
+        AotiSampler(copied)
+    edit(copied, lambda manifest: manifest.update(runtime="onnx"))
+    with pytest.raises(CppError, match="is of runtime 'onnx', not 'aoti'"):
+        CppSampler(driver, copied)
 
 
 def test_the_bundle_says_what_it_is_and_holds_no_more(kept):

@@ -16,6 +16,7 @@ import onnx
 import pytest
 import tensorrt_rtx
 import torch
+from PIL import Image
 
 import fake_tensorrt
 import fastddim
@@ -204,20 +205,22 @@ def check_components(bundle, names):
 
 def test_each_graph_of_a_pipeline_is_built(tiny, tmp_path):
     folder = shutil.copytree(tiny.path, tmp_path / "graph")
-    shutil.copy(folder / "model.onnx", folder / "vae_decoder.onnx")
+    names = ["text_encoder", "vae_decoder"]
+    for name in names:
+        shutil.copy(folder / "model.onnx", folder / f"{name}.onnx")
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "words.txt").write_text("a")
 
     def add(manifest):
         kept = {key: manifest[key] for key in ("inputs", "outputs")}
-        manifest["components"] = {"vae_decoder": {"model": "vae_decoder.onnx", "meaning": "pictures", **kept}}
-        manifest["files"]["vae_decoder.onnx"] = manifest["files"]["model.onnx"]
+        manifest["components"] = {name: {"model": f"{name}.onnx", "meaning": "a part", **kept} for name in names}
+        manifest["files"] |= {f"{name}.onnx": manifest["files"]["model.onnx"] for name in names}
         words = folder / "tokenizer" / "words.txt"
         manifest["files"]["tokenizer/words.txt"] = {"sha256": sha256(words), "bytes": 1}
 
     edit(folder, add)
     bundle = export_tensorrt(folder, tmp_path / "engine", RTX)
-    check_components(bundle, ["vae_decoder"])
+    check_components(bundle, names)
     assert (bundle.path / "tokenizer" / "words.txt").read_text() == "a"
     with pytest.raises(BundleError, match=r"is of runtime 'tensorrt', not 'onnx'"):
         OrtPipeline(bundle)
@@ -570,14 +573,23 @@ def test_a_capture_is_replayed_for_the_same_sizes_alone(steps, fake, tmp_path):
     options = TensorRTOptions(flavour="standard")
     sampler = TensorRTSampler(export_tensorrt(steps, tmp_path / "engine", options), cuda_graph=True)
     call(sampler, 2)
-    first = call(sampler, 2).clone()
+    first = call(sampler, 2)
+    before = first.clone()
     fake.calls.clear()
     second = call(sampler, 2, seeds=6)
     # Only replays: no shape or address is set again, and an earlier result stays as it was.
     assert {c[0] for c in fake.calls} == {"execute_async_v3"} and len(fake.calls) == 4
-    assert not torch.equal(first, second) and torch.equal(first, call(sampler, 2))
+    assert torch.equal(first, before) and not torch.equal(first, second) and torch.equal(first, call(sampler, 2))
     call(sampler, 3)
     assert sum(c[0] == "create_execution_context" for c in fake.calls) == 1
+
+
+def test_a_number_of_steps_that_the_host_reads_is_part_of_a_capture(baked, fake, tmp_path):
+    options = TensorRTOptions(flavour="standard")
+    sampler = TensorRTSampler(export_tensorrt(baked, tmp_path / "engine", options), cuda_graph=True)
+    for count in (3, 4, 3):
+        call(sampler, 2, num_inference_steps=count)
+    assert sum(c[0] == "create_execution_context" for c in fake.calls) == 2
 
 
 def test_sizes_that_no_profile_has_are_named(tiny, fake, tmp_path):
@@ -631,7 +643,7 @@ def test_nan_is_blamed_on_its_step(fake, tmp_path):
 def test_the_options_reach_the_builder(tiny, fake, tmp_path):
     cache = tmp_path / "timings"
     options = TensorRTOptions(
-        flavour="standard", workspace=1 << 20, builder_optimization_level=5, tf32=False, version_compatible=True,
+        flavour="standard", workspace=1 << 20, builder_optimization_level=5, version_compatible=True,
         hardware_compatibility="ampere_plus", refit=True, weight_streaming=True, timing_cache=cache,
     )  # fmt: skip
     bundle = export_tensorrt(tiny, tmp_path / "engine", options)
@@ -641,6 +653,9 @@ def test_the_options_reach_the_builder(tiny, fake, tmp_path):
     assert ("build", 5, fake.HardwareCompatibilityLevel.AMPERE_PLUS) in fake.calls
     recorded = bundle.manifest["engine"]["options"]
     assert recorded["hardware_compatibility"] == "ampere_plus" and recorded["tf32"] is False
+    fake.calls.clear()
+    export_tensorrt(tiny, tmp_path / "rounded", TensorRTOptions(flavour="standard", tf32=True))
+    assert ("clear_flag", "TF32") not in fake.calls
     assert "timing_cache" not in recorded
     # The cache is written, read by the next build, and one of another version is left.
     assert cache.read_bytes() == b"timings of 10.14.1.48"
@@ -765,13 +780,27 @@ def test_options_of_a_sampler_that_its_engine_lacks_are_named(tiny, fake, tmp_pa
     assert json.loads(TensorRTSampler(plain).inspect()) == {"Layers": [], "form": "JSON"}
 
 
+def test_the_commands_run_and_verify_an_engine(graphs, fake, tmp_path, capsys):
+    export_tensorrt(graphs("digits, loop"), tmp_path / "engine", TensorRTOptions(flavour="standard"))
+    arguments = ["--labels", "3,1,4", "--steps", "4", "--seed", "7"]
+    assert main(["run", str(tmp_path / "engine"), *arguments, "--out", str(tmp_path / "engine.png")]) == 0
+    assert "on TensorRT 10.14.1.48" in capsys.readouterr().out
+    assert main(["run", str(graphs("digits, loop").path), *arguments, "--out", str(tmp_path / "graph.png")]) == 0
+    ours, theirs = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("engine", "graph"))
+    assert ours.shape == theirs.shape and np.abs(ours - theirs).max() <= 1
+    assert main(["run", str(tmp_path / "engine"), "--providers", "cpu"]) == 2
+    assert "this bundle is of runtime 'tensorrt'" in " ".join(capsys.readouterr().err.split())
+    assert main(["export", "--verify", str(tmp_path / "engine"), "--parity-steps", "3"]) == 0
+    assert "3 steps: largest difference from torch" in capsys.readouterr().out
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("cuda_graph", [False, True], ids=["direct", "graph"])
 @pytest.mark.parametrize("kind", ["tiny", "steps", "baked"])
 def test_engines_sample_as_the_graph_does_on_a_gpu(kind, cuda_graph, tmp_path, request):
     pytest.importorskip("tensorrt", reason="needs a GPU and TensorRT")
     source = request.getfixturevalue(kind)
-    options = TensorRTOptions(flavour="standard", profiles=(Profile(batch=(1, 2, 4)),), tf32=False)
+    options = TensorRTOptions(flavour="standard", profiles=(Profile(batch=(1, 2, 4)),))
     sampler = TensorRTSampler(export_tensorrt(source, tmp_path / "engine", options), cuda_graph=cuda_graph)
     reference = OrtSampler(source, providers="cpu")
     for batch, count in ((3, 4), (1, 7), (3, 4)):

@@ -613,10 +613,14 @@ def test_memory_that_is_shared_is_refused():
         ("out: shares memory with sample", {"sample": storage[:16].view(2, 8), "out": storage[4:].view(2, 8)}),
         ("out: shares memory with noise", {"noise": storage[:16].view(2, 8), "out": storage[:16].view(2, 8)}),
         # Both halves of a guided output in half the precision have the span of the state.
-        ("out: shares memory with model_output", {
-            "model_output": storage[:16].view(torch.float16).view(4, 8), "guidance_scale": 2.0,
-            "out": storage[:16].view(2, 8),
-        }),
+        (
+            "out: shares memory with model_output",
+            {
+                "model_output": storage[:16].view(torch.float16).view(4, 8),
+                "guidance_scale": 2.0,
+                "out": storage[:16].view(2, 8),
+            },
+        ),
         ("model_input: shares memory with model_output", {"model_input": output}),
         ("model_input: shares memory with sample", {"model_input": x}),
     ]

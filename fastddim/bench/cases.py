@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -353,16 +354,38 @@ def _ort_call(inputs: LoopInputs) -> Call:
     return lambda: (sampler(start, **kwargs),)
 
 
+def _aoti_call(inputs: LoopInputs) -> Call:
+    """The run as one compiled package."""
+    import tempfile
+
+    import fastddim
+    from fastddim.export import AotiSampler, ExportOptions, export_aoti
+
+    problem = inputs.problem
+    options = ExportOptions(num_inference_steps=problem.num_steps, use_clipped_model_output=False)
+    with tempfile.TemporaryDirectory() as folder:
+        config = fastddim.DDIMConfig(**_loop_config(problem))
+        sampler = AotiSampler(export_aoti(inputs.model, config, f"{folder}/bundle", options, parity_steps=()))
+    return lambda: (sampler(inputs.start, **inputs.kwargs),)
+
+
 ORT_SAMPLER = Candidate("fastddim.export.OrtSampler", _ort_call)
+AOTI_SAMPLER = Candidate("fastddim.export.AotiSampler", _aoti_call)
 
 
 def export_suite(quick: bool = False) -> list[Case]:
-    """Whole runs of the embedded model from one exported file, against diffusers' loop; `quick` is batch 1 alone."""
+    """Whole runs of the embedded model from one exported file, against diffusers' loop; `quick` is an ONNX one at batch 1."""
     cases = []
     for batch, target in ((1, 2.0), (2, 1.4), (8, 1.0))[: 1 if quick else None]:
         problem = replace(_DIGITS, shape=(batch, *_DIGITS.shape[1:]))
         case = loop_case("digits", problem, partial(_digits_model, problem))
         cases.append(replace(case, suite="export", candidates=(ORT_SAMPLER, DIFFUSERS_LOOP), target=target))
+    # Compiling takes half a minute, and a compiler.
+    if not quick and shutil.which(os.environ.get("CXX", "g++")):
+        case = replace(
+            cases[0], name=f"compiled {cases[0].name}", candidates=(AOTI_SAMPLER, ORT_SAMPLER, DIFFUSERS_LOOP)
+        )
+        cases.append(replace(case, target=None))
     return cases
 
 

@@ -105,7 +105,7 @@ class TensorRTOptions:
             The standard flavour builds for the GPU that is here.
         workspace: the largest scratch memory of a layer in bytes.
         builder_optimization_level: 0 to 5; higher takes longer to build.
-        tf32: float32 products may be rounded to TF32, as in TensorRT's own default.
+        tf32: float32 products may be rounded to TF32, faster and three digits exact; TensorRT's own default.
         version_compatible: later versions of TensorRT load the engine too.
         hardware_compatibility: standard: `"ampere_plus"` or `"same_compute_capability"`; by default this GPU's model.
         refit: the weights may be replaced later.
@@ -122,7 +122,7 @@ class TensorRTOptions:
     compute_capabilities: tuple[str, ...] = ()
     workspace: int | None = None
     builder_optimization_level: int | None = None
-    tf32: bool = True
+    tf32: bool = False
     version_compatible: bool = False
     hardware_compatibility: str | None = None
     refit: bool = False

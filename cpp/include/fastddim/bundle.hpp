@@ -84,10 +84,39 @@ struct Manifest {
         std::optional<std::int64_t> upscale;
     };
 
+    /// Of compiled files: the machines that they run on.
+    struct Target {
+        std::string device;
+        std::string platform;
+        std::string machine;
+        /// As Linux names them, without underscores.
+        std::vector<std::string> cpu_features;
+        /// Of the GPU, such as 9.0.
+        std::string compute_capability;
+    };
+
+    /// Of TensorRT engines: what they were built with and for.
+    struct Engine {
+        /// `standard` or `rtx`.
+        std::string flavour;
+        std::string version;
+        /// Of the GPUs, such as 8.9; all that the flavour has where it is empty.
+        std::vector<std::string> compute_capabilities;
+        /// For each optimisation profile, the least, best and largest size of each named dimension.
+        std::vector<std::map<std::string, std::array<std::int64_t, 3>>> profiles;
+        bool version_compatible = false;
+        bool ampere_plus = false;
+        bool strip_plan = false;
+    };
+
     static constexpr std::int64_t newest_format_version = 1;
 
     /// `loop`: all steps in one call; `step`: one step a call.
     std::string graph;
+    /// What runs the file: `onnx`, `aoti` or `tensorrt`.
+    std::string runtime = "onnx";
+    std::optional<Target> target;
+    std::optional<Engine> engine;
     std::string model;
     std::map<std::string, File> files;
     std::vector<TensorInfo> inputs;
@@ -299,6 +328,40 @@ inline Manifest::Sampling parse_sampling(const Field& field) {
     return sampling;
 }
 
+inline Manifest::Engine parse_engine(const Field& field) {
+    Manifest::Engine engine;
+    field.at("flavour").choice({"standard", "rtx"});
+    engine.flavour = field.at("flavour").string();
+    engine.version = field.at("version").string();
+    for (const Field& capability : field.at("compute_capabilities").items())
+        engine.compute_capabilities.push_back(capability.string());
+    for (const Field& profile : field.at("profiles").items()) {
+        auto& ranges = engine.profiles.emplace_back();
+        for (const auto& [name, range] : profile.members()) {
+            const std::vector<Field> sizes = range.items();
+            if (sizes.size() != 3) range.fail(range.shown() + " is not a least, best and largest size");
+            ranges[name] = {sizes[0].integer(1), sizes[1].integer(1), sizes[2].integer(1)};
+        }
+    }
+    if (engine.profiles.empty()) field.at("profiles").fail("no profile");
+    const Field options = field.at("options");
+    const Field compatibility = options.at("hardware_compatibility");
+    engine.version_compatible = options.at("version_compatible").boolean();
+    engine.ampere_plus = !compatibility.is_null() && compatibility.string() == "ampere_plus";
+    engine.strip_plan = options.at("strip_plan").boolean();
+    return engine;
+}
+
+inline Manifest::Target parse_target(const Field& field) {
+    Manifest::Target target;
+    target.device = field.at("device").choice({"cpu", "cuda"}) == 0 ? "cpu" : "cuda";
+    target.platform = field.at("platform").string();
+    target.machine = field.at("machine").string();
+    for (const Field& feature : field.at("cpu_features").items()) target.cpu_features.push_back(feature.string());
+    if (const auto capability = field.find("compute_capability")) target.compute_capability = capability->string();
+    return target;
+}
+
 inline StepTable parse_table(const Field& field, std::int64_t num_train_timesteps) {
     StepTable table;
     for (const Field& timestep : field.at("timesteps").items())
@@ -410,6 +473,14 @@ inline Manifest parse_manifest(const std::string& text, const std::string& file 
                           "; update it");
     Manifest manifest;
     manifest.graph = root.at("graph").choice({"loop", "step"}) == 0 ? "loop" : "step";
+    if (const auto runtime = root.find("runtime")) {
+        runtime->choice({"onnx", "aoti", "tensorrt"});
+        manifest.runtime = runtime->string();
+    }
+    if (const auto target = root.find("target")) manifest.target = detail::parse_target(*target);
+    if (manifest.runtime == "aoti" && !manifest.target) root.at("target");
+    if (const auto engine = root.find("engine")) manifest.engine = detail::parse_engine(*engine);
+    if (manifest.runtime == "tensorrt" && !manifest.engine) root.at("engine");
     manifest.model = root.at("model").string();
     for (const auto& [name, entry] : root.at("files").members()) {
         detail::inside(file, name);

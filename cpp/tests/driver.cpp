@@ -1,7 +1,8 @@
-// An OrtSampler for the Python tests and benchmarks: JSON requests on the standard input, one a line; the answer to
-// each is a line of JSON and, where it says so, `bytes` of raw floats.
+// An OrtSampler, an AotiSampler or a TrtSampler, for the Python tests and benchmarks: JSON requests on the standard input,
+// one a line; the answer to each is a line of JSON and, where it says so, `bytes` of raw floats.
 //   {"open": FOLDER, "check_hashes": BOOL}                  a bundle, opened alone
-//   {"load": FOLDER, "threads": N, "check_finite": BOOL}    the sampler of the requests that follow
+//   {"load": FOLDER, "threads": N, "check_finite": BOOL}    the sampler of the requests that follow; with TensorRT
+//                                                           "cuda_graph" too
 //   {"sample": CALL}, {"concurrent": [CALL, ...]}           a call; several at once, a thread each
 #include <array>
 #include <chrono>
@@ -16,11 +17,47 @@
 #include <utility>
 #include <vector>
 
+#ifdef FASTDDIM_DRIVE_AOTI
+#include <ATen/Parallel.h>
+
+#include "fastddim/aoti_sampler.hpp"
+#elif defined(FASTDDIM_DRIVE_TENSORRT)
+#include "fastddim/trt_sampler.hpp"
+#else
 #include "fastddim/ort_sampler.hpp"
+#endif
 
 namespace {
 
 using Json = nlohmann::json;
+
+fastddim::Bundle requested(const Json& request) { return fastddim::open_bundle(request.at("load").get<std::string>()); }
+
+#ifdef FASTDDIM_DRIVE_AOTI
+using Sampler = fastddim::AotiSampler;
+
+void load(std::optional<Sampler>& sampler, const Json& request) {
+    at::set_num_threads(request.value("threads", 1));
+    sampler.emplace(requested(request), c10::DeviceIndex{-1}, request.value("check_finite", false));
+}
+#elif defined(FASTDDIM_DRIVE_TENSORRT)
+using Sampler = fastddim::TrtSampler;
+
+void load(std::optional<Sampler>& sampler, const Json& request) {
+    fastddim::TrtOptions options;
+    options.check_finite = request.value("check_finite", false);
+    options.cuda_graph = request.value("cuda_graph", false);
+    sampler.emplace(requested(request), options);
+}
+#else
+using Sampler = fastddim::OrtSampler;
+
+void load(std::optional<Sampler>& sampler, const Json& request) {
+    Ort::SessionOptions options;
+    options.SetIntraOpNumThreads(request.value("threads", 1));
+    sampler.emplace(requested(request), options, request.value("check_finite", false));
+}
+#endif
 
 template <class T>
 fastddim::Array<T> array(const Json& json) {
@@ -80,10 +117,7 @@ class Driver {
                     {"components", components}};
         }
         if (request.contains("load")) {
-            Ort::SessionOptions options;
-            options.SetIntraOpNumThreads(request.value("threads", 1));
-            sampler_.emplace(fastddim::open_bundle(request.at("load").get<std::string>()), options,
-                             request.value("check_finite", false));
+            load(sampler_, request);
             return Json::object();
         }
         const auto& sampler = sampler_.value();
@@ -109,7 +143,7 @@ class Driver {
     }
 
    private:
-    std::optional<fastddim::OrtSampler> sampler_;
+    std::optional<Sampler> sampler_;
 };
 
 }  // namespace
