@@ -444,6 +444,7 @@ def test_options_that_cannot_be_are_named(options, message):
 
 def test_nothing_is_left_of_an_export_that_fails(tmp_path, monkeypatch):
     options = KernelOptions(shape=(4,))
+    monkeypatch.setattr(to_cubin.triton.knobs.runtime, "interpret", True)
     with pytest.raises(ExportError, match="TRITON_INTERPRET: set"):
         export_cubin(tmp_path / "kernels", options)
     monkeypatch.setattr(to_cubin.triton.knobs.runtime, "interpret", False)
