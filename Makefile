@@ -3,6 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
+# As many tests at a time; a file's share what they export and compile.
+WORKERS ?= $(shell nproc)
 
 .PHONY: help setup web cpp demo test slow check format bench budget gpu clean
 
@@ -37,7 +39,7 @@ cpp: setup
 	@sh scripts/make_cpp.sh $(BIN)/python
 
 test: setup web cpp
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 slow: setup cpp
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -41,10 +42,14 @@ def build(name: str, *programs: str) -> Path:
     configure.append(f"-DCMAKE_PREFIX_PATH={LIBTORCH}")
     options = ["-DFASTDDIM_BUILD_TESTS=ON", "-DFASTDDIM_STRICT=ON", *BUILDS[name]]
     make = ["cmake", "--build", str(folder), "--parallel", str(os.cpu_count()), "--target", *(programs or ["all"])]
-    for command in ([*configure, *options], make):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        # Tests that run at a time share the folder.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in ([*configure, *options], make):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     return folder
 
 
