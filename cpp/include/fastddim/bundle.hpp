@@ -414,9 +414,10 @@ inline Manifest parse_manifest(const std::string& text, const std::string& file 
                           "; update it");
     Manifest manifest;
     manifest.graph = root.at("graph").choice({"loop", "step"}) == 0 ? "loop" : "step";
-    if (const auto runtime = root.find("runtime")) manifest.runtime = runtime->choice({"onnx", "aoti"}) == 0 ? "onnx" : "aoti";
+    if (const auto runtime = root.find("runtime"))
+        manifest.runtime = runtime->choice({"onnx", "aoti"}) == 0 ? "onnx" : "aoti";
     if (const auto target = root.find("target")) manifest.target = detail::parse_target(*target);
-    if (manifest.runtime == "aoti" && !manifest.target) root.at("target");
+    if (manifest.runtime == "aoti") root.at("target");
     manifest.model = root.at("model").string();
     for (const auto& [name, entry] : root.at("files").members()) {
         detail::inside(file, name);
