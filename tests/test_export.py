@@ -248,7 +248,9 @@ def test_thresholds_are_torchs_quantile(largest_topk, n, monkeypatch):
         # Ties at the quantile.
         x0[0] = x0[0].round()
         limit = DynamicThreshold(ratio, maximum)
-        torch.testing.assert_close(modules.limit_x0(x0, limit), apply_limit(x0.clone(), limit), rtol=0, atol=2e-7)
+        rank = modules.find_rank(limit, n)
+        assert (rank is None) == (largest_topk == 0)
+        torch.testing.assert_close(modules.limit_x0(x0, limit, rank), apply_limit(x0.clone(), limit), rtol=0, atol=2e-7)
 
 
 def node_kinds(graphs):

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -41,6 +42,9 @@ from test_export import CONFIGS, LABELS, SHAPE, Tiny, conditional_unet, edit, sa
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 
+KEPT = CONFIGS["threshold"]
+
+
 def export_tiny(folder, config=None, *, model=None, parity_steps=(1, 4), device="cpu", cpu_isa=None, **options):
     return export_aoti(
         model or Tiny(),
@@ -63,16 +67,22 @@ def run_tiny(bundle, batch=3, **arguments):
     return samples.numpy(force=True)
 
 
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory):
-    """A loop with all inputs; Inductor's own files lie in the temporary folder."""
-    folder = tmp_path_factory.mktemp("kept")
+@contextlib.contextmanager
+def temporary_folder(folder):
     before = tempfile.tempdir
     tempfile.tempdir = str(folder)
     try:
-        export_tiny(folder / "bundle", guided=True, guidance_rescale=True, stochastic=True)
+        yield
     finally:
         tempfile.tempdir = before
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A loop with all inputs and a threshold; Inductor's own files lie in the temporary folder."""
+    folder = tmp_path_factory.mktemp("kept")
+    with temporary_folder(folder):
+        export_tiny(folder / "bundle", KEPT, guided=True, guidance_rescale=True, stochastic=True)
     return folder / "bundle"
 
 
@@ -84,18 +94,16 @@ def copied(kept, tmp_path):
 def test_the_loop_samples_as_the_sampler_does(kept):
     for batch, steps, eta in ((1, 1, 0.0), (3, 7, 0.5), (8, 12, 1.0)):
         actual = run_tiny(kept, batch, num_inference_steps=steps, eta=eta, guidance_scale=3.0, guidance_rescale=0.7)
-        expected = sample_tiny(DDIMConfig(), steps, batch, eta=eta, guidance_scale=3.0, guidance_rescale=0.7)
+        expected = sample_tiny(KEPT, steps, batch, eta=eta, guidance_scale=3.0, guidance_rescale=0.7)
         np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
 def test_the_table_brings_prediction_type_and_spacing(copied, prediction):
-    config = DDIMConfig(prediction_type=prediction, timestep_spacing="trailing", beta_schedule="squaredcos_cap_v2")
-    edit(copied, lambda manifest: manifest["schedule"].update(
-        prediction_type=prediction, timestep_spacing="trailing", beta_schedule="squaredcos_cap_v2"
-    ))  # fmt: skip
+    changes = {"prediction_type": prediction, "timestep_spacing": "trailing", "beta_schedule": "squaredcos_cap_v2"}
+    edit(copied, lambda manifest: manifest["schedule"].update(changes))
     actual = run_tiny(copied, num_inference_steps=9, guidance_scale=2.0)
-    np.testing.assert_allclose(actual, sample_tiny(config, 9, guidance_scale=2.0), atol=2e-5)
+    np.testing.assert_allclose(actual, sample_tiny(replace(KEPT, **changes), 9, guidance_scale=2.0), atol=2e-5)
 
 
 def test_arrays_and_tensors_are_the_same(kept):
@@ -108,7 +116,7 @@ def test_arrays_and_tensors_are_the_same(kept):
     arrays = sampler(start.numpy(), labels=labels.numpy(), uncond_kwargs={"labels": null.numpy()}, **arguments)
     assert torch.equal(tensors, arrays)
     for k, scale in enumerate((1.5, 6.0)):
-        expected = Sampler(Tiny(), DDIMConfig(), 4, sample_shape=SHAPE, guidance_scale=scale)(
+        expected = Sampler(Tiny(), KEPT, 4, sample_shape=SHAPE, guidance_scale=scale)(
             start.float(), labels=labels, uncond_kwargs={"labels": null}
         )
         np.testing.assert_allclose(tensors[k], expected[k], atol=1e-5)
@@ -116,15 +124,17 @@ def test_arrays_and_tensors_are_the_same(kept):
 
 @pytest.fixture(scope="module")
 def step(tmp_path_factory):
-    """One step, with a threshold and noise."""
-    return export_tiny(tmp_path_factory.mktemp("step") / "bundle", CONFIGS["threshold"], graph="step", stochastic=True)
+    """One step, with noise and no limit."""
+    return export_tiny(
+        tmp_path_factory.mktemp("step") / "bundle", CONFIGS["v, trailing"], graph="step", stochastic=True
+    )
 
 
-def test_one_step_a_call_and_the_threshold(step):
+def test_one_step_a_call(step):
     assert step.names("outputs") == ["next_sample", "pred_original_sample"]
     for batch, steps, eta in ((1, 1, 0.0), (5, 7, 0.5)):
         actual = run_tiny(step.path, batch, num_inference_steps=steps, eta=eta)
-        np.testing.assert_allclose(actual, sample_tiny(CONFIGS["threshold"], steps, batch, eta=eta), atol=2e-5)
+        np.testing.assert_allclose(actual, sample_tiny(CONFIGS["v, trailing"], steps, batch, eta=eta), atol=2e-5)
 
 
 @pytest.fixture(scope="module")
@@ -288,16 +298,6 @@ def test_the_step_at_which_nan_appears_is_found(kept):
     sampler._arrays.normal = lambda seeds, step, *rest: real(seeds, step, *rest) * (torch.inf if step == 2 else 1.0)
     with pytest.raises(NotFiniteError, match="after step 2 "):
         sampler(1, seeds=0, num_inference_steps=6, eta=1.0, **arguments)
-
-
-@contextlib.contextmanager
-def temporary_folder(folder):
-    before = tempfile.tempdir
-    tempfile.tempdir = str(folder)
-    try:
-        yield
-    finally:
-        tempfile.tempdir = before
 
 
 def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):

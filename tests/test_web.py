@@ -68,6 +68,7 @@ def site(tmp_path_factory):
         "broken": "{",
         "foreign": "[]",
         "newer": json.dumps({**manifest, "format_version": 2}),
+        "compiled": json.dumps({**manifest, "runtime": "aoti"}),
         "step": json.dumps({**manifest, "graph": "step"}),
         "noisy": json.dumps({**manifest, "inputs": [*manifest["inputs"], noise]}),
         "colour": json.dumps({**manifest, "sample": {**manifest["sample"], "shape": [3, 16, 16]}}),
@@ -259,7 +260,7 @@ def report_from_browser(site, profile):
 def test_the_page_in_a_browser(site, tmp_path):
     """Every control, the picture and each error, as a user meets them."""
     runs = [{**run, "seed": str(run["seed"])} for run in RUNS]
-    bundles = ["missing", "broken", "foreign", "newer", "step", "noisy", "colour", "cut", "damaged"]
+    bundles = ["missing", "broken", "foreign", "newer", "compiled", "step", "noisy", "colour", "cut", "damaged"]
     (site / "check.html").write_text(CHECK.replace("RUNS", json.dumps(runs)).replace("BUNDLES", json.dumps(bundles)))
     report = report_from_browser(site, tmp_path)
     assert "failure" not in report, report["failure"]
@@ -274,6 +275,7 @@ def test_the_page_in_a_browser(site, tmp_path):
     fix = "export a model of one label with --guidance --bake-schedule alone"
     messages = {
         "missing": "bundle: 'missing/manifest.json' is missing; run fastddim export --guidance --bake-schedule",
+        "compiled": "bundle: it is of runtime 'aoti', not 'onnx'; export it as onnx",
         "step": f"bundle: a step graph of {inputs}; {fix}",
         "noisy": f"bundle: a loop graph of {inputs}, noise; {fix}",
         "colour": "bundle: NCHW samples of [3,16,16]; export a model of grey pictures",

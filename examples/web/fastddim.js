@@ -116,7 +116,8 @@ function checkManifest(manifest) {
     throw new Error(`bundle: '${MANIFEST}' has format_version ${manifest.format_version}, ` +
       `this fastddim reads up to ${FORMAT_VERSION}; update it`);
   }
-  const { graph, inputs, sample, sampling } = manifest;
+  const { graph, inputs, runtime = "onnx", sample, sampling } = manifest;
+  if (runtime !== "onnx") throw new Error(`bundle: it is of runtime '${runtime}', not 'onnx'; export it as onnx`);
   const [label] = Object.keys(sampling.null_values);
   const wanted = ["num_inference_steps", "sample", "guidance_scale", label, `uncond_${label}`];
   if (graph !== "loop" || inputs.length !== wanted.length || !inputs.every(({ name }) => wanted.includes(name))) {

@@ -7,10 +7,12 @@ Everything that a request may change is an input; what is fixed at export is an 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastddim.coefficients import NUM_COLUMNS
@@ -211,6 +213,7 @@ class StepModule(torch.nn.Module):
         guided: the model is called with both halves of each condition.
         rescale: `guidance_rescale` is an input.
         stochastic: `noise` is an input.
+        dynamic_size: heights and widths are not those of the denoiser's `sample_shape` alone.
 
     The inputs of `forward`, in order, those in brackets where the options ask for them:
         sample: `[B, ...]` float32, the state.
@@ -222,11 +225,20 @@ class StepModule(torch.nn.Module):
     Returns `(next_sample, pred_original_sample)`, `[B, ...]` float32.
     """
 
-    def __init__(self, denoiser: Denoiser, limit: Limit, guided: bool, rescale: bool, stochastic: bool) -> None:
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        limit: Limit,
+        guided: bool,
+        rescale: bool,
+        stochastic: bool,
+        dynamic_size: bool = False,
+    ) -> None:
         super().__init__()
         self.model = denoiser.model
         self._denoiser = denoiser
         self.limit = limit
+        self._rank = None if dynamic_size else find_rank(limit, math.prod(denoiser.sample_shape))
         self.guided, self.rescale, self.stochastic = guided, rescale, stochastic
         self._model_dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
 
@@ -275,7 +287,7 @@ class StepModule(torch.nn.Module):
                 phi = inputs["guidance_rescale"].reshape(per_sample)
                 output = output * (phi * ratio + (1 - phi))
         columns = [column.reshape(per_sample) for column in inputs["coefficients"].unbind(1)]
-        x0 = limit_x0(columns[0] * x + columns[1] * output, self.limit)
+        x0 = limit_x0(columns[0] * x + columns[1] * output, self.limit, self._rank)
         x_next = columns[2] * x + columns[3] * output + columns[4] * x0
         if self.stochastic:
             x_next = x_next + columns[5] * inputs["noise"]
@@ -290,30 +302,46 @@ class StepModule(torch.nn.Module):
         return self._denoiser.call(x.to(self._model_dtype), t, conditions)
 
 
-def limit_x0(x0: torch.Tensor, limit: Limit) -> torch.Tensor:
-    """`fastddim.reference.apply_limit` in operations that export: the same value, to the rounding of the quotient."""
+def find_rank(limit: Limit, elements: int) -> float | None:
+    """The rank of a threshold among a sample's elements, in float32 as `torch.quantile` has it; None where `TopK` is too short.
+
+    Before a graph is traced: in a loop's body neither numpy's numbers nor new tensors of constants are traced well.
+    """
+    if not isinstance(limit, DynamicThreshold):
+        return None
+    rank = float(np.float32(limit.ratio) * np.float32(elements - 1))
+    return rank if elements - int(rank) <= LARGEST_TOPK else None
+
+
+def limit_x0(x0: torch.Tensor, limit: Limit, rank: float | None) -> torch.Tensor:
+    """`fastddim.reference.apply_limit` in operations that export: the same value, to the rounding of the quotient.
+
+    Args:
+        x0: `[B, ...]`.
+        limit: of it.
+        rank: of `find_rank`, where the size is known when the graph is made.
+    """
     if limit is None:
         return x0
     if isinstance(limit, Clip):
         return x0.clamp(-limit.range, limit.range)
     if limit.max_value <= 1:
         return x0.clamp(-limit.max_value, limit.max_value) / limit.max_value
-    scale = _quantile(x0.abs().flatten(1), limit).clamp(1.0, limit.max_value)
+    scale = _quantile(x0.abs().flatten(1), limit, rank).clamp(1.0, limit.max_value)
     scale = scale.reshape(-1, *[1] * (x0.ndim - 1))
     return torch.minimum(torch.maximum(x0, -scale), scale) / scale
 
 
-def _quantile(magnitudes: torch.Tensor, limit: DynamicThreshold) -> torch.Tensor:
+def _quantile(magnitudes: torch.Tensor, limit: DynamicThreshold, rank: float | None) -> torch.Tensor:
     """`torch.quantile(magnitudes, ratio, dim=1)` where it is in `[1, max_value]`, else something on the same side of it."""
-    n = magnitudes.shape[1]
-    rank = torch.tensor(limit.ratio, dtype=torch.float32) * (n - 1) if isinstance(n, int) else None
-    if rank is not None and n - int(rank) <= LARGEST_TOPK:
+    if rank is not None:
         lower = int(rank)
-        weight = float(rank - lower)
-        largest = magnitudes.topk(n - lower, dim=1).values
+        weight = rank - lower
+        largest = magnitudes.topk(magnitudes.shape[1] - lower, dim=1).values
         below, above = largest[:, -1], largest[:, -2 if weight else -1]
-        return _lerp(below, above, torch.tensor(weight))
-    # The rank in float32, as torch.quantile has it, also of a size that is only known later.
+        gap = above - below
+        return below + weight * gap if weight < 0.5 else above - (1 - weight) * gap
+    # In float32 too, of a size that may only be known later.
     count = torch.ones_like(magnitudes[:1, :]).sum()
     exact = limit.ratio * (count - 1)
     lower_rank = exact.floor()
@@ -332,12 +360,8 @@ def _quantile(magnitudes: torch.Tensor, limit: DynamicThreshold) -> torch.Tensor
     below = torch.where((magnitudes <= 1.0).float().sum(1) > lower_rank, at_most_one, below)
     above = torch.where(magnitudes > below[:, None], magnitudes, low * 0.0 + torch.finfo(torch.float32).max).amin(1)
     above = torch.where((magnitudes <= below[:, None]).float().sum(1) > lower_rank + 1, below, above)
-    quantile = _lerp(below, above, weight_tensor)
+    gap = above - below
+    # torch.lerp's own two formulas, by the nearer end.
+    quantile = torch.where(weight_tensor < 0.5, below + weight_tensor * gap, above - (1 - weight_tensor) * gap)
     over = (magnitudes <= limit.max_value).float().sum(1) <= lower_rank
     return torch.where(over, low[:, 0] * 0.0 + limit.max_value, quantile)
-
-
-def _lerp(below: torch.Tensor, above: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """torch.lerp's own two formulas, by the nearer end."""
-    gap = above - below
-    return torch.where(weight < 0.5, below + weight * gap, above - (1 - weight) * gap)

@@ -97,7 +97,12 @@ def write_sampler(
     denoiser, schedule, options = plan.denoiser, plan.schedule, plan.options
     with prepared(denoiser.model, DTYPES[options.dtype]):
         module = StepModule(
-            denoiser, schedule.config.limit, options.guided, options.guidance_rescale, options.stochastic
+            denoiser,
+            schedule.config.limit,
+            options.guided,
+            options.guidance_rescale,
+            options.stochastic,
+            options.dynamic_size,
         )
         graph = _step_graph(module, denoiser, options, folder / MODEL_FILE)
         opset = graph.opset_import[0].version
