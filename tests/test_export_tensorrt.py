@@ -276,7 +276,10 @@ def test_an_engine_is_reused_only_if_all_that_made_it_is_the_same(tiny, built, t
     # A damaged one is no reason to stop.
     (out / "model.engine").write_bytes(b"short")
     assert not reuses(options=options) and reuses(options=options)
-    with pytest.raises(FileExistsError, match=r"is of runtime 'onnx', which reuse does not replace"):
+    with pytest.raises(FileExistsError, match=r"is no TensorRT bundle, and reuse replaces no other"):
+        export_tensorrt(tiny, other.path, RTX, reuse=True)
+    (other.path / "model.onnx").write_bytes(b"damaged")
+    with pytest.raises(FileExistsError, match=r"is no TensorRT bundle, and reuse replaces no other"):
         export_tensorrt(tiny, other.path, RTX, reuse=True)
     assert sorted(os.listdir(tmp_path)) == ["engine", "other"]
 

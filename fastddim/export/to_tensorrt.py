@@ -30,8 +30,6 @@ from fastddim.files import check_writable, write_whole
 
 ENGINE_SUFFIX = ".engine"
 LOG_FILE = "build.log"
-# Of a manifest's `engine`: what has to be as before for a built engine to be the one asked for.
-_DECIDES = ("flavour", "version", "platform", "gpu", "compute_capabilities", "profiles", "options", "source")
 
 Progress = Callable[[str, str | None, int, int], None]
 
@@ -78,6 +76,7 @@ def export_tensorrt(
     if options.timing_cache is not None:
         check_writable(options.timing_cache, "timing_cache")
     gpu, capabilities = _build_target(library, options)
+    kept = _find_kept(target, force) if reuse and target.exists() else None
     with _opened(source) as bundle:
         ranges = [profile.ranges(bundle.manifest) for profile in options.profiles]
         graphs = {
@@ -93,10 +92,8 @@ def export_tensorrt(
             "options": options.identity(),
             "source": graphs,
         }
-        if reuse and target.exists():
-            kept = _require_engines(target, force)
-            if kept is not None and all(kept.manifest["engine"][name] == engine[name] for name in _DECIDES):
-                return kept
+        if kept is not None and kept.manifest["engine"] == engine:
+            return kept
         build = _Build(library, settings, ranges, options.timing_cache, progress)
         return write_bundle(target, force or reuse, functools.partial(_fill, bundle, engine, build))
 
@@ -112,18 +109,22 @@ def _opened(source: str | Path | Bundle | Callable[[Path], Bundle]) -> Iterator[
     yield bundle
 
 
-def _require_engines(target: Path, force: bool) -> Bundle | None:
-    """The bundle that may be kept; None if it cannot be read, or is of another runtime and may be replaced."""
+def _find_kept(target: Path, force: bool) -> Bundle | None:
+    """The TensorRT bundle that may be kept; None for a damaged one, or with `force` any other.
+
+    Raises:
+        FileExistsError: another bundle.
+    """
     try:
-        kept = open_bundle(target)
+        found = open_bundle(target)
     except BundleError:
-        return None
-    if kept.runtime == "tensorrt":
-        return kept
-    if not force:
+        found = None
+    if found is not None and found.runtime == "tensorrt":
+        return found
+    if not force and (found is not None or not any(target.glob(f"*{ENGINE_SUFFIX}"))):
         raise FileExistsError(
-            f"out: {str(target)!r} is of runtime {kept.runtime!r}, which reuse does not replace; pass another folder, or"
-            " --force to replace it"
+            f"out: {str(target)!r} is no TensorRT bundle, and reuse replaces no other; pass another folder, or --force to"
+            " replace it"
         )
     return None
 

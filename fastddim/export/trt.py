@@ -185,8 +185,7 @@ class TensorRTSampler(BundleSampler):
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """The engine's turn, on the current stream; on one of its own where that is the default stream, which TensorRT
-        would wait for."""
+        """The engine's turn on the current stream, or on its own where that is the default one, which TensorRT waits for."""
         if self._stream is None:
             with self._contexts.turn(self._device):
                 yield
