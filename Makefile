@@ -63,8 +63,7 @@ budget: setup
 # Of a GPU's own environment: PYTHON has its torch and triton; cmake, g++ and nlohmann/json build the C++ launcher.
 gpu:
 	TRITON_INTERPRET=0 PYTHONPATH=. $(PYTHON) -m pytest tests/test_kernels.py tests/test_cuda_graph.py tests/test_loop.py $(ARGS)
-	TRITON_INTERPRET=0 PYTHONPATH=. $(PYTHON) -m pytest tests/test_cubin.py -m gpu
-	TRITON_INTERPRET=0 PYTHONPATH=. $(PYTHON) -m pytest tests/test_export_aoti.py -m gpu
+	TRITON_INTERPRET=0 PYTHONPATH=. $(PYTHON) -m pytest tests/test_cubin.py tests/test_export_aoti.py -m gpu
 	TRITON_INTERPRET=0 PYTHONPATH=. compute-sanitizer --tool memcheck --error-exitcode 1 \
 	    $(PYTHON) -m pytest tests/test_kernels.py -k 'shape_and_option or rescale or advances' -p no:cacheprovider
 	TRITON_INTERPRET=0 PYTHONPATH=. compute-sanitizer --tool racecheck --error-exitcode 1 \
