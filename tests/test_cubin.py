@@ -193,15 +193,15 @@ def test_cpp_launches_what_triton_launches(bundles, by_triton, cpp, name, batch)
     assert {slot: line["bytes"] for slot, line in scratch.items()} == plan["scratch"]
     names = {line["address"]: slot for slot, line in scratch.items()}
     names |= {address: slot for slot, address in launched["addresses"].items() if address}
-    theirs = {address: slot for slot, address in expected["addresses"].items()}
-    assert set(theirs.values()) == set(names.values())
-    for ours, triton_s in zip(launches, expected["launches"], strict=True):
+    their_names = {address: slot for slot, address in expected["addresses"].items()}
+    assert set(their_names.values()) == set(names.values())
+    for ours, theirs in zip(launches, expected["launches"], strict=True):
         for key in ("entry", "grid", "block", "shared"):
-            assert ours[key] == triton_s[key], key
+            assert ours[key] == theirs[key], key
         assert ours["stream"] == 4711
-        assert named(ours["parameters"], names) == named(triton_s["parameters"], theirs)
+        assert named(ours["parameters"], names) == named(theirs["parameters"], their_names)
         assert len(ours["parameters"]) > 10
-        assert ours["code"] == triton_s["code"]
+        assert ours["code"] == theirs["code"]
     schedule = Schedule(DDIMConfig())
     table = StepTable.build(schedule, schedule.pairs(STEPS), eta=eta_of(name))
     assert launched["columns"] == table.columns.ravel().tolist()

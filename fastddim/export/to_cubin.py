@@ -138,7 +138,7 @@ class KernelOptions:
 def export_cubin(out: str | Path, options: KernelOptions, *, force: bool = False) -> KernelBundle:
     """Compile the fused step for NVIDIA GPUs of compute capability 8.x, 9.0, 10.0 and 12.0, with PTX for newer ones.
 
-    A kernel takes 5 s the first time. `fastddim/step_kernel.hpp` launches what is written.
+    A kernel takes a few seconds the first time. `fastddim/step_kernel.hpp` launches what is written.
 
     Args:
         out: the folder to write, whole or not at all.
@@ -188,7 +188,7 @@ def _fill(folder: Path, options: KernelOptions) -> dict[str, Any]:
         "format": FORMAT.name,
         "format_version": FORMAT.version,
         "options": {**asdict(options), "limit": limit_text(options.limit)},
-        "arguments": _arguments(options, types),
+        "arguments": _arguments(options),
         "kernels": list(kernels.values()),
         "plans": plans,
         "versions": {"fastddim": fastddim.__version__, "triton": triton.__version__},
@@ -300,7 +300,8 @@ def _shapes(options: KernelOptions, batch: int, types: Mapping[str, str]) -> dic
     return {name: shape for name, shape in shapes.items() if name in passed}
 
 
-def _arguments(options: KernelOptions, types: Mapping[str, str]) -> dict[str, Any]:
+def _arguments(options: KernelOptions) -> dict[str, Any]:
+    types = options.pointer_types(options.batches[0])
     dtypes = {ARGUMENT_OF.get(name, name): _DTYPES[short] for name, short in types.items()}
     written = {"out", "x0", "model_input", "next_timestep"} | ({"step"} if options.advance else set())
     return {

@@ -200,7 +200,10 @@ class DeviceMemory {
     /// Copies `bytes()` bytes from the host; returns when they are there.
     void upload(const void* from) {
         const Device::Scope scope(*device_);
-        device_->driver().check("cuMemcpyHtoD", device_->driver().upload(address_, from, bytes_));
+        const Driver& driver = device_->driver();
+        driver.check("cuMemcpyHtoD", driver.upload(address_, from, bytes_));
+        // It may return before the device has what it took from pageable memory.
+        driver.check("cuCtxSynchronize", driver.synchronize());
     }
 
     /// Copies `bytes()` bytes to the host, after what the default stream has been given.
