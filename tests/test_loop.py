@@ -263,7 +263,9 @@ def test_a_run_within_a_callback_does_not_touch_the_outer_one(model):
 
 
 @pytest.mark.parametrize(
-    "observer", [{"callback": lambda *_: None}, {"progress": True}, {"return_trajectory": True}], ids=str
+    "observer",
+    [{"callback": lambda *_: None}, {"progress": True}, {"return_trajectory": True}],
+    ids=lambda observer: next(iter(observer)),
 )
 def test_one_graph_has_no_place_between_its_steps(model, observer):
     (name,) = observer
