@@ -178,7 +178,8 @@ class RequestReader {
 
     void add_condition(const fastddim::Bundle& bundle, const fastddim::TensorInfo& info) {
         const auto fail = [&](const std::string& what) {
-            throw fastddim::BundleError("bundle: '" + bundle.path.string() + "' has an input '" + info.name + "', " + what);
+            throw fastddim::BundleError("bundle: '" + bundle.path.string() + "' has an input '" + info.name + "', " +
+                                        what);
         };
         const bool guided = bundle.manifest.find_input("uncond_" + info.name) != nullptr;
         if (guided && bundle.manifest.sampling.null_values.count(info.name) == 0)
