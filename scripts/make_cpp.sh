@@ -12,6 +12,8 @@ command -v g++ >/dev/null || packages="g++"
 command -v make >/dev/null || packages="$packages make"
 command -v cmake >/dev/null || packages="$packages cmake"
 [ -e /usr/include/nlohmann/json.hpp ] || packages="$packages nlohmann-json3-dev"
+[ -e /usr/include/boost/beast.hpp ] || packages="$packages libboost-dev"
+[ -e /usr/include/png.h ] || packages="$packages libpng-dev"
 command -v clang++ >/dev/null || packages="$packages clang"
 # shellcheck disable=SC2086
 [ -z "$packages" ] || sh "$here/apt_install.sh" $packages

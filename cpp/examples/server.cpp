@@ -1,0 +1,61 @@
+// server BUNDLE [options]: pictures from an exported bundle over HTTP, until SIGINT or SIGTERM; see cpp/README.md.
+#include <csignal>
+#include <exception>
+#include <iostream>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "fastddim/ort_sampler.hpp"
+#include "server/http.hpp"
+#include "server/request.hpp"
+#include "server/settings.hpp"
+
+namespace {
+
+server::Json describe(const fastddim::Manifest& manifest, const server::RequestReader& reader,
+                      const server::Settings& settings) {
+    server::Json range = nullptr;
+    if (manifest.sample.range) range = *manifest.sample.range;
+    const auto& sampling = manifest.sampling;
+    return {{"graph", manifest.graph},
+            {"sample", {{"shape", manifest.sample.shape}, {"layout", manifest.sample.layout}, {"range", range}}},
+            {"sampling", {{"dtype", sampling.dtype}, {"eta", sampling.eta}, {"limit", sampling.limit}}},
+            {"request", reader.describe()},
+            {"limits", {{"queue", settings.queue}, {"timeout_ms", settings.timeout.count()}}},
+            {"versions", manifest.versions}};
+}
+
+void serve(const server::Settings& settings) {
+    Ort::SessionOptions options;
+    options.SetIntraOpNumThreads(settings.threads);
+    const fastddim::OrtSampler sampler(fastddim::open_bundle(settings.bundle), options, true);
+    const server::RequestReader reader(sampler.bundle(), settings.max_steps);
+    const fastddim::Manifest& manifest = sampler.bundle().manifest;
+    const std::map<std::string, std::string> build{{"graph", manifest.graph}, {"onnxruntime", Ort::GetVersionString()}};
+    server::HttpServer http(settings, sampler, reader, describe(manifest, reader, settings), build);
+    // The first run is slower than those that follow; and a model that does not run ends here.
+    sampler(server::to_call({reader.shortest()}));
+    const auto endpoint = http.endpoint();
+    std::cout << "listening on http://" << endpoint << std::endl;
+    http.run();
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+    try {
+        // A log that nobody reads any more is an error of its stream, not a signal.
+        std::signal(SIGPIPE, SIG_IGN);
+        const server::Settings settings = server::parse_settings({words + 1, words + count});
+        if (settings.help) {
+            std::cout << server::usage();
+        } else {
+            serve(settings);
+        }
+    } catch (const std::exception& error) {
+        std::cerr << "error: " << error.what() << "\n";
+        return 2;
+    }
+    return 0;
+}
