@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastddim.bench.cases import Candidate, Case, step_suite
+from fastddim.bench.cases import Candidate, Case
+from fastddim.bench.step_suite import step_suite
 from fastddim.bench.timing import set_allocator, verify
 
 PAIRS = [(case, candidate) for case in step_suite() for candidate in case.candidates]
