@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 import fastddim
-from fastddim.bench import compare, plots, report, run, timing
+from fastddim.bench import compare, performance, plots, quality, report, run, timing
 from fastddim.bench.cases import BASELINES, LEFT_OUT, NEEDS_GPU, Call, Candidate, Case, Scope, Work
 from fastddim.bench.import_suite import import_suite
 from fastddim.bench.loop_suite import LoopInputs, loop_case, loop_suite
@@ -649,8 +650,8 @@ def test_a_change_counts_beyond_tolerance_and_spread(now: float, low: float, hig
     assert (first.verdict, second.verdict) == (verdict, "not in this run")
     assert compare.has_regressed([first, second]) == (verdict == "worse")
     # The first format kept no spread.
-    (change,) = compare.compare([row(3.94, None, None)], [row(now, low, high)])
-    assert change.verdict == ("worse" if now == 3.0 and high < 3.94 else verdict)
+    (change,) = compare.compare([row(4.0, None, None)], [row(3.0, 2.9, 3.1)])
+    assert change.verdict == "worse"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": 7, "rows": []}', '{"format": 1}'])
@@ -691,3 +692,45 @@ def test_plots_show_what_was_measured(tmp_path: Path) -> None:
     assert [path.name for path in paths] == ["step-latency.png", "loop-breakdown.png"]
     assert all(path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size < 200_000 for path in paths)
     assert plots.draw_all(report.make_report([], "step", True, "keep"), tmp_path) == []
+
+
+def test_the_performance_page_is_what_the_results_give() -> None:
+    page = performance.DOCS / performance.PAGE
+    made = performance.make_page(performance.RESULTS, performance.DOCS)
+    assert page.read_text() == made, "docs/performance.md is not up to date: make performance"
+    for name in re.findall(r"\]\(([^)]+)\)", made):
+        assert (performance.DOCS / name).exists(), name
+    reports, qualities = performance.load(performance.RESULTS)
+    assert reports and qualities
+    assert all(name in made for name in (*reports, *qualities))
+    assert all(path.stat().st_size < 200_000 for path in performance.DOCS.glob("*.png"))
+
+
+def test_the_performance_page_follows_its_results(tmp_path: Path) -> None:
+    result = {
+        "format": quality.FORMAT, "created": "2026-01-01", "count": 100, "floor": 0.5, "real_agreement": 0.98,
+        "environment": report.environment(),
+        "rows": [
+            {"sampler": name, "eta": eta, "steps": steps, "seconds_per_image": steps * cost, "frechet_distance": distance,
+             "agreement": 0.9}
+            for name, eta, steps, cost, distance in (
+                ("fastddim.Sampler", 0.0, 10, 1e-3, 1.2), ("fastddim.Sampler", 0.0, 50, 1e-3, 0.9),
+                ("fastddim.Sampler", 0.0, 100, 1e-3, 0.8), ("diffusers.DDPMScheduler", 1.0, 1000, 2e-3, 1.0),
+            )
+        ],
+    }  # fmt: skip
+    (tmp_path / "quality.json").write_text(json.dumps(result))
+    row = timing.Row("step", "case [1|2]", "ours", True, "ok", 1e-5, median_s=1.5e-3, about={"option": "default"})
+    row.device = "cuda"
+    made = report.make_report([row], "step", False, "keep")
+    made["environment"]["gpu"] = {"name": "A GPU", "memory_bytes": 2**34, "cuda": "13.0"}
+    (tmp_path / "step.json").write_text(report.make_json(made))
+    (tmp_path / "other.json").write_text('{"format": 1}')
+    assert [path.name for path in performance.draw_plots(tmp_path, tmp_path)] == ["quality-time.png"]
+    page = performance.make_page(tmp_path, tmp_path)
+    assert "20 times fewer model calls and 40 times faster" in page
+    assert "| step: case [1\\|2] | ours | 1.5 ms |" in page
+    assert "Suite step" in page and "A GPU" in page and "No result from a GPU" not in page
+    assert "(quality-time.png)" in page and "(step-latency.png)" not in page
+    (tmp_path / "step.json").unlink()
+    assert "No result from a GPU is here yet" in performance.make_page(tmp_path, tmp_path)

@@ -96,7 +96,7 @@ class Case:
         candidates: ours first, then the baselines.
         inputs: makes what the candidates share.
         reference: from the inputs to the expected results, float64 arrays.
-        target: the least time of each baseline over ours that meets the bar; None without one.
+        target: the least time of diffusers over ours that meets the bar; None without one.
         tolerance: the largest error, relative to the largest magnitude of each expected result; or a function of inputs
             and expected results that gives it.
         blocks: how often results repeat the rows of the expected ones.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,7 @@ class LoopInputs:
 
     Attributes:
         key: of the model, for what is exported once.
+        block: the run of the rows that the batch repeats, if it does.
     """
 
     problem: LoopProblem
@@ -51,6 +52,7 @@ class LoopInputs:
     start: Any
     kwargs: dict[str, Any]
     key: str = ""
+    block: LoopInputs | None = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -82,7 +84,7 @@ def loop_case(
         scope: where it runs; the CPU by default.
         suite: it belongs to.
         candidates: ours first; by default those of the loop suite.
-        target: the bar of the baselines' ratios.
+        target: the bar of diffusers' ratio.
         needs: what keeps it from running here, besides what the network needs.
     """
     scope = scope or Scope()
@@ -96,6 +98,7 @@ def loop_case(
         reference=_reference,
         target=target,
         tolerance=_tolerance,
+        blocks=batch if network.repeats else 1,
         device=scope.device,
         needs=needs or network.needs(),
         num_steps=num_steps,
@@ -106,18 +109,25 @@ def loop_case(
 def _inputs(network: Network, problem: LoopProblem, dtype: str, device: str) -> LoopInputs:
     import torch
 
-    start = np.random.default_rng(0).standard_normal(problem.shape).astype(np.float32)
-    return LoopInputs(
-        problem,
-        network.build(device),
-        torch.from_numpy(start).to(device, getattr(torch, dtype)),
-        network.make_kwargs(problem.shape[0], device),
-        f"{network.name} {device}",
-    )
+    copies = problem.shape[0] if network.repeats else 1
+    rows = problem.shape[0] // copies
+    drawn = np.random.default_rng(0).standard_normal((rows, *problem.shape[1:])).astype(np.float32)
+    start = torch.from_numpy(drawn).to(device, getattr(torch, dtype))
+    kwargs = network.make_kwargs(rows, device)
+    model = network.build(device)
+    block = LoopInputs(replace(problem, shape=tuple(start.shape)), model, start, kwargs, f"{network.name} {device}")
+    if copies == 1:
+        return block
+
+    def repeated(tensor: Any) -> Any:
+        return tensor.repeat(copies, *[1] * (tensor.ndim - 1))
+
+    return LoopInputs(problem, model, repeated(start), _map_tensors(repeated, kwargs), block.key, block)
 
 
 def _reference(inputs: LoopInputs) -> Sequence[Any]:
     """The textbook's loop around a float64 copy of the model."""
+    inputs = inputs.block or inputs
     model = copy.deepcopy(inputs.model).double()
     kwargs = _map_tensors(lambda each: each.double() if each.is_floating_point() else each, inputs.kwargs)
     start = inputs.start.double().cpu().numpy()
@@ -128,6 +138,7 @@ def _tolerance(inputs: LoopInputs, expected: Sequence[Any]) -> float:
     """More than float32's usual error where the same loop, in the model's dtype, is off by more."""
     import torch
 
+    inputs = inputs.block or inputs
     model = _numpy_model(inputs.model, inputs.kwargs, inputs.start.device, inputs.start.dtype)
 
     def rounding(x: Any, t: int) -> Any:

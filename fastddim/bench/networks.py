@@ -31,6 +31,7 @@ class Network:
         dtype: of weights and state on a GPU; float32 on a CPU.
         needs: what it lacks on this machine.
         usual_steps: that it is sampled with.
+        repeats: a batch repeats one sample, as a float64 run of several would take minutes.
         schedule: what its `LoopProblem`s have in common.
     """
 
@@ -41,6 +42,7 @@ class Network:
     dtype: str = "float32"
     needs: Needs = _DIFFUSERS
     usual_steps: int = 20
+    repeats: bool = False
     schedule: tuple[tuple[str, Any], ...] = (("num_train_timesteps", 1000),)
 
 
@@ -195,6 +197,7 @@ LSUN256 = Network(
         norm_eps=1e-6,
     ),
     _no_kwargs,
+    repeats=True,
 )
 SD15 = Network(
     "sd15",
@@ -209,6 +212,7 @@ SD15 = Network(
     ),
     _text(77, 768),
     dtype="float16",
+    repeats=True,
 )
 SDXL = Network(
     "sdxl",
@@ -228,6 +232,7 @@ SDXL = Network(
     ),
     _sdxl_kwargs,
     dtype="float16",
+    repeats=True,
 )
 
 NETWORKS = (POLICY, DIGITS, CIFAR10, LSUN256, SD15, SDXL)

@@ -25,8 +25,8 @@ from fastddim.bench.cases import (
 )
 from fastddim.bench.textbook import StepProblem, draw_inputs, textbook_step
 
-# Rounding the result to the dtype costs up to 2**-11 and 2**-9 of it.
-DTYPES = {"float32": TOLERANCE, "float16": 6e-4, "bfloat16": 2.5e-3}
+# Rounding the result to half precision costs up to 2**-11 and 2**-8 of it.
+DTYPES = {"float32": TOLERANCE, "float16": 6e-4, "bfloat16": 4.4e-3}
 # Larger states repeat a block of this many elements: drawing and judging them takes longer than the steps.
 _BLOCK = 1 << 20
 _LATENT, _PIXELS = (1, 4, 64, 64), (8, 3, 256, 256)
@@ -69,7 +69,7 @@ def step_case(
     Args:
         name: without the shape, which is added.
         problem: the step.
-        target: the bar of the baselines' ratios.
+        target: the bar of diffusers' ratio.
         ours: our candidates.
         dtype: of all tensors, one of `DTYPES`.
         scope: where it runs; the CPU by default.

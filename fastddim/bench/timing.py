@@ -22,6 +22,8 @@ ALLOCATORS = ("keep", "fresh", "system")
 
 # Long enough for the clock's own cost and resolution to vanish.
 _SAMPLE_S = 2e-3
+# A case's bar is that of what users have now.
+_WITH_A_BAR = (None, "diffusers", "import")
 _WARM_UP_CALLS = 3
 _WARM_UP_S = 0.02
 
@@ -328,14 +330,14 @@ def _compare(rows: list[Row], runners: list[_Runner], target: float | None) -> N
     samples = {id(runner.row): runner.samples for runner in runners if runner.row.status == OK}
     ours = samples.get(id(rows[0]))
     for row in rows[1:]:
-        row.target = target
+        row.target = target if row.baseline in _WITH_A_BAR else None
         times = samples.get(id(row))
         if ours is None or times is None:
             continue
         # Of the same rounds: what slows the machine down for a while slows both.
         quotients = [theirs / own for theirs, own in zip(times, ours, strict=True)]
         row.ratio_p20, row.ratio, row.ratio_p80 = (float(each) for each in np.percentile(quotients, (20, 50, 80)))
-        row.target_met = None if target is None else row.ratio >= target
+        row.target_met = None if row.target is None else row.ratio >= row.target
 
 
 def _rate(rows: list[Row], nbytes: int, copy_bandwidth: Callable[[], float] | None) -> None:
