@@ -80,7 +80,7 @@ def tensorrt_work(inputs: LoopInputs) -> Work:
     from fastddim import export
 
     folder, facts = _build(inputs, "tensorrt", export.export_tensorrt)
-    sampler, load_s = _timed(lambda: export.TrtSampler(folder))
+    sampler, load_s = _timed(lambda: export.TensorRTSampler(folder))
     return _work(sampler, inputs.start.float(), inputs.kwargs, inputs.problem.num_steps, {**facts, "load_s": load_s})
 
 

@@ -70,8 +70,8 @@ def capture(call: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
-def count_launches(call: Callable[[], Any]) -> int:
-    """How often a warm call puts work on the device: kernels, graphs, copies."""
+def count_launches(call: Callable[[], Any]) -> int | None:
+    """How often a warm call puts work on the device: kernels, graphs, copies; None where the profiler sees nothing."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -79,7 +79,7 @@ def count_launches(call: Callable[[], Any]) -> int:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
-    return sum(event.count for event in profiler.key_averages() if event.key in _LAUNCHES)
+    return sum(event.count for event in profiler.key_averages() if event.key in _LAUNCHES) or None
 
 
 def count_synchronizations(call: Callable[[], Any]) -> int:

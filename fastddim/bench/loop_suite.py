@@ -291,36 +291,46 @@ def _torch_tensorrt_work(inputs: LoopInputs) -> Work:
 def _tensorrt_missing() -> str | None:
     for package in ("tensorrt", "tensorrt_rtx"):
         if importlib.util.find_spec(package):
-            return exported.missing("TrtSampler") or a_gpu()
+            return exported.missing("TensorRTSampler") or a_gpu()
     return "not installed: tensorrt (pip install 'fastddim[tensorrt]')"
 
 
 _DIFFUSERS = installed("diffusers", "pip install diffusers")
 
+# In half precision diffusers rounds after each of a step's operations.
+_HALF_SLACK = 4.0
+
 FASTDDIM_SAMPLER = Candidate("fastddim.Sampler", _sampler_work)
-DIFFUSERS_LOOP = Candidate("diffusers.DDIMScheduler loop", _diffusers_work, "diffusers", _DIFFUSERS)
+DIFFUSERS_LOOP = Candidate("diffusers.DDIMScheduler loop", _diffusers_work, "diffusers", _DIFFUSERS, _HALF_SLACK)
 COMPILED_LOOPS = (
     Candidate(
         "diffusers, compiled UNet (reduce-overhead)",
         partial(_diffusers_work, mode="reduce-overhead"),
         "compile-reduce-overhead",
         all_of(_DIFFUSERS, a_compiler),
+        _HALF_SLACK,
     ),
     Candidate(
         "diffusers, compiled UNet (max-autotune)",
         partial(_diffusers_work, mode="max-autotune"),
         "compile-max-autotune",
         all_of(_DIFFUSERS, a_gpu, a_compiler),
+        _HALF_SLACK,
     ),
     Candidate(
         "diffusers, compiled step",
         partial(_diffusers_work, compiled_step=True),
         "compile-step",
         all_of(_DIFFUSERS, a_compiler),
+        _HALF_SLACK,
     ),
 )
 CAPTURED_LOOP = Candidate(
-    "diffusers, UNet as a CUDA graph", partial(_diffusers_work, captured=True), "cuda-graph", all_of(_DIFFUSERS, a_gpu)
+    "diffusers, UNet as a CUDA graph",
+    partial(_diffusers_work, captured=True),
+    "cuda-graph",
+    all_of(_DIFFUSERS, a_gpu),
+    _HALF_SLACK,
 )
 EAGER_LOOP = Candidate(
     "torch, eager (graph='off', backend='reference')",
@@ -330,12 +340,13 @@ EAGER_LOOP = Candidate(
 )
 ORT_LOOP = Candidate("fastddim.export.OrtSampler", exported.ort_work, "onnxruntime", exported.ort_missing)
 AOTI_LOOP = Candidate("fastddim.export.AotiSampler", exported.aoti_work, "aotinductor", exported.aoti_missing)
-TENSORRT_LOOP = Candidate("fastddim.export.TrtSampler", exported.tensorrt_work, "tensorrt", _tensorrt_missing)
+TENSORRT_LOOP = Candidate("fastddim.export.TensorRTSampler", exported.tensorrt_work, "tensorrt", _tensorrt_missing)
 TORCH_TENSORRT_LOOP = Candidate(
     "diffusers, torch-tensorrt UNet",
     _torch_tensorrt_work,
     "torch-tensorrt",
     all_of(installed("torch_tensorrt", "pip install torch-tensorrt"), _DIFFUSERS, a_gpu),
+    _HALF_SLACK,
 )
 
 

@@ -107,7 +107,7 @@ def _random(kind: Any, device: str, dtype: str, config: dict[str, Any]) -> Any:
     with _seeded(device), torch.device(device):
         model = kind(**config).eval().requires_grad_(False)
     model.conv_out.weight.data.mul_(_OUTPUT_SCALE)
-    return model.to(getattr(torch, dtype))
+    return model.half() if dtype == "float16" else model
 
 
 @contextlib.contextmanager

@@ -320,7 +320,8 @@ def _count(runner: _Runner) -> None:
     if row.status != OK:
         return
     try:
-        row.launches = count_launches(runner.work.call) / row.num_steps
+        launches = count_launches(runner.work.call)
+        row.launches = None if launches is None else launches / row.num_steps
         row.synchronizations = count_synchronizations(runner.work.call) / row.num_steps
     except Exception as error:
         row.status, row.message = RAISED, _describe(error)
