@@ -6,15 +6,17 @@ ARGS ?=
 # As many tests at a time; a file's share what they export and compile.
 WORKERS ?= $(shell nproc)
 
-.PHONY: help setup web cpp demo test slow check format bench budget gpu clean
+.PHONY: help setup web cpp demo test slow check format bench quality performance budget gpu clean
 
 help:
 	@echo "make demo    sample a grid of handwritten digits: digits.png"
 	@echo "make test    run the tests (ARGS='-k name' to choose)"
 	@echo "make check   ruff and mypy"
-	@echo "make bench   the benchmarks, ours against diffusers in one run"
+	@echo "make bench   the benchmarks: ours and what else there is, in one run (ARGS='--quick --json FILE')"
+	@echo "make quality quality against time on the digits, into benchmarks/results"
+	@echo "make performance  docs/performance.md and its plots, from benchmarks/results"
 	@echo "make budget  the kernels compiled for every supported GPU, held to their budget"
-	@echo "make gpu     the kernels' and the graphs' tests on this machine's GPU, and under compute-sanitizer's checkers"
+	@echo "make gpu     tests, checkers, a profile and benchmarks on this machine's GPU (ARGS='--minutes 9')"
 	@echo "make slow    the long sweeps"
 	@echo "make format  let ruff format the code"
 
@@ -57,17 +59,18 @@ bench: setup
 	$(BIN)/python -m fastddim.bench $(ARGS)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
+quality: setup
+	$(BIN)/python examples/quality_time.py --json benchmarks/results/quality-digits.json $(ARGS)
+
+performance: setup
+	$(BIN)/python -m fastddim.bench.performance
+
 budget: setup
 	$(BIN)/python benchmarks/kernel_budget.py $(ARGS)
 
-# Of a GPU's own environment: PYTHON has its torch and triton; cmake, g++ and nlohmann/json build the C++ launcher.
+# In a GPU machine's own environment: PYTHON has its torch and triton; cmake, g++ and nlohmann/json build the C++ launcher.
 gpu:
-	TRITON_INTERPRET=0 PYTHONPATH=. $(PYTHON) -m pytest tests/test_kernels.py tests/test_cuda_graph.py tests/test_loop.py $(ARGS)
-	TRITON_INTERPRET=0 PYTHONPATH=. $(PYTHON) -m pytest tests/test_cubin.py tests/test_export_aoti.py -m gpu
-	TRITON_INTERPRET=0 PYTHONPATH=. compute-sanitizer --tool memcheck --error-exitcode 1 \
-	    $(PYTHON) -m pytest tests/test_kernels.py -k 'shape_and_option or rescale or advances' -p no:cacheprovider
-	TRITON_INTERPRET=0 PYTHONPATH=. compute-sanitizer --tool racecheck --error-exitcode 1 \
-	    $(PYTHON) -m pytest tests/test_kernels.py -k 'rescale or advances' -p no:cacheprovider
+	PYTHON=$(PYTHON) sh scripts/gpu_check.sh $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info examples/web/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

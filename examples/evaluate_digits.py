@@ -54,6 +54,34 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(difference @ difference + np.trace(cov_a + cov_b - 2 * root))
 
 
+class Judge:
+    """What images are judged by: an SVM and principal components of the training split, and the held-out digits.
+
+    Attributes:
+        real_score: the share of the held-out digits that the classifier gets right.
+        floor: the Frechet distance of the training digits to the held-out ones.
+        num_held_out: how many these are.
+    """
+
+    def __init__(self) -> None:
+        (train, train_labels), (held_out, held_out_labels) = load_split("train"), load_split("held_out")
+        train_x, held_out_x = train.flatten(1).numpy(), held_out.flatten(1).numpy()
+        self._classifier = SVC(gamma="scale", C=10).fit(train_x, train_labels)
+        self._pca = PCA(PCA_DIMENSIONS, random_state=0).fit(train_x)
+        self._features = self._pca.transform(held_out_x)
+        self.real_score = self._classifier.score(held_out_x, held_out_labels)
+        self.floor = self.distance(train_x)
+        self.num_held_out = len(held_out_x)
+
+    def agreement(self, images: np.ndarray, labels: np.ndarray) -> float:
+        """The share of images `[N, 256]` that the classifier takes for what was asked for."""
+        return float((self._classifier.predict(images) == labels).mean())
+
+    def distance(self, images: np.ndarray) -> float:
+        """The Frechet distance of images `[N, 256]` to the held-out digits."""
+        return frechet_distance(self._pca.transform(images), self._features)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="diffusers folder; the embedded model by default")
@@ -61,31 +89,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/quality.md"))
     args = parser.parse_args()
     pipeline = load_pipeline(args.model)
-    (train, train_labels), (held_out, held_out_labels) = load_split("train"), load_split("held_out")
-    train_x, held_out_x = train.flatten(1).numpy(), held_out.flatten(1).numpy()
-    classifier = SVC(gamma="scale", C=10).fit(train_x, train_labels)
-    real_score = classifier.score(held_out_x, held_out_labels)
+    judge = Judge()
 
     agreement = {}
     for steps, scale in itertools.product((20, 50), (1.0, 2.0, 3.0)):
         images, labels = draw(pipeline, args.count, steps, None if scale == 1 else scale)
-        agreement[steps, scale] = float((classifier.predict(images) == labels).mean())
+        agreement[steps, scale] = judge.agreement(images, labels)
         print(f"{steps} steps, guidance {scale:g}: agreement {agreement[steps, scale]:.1%}", flush=True)
 
-    pca = PCA(PCA_DIMENSIONS, random_state=0).fit(train_x)
-    reference = pca.transform(held_out_x)
-    floor = frechet_distance(pca.transform(train_x), reference)
     distance = {}
     for (name, eta, variance_type), steps in itertools.product(ROWS, STEPS):
         images, _ = draw(pipeline, args.count, steps, eta=eta, variance_type=variance_type)
-        distance[name, steps] = frechet_distance(pca.transform(images), reference)
+        distance[name, steps] = judge.distance(images)
         print(f"eta {name}, {steps} steps: Frechet distance {distance[name, steps]:.2f}", flush=True)
 
     lines = [
         "# Quality of the embedded model",
         "",
         "Written by `python examples/evaluate_digits.py`; do not edit. The judge is an SVM trained on the same training",
-        f"split as the model; it scores {real_score:.1%} on the {len(held_out_x)} held-out real digits.",
+        f"split as the model; it scores {judge.real_score:.1%} on the {judge.num_held_out} held-out real digits.",
         "",
         f"## Agreement of the classifier with the asked label, {args.count} samples",
         "",
@@ -99,7 +121,7 @@ def main() -> None:
         f"## Frechet distance to the held-out digits, {args.count} samples without guidance",
         "",
         f"In the space of {PCA_DIMENSIONS} principal components of the real training digits; the training digits themselves",
-        f"are at {floor:.2f}. The paper's Table 1 on digits: DDIM (eta 0) is ahead of DDPM, most of all at 5 steps.",
+        f"are at {judge.floor:.2f}. The paper's Table 1 on digits: DDIM (eta 0) is ahead of DDPM, most of all at 5 steps.",
         "",
         "| eta | " + " | ".join(f"{steps} steps" for steps in STEPS) + " |",
         "|---|" + "---|" * len(STEPS),

@@ -1,4 +1,4 @@
-"""The command line: `fastddim sample`, `invert`, `interpolate`, `info`, and those of `cli_export`.
+"""The command line: `fastddim sample`, `invert`, `interpolate`, `info`, and those of `cli_export` and `bench`.
 
 torch and diffusers load inside the commands.
 """
@@ -24,6 +24,7 @@ from rich.text import Text
 
 import fastddim
 from fastddim import cli_export
+from fastddim.bench import command as cli_bench
 from fastddim.cli_options import (
     Device,
     Json,
@@ -69,10 +70,13 @@ _PACKAGES = {
 
 app = typer.Typer(name="fastddim", add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(cli_export.app)
+app.add_typer(cli_bench.app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, 2 for an error of the user's, 130 when interrupted.
+
+    `bench` has 1 as well, for a candidate that failed or a ratio that got worse.
 
     Args:
         arguments: without the program's name; `sys.argv` by default.

@@ -11,8 +11,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch.utils import _pytree as pytree
 
 from fastddim.backends import check_backend
@@ -515,7 +513,12 @@ class Sampler:
 
 def _steps(run: Run, progress: bool) -> Iterable[int]:
     steps = range(len(run.table))
-    return track(steps, description="sampling", console=Console(stderr=True)) if progress else steps
+    if not progress:
+        return steps
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(steps, description="sampling", console=Console(stderr=True))
 
 
 def _backwards(guidance: Guidance, num_steps: int) -> Guidance:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,23 +19,20 @@ import pytest
 import torch
 
 import fastddim
-from fastddim.bench import __main__ as bench
-from fastddim.bench import report, timing
-from fastddim.bench.cases import (
-    SUITES,
-    Call,
-    Candidate,
-    Case,
-    LoopInputs,
-    StepInputs,
-    import_suite,
-    loop_suite,
-    step_case,
-    step_suite,
-)
+from fastddim.bench import compare, performance, plots, quality, report, run, timing
+from fastddim.bench.cases import BASELINES, LEFT_OUT, NEEDS_GPU, Call, Candidate, Case, Scope, Work
+from fastddim.bench.import_suite import import_suite
+from fastddim.bench.loop_suite import LoopInputs, loop_case, loop_suite
+from fastddim.bench.networks import DIGITS, POLICY
+from fastddim.bench.step_suite import StepInputs, step_case, step_suite
+from fastddim.bench.suites import SUITES
 from fastddim.bench.textbook import StepProblem, draw_inputs, textbook_loop, textbook_step
+from fastddim.cli import main
 
+FAST = timing.Settings(min_rounds=1, max_rounds=10, budget_s=0.05)
+QUICK = Scope(quick=True)
 TINY = (2, 3, 8, 8)
+LOOPS = [loop_case(POLICY, 1, 10), loop_case(DIGITS, 1, 20)]
 PROBLEMS = {
     "epsilon": StepProblem(shape=TINY),
     "v_prediction": StepProblem(shape=TINY, prediction_type="v_prediction"),
@@ -102,7 +100,7 @@ def only(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Put the given cases in the place of the step suite."""
 
     def replace(*cases: Case) -> None:
-        monkeypatch.setitem(SUITES, "step", lambda quick: list(cases))
+        monkeypatch.setitem(SUITES, "step", lambda scope: list(cases))
 
     return replace
 
@@ -125,7 +123,7 @@ def test_the_textbook_agrees_with_diffusers_in_float64(name: str) -> None:
     assert timing.relative_error(theirs, textbook_step(problem, output, sample, noise)) < 5e-6
 
 
-@pytest.mark.parametrize("case", loop_suite(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", LOOPS, ids=lambda case: case.name)
 def test_the_textbook_loop_agrees_with_diffusers_in_float64(case: Case) -> None:
     problem = case.inputs().problem
     scheduler = diffusers.DDIMScheduler(
@@ -147,16 +145,18 @@ def test_the_textbook_loop_agrees_with_diffusers_in_float64(case: Case) -> None:
     assert float((np.abs(ours) < 1).mean()) > 0.2
 
 
-@pytest.mark.parametrize("case", loop_suite(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", LOOPS, ids=lambda case: case.name)
 def test_a_loop_ends_inside_the_clip_and_depends_on_its_condition(case: Case) -> None:
     inputs = case.inputs()
     with torch.no_grad():
         (expected,) = case.reference(inputs)
         others = {name: value + 1 for name, value in inputs.kwargs.items()}
         (other,) = case.reference(dataclasses.replace(inputs, kwargs=others))
+        tolerance = case.tolerance(inputs, [expected])
     assert expected.dtype == np.float64
     assert float((np.abs(expected) < 1).mean()) > 0.5
-    assert timing.relative_error([other], [expected]) > 100 * case.tolerance
+    assert tolerance == 2e-5
+    assert timing.relative_error([other], [expected]) > 100 * tolerance
 
 
 @pytest.mark.parametrize("problem", [StepProblem(shape=(8, 3, 64, 64), threshold=2.0)])
@@ -171,16 +171,26 @@ def test_inputs_give_both_limits_work(problem: StepProblem) -> None:
     assert 1.2 < ratio.min() < ratio.max() < 1.95
 
 
-@pytest.mark.parametrize("case", [*step_suite(quick=True), *loop_suite(quick=True)], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [*(case for case in step_suite(QUICK) if case.needs is None), *LOOPS], ids=lambda case: case.name
+)
 def test_registered_candidates_are_right_far_within_the_tolerance(case: Case) -> None:
-    rows = timing.run_case(case, timing.QUICK)
-    assert [row.status for row in rows] == ["ok"] * len(case.candidates)
-    assert all(row.error is not None and row.error < case.tolerance / 4 for row in rows)
-    assert rows[1].ratio == pytest.approx(rows[1].median_s / rows[0].median_s)
-    for row in rows:
+    rows = timing.run_case(case, FAST)
+    ran = [row for row in rows if row.message != LEFT_OUT]
+    assert [row.status for row in ran] == ["ok", "ok"]
+    # Rounding the result to half precision is most of its tolerance.
+    share = 1 / 4 if case.about["dtype"] == "float32" else 1
+    assert all(row.error is not None and row.error < share * row.tolerance for row in ran)
+    if case.about["dtype"] == "float32":
+        assert all(row.tolerance == 2e-5 for row in ran)
+    ours, theirs = ran
+    assert theirs.ratio_p20 <= theirs.ratio <= theirs.ratio_p80
+    assert theirs.p20_s / ours.p80_s <= theirs.ratio <= theirs.p80_s / ours.p20_s or theirs.rounds < 5
+    for row in ran:
         assert row.rounds >= 1
-        assert 0 < row.p20_s <= row.median_s <= row.p80_s
+        assert 0 < row.p20_s <= row.median_s <= row.p80_s <= row.p99_s
         assert row.cold_s > 0
+        assert row.launches is row.synchronizations is row.peak_bytes is None
 
 
 @pytest.mark.parametrize("offset", [1e-3, -1e-3])
@@ -195,7 +205,7 @@ def test_registered_candidates_are_right_far_within_the_tolerance(case: Case) ->
 )
 def test_a_coefficient_off_by_a_thousandth_is_wrong(name: str, column: str, offset: float) -> None:
     wrong, right = planted(column, offset), planted(column, 0.0)
-    rows = timing.run_case(step_case(name, PROBLEMS[name], None, (wrong, right)), timing.QUICK)
+    rows = timing.run_case(step_case(name, PROBLEMS[name], None, (wrong, right)), FAST)
     assert [row.status for row in rows] == ["wrong", "ok", "ok"]
     assert rows[0].median_s is rows[0].cold_s is None
     assert "relative error" in rows[0].message
@@ -216,8 +226,8 @@ def test_a_coefficient_off_by_a_thousandth_is_wrong(name: str, column: str, offs
     ids=str,
 )
 def test_a_loop_with_something_changed_is_wrong(changes: dict[str, Any], status: str) -> None:
-    case = dataclasses.replace(loop_suite(quick=True)[0], candidates=(planted_loop(**changes),))
-    (row,) = timing.run_case(case, timing.QUICK)
+    case = dataclasses.replace(LOOPS[0], candidates=(planted_loop(**changes),))
+    (row,) = timing.run_case(case, FAST)
     assert row.status == status, row.message
     assert (row.median_s is None) == (status == "wrong")
 
@@ -234,7 +244,7 @@ def test_a_loop_with_something_changed_is_wrong(changes: dict[str, Any], status:
     ],
 )
 def test_verdicts(values: tuple[float, ...], status: str) -> None:
-    (row,) = timing.run_case(toy_case(constant("it", *values)), timing.QUICK)
+    (row,) = timing.run_case(toy_case(constant("it", *values)), FAST)
     assert row.status == status
     assert (row.median_s is not None) == (status == "ok")
     json.dumps(dataclasses.asdict(row), allow_nan=False)
@@ -247,7 +257,7 @@ def test_a_wrong_candidate_is_never_timed() -> None:
         calls.append(None)
         return (torch.tensor([1.0, 4.0]),)
 
-    timing.run_case(toy_case(Candidate("wrong", lambda _: call)), timing.QUICK)
+    timing.run_case(toy_case(Candidate("wrong", lambda _: call)), FAST)
     assert len(calls) == 1
 
 
@@ -272,7 +282,7 @@ def test_candidates_take_turns_without_autograd() -> None:
 # One call verifies, three or fewer warm up, and the others are timed.
 @pytest.mark.parametrize("good_calls", [0, 1, 10])
 def test_a_candidate_that_raises_leaves_the_others_alone(good_calls: int) -> None:
-    rows = timing.run_case(toy_case(broken("bad", good_calls), constant("good", 0.0, 4.0)), timing.QUICK)
+    rows = timing.run_case(toy_case(broken("bad", good_calls), constant("good", 0.0, 4.0)), FAST)
     assert [row.status for row in rows] == ["raised", "ok"]
     assert rows[0].message == f"RuntimeError: planted after {good_calls}"
     assert rows[0].median_s is None
@@ -282,7 +292,7 @@ def test_a_candidate_that_raises_leaves_the_others_alone(good_calls: int) -> Non
 
 def test_a_case_that_cannot_be_set_up_is_reported_for_each_candidate() -> None:
     case = dataclasses.replace(toy_case(constant("a", 0.0, 4.0), constant("b", 0.0, 4.0)), inputs=lambda: 1 / 0)
-    rows = timing.run_case(case, timing.QUICK)
+    rows = timing.run_case(case, FAST)
     assert [row.status for row in rows] == ["raised", "raised"]
     assert "ZeroDivisionError" in rows[0].message
 
@@ -290,7 +300,7 @@ def test_a_case_that_cannot_be_set_up_is_reported_for_each_candidate() -> None:
 @pytest.mark.parametrize(("target", "met"), [(1e-9, True), (1e9, False), (None, None)])
 def test_targets_are_for_baselines(target: float | None, met: bool | None) -> None:
     case = toy_case(constant("ours", 0.0, 4.0), constant("theirs", 0.0, 4.0), target=target)
-    rows = timing.run_case(case, timing.QUICK)
+    rows = timing.run_case(case, FAST)
     assert [row.target_met for row in rows] == [None, met]
     assert rows[0].ratio is None
 
@@ -319,11 +329,33 @@ def test_suites_have_the_bars() -> None:
     bars = {case.name: case.target for case in step_suite() if case.target}
     assert bars == {"default [1,4,64,64]": 4.0, "default [8,3,256,256]": 5.0, "threshold [8,3,256,256]": 5.0}
     assert import_suite()[0].target == pytest.approx(1 / 1.5)
-    assert not any(case.target for case in step_suite(quick=True))
+    assert not any(case.target for case in step_suite(QUICK))
     assert not any(case.target for case in loop_suite())
+
+
+@pytest.mark.parametrize("scope", [Scope(), QUICK, Scope(device="cuda")], ids=str)
+def test_suites_list_what_the_issue_asks_for_whatever_the_machine(scope: Scope) -> None:
     for make_cases in SUITES.values():
-        names = [case.name for case in make_cases(False)]
-        assert len(set(names)) == len(names)
+        cases = make_cases(scope)
+        assert len({case.name for case in cases}) == len(cases)
+        for case in cases:
+            names = [candidate.name for candidate in case.candidates]
+            assert len(set(names)) == len(names)
+    sizes = {case.about["elements"] for case in step_suite(scope) if case.about["option"] == "size"}
+    assert sizes == {1 << exponent for exponent in range(12, 29, 2)}
+    loops = loop_suite(scope)
+    for model in ("policy", "digits", "cifar10", "lsun256", "sd15", "sdxl"):
+        about = [case.about for case in loops if case.about["model"] == model]
+        assert {each["steps"] for each in about} == {1, 4, 10, 20, 50}
+        assert {each["batch"] for each in about} == {1, 4, 16}
+        listed = {
+            each.baseline for case in loops if case.about["model"] == model for each in case.candidates if each.baseline
+        }
+        wanted = set(BASELINES) - {"import"} - (set() if scope.on_gpu else {"eager"})
+        assert listed == wanted
+    if not scope.on_gpu:
+        large = [case for case in loops if case.about["model"] in ("lsun256", "sd15", "sdxl")]
+        assert {case.needs for case in large} == {NEEDS_GPU}
 
 
 def test_a_failing_import_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,13 +374,13 @@ def test_quick_run_writes_both_files(
     paths = tmp_path / "out.json", tmp_path / "out.md"
     paths[0].write_text("earlier")
     arguments = ["--suite", "step", "--quick", "--json", str(paths[0]), "--markdown", str(paths[1])]
-    assert bench.main(arguments) == 0
+    assert main(["bench", *arguments]) == 0
     shown = capfd.readouterr()
     assert "ours [x]" in shown.out
     assert shown.err == ""
 
     result = json.loads(paths[0].read_text())
-    assert (result["format"], result["suite"], result["quick"]) == (1, "step", True)
+    assert (result["format"], result["suite"], result["quick"], result["complete"]) == (2, "step", True, True)
     assert result["allocator"] in timing.ALLOCATORS
     known = result["environment"]
     assert known["device"]
@@ -359,7 +391,7 @@ def test_quick_run_writes_both_files(
     assert "commit" in known
     ours, theirs = result["rows"]
     assert (ours["candidate"], ours["ours"], theirs["ours"]) == ("ours [x]", True, False)
-    assert theirs["ratio"] == pytest.approx(theirs["median_s"] / ours["median_s"])
+    assert theirs["ratio"] > 0
     assert theirs["target_met"] is True
     table = [line for line in paths[1].read_text().splitlines() if line.startswith("|")]
     assert len(table) == 4
@@ -373,7 +405,7 @@ def test_a_failure_is_status_1_and_in_the_files(
 ) -> None:
     only(toy_case(bad), toy_case(constant("good", 0.0, 4.0)))
     path = tmp_path / "out.json"
-    assert bench.main(["--suite", "step", "--quick", "--json", str(path)]) == 1
+    assert main(["bench", "--suite", "step", "--quick", "--json", str(path)]) == 1
     rows = json.loads(path.read_text())["rows"]
     assert [row["status"] == "ok" for row in rows] == [False, True]
     shown = capfd.readouterr()
@@ -383,7 +415,7 @@ def test_a_failure_is_status_1_and_in_the_files(
 
 def refused(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
     """The one-line error of a command that must fail before it runs a case."""
-    assert bench.main(["--quick", *arguments]) == 2
+    assert main(["bench", "--quick", *arguments]) == 2
     shown = capfd.readouterr()
     assert shown.out == ""
     assert shown.err.startswith("error: ")
@@ -394,9 +426,9 @@ def refused(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
 def test_user_errors_come_before_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "_run", lambda *_: pytest.fail("the run started"))
+    monkeypatch.setattr(run, "run_suite", lambda *_, **__: pytest.fail("the run started"))
     message = refused(["--suite", "stepp"], capfd)
-    assert all(name in message for name in ("'stepp'", "'step'", "'import'", "'all'"))
+    assert all(name in message for name in ("'stepp'", "'step'", "'serve'", "'import'", "'all'"))
     assert all(name in refused(["--allocator", "new"], capfd) for name in ("'new'", "'keep'", "'fresh'", "'system'"))
     for option in ("--json", "--markdown"):
         for path in (tmp_path, tmp_path / "no" / "out", "/dev/full", tmp_path / ("x" * 300)):
@@ -405,6 +437,13 @@ def test_user_errors_come_before_the_run(
             assert repr(str(path)) in message
     assert "two files" in refused(["--json", str(tmp_path / "a"), "--markdown", str(tmp_path / "a")], capfd)
     assert "--nope" in refused(["--nope"], capfd)
+    message = refused(["--suite", "import", "--case", "nope"], capfd)
+    assert all(name in message for name in ("'nope'", "import", "first use"))
+    assert all(name in refused(["--baseline", "difusers"], capfd) for name in ("'difusers'", *map(repr, BASELINES)))
+    assert "--device" in refused(["--device", "gpu"], capfd)
+    assert "--minutes" in refused(["--minutes", "0"], capfd)
+    assert repr(str(tmp_path / "no")) in refused(["--plot", str(tmp_path / "no")], capfd)
+    assert "cannot be read" in refused(["--compare", str(tmp_path / "no.json")], capfd)
     assert os.listdir(tmp_path) == []
 
 
@@ -422,18 +461,276 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pyt
     assert os.listdir(tmp_path) == ["out.json"]
 
 
-@pytest.mark.parametrize(
-    ("suite", "count", "limit_s"), [("step", 2 * len(step_suite(quick=True)), 30), ("loop", 4, 100)]
-)
-def test_quick_suites_as_commands_take_little_time(tmp_path: Path, suite: str, count: int, limit_s: int) -> None:
+def test_the_quick_step_suite_as_a_command_takes_little_time(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     root = Path(fastddim.__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-m", "fastddim.bench", "--suite", suite, "--quick", "--json", str(path)],
+        [sys.executable, "-m", "fastddim.bench", "--suite", "step", "--case", "size*", "--quick", "--json", str(path)],
         cwd=root,
         capture_output=True,
         text=True,
-        timeout=limit_s,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    assert [row["status"] for row in json.loads(path.read_text())["rows"]] == ["ok"] * count
+    assert "nothing here was measured on a GPU" in done.stdout
+    rows = json.loads(path.read_text())["rows"]
+    ran = [row for row in rows if row["status"] == "ok"]
+    assert len(ran) == 2 * 5
+    assert {row["message"] for row in rows if row not in ran} == {LEFT_OUT, NEEDS_GPU}
+    assert all(row["of_copy"] > 0 and row["gb_per_s"] > 0 for row in ran)
+
+
+def test_importing_the_bench_loads_none_of_what_it_can_do_without() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('diffusers', 'matplotlib', 'rich', 'typer', 'onnxruntime', 'triton'): sys.modules[name] = None\n"
+        "import fastddim.bench.run as run\n"
+        "assert 'torch' not in sys.modules\n"
+        "made = run.run_suite('loop', quick=True, patterns=['policy*1,16,7] x10', 'digits [1,1,16,16] x4'], budget_s=0.1)\n"
+        "for row in made['rows']: print(row['candidate'], row['status'], row['message'], sep='|')\n"
+    )
+    root = Path(fastddim.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|") for line in done.stdout.splitlines()]
+    assert rows[0] == ["fastddim.Sampler", "ok", "None"]
+    assert all(status == "absent" and message for _, status, message in rows[1:])
+    assert any("not installed: diffusers" in message for _, _, message in rows)
+
+
+def absent(name: str, reason: str) -> Candidate:
+    return Candidate(name, lambda _: pytest.fail("it was made"), needs=lambda: reason)
+
+
+def test_what_is_missing_is_listed_and_no_failure(
+    tmp_path: Path, only: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = dataclasses.replace(
+        toy_case(constant("a", 0.0, 4.0), constant("b", 0.0, 4.0)), name="large", needs=NEEDS_GPU
+    )
+    only(toy_case(constant("ours", 0.0, 4.0), absent("rival", "not installed: rival (pip install rival)")), whole)
+    paths = tmp_path / "out.json", tmp_path / "out.md"
+    assert main(["bench", "--suite", "step", "--json", str(paths[0]), "--markdown", str(paths[1])]) == 0
+    shown = capfd.readouterr()
+    for text in (shown.out, paths[1].read_text()):
+        assert "rival: not installed: rival (pip install rival)" in text
+        assert "needs a GPU, 1 cases: step: large" in text
+    rows = json.loads(paths[0].read_text())["rows"]
+    assert [(row["candidate"], row["status"]) for row in rows] == [
+        ("ours", "ok"), ("rival", "absent"), ("a", "absent"), ("b", "absent"),
+    ]  # fmt: skip
+
+
+def test_baselines_are_known_and_chosen(only: Callable[..., None], tmp_path: Path) -> None:
+    for make_cases in SUITES.values():
+        for scope in (Scope(), Scope(device="cuda")):
+            named = {candidate.baseline for case in make_cases(scope) for candidate in case.candidates}
+            assert named <= {None, *BASELINES}
+    kept = dataclasses.replace(constant("kept", 0.0, 4.0), baseline="diffusers")
+    left = dataclasses.replace(constant("left", 0.0, 4.0), baseline="eager")
+    only(toy_case(constant("ours", 0.0, 4.0), left, kept))
+    path = tmp_path / "out.json"
+    assert main(["bench", "--suite", "step", "--quick", "--baseline", "diffusers", "--json", str(path)]) == 0
+    assert [row["candidate"] for row in json.loads(path.read_text())["rows"]] == ["ours", "kept"]
+
+
+@pytest.mark.parametrize(("rows", "status"), [(6, "ok"), (3, "raised"), (9, "raised"), (7, "raised")])
+def test_repeated_blocks_are_all_judged(rows: int, status: str) -> None:
+    case = dataclasses.replace(
+        toy_case(Candidate("it", lambda _: lambda: (torch.ones(rows, 2),))),
+        reference=lambda _: (np.ones((3, 2)),),
+        blocks=2,
+    )
+    (row,) = timing.run_case(case, FAST)
+    assert row.status == status
+    spoiled = torch.ones(6, 2)
+    spoiled[5, 1] = 1.001
+    case = dataclasses.replace(case, candidates=(Candidate("it", lambda _: lambda: (spoiled,)),))
+    assert timing.run_case(case, FAST)[0].status == "wrong"
+
+
+def test_a_large_step_repeats_its_block_in_both_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastddim.bench.step_suite._BLOCK", 2 * 3 * 8 * 8)
+    case = step_case("guided", StepProblem(shape=(6, 3, 8, 8), guidance_scale=3.0, eta=1.0))
+    assert case.blocks == 3
+    inputs = case.inputs()
+    assert inputs.model_output.shape == (12, 3, 8, 8)
+    assert len(inputs.model_output.unique(dim=0)) == 4
+    assert len(inputs.model_output[:6].unique(dim=0)) == 2
+    assert [row.status for row in timing.run_case(case, FAST)] == ["ok", "ok"]
+
+
+def test_parts_and_facts_are_reported() -> None:
+    turns: list[str] = []
+
+    def make(_: Any) -> Work:
+        def call() -> tuple[torch.Tensor]:
+            turns.append("call")
+            return (torch.tensor([0.0, 4.0]),)
+
+        return Work(call, lambda: {"size_bytes": 5.0}, {"model": lambda: time.sleep(2e-3)})
+
+    (row,) = timing.run_case(toy_case(Candidate("it", make)), FAST)
+    assert 2e-3 <= row.parts["model"] < 0.1
+    assert row.facts == {"size_bytes": 5.0}
+    assert turns
+
+
+def test_a_run_out_of_time_says_so_and_keeps_what_it_has(tmp_path: Path, only: Callable[..., None]) -> None:
+    path = tmp_path / "out.json"
+    seen = []
+
+    def look() -> None:
+        seen.append(json.loads(path.read_text()) if path.exists() else None)
+        time.sleep(0.7)
+
+    cases = [dataclasses.replace(toy_case(constant("it", 0.0, 4.0)), name=f"{k}", inputs=look) for k in range(3)]
+    only(*cases)
+    assert main(["bench", "--suite", "step", "--quick", "--minutes", "0.02", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["status"] for row in rows] == ["ok", "absent", "absent"]
+    assert "out of time" in rows[1]["message"]
+
+    seen.clear()
+    path.unlink()
+    assert main(["bench", "--suite", "step", "--quick", "--json", str(path)]) == 0
+    assert seen[0] is None
+    assert [len(each["rows"]) for each in seen[1:]] == [1, 2]
+    assert not any(each["complete"] for each in seen[1:])
+
+
+def slow(name: str, seconds: float) -> Candidate:
+    def call() -> tuple[torch.Tensor]:
+        time.sleep(seconds)
+        return (torch.tensor([0.0, 4.0]),)
+
+    return Candidate(name, lambda _: call)
+
+
+def test_a_slower_candidate_of_ours_is_a_regression(
+    tmp_path: Path, only: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "old.json"
+    command = ["bench", "--suite", "step", "--quick"]
+    only(toy_case(slow("ours", 3e-3), slow("theirs", 12e-3)))
+    assert main([*command, "--json", str(path)]) == 0
+    assert main([*command, "--compare", str(path)]) == 0
+    only(toy_case(slow("ours", 12e-3), slow("theirs", 12e-3)))
+    capfd.readouterr()
+    assert main([*command, "--compare", str(path)]) == 1
+    (line,) = [line for line in capfd.readouterr().out.splitlines() if "worse" in line and "toy" in line]
+    assert "theirs" in line
+    # Ours became faster: no regression.
+    only(toy_case(slow("ours", 1e-3), slow("theirs", 12e-3)))
+    assert main([*command, "--compare", str(path)]) == 0
+    # Nothing in common.
+    only(toy_case(slow("ours", 1e-3), slow("others", 2e-3)))
+    assert main([*command, "--compare", str(path)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("now", "low", "high", "verdict"),
+    [
+        (3.9, 3.8, 4.0, "same"),
+        (3.0, 2.9, 3.1, "worse"),
+        (3.0, 2.5, 3.95, "same"),
+        (5.0, 4.9, 5.1, "better"),
+        (4.1, 4.09, 4.11, "same"),
+        (5.0, 4.0, 6.0, "same"),
+    ],
+)
+def test_a_change_counts_beyond_tolerance_and_spread(now: float, low: float, high: float, verdict: str) -> None:
+    def row(ratio: float | None, p20: float | None, p80: float | None, case: str = "case") -> timing.Row:
+        made = timing.Row("step", case, "theirs", False, "ok", 1e-5)
+        made.ratio, made.ratio_p20, made.ratio_p80 = ratio, p20, p80
+        return made
+
+    old = [row(4.0, 3.9, 4.1), row(2.0, 1.9, 2.1, "gone")]
+    first, second = compare.compare(old, [row(now, low, high)])
+    assert (first.verdict, second.verdict) == (verdict, "not in this run")
+    assert compare.has_regressed([first, second]) == (verdict == "worse")
+    # The first format kept no spread.
+    (change,) = compare.compare([row(4.0, None, None)], [row(3.0, 2.9, 3.1)])
+    assert change.verdict == "worse"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 7, "rows": []}', '{"format": 1}'])
+def test_a_file_to_compare_with_is_checked_before_the_run(
+    tmp_path: Path, text: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(text)
+    assert "--compare" in refused(["--compare", str(path)], capfd)
+
+
+def test_results_of_the_first_format_are_read() -> None:
+    folder = Path(fastddim.__file__).parents[1] / "benchmarks" / "results"
+    reports = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    for each in filter(report.is_report, reports):
+        assert "| case |" in report.make_markdown(each)
+
+
+def test_plots_show_what_was_measured(tmp_path: Path) -> None:
+    rows = [
+        timing.Row(
+            "step", f"size {elements}", name, name == "ours", "ok", 1e-5, median_s=1e-9 * elements * k, p20_s=1e-9 * elements,
+            p80_s=4e-9 * elements, gb_per_s=1.0, about={"elements": elements, "dtype": "float32", "option": "size"},
+        )
+        for k, name in ((1, "ours"), (2, "theirs"))
+        for elements in (1 << 12, 1 << 16)
+    ]  # fmt: skip
+    made = report.make_report(rows, "step", True, "keep")
+    assert [path.name for path in plots.draw_all(made, tmp_path)] == ["step-latency.png"]
+    parts = {"model": 0.5e-3, "step": 0.2e-3}
+    loops = [
+        timing.Row("loop", "m [1] x2", name, name == "ours", "ok", 1e-5, median_s=1e-3, parts=p, num_steps=2,
+                   about={"model": "m", "batch": 1, "steps": 2, "dtype": "float32"})
+        for name, p in (("ours", parts), ("theirs", {}))
+    ]  # fmt: skip
+    made["rows"] += report.as_dicts(loops)
+    paths = plots.draw_all(made, tmp_path)
+    assert [path.name for path in paths] == ["step-latency.png", "loop-breakdown.png"]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size < 200_000 for path in paths)
+    assert plots.draw_all(report.make_report([], "step", True, "keep"), tmp_path) == []
+
+
+def test_the_performance_page_is_what_the_results_give() -> None:
+    page = performance.DOCS / performance.PAGE
+    made = performance.make_page(performance.RESULTS, performance.DOCS)
+    assert page.read_text() == made, "docs/performance.md is not up to date: make performance"
+    for name in re.findall(r"\]\(([^)]+)\)", made):
+        assert (performance.DOCS / name).exists(), name
+    reports, qualities = performance.load(performance.RESULTS)
+    assert reports and qualities
+    assert all(name in made for name in (*reports, *qualities))
+    assert all(path.stat().st_size < 200_000 for path in performance.DOCS.glob("*.png"))
+
+
+def test_the_performance_page_follows_its_results(tmp_path: Path) -> None:
+    result = {
+        "format": quality.FORMAT, "created": "2026-01-01", "count": 100, "floor": 0.5, "real_agreement": 0.98,
+        "environment": report.environment(),
+        "rows": [
+            {"sampler": name, "eta": eta, "steps": steps, "seconds_per_image": steps * cost, "frechet_distance": distance,
+             "agreement": 0.9}
+            for name, eta, steps, cost, distance in (
+                ("fastddim.Sampler", 0.0, 10, 1e-3, 1.2), ("fastddim.Sampler", 0.0, 50, 1e-3, 0.9),
+                ("fastddim.Sampler", 0.0, 100, 1e-3, 0.8), ("diffusers.DDPMScheduler", 1.0, 1000, 2e-3, 1.0),
+            )
+        ],
+    }  # fmt: skip
+    (tmp_path / "quality.json").write_text(json.dumps(result))
+    row = timing.Row("step", "case [1|2]", "ours", True, "ok", 1e-5, median_s=1.5e-3, about={"option": "default"})
+    row.device = "cuda"
+    made = report.make_report([row], "step", False, "keep")
+    made["environment"]["gpu"] = {"name": "A GPU", "memory_bytes": 2**34, "cuda": "13.0"}
+    (tmp_path / "step.json").write_text(report.make_json(made))
+    (tmp_path / "other.json").write_text('{"format": 1}')
+    assert [path.name for path in performance.draw_plots(tmp_path, tmp_path)] == ["quality-time.png"]
+    page = performance.make_page(tmp_path, tmp_path)
+    assert "20 times fewer model calls and 40 times faster" in page
+    assert "| step: case [1\\|2] | ours | 1.5 ms |" in page
+    assert "Suite step" in page and "A GPU" in page and "No result from a GPU" not in page
+    assert "(quality-time.png)" in page and "(step-latency.png)" not in page
+    (tmp_path / "step.json").unlink()
+    assert "No result from a GPU is here yet" in performance.make_page(tmp_path, tmp_path)

@@ -1,1 +1,1 @@
-"""`python -m fastddim.bench`: verify each candidate against the float64 textbook, then time all of them in one run."""
+"""`fastddim bench`: verify each candidate against a float64 computation, then time all of them in one run."""

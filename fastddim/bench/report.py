@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.table import Table
-from rich.text import Text
-
-from fastddim.bench.timing import OK, Row
+from fastddim.bench.timing import ABSENT, FAILURES, OK, Row
 from fastddim.files import write_whole
 
-_HEADINGS = ("case", "candidate", "cold", "median", "p20", "p80", "ratio", "target")
-_PACKAGES = ("torch", "diffusers", "triton", "numpy")
+if TYPE_CHECKING:
+    from rich.table import Table
+
+FORMAT = 2
+# Of an earlier release: the same rows with fewer fields.
+_READABLE = (1, FORMAT)
+
+_PACKAGES = ("torch", "diffusers", "triton", "numpy", "onnxruntime", "tensorrt", "torch-tensorrt")
+_TEXT_COLUMNS = ("case", "candidate")
+_UNITS = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
 
 
 def environment() -> dict[str, Any]:
-    """What the numbers depend on: device, versions, threads, and the commit where the package is in a git checkout."""
+    """What the numbers depend on: devices, clocks, versions, threads, load, and the commit in a git checkout."""
     import torch
 
     import fastddim
+    from fastddim.bench import gpu
 
     versions: dict[str, str | None] = {"python": platform.python_version(), "fastddim": fastddim.__version__}
     for package in _PACKAGES:
@@ -36,23 +42,27 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
+    cpu = _cpu_fields("model name") or [platform.processor() or platform.machine()]
+    clocks = _cpu_fields("cpu MHz")
     return {
-        "device": _cpu_name(),
+        "device": cpu[0],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "clock_mhz": max(map(float, clocks), default=None),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "gpu": gpu.describe(),
         "platform": platform.platform(),
         "versions": versions,
         "commit": _commit(),
     }
 
 
-def _cpu_name() -> str:
+def _cpu_fields(field: str) -> list[str]:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        return []
+    return [line.partition(":")[2].strip() for line in lines if line.startswith(field)]
 
 
 def _commit() -> str | None:
@@ -72,51 +82,53 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def make_table(rows: Sequence[Row]) -> Table:
-    """The rows as a rich table, failures in red in the place of times."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for index, heading in enumerate(_HEADINGS):
-        table.add_column(heading, justify="left" if index < 2 else "right", no_wrap=index != 1)
-    for row in rows:
-        # Text, as names hold brackets that rich would read as markup.
-        cells = [Text(cell) for cell in _cells(row)]
-        if row.target_met is not None:
-            cells[-1].stylize("green" if row.target_met else "yellow")
-        table.add_row(*cells, style="red" if row.status != OK else None, end_section=_ends_case(rows, row))
-    return table
-
-
-def make_markdown(report: dict[str, Any], rows: Sequence[Row]) -> str:
-    """The report as a Markdown table with its environment."""
-    known = report["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in known["versions"].items() if version)
-    lines = [
-        "# fastddim benchmarks",
-        "",
-        f"{report['created']}, suite {report['suite']}{' (quick)' if report['quick'] else ''}, allocator {report['allocator']}",
-        "",
-        f"- {known['device']}, {known['threads']} of {known['cores']} threads, {known['platform']}",
-        f"- {versions}",
-        f"- commit {known['commit'] or 'unknown'}",
-        "",
-        f"| {' | '.join(_HEADINGS)} |",
-        "|---|---|" + "---:|" * (len(_HEADINGS) - 2),
-    ]
-    lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in _cells(row))} |" for row in rows]
-    return "\n".join([*lines, "", "Seconds per call; ratio is the candidate's median over ours, in the same run.", ""])
-
-
 def make_report(rows: Sequence[Row], suite: str, quick: bool, allocator: str) -> dict[str, Any]:
     """What the JSON file holds: the environment and a row for each candidate."""
     return {
-        "format": 1,
+        "format": FORMAT,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "suite": suite,
         "quick": quick,
         "allocator": allocator,
+        "complete": True,
+        "copy_gb_per_s": None,
         "environment": environment(),
-        "rows": [asdict(row) for row in rows],
+        "rows": as_dicts(rows),
     }
+
+
+def as_dicts(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Rows as JSON has them."""
+    return [asdict(row) for row in rows]
+
+
+def read_report(path: Path, argument: str) -> dict[str, Any]:
+    """A report that `--json` wrote, its rows as `Row`s.
+
+    Raises:
+        ValueError: no such file, or another kind of one; the message names `argument`.
+    """
+    named = f"{argument}: {str(path)!r}"
+    try:
+        report = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(f"{named} cannot be read ({error.strerror}); pass a file that --json wrote") from error
+    except ValueError as error:
+        raise ValueError(f"{named} is no JSON ({error}); pass a file that --json wrote") from error
+    if not is_report(report):
+        raise ValueError(f"{named} holds no results of this bench; pass a file that --json wrote")
+    return {**report, "rows": rows_of(report)}
+
+
+def is_report(value: Any) -> bool:
+    """Whether a JSON file's content is a report that can be read."""
+    return isinstance(value, dict) and value.get("format") in _READABLE and isinstance(value.get("rows"), list)
+
+
+def rows_of(report: dict[str, Any]) -> list[Row]:
+    """A report's rows; fields that it does not have are None."""
+    known = {field.name for field in dataclasses.fields(Row)}
+    return [Row(**{name: value for name, value in row.items() if name in known}) for row in report["rows"]]
 
 
 def make_json(report: dict[str, Any]) -> str:
@@ -129,24 +141,171 @@ def write_text(option: str, path: Path, text: str) -> None:
     write_whole(path, lambda file: file.write(text.encode()), option)
 
 
-def _cells(row: Row) -> list[str]:
-    name = f"{row.candidate}: {row.status.upper()}, {row.message}" if row.status != OK else row.candidate
-    times = [_format_seconds(value) for value in (row.cold_s, row.median_s, row.p20_s, row.p80_s)]
-    ratio = "" if row.ratio is None else f"{row.ratio:.2f}x"
+def describe_environment(report: dict[str, Any]) -> list[str]:
+    """Where a report was measured, in lines."""
+    known = report["environment"]
+    gpu = known.get("gpu")
+    on_gpu = any(row.get("device") == "cuda" for row in report["rows"])
+    where = "A CPU run: nothing here was measured on a GPU."
+    if gpu and on_gpu:
+        clocks = ", ".join(
+            f"{name} {gpu[name]}" for name in ("driver_version", "clocks.sm", "clocks.mem") if name in gpu
+        )
+        where = f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.0f} GiB, CUDA {gpu['cuda']}, {clocks}"
+    versions = ", ".join(f"{name} {version}" for name, version in known["versions"].items() if version)
+    clock = f" at {known['clock_mhz']:.0f} MHz" if known.get("clock_mhz") else ""
+    load = f", load {known['load']:.1f} at the start" if known.get("load") is not None else ""
+    lines = [
+        where,
+        f"{known['device']}{clock}, {known['threads']} of {known['cores']} threads{load}, {known['platform']}",
+        versions,
+        f"commit {known['commit'] or 'unknown'}",
+    ]
+    if report.get("copy_gb_per_s"):
+        lines.append(f"a copy of a large tensor: {report['copy_gb_per_s']:.3g} GB/s, read and written")
+    return lines
+
+
+def make_table(rows: Sequence[Row]) -> Table:
+    """The rows as a rich table, failures in red in the place of times."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    columns = columns_of(rows)
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in columns:
+        text = heading in _TEXT_COLUMNS
+        table.add_column(heading, justify="left" if text else "right", no_wrap=heading != "candidate")
+    for row, ends in _with_ends(attempted(rows)):
+        cells = cells_of(row)
+        # Text, as names hold brackets that rich would read as markup.
+        texts = [Text(cells.get(heading, "")) for heading in columns]
+        if row.target_met is not None:
+            texts[columns.index("target")].stylize("green" if row.target_met else "yellow")
+        style = "red" if row.status in FAILURES else "dim" if row.status == ABSENT else None
+        table.add_row(*texts, style=style, end_section=ends)
+    return table
+
+
+def make_markdown(report: dict[str, Any], title: str = "# fastddim benchmarks") -> str:
+    """The report as a Markdown table with its environment."""
+    quick = " (quick)" if report["quick"] else ""
+    rows = rows_of(report)
+    lines = [
+        title,
+        "",
+        f"{report['created']}, suite {report['suite']}{quick}, allocator {report['allocator']}",
+        "",
+        *(f"- {line}" for line in describe_environment(report)),
+        "",
+        *markdown_table(rows),
+        "",
+        *(f"Not run: {line}.\n" for line in describe_absent(rows)),
+        "Times are per call: cold the first, then the median, 20% and 80% of the warm rounds. ratio is the median quotient"
+        " of a candidate's time and ours in the same round: above 1 it takes longer than ours.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def markdown_table(rows: Sequence[Row]) -> list[str]:
+    """The lines of a Markdown table."""
+    columns = columns_of(rows)
+    lines = [
+        f"| {' | '.join(columns)} |",
+        "|" + "".join("---|" if heading in _TEXT_COLUMNS else "---:|" for heading in columns),
+    ]
+    for row in attempted(rows):
+        cells = cells_of(row)
+        lines.append(f"| {' | '.join(cells.get(heading, '').replace('|', chr(92) + '|') for heading in columns)} |")
+    return lines
+
+
+def attempted(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the cases of which something could run."""
+    return [row for group in _groups(rows) if not _is_absent(group) for row in group]
+
+
+def describe_absent(rows: Sequence[Row]) -> list[str]:
+    """A line for each reason for which cases did not run at all, with their names."""
+    cases: dict[str, list[str]] = {}
+    for group in filter(_is_absent, _groups(rows)):
+        cases.setdefault(group[0].message or "", []).append(f"{group[0].suite}: {group[0].case}")
+    return [f"{reason}, {len(names)} cases: {', '.join(names)}" for reason, names in cases.items()]
+
+
+def _is_absent(group: Sequence[Row]) -> bool:
+    return {(row.status, row.message) for row in group} == {(ABSENT, group[0].message)}
+
+
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """The headings that some row has something under, in their order."""
+    headings = dict.fromkeys(heading for row in rows for heading in cells_of(row, every=True))
+    used = {heading for row in rows for heading, cell in cells_of(row).items() if cell}
+    return [heading for heading in headings if heading in used]
+
+
+def cells_of(row: Row, every: bool = False) -> dict[str, str]:
+    """A row's cells by heading; with `every`, those that are empty too."""
+    name = row.candidate if row.status == OK else f"{row.candidate}: {_verdict(row)}"
     verdict = "" if row.target_met is None else (" met" if row.target_met else " missed")
-    target = "" if row.target is None else f">= {row.target:.3g}x{verdict}"
-    return [f"{row.suite}: {row.case}", name, *times, ratio, target]
+    cells = {
+        "case": f"{row.suite}: {row.case}",
+        "candidate": name,
+        "cold": format_seconds(row.cold_s),
+        "median": format_seconds(row.median_s),
+        "p20": format_seconds(row.p20_s),
+        "p80": format_seconds(row.p80_s),
+        "p99": format_seconds(row.p99_s) if row.num_steps > 1 else "",
+        "ratio": "" if row.ratio is None else f"{row.ratio:.2f}x",
+        "target": "" if row.target is None else f">= {row.target:.3g}x{verdict}",
+        "GB/s": "" if row.gb_per_s is None else f"{row.gb_per_s:.3g}",
+        "of copy": "" if row.of_copy is None else f"{row.of_copy:.0%}",
+        "model": format_seconds(row.parts.get("model")),
+        "step": format_seconds(row.parts.get("step")),
+        "launches/step": "" if row.launches is None else f"{row.launches:.3g}",
+        "syncs/step": "" if row.synchronizations is None else f"{row.synchronizations:.3g}",
+        "peak MiB": "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.3g}",
+        "size MB": _scaled(row, "size_bytes", 1e6),
+        "build": format_seconds(row.facts.get("build_s")),
+        "load": format_seconds(row.facts.get("load_s")),
+        "latency p50": format_seconds(row.facts.get("latency_p50_s")),
+        "latency p99": format_seconds(row.facts.get("latency_p99_s")),
+        "requests/s": _throughput(row),
+    }
+    return cells if every else {heading: cell for heading, cell in cells.items() if cell}
 
 
-def _format_seconds(value: float | None) -> str:
+def _verdict(row: Row) -> str:
+    return row.message or "" if row.status == ABSENT else f"{row.status.upper()}, {row.message}"
+
+
+def _scaled(row: Row, fact: str, scale: float) -> str:
+    return f"{row.facts[fact] / scale:.3g}" if fact in row.facts else ""
+
+
+def _throughput(row: Row) -> str:
+    requests = row.about.get("requests")
+    return "" if requests is None or row.median_s is None else f"{requests / row.median_s:.3g}"
+
+
+def format_seconds(value: float | None) -> str:
+    """Three digits and a unit; nothing for None."""
     if value is None:
         return ""
-    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
-        if value >= scale:
-            return f"{value / scale:.3g} {unit}"
-    return f"{value / 1e-6:.3g} us"
+    unit, scale = next((each for each in _UNITS if value >= each[1]), _UNITS[-1])
+    return f"{value / scale:.3g} {unit}"
 
 
-def _ends_case(rows: Sequence[Row], row: Row) -> bool:
-    following = [each for each in rows if (each.suite, each.case) == (row.suite, row.case)]
-    return following[-1] is row
+def _groups(rows: Sequence[Row]) -> list[list[Row]]:
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.suite, row.case), []).append(row)
+    return list(groups.values())
+
+
+def _with_ends(rows: Sequence[Row]) -> Iterator[tuple[Row, bool]]:
+    for group in _groups(rows):
+        for row in group:
+            yield row, row is group[-1]

@@ -19,16 +19,20 @@ class StepProblem:
     Attributes:
         shape: of the state, `[B, ...]`.
         prediction_type: `epsilon` or `v_prediction`.
-        threshold: the largest divisor of dynamic thresholding at ratio 0.995; None clips x0 to [-1, 1] instead.
+        threshold: the largest divisor of dynamic thresholding at ratio 0.995; None clips x0 instead.
+        clip: whether x0 is clipped to [-1, 1] where there is no threshold.
         eta: 0 is DDIM; above 0 the step takes a noise.
         guidance_scale: None, or the scale for a model output of `[2 * B, ...]`, unconditional half first.
+        guidance_rescale: how much of the guided output's deviation is brought back to the conditional one's.
     """
 
     shape: tuple[int, ...]
     prediction_type: str = "epsilon"
     threshold: float | None = None
+    clip: bool = True
     eta: float = 0.0
     guidance_scale: float | None = None
+    guidance_rescale: float = 0.0
 
     num_train_timesteps = 1000
     num_steps = 50
@@ -67,16 +71,21 @@ def draw_inputs(problem: StepProblem, seed: int = 0) -> tuple[Array, Array, Arra
 def textbook_step(problem: StepProblem, model_output: Array, sample: Array, noise: Array) -> tuple[Array, Array]:
     """`(x_next, x0)` in float64: arXiv:2010.02502, equations 12 and 16.
 
-    Guidance is arXiv:2207.12598, velocity arXiv:2202.00512, thresholding arXiv:2205.11487, section 2.3.
+    Guidance is arXiv:2207.12598, its rescale arXiv:2305.08891, section 3.4, velocity arXiv:2202.00512, thresholding
+    arXiv:2205.11487, section 2.3.
     """
     if problem.guidance_scale is not None:
         uncond, cond = np.split(model_output, 2)
         model_output = uncond + problem.guidance_scale * (cond - uncond)
+        if problem.guidance_rescale:
+            axes = tuple(range(1, cond.ndim))
+            factor = cond.std(axis=axes, keepdims=True) / model_output.std(axis=axes, keepdims=True)
+            model_output = model_output * (1 + problem.guidance_rescale * (factor - 1))
     alpha_bar, alpha_bar_next = problem.alpha_bars()
     x0, eps = predict(problem.prediction_type, model_output, sample, alpha_bar)
-    if problem.threshold is None:
+    if problem.threshold is None and problem.clip:
         x0 = np.clip(x0, -1, 1)
-    else:
+    elif problem.threshold is not None:
         flat = x0.reshape(len(x0), -1)
         s = np.clip(np.quantile(np.abs(flat), problem.ratio, axis=1, keepdims=True), 1, problem.threshold)
         x0 = (np.clip(flat, -s, s) / s).reshape(x0.shape)

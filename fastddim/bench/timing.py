@@ -6,20 +6,24 @@ import ctypes
 import gc
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from fastddim.bench.cases import Call, Candidate, Case
+from fastddim.bench.cases import Candidate, Case, Work
+from fastddim.bench.gpu import PeakMemory, count_launches, count_synchronizations, synchronize
 
-OK, WRONG, RAISED = "ok", "wrong", "raised"
+OK, WRONG, RAISED, ABSENT = "ok", "wrong", "raised", "absent"
+FAILURES = (WRONG, RAISED)
 
 ALLOCATORS = ("keep", "fresh", "system")
 
 # Long enough for the clock's own cost and resolution to vanish.
 _SAMPLE_S = 2e-3
+# A case's bar is that of what users have now.
+_WITH_A_BAR = (None, "diffusers", "import")
 _WARM_UP_CALLS = 3
 _WARM_UP_S = 0.02
 
@@ -33,7 +37,7 @@ class Settings:
     budget_s: float = 4.0
 
 
-QUICK = Settings(min_rounds=1, max_rounds=10, budget_s=0.1)
+QUICK = Settings(min_rounds=5, max_rounds=100, budget_s=1.0)
 
 
 @dataclass
@@ -42,14 +46,21 @@ class Row:
 
     Attributes:
         ours: whether it is the case's first candidate.
-        status: `ok`, `wrong` (never timed) or `raised`.
-        message: what was wrong.
+        status: `ok`, `wrong` (never timed), `raised`, or `absent` for what cannot run here.
+        message: what was wrong, or what is missing.
         error: the largest relative error, None unless it is a finite number.
         cold_s: the first call.
-        median_s, p20_s, p80_s: of the warm rounds.
+        median_s, p20_s, p80_s, p99_s: of the warm rounds.
         calls: how many calls each round makes.
-        ratio: the median over ours, for baselines.
+        ratio, ratio_p20, ratio_p80: of the quotients of its time and ours in the same round; for all but ours.
         target: the least ratio that meets the case's bar.
+        gb_per_s, of_copy: what the call has to read and write at least, a second, and of what a copy of a large tensor does.
+        launches, synchronizations: per sampling step, on a GPU.
+        peak_bytes: of the device's memory, for the preparation and the first call.
+        parts: seconds that parts of the call's work take alone.
+        facts: what else the candidate says of itself.
+        num_steps, device, about: the case's.
+        baseline: which baseline it is, None for ours.
     """
 
     suite: str
@@ -57,18 +68,32 @@ class Row:
     candidate: str
     ours: bool
     status: str
-    tolerance: float
+    tolerance: float | None
     message: str | None = None
     error: float | None = None
     cold_s: float | None = None
     median_s: float | None = None
     p20_s: float | None = None
     p80_s: float | None = None
+    p99_s: float | None = None
     rounds: int = 0
     calls: int = 0
     ratio: float | None = None
+    ratio_p20: float | None = None
+    ratio_p80: float | None = None
     target: float | None = None
     target_met: bool | None = None
+    gb_per_s: float | None = None
+    of_copy: float | None = None
+    launches: float | None = None
+    synchronizations: float | None = None
+    peak_bytes: int | None = None
+    parts: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)
+    num_steps: int = 1
+    device: str = "cpu"
+    about: dict[str, Any] = field(default_factory=dict)
+    baseline: str | None = None
 
 
 def set_allocator(mode: str) -> str:
@@ -94,69 +119,151 @@ def set_allocator(mode: str) -> str:
     return mode if all(mallopt(option, value) for option, value in options) else "system"
 
 
-def relative_error(results: Sequence[Any], expected: Sequence[Any]) -> float:
+def relative_error(results: Sequence[Any], expected: Sequence[Any], blocks: int = 1) -> float:
     """The largest error of any result, relative to the largest magnitude of what is expected of it.
+
+    Args:
+        results: tensors or arrays, on any device.
+        expected: float64 arrays.
+        blocks: how often the rows of what is expected are to be there.
 
     Raises:
         ValueError: another number of results, or another shape.
     """
-    got = [np.asarray(result, dtype=np.float64) for result in results]
-    want = [np.asarray(array, dtype=np.float64) for array in expected]
-    if [array.shape for array in got] != [array.shape for array in want]:
-        raise ValueError(
-            f"results of shapes {[array.shape for array in got]}, expected {[array.shape for array in want]}"
-        )
-    errors = [float(np.max(np.abs(g - w)) / np.max(np.abs(w))) for g, w in zip(got, want, strict=True)]
+    got = [tuple(result.shape) for result in results]
+    want = [
+        (blocks * array.shape[0], *array.shape[1:]) if blocks > 1 else array.shape
+        for array in map(np.asarray, expected)
+    ]
+    if got != want:
+        raise ValueError(f"results of shapes {got}, expected {want}")
+    errors = [_block_error(result, np.asarray(want)) for result, want in zip(results, expected, strict=True)]
     return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
-def verify(case: Case, candidate: Candidate, inputs: Any, expected: Sequence[Any]) -> tuple[Row, Call | None]:
-    """A candidate's row and, if its first result is right, a fresh call to time."""
-    ours = candidate is case.candidates[0]
-    row = Row(case.suite, case.name, candidate.name, ours, OK, case.tolerance)
+def _block_error(result: Any, want: np.ndarray[Any, Any]) -> float:
+    import torch
+
+    got = torch.as_tensor(result)
+    expected = torch.from_numpy(np.ascontiguousarray(want, dtype=np.float64)).to(got.device)
+    scale = float(expected.abs().max())
+    rows = range(0, len(got), len(expected))
+    errors = [float((got[row : row + len(expected)].double() - expected).abs().max()) / scale for row in rows]
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
+
+
+def verify(case: Case, candidate: Candidate, inputs: Any, expected: Sequence[Any]) -> tuple[Row, Work | None]:
+    """A candidate's row and, if its first result is right, the work to time."""
+    tolerance = case.tolerance(inputs, expected) if callable(case.tolerance) else case.tolerance
+    row = _row(case, candidate)
+    row.tolerance = tolerance * (1 if row.about.get("dtype", "float32") == "float32" else candidate.slack)
+    missing = candidate.needs()
+    if missing is not None:
+        row.status, row.message = ABSENT, missing
+        return row, None
     try:
-        call = candidate.make(inputs)
-        start = time.perf_counter()
-        results = call()
-        cold_s = time.perf_counter() - start
-        error = relative_error(results, expected)
-        if error <= case.tolerance:
-            row.error, row.cold_s = error, cold_s
-            return row, candidate.make(inputs)
+        with PeakMemory(case.device) as memory:
+            made = candidate.make(inputs)
+            work = made if isinstance(made, Work) else Work(made)
+            start = time.perf_counter()
+            results = work.call()
+            synchronize(case.device)
+            cold_s = time.perf_counter() - start
+        error = relative_error(results, expected, case.blocks)
+        if error <= row.tolerance:
+            row.error, row.cold_s, row.peak_bytes = error, cold_s, memory.nbytes
+            return row, work
         row.error = error if math.isfinite(error) else None
-        row.status, row.message = WRONG, f"relative error {error:.1e} exceeds {case.tolerance:.0e}"
+        row.status, row.message = WRONG, f"relative error {error:.1e} exceeds {row.tolerance:.0e}"
     except Exception as error:
         row.status, row.message = RAISED, _describe(error)
     return row, None
 
 
-def run_case(case: Case, settings: Settings) -> list[Row]:
-    """Verify all candidates of a case, then time the right ones in turn: A B A B, without autograd."""
+def run_case(case: Case, settings: Settings, copy_bandwidth: Callable[[], float] | None = None) -> list[Row]:
+    """Verify all candidates of a case, then time the right ones in turn: A B A B, without autograd.
+
+    Args:
+        case: what to run.
+        settings: for how long.
+        copy_bandwidth: the device's, in bytes a second; asked for by cases that move memory alone.
+    """
     import torch
 
+    rows = [_row(case, candidate) for candidate in case.candidates]
+    if case.needs is not None:
+        return _refuse(rows, ABSENT, case.needs)
+    # A case of which nothing can run needs no inputs.
+    missing = [candidate.needs() for candidate in case.candidates]
+    if all(missing):
+        for row, message in zip(rows, missing, strict=True):
+            row.status, row.message = ABSENT, message
+        return rows
     with torch.no_grad():
         try:
             inputs = case.inputs()
             expected = case.reference(inputs)
+            tolerance = case.tolerance(inputs, expected) if callable(case.tolerance) else case.tolerance
         except Exception as error:
-            message = f"the case could not be set up: {_describe(error)}"
-            return [
-                Row(case.suite, case.name, each.name, index == 0, RAISED, case.tolerance, message)
-                for index, each in enumerate(case.candidates)
-            ]
+            return _refuse(rows, RAISED, f"the case could not be set up: {_describe(error)}")
+        # Of a loop it takes a whole run to find.
+        case = replace(case, tolerance=tolerance)
         # The thread pool starts here, not in the first candidate's cold run.
         torch.ones(1 << 20).add_(1)
         verified = [verify(case, candidate, inputs, expected) for candidate in case.candidates]
-        _time([(row, call) for row, call in verified if call is not None], settings)
-    rows = [row for row, _ in verified]
-    _compare(rows, case.target)
+        runners = [_Runner(row, work) for row, work in verified if work is not None]
+        _time(runners, settings, case.device)
+        rows = [row for row, _ in verified]
+        if case.device == "cuda":
+            for runner in runners:
+                _count(runner)
+    for runner in runners:
+        runner.row.facts = runner.work.facts()
+    _compare(rows, runners, case.target)
+    if case.nbytes is not None:
+        _rate(rows, case.nbytes, copy_bandwidth)
     return rows
 
 
-def _time(runners: list[tuple[Row, Call]], settings: Settings) -> None:
+def absent_rows(case: Case, message: str) -> list[Row]:
+    """The rows of a case that is not run."""
+    return _refuse([_row(case, candidate) for candidate in case.candidates], ABSENT, message)
+
+
+def _row(case: Case, candidate: Candidate) -> Row:
+    return Row(
+        suite=case.suite,
+        case=case.name,
+        candidate=candidate.name,
+        ours=candidate is case.candidates[0],
+        status=OK,
+        tolerance=None,
+        num_steps=case.num_steps,
+        device=case.device,
+        about=case.about,
+        baseline=candidate.baseline,
+    )
+
+
+def _refuse(rows: list[Row], status: str, message: str) -> list[Row]:
+    for row in rows:
+        row.status, row.message = status, message
+    return rows
+
+
+class _Runner:
+    """A right candidate in the rotation, and the seconds per call of its rounds."""
+
+    def __init__(self, row: Row, work: Work) -> None:
+        self.row = row
+        self.work = work
+        self.samples: list[float] = []
+        self.parts: dict[str, list[float]] = {name: [] for name in work.parts}
+
+
+def _time(runners: list[_Runner], settings: Settings, device: str) -> None:
     """Fill in the rows' times; a call that raises leaves the rotation."""
-    samples: dict[int, list[float]] = {id(row): [] for row, _ in runners}
-    active = [runner for runner in runners if _warm_up(*runner)]
+    active = [runner for runner in runners if _warm_up(runner, device)]
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -165,51 +272,83 @@ def _time(runners: list[tuple[Row, Call]], settings: Settings) -> None:
             if done >= settings.min_rounds and time.perf_counter() - start > settings.budget_s:
                 break
             for runner in tuple(active):
-                row, call = runner
                 try:
-                    samples[id(row)].append(_time_calls(call, row.calls))
+                    runner.samples.append(_time_calls(runner.work.call, runner.row.calls, device))
+                    for name, part in runner.work.parts.items():
+                        runner.parts[name].append(_time_calls(part, runner.row.calls, device))
                 except Exception as error:
-                    row.status, row.message = RAISED, _describe(error)
+                    runner.row.status, runner.row.message = RAISED, _describe(error)
                     active.remove(runner)
     finally:
         if collecting:
             gc.enable()
-    for row, _ in active:
-        times = samples[id(row)]
-        row.p20_s, row.median_s, row.p80_s = (float(value) for value in np.percentile(times, (20, 50, 80)))
+    for runner in active:
+        row, times = runner.row, runner.samples
+        row.p20_s, row.median_s, row.p80_s, row.p99_s = (float(each) for each in np.percentile(times, (20, 50, 80, 99)))
         row.rounds = len(times)
+        row.parts = {name: float(np.median(samples)) for name, samples in runner.parts.items()}
 
 
-def _warm_up(row: Row, call: Call) -> bool:
+def _warm_up(runner: _Runner, device: str) -> bool:
     """Call a few times and choose how many calls make a sample."""
     start = time.perf_counter()
     try:
+        for part in runner.work.parts.values():
+            part()
         for _ in range(_WARM_UP_CALLS):
-            seconds = _time_calls(call, 1)
+            seconds = _time_calls(runner.work.call, 1, device)
             if time.perf_counter() - start > _WARM_UP_S:
                 break
     except Exception as error:
-        row.status, row.message = RAISED, _describe(error)
+        runner.row.status, runner.row.message = RAISED, _describe(error)
         return False
-    row.calls = max(1, math.ceil(_SAMPLE_S / seconds))
+    runner.row.calls = max(1, math.ceil(_SAMPLE_S / seconds))
     return True
 
 
-def _time_calls(call: Call, count: int) -> float:
+def _time_calls(call: Callable[[], Any], count: int, device: str) -> float:
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(count):
         call()
+    synchronize(device)
     return (time.perf_counter() - start) / count
 
 
-def _compare(rows: list[Row], target: float | None) -> None:
-    ours = rows[0].median_s
+def _count(runner: _Runner) -> None:
+    row = runner.row
+    if row.status != OK:
+        return
+    try:
+        launches = count_launches(runner.work.call)
+        row.launches = None if launches is None else launches / row.num_steps
+        row.synchronizations = count_synchronizations(runner.work.call) / row.num_steps
+    except Exception as error:
+        row.status, row.message = RAISED, _describe(error)
+
+
+def _compare(rows: list[Row], runners: list[_Runner], target: float | None) -> None:
+    samples = {id(runner.row): runner.samples for runner in runners if runner.row.status == OK}
+    ours = samples.get(id(rows[0]))
     for row in rows[1:]:
-        row.target = target
-        if ours is not None and row.median_s is not None:
-            row.ratio = row.median_s / ours
-            row.target_met = None if target is None else row.ratio >= target
+        row.target = target if row.baseline in _WITH_A_BAR else None
+        times = samples.get(id(row))
+        if ours is None or times is None:
+            continue
+        # Of the same rounds: what slows the machine down for a while slows both.
+        quotients = [theirs / own for theirs, own in zip(times, ours, strict=True)]
+        row.ratio_p20, row.ratio, row.ratio_p80 = (float(each) for each in np.percentile(quotients, (20, 50, 80)))
+        row.target_met = None if row.target is None else row.ratio >= row.target
+
+
+def _rate(rows: list[Row], nbytes: int, copy_bandwidth: Callable[[], float] | None) -> None:
+    for row in rows:
+        if row.median_s is not None:
+            row.gb_per_s = nbytes / row.median_s / 1e9
+            if copy_bandwidth is not None:
+                row.of_copy = nbytes / row.median_s / copy_bandwidth()
 
 
 def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    # A compiler's error is pages long.
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:2000]

@@ -1,0 +1,65 @@
+"""Launch every kind of the fused kernels, for checkers and profilers: a memory error or a race stops or marks the run.
+
+    compute-sanitizer --tool memcheck python benchmarks/launch_kernels.py
+    ncu ... python benchmarks/launch_kernels.py --elements 16777216
+
+Without a GPU it needs TRITON_INTERPRET=1. Ragged sizes by default; with `--elements` the plain step alone, over latents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+
+import torch
+
+from fastddim import Clip, DDIMConfig, DynamicThreshold, Schedule, StepTable
+from fastddim.kernels import ddim_step, draw_normal, plan
+from fastddim.noise import STREAM_INITIAL, seed_tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# The last one is above what one program holds, where it is not interpreted.
+SHAPES = ((2, 3, 7), (3, 4, 16, 16), (2, 3, 96, 80))
+LIMITS = (None, Clip(), DynamicThreshold(0.995, 2.0))
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def launch(shape: tuple[int, ...], limit: object, guided: bool, noisy: bool, dtype: torch.dtype) -> None:
+    """One step, with noise from seeds, guidance and its rescale where asked for."""
+    schedule = Schedule(DDIMConfig())
+    table = StepTable.build(schedule, schedule.pairs(10), eta=float(noisy))
+    generator = torch.Generator().manual_seed(0)
+    output = torch.randn(((1 + guided) * shape[0], *shape[1:]), generator=generator).to(DEVICE, dtype)
+    sample = torch.randn(shape, generator=generator).to(DEVICE, dtype)
+    options = {"guidance_scale": 3.0, "guidance_rescale": 0.7} if guided else {}
+    seeds = seed_tensor(range(shape[0]), DEVICE) if noisy else None
+    x_next, _ = ddim_step(output, sample, table, 5, limit=limit, seeds=seeds, **options)
+    if not bool(torch.isfinite(x_next).all()):
+        raise SystemExit(f"not finite: {shape}, {limit}, guided {guided}, noisy {noisy}, {dtype}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--elements", type=int, help="of the state of the plain step, a multiple of 16,384")
+    arguments = parser.parse_args()
+    if arguments.elements is not None:
+        if arguments.elements < 1 or arguments.elements % (1 << 14):
+            parser.error(f"--elements: {arguments.elements}; pass a multiple of {1 << 14}")
+        for _ in range(3):
+            launch((arguments.elements >> 14, 4, 64, 64), Clip(), False, False, torch.float32)
+        return
+    if INTERPRETED:
+        # The tier of large samples, at sizes that the interpreter can take.
+        plan.WHOLE_SAMPLE, plan.STATISTICS_BLOCK = 512, 64
+    shapes = SHAPES[:2] if INTERPRETED else SHAPES
+    kinds = list(itertools.product(shapes, LIMITS, (False, True), (False, True)))
+    for kind, dtype in zip(kinds, itertools.cycle(DTYPES)):
+        launch(*kind, dtype)
+    draw_normal(seed_tensor(range(3), DEVICE), torch.empty(3, 5, 7, device=DEVICE), STREAM_INITIAL)
+    print(f"launched {len(kinds)} kinds of step")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""`fastddim bench`, which `python -m fastddim.bench` is too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from fastddim.cli_options import number
+from fastddim.config import require_choice
+from fastddim.files import check_writable
+
+if TYPE_CHECKING:
+    from fastddim.bench.compare import Change
+    from fastddim.bench.timing import Row
+
+FAILED = 1
+
+_PIPE_WIDTH = 240
+_DEVICES = ("cpu", "cuda")
+
+app = typer.Typer()
+
+
+@app.command()
+def bench(
+    suite: Annotated[str, typer.Option(help="step, loop, export, serve, import or all.")] = "all",
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, and nothing that compiles for long.")] = False,
+    case: Annotated[
+        list[str] | None, typer.Option("--case", metavar="PATTERN", help="Cases whose name has this in it, or fits it.")
+    ] = None,
+    baseline: Annotated[
+        list[str] | None, typer.Option("--baseline", metavar="NAME", help="These baselines alone, beside ours.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(parser=number, metavar="NUMBER", help="Start no further case after so many minutes."),
+    ] = None,
+    allocator: Annotated[
+        str, typer.Option(help="Memory of large CPU tensors: keep (reused), fresh (new from the kernel) or system.")
+    ] = "keep",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the results here, after every case.")
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table here.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write plots into this folder.")] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Compare the ratios with those of an earlier --json; 1 if worse."),
+    ] = None,
+) -> int:
+    """Verify every candidate, then time ours and what users would pick instead, in turn.
+
+    The status is 1 if a candidate was wrong or raised, or a ratio is worse than in the file to compare with.
+    """
+    from fastddim.bench import report
+    from fastddim.bench.cases import Scope
+    from fastddim.bench.run import has_failed, run_suite
+    from fastddim.bench.suites import select_cases
+    from fastddim.bench.timing import ALLOCATORS
+
+    require_choice("--allocator", allocator, ALLOCATORS)
+    if minutes is not None and not 0 < minutes < float("inf"):
+        raise ValueError(f"--minutes: {minutes!r}; pass a number above 0")
+    files = [(option, path) for option, path in (("--json", json_file), ("--markdown", markdown)) if path is not None]
+    for option, path in files:
+        check_writable(path, option)
+    if len({path.resolve() for _, path in files}) < len(files):
+        raise ValueError(f"--json, --markdown: both {str(json_file)!r}; pass two files")
+    if plot is not None:
+        from fastddim.bench import plots
+
+        plots.check_folder(plot)
+    old = None if compare is None else report.read_report(compare, "--compare")
+    place = _pick_device(device)
+    cases = select_cases(suite, Scope(quick, place), case or (), baseline or ())
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=len(cases))
+        made = run_suite(
+            suite,
+            place,
+            quick,
+            case or (),
+            baseline or (),
+            allocator,
+            minutes,
+            json_file=json_file,
+            on_case=lambda each: bar.update(task, advance=1, description=f"{each.suite}: {each.name}"),
+        )
+    rows = report.rows_of(made)
+    output = Console()
+    # A pipe has no width to fit, and a table folded to 80 columns cannot be read.
+    output = Console(width=None if output.is_terminal else _PIPE_WIDTH)
+    output.print("\n".join(report.describe_environment(made)), markup=False, highlight=False)
+    output.print(report.make_table(rows))
+    for line in report.describe_absent(rows):
+        output.print(f"not run: {line}", style="dim", markup=False, highlight=False)
+    if markdown is not None:
+        report.write_text("--markdown", markdown, report.make_markdown(made))
+    if plot is not None:
+        for path in plots.draw_all(made, plot):
+            output.print(str(path), markup=False, highlight=False)
+    _show_failures(rows, console)
+    regressed = old is not None and _compare(old["rows"], rows, output)
+    return FAILED if has_failed(made) or regressed else 0
+
+
+def _pick_device(name: str | None) -> str:
+    if name is not None:
+        require_choice("--device", name, _DEVICES)
+    # torch takes seconds to import; what needs none comes first.
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: 'cuda', but torch finds no GPU; leave it out, or pass cpu")
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _show_failures(rows: Sequence[Row], console: Console) -> None:
+    from fastddim.bench.timing import FAILURES
+
+    for row in rows:
+        if row.status in FAILURES:
+            line = f"{row.status}: {row.suite}: {row.case}: {row.candidate}: {row.message}"
+            console.print(Text(line, style="red"), soft_wrap=True)
+
+
+def _compare(old: Sequence[Row], new: Sequence[Row], output: Console) -> bool:
+    from fastddim.bench.compare import compare, has_regressed
+
+    changes = compare(old, new)
+    output.print(_make_change_table(changes))
+    return has_regressed(changes)
+
+
+def _make_change_table(changes: Sequence[Change]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    from fastddim.bench.compare import BETTER, MISSING, TOLERANCE, WORSE
+
+    styles = {WORSE: "red", BETTER: "green", MISSING: "dim"}
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"Ratios, then and now; worse: lower by more than {TOLERANCE:.0%}, and beyond both runs' p20 to p80",
+        title_justify="left",
+    )
+    for heading in ("case", "candidate", "then", "now", "change", "verdict"):
+        table.add_column(heading, justify="left" if heading in ("case", "candidate", "verdict") else "right")
+    for change in changes:
+        now = "" if change.new is None else f"{change.new:.2f}x"
+        moved = "" if change.new is None else f"{change.new / change.old - 1:+.1%}"
+        cells = (f"{change.suite}: {change.case}", change.candidate, f"{change.old:.2f}x", now, moved, change.verdict)
+        table.add_row(*map(Text, cells), style=styles.get(change.verdict))
+    return table

@@ -1,0 +1,238 @@
+"""The networks of the loop suite, built in memory; all but the embedded one with random weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fastddim.bench.cases import Needs, installed
+
+STEPS = (1, 4, 10, 20, 50)
+BATCHES = (1, 4, 16)
+
+_DIFFUSERS = installed("diffusers", "pip install diffusers")
+_POLICY_OBS_DIM = 20
+_DIGIT = 3
+# A random network's error grows from step to step; with less output, float32 stays close to float64.
+_OUTPUT_SCALE = 0.1
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network to sample with.
+
+    Attributes:
+        name: as cases are called.
+        sample_shape: of one sample.
+        build: on the device, from nothing but a device's name; in eval mode, without gradients.
+        make_kwargs: the keyword arguments of a batch, on the device.
+        dtype: of weights and state on a GPU; float32 on a CPU.
+        needs: what it lacks on this machine.
+        usual_steps: that it is sampled with.
+        repeats: a batch repeats one sample, as a float64 run of several would take minutes.
+        schedule: what its `LoopProblem`s have in common.
+    """
+
+    name: str
+    sample_shape: tuple[int, ...]
+    build: Callable[[str], Any]
+    make_kwargs: Callable[[int, str], dict[str, Any]]
+    dtype: str = "float32"
+    needs: Needs = _DIFFUSERS
+    usual_steps: int = 20
+    repeats: bool = False
+    schedule: tuple[tuple[str, Any], ...] = (("num_train_timesteps", 1000),)
+
+
+def _no_kwargs(batch: int, device: str) -> dict[str, Any]:
+    return {}
+
+
+def _policy(device: str) -> Any:
+    import torch
+
+    from fastddim.models.policy import ActionUNet1d
+
+    with _seeded(device):
+        model = ActionUNet1d(7, _POLICY_OBS_DIM, horizon=16).eval().requires_grad_(False).to(device)
+        with torch.no_grad():
+            model.conv_out.weight.mul_(0.5)
+    return model
+
+
+def _observation(batch: int, device: str) -> dict[str, Any]:
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    return {"observation": torch.randn(batch, _POLICY_OBS_DIM, generator=generator).to(device)}
+
+
+def _digits(device: str) -> Any:
+    from diffusers import UNet2DModel
+
+    from fastddim.pipeline import EMBEDDED_MODEL
+
+    return UNet2DModel.from_pretrained(EMBEDDED_MODEL / "unet").to(device)
+
+
+def _label(batch: int, device: str) -> dict[str, Any]:
+    import torch
+
+    return {"class_labels": torch.full((batch,), _DIGIT, device=device)}
+
+
+def _unet2d(**config: Any) -> Callable[[str], Any]:
+    def build(device: str) -> Any:
+        from diffusers import UNet2DModel
+
+        return _random(UNet2DModel, device, "float32", config)
+
+    return build
+
+
+def _unet2d_condition(**config: Any) -> Callable[[str], Any]:
+    def build(device: str) -> Any:
+        from diffusers import UNet2DConditionModel
+
+        return _random(UNet2DConditionModel, device, "float16", config)
+
+    return build
+
+
+def _random(kind: Any, device: str, dtype: str, config: dict[str, Any]) -> Any:
+    import torch
+
+    with _seeded(device), torch.device(device):
+        model = kind(**config).eval().requires_grad_(False)
+    model.conv_out.weight.data.mul_(_OUTPUT_SCALE)
+    return model.half() if dtype == "float16" else model
+
+
+@contextlib.contextmanager
+def _seeded(device: str) -> Iterator[None]:
+    """The same random weights each time; torch's own state stays as it was."""
+    import torch
+
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []):
+        torch.manual_seed(0)
+        yield
+
+
+def _text(length: int, width: int) -> Callable[[int, str], dict[str, Any]]:
+    def make(batch: int, device: str) -> dict[str, Any]:
+        import torch
+
+        generator = torch.Generator().manual_seed(1)
+        states = torch.randn(batch, length, width, generator=generator)
+        return {"encoder_hidden_states": states.to(device, torch.float16)}
+
+    return make
+
+
+def _sdxl_kwargs(batch: int, device: str) -> dict[str, Any]:
+    import torch
+
+    generator = torch.Generator().manual_seed(2)
+    pooled = torch.randn(batch, 1280, generator=generator).to(device, torch.float16)
+    sizes = torch.tensor([[1024, 1024, 0, 0, 1024, 1024]], dtype=torch.float16, device=device)
+    return {
+        **_text(77, 2048)(batch, device),
+        "added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes.repeat(batch, 1)},
+    }
+
+
+_DOWN, _UP = "DownBlock2D", "UpBlock2D"
+_CROSS_DOWN, _CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+
+POLICY = Network(
+    "policy",
+    (16, 7),
+    _policy,
+    _observation,
+    needs=lambda: None,
+    usual_steps=10,
+    schedule=(("num_train_timesteps", 100),),
+)
+DIGITS = Network(
+    "digits",
+    (1, 16, 16),
+    _digits,
+    _label,
+    schedule=(("num_train_timesteps", 1000), ("prediction_type", "v_prediction"), ("timestep_spacing", "trailing")),
+)
+# google/ddpm-cifar10-32.
+CIFAR10 = Network(
+    "cifar10",
+    (3, 32, 32),
+    _unet2d(
+        sample_size=32,
+        block_out_channels=(128, 256, 256, 256),
+        down_block_types=(_DOWN, "AttnDownBlock2D", _DOWN, _DOWN),
+        up_block_types=(_UP, _UP, "AttnUpBlock2D", _UP),
+        layers_per_block=2,
+        attention_head_dim=None,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        norm_eps=1e-6,
+    ),
+    _no_kwargs,
+)
+# google/ddpm-celebahq-256 and google/ddpm-church-256, LSUN's.
+LSUN256 = Network(
+    "lsun256",
+    (3, 256, 256),
+    _unet2d(
+        sample_size=256,
+        block_out_channels=(128, 128, 256, 256, 512, 512),
+        down_block_types=(_DOWN, _DOWN, _DOWN, _DOWN, "AttnDownBlock2D", _DOWN),
+        up_block_types=(_UP, "AttnUpBlock2D", _UP, _UP, _UP, _UP),
+        layers_per_block=2,
+        attention_head_dim=None,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        norm_eps=1e-6,
+    ),
+    _no_kwargs,
+    repeats=True,
+)
+SD15 = Network(
+    "sd15",
+    (4, 64, 64),
+    _unet2d_condition(
+        sample_size=64,
+        block_out_channels=(320, 640, 1280, 1280),
+        down_block_types=(_CROSS_DOWN, _CROSS_DOWN, _CROSS_DOWN, _DOWN),
+        up_block_types=(_UP, _CROSS_UP, _CROSS_UP, _CROSS_UP),
+        cross_attention_dim=768,
+        attention_head_dim=8,
+    ),
+    _text(77, 768),
+    dtype="float16",
+    repeats=True,
+)
+SDXL = Network(
+    "sdxl",
+    (4, 128, 128),
+    _unet2d_condition(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=(_DOWN, _CROSS_DOWN, _CROSS_DOWN),
+        up_block_types=(_CROSS_UP, _CROSS_UP, _UP),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    ),
+    _sdxl_kwargs,
+    dtype="float16",
+    repeats=True,
+)
+
+NETWORKS = (POLICY, DIGITS, CIFAR10, LSUN256, SD15, SDXL)

@@ -1,0 +1,112 @@
+"""Write `docs/performance.md` and its plots from the committed results: `python -m fastddim.bench.performance`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastddim.bench import plots, quality, report
+from fastddim.bench.timing import OK
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCS = ROOT / "docs"
+PAGE, QUALITY_PLOT = "performance.md", "quality-time.png"
+
+_CAPTIONS = {
+    plots.STEP_PLOT: "Latency of one step against size",
+    plots.LOOP_PLOT: "What a sampling step's time goes to",
+    QUALITY_PLOT: "Quality against time",
+}
+
+
+def load(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """The reports of the bench and the quality results in a folder, by file name: a GPU's first, then the newest."""
+    read = {path.name: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))}
+    reports = {name: value for name, value in read.items() if report.is_report(value)}
+    order = sorted(reports, key=lambda name: (_on_gpu(reports[name]), reports[name]["created"], name), reverse=True)
+    qualities = {name: value for name, value in read.items() if quality.is_quality(value)}
+    return {name: reports[name] for name in order}, qualities
+
+
+def make_page(folder: Path, docs: Path) -> str:
+    """The page's text; it shows the plots that are in `docs`."""
+    reports, qualities = load(folder)
+    lines = [
+        "# Performance",
+        "",
+        "Written by `make performance` from [benchmarks/results](../benchmarks/results); do not edit. Each table is one run"
+        " of `python -m fastddim.bench` on one machine, in which every candidate was right before it was timed, and the"
+        " candidates of a case took turns. **ratio** is a candidate's time over that of the case's first one, ours, round"
+        " by round: compare ratios within a table, not times between tables.",
+        "",
+        "`cold` is the first call. `median`, `p20`, `p80` and `p99` are of the warm rounds, per call: a step, or a whole run."
+        " `of copy` is what a call has to read and write at least, a second, over what a copy of a large tensor does; small"
+        " states are in caches, and may be above 100%. `model` and `step` are the same work done alone.",
+        "",
+    ]
+    if not any(_on_gpu(each) for each in reports.values()):
+        lines += ["No result from a GPU is here yet: `make gpu` measures one.", ""]
+    for name, caption in _CAPTIONS.items():
+        if name != QUALITY_PLOT and (docs / name).exists():
+            lines += [f"![{caption}]({name})", ""]
+    for name, result in qualities.items():
+        lines += ["## Quality against time", ""]
+        if (docs / QUALITY_PLOT).exists():
+            lines += [f"![{_CAPTIONS[QUALITY_PLOT]}]({QUALITY_PLOT})", ""]
+        lines += [*quality.make_markdown(result), "", f"From [{name}](../benchmarks/results/{name}).", ""]
+    for name, result in reports.items():
+        rows = report.rows_of(result)
+        quick = ", quick" if result["quick"] else ""
+        lines += [
+            f"## Suite {result['suite']}{quick}, {result['created'][:10]}, {_device(result)}",
+            "",
+            *(f"- {line}" for line in report.describe_environment(result)),
+            f"- allocator {result['allocator']}, [{name}](../benchmarks/results/{name})",
+            "",
+            *report.markdown_table(rows),
+            "",
+            *(f"Not run: {line}.\n" for line in report.describe_absent(rows)),
+        ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def draw_plots(folder: Path, docs: Path) -> list[Path]:
+    """Draw each plot from the first report that has the numbers."""
+    reports, qualities = load(folder)
+    drawn: list[Path] = []
+    for name, suite in ((plots.STEP_PLOT, "step"), (plots.LOOP_PLOT, "loop")):
+        for result in reports.values():
+            rows = [row for row in result["rows"] if row["suite"] == suite and row["status"] == OK]
+            written = plots.draw_all({**result, "rows": rows}, docs)
+            if docs / name in written:
+                drawn.append(docs / name)
+                break
+    for result in qualities.values():
+        plots.save(quality.draw(result), docs / QUALITY_PLOT)
+        drawn.append(docs / QUALITY_PLOT)
+    return drawn
+
+
+def _on_gpu(result: dict[str, Any]) -> bool:
+    return any(row.get("device") == "cuda" for row in result["rows"])
+
+
+def _device(result: dict[str, Any]) -> str:
+    gpu = result["environment"].get("gpu")
+    return str(gpu["name"]) if gpu and _on_gpu(result) else f"{result['environment']['threads']} CPU threads"
+
+
+def main() -> int:
+    for path in draw_plots(RESULTS, DOCS):
+        print(path.relative_to(ROOT))
+    page = DOCS / PAGE
+    report.write_text("docs", page, make_page(RESULTS, DOCS))
+    print(page.relative_to(ROOT))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

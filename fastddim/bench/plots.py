@@ -1,0 +1,183 @@
+"""Plots of a report: step latency against size with the roofline, and what loops spend their time on."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastddim.bench.report import rows_of
+from fastddim.bench.timing import OK, Row
+from fastddim.files import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+STEP_PLOT, LOOP_PLOT = "step-latency.png", "loop-breakdown.png"
+
+# Of Okabe and Ito's palette: told apart by readers who do not see all colours.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
+_MARKERS = "osD^vPX*"
+_DPI = 130
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse before a run what `draw_all` could not do.
+
+    Raises:
+        ValueError: matplotlib is missing.
+        OSError: a folder that is not there, or cannot be written.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot: matplotlib is not installed; pip install 'fastddim[bench]'")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"--plot: {str(folder)!r} is no folder; create it first")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"--plot: {str(folder)!r} is write-protected; pass another folder")
+
+
+def draw_all(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Write the plots that the report has numbers for; returns their paths."""
+    rows = [row for row in rows_of(report) if row.status == OK and row.median_s is not None]
+    drawn = []
+    sizes = [row for row in rows if row.suite == "step" and row.about.get("option") == "size"]
+    if len({row.about["elements"] for row in sizes if row.about["dtype"] == "float32"}) > 1:
+        drawn.append((folder / STEP_PLOT, _draw_step(sizes, report)))
+    loops = [row for row in rows if row.suite == "loop"]
+    if any(row.parts for row in loops):
+        drawn.append((folder / LOOP_PLOT, _draw_loops(loops, report)))
+    for path, figure in drawn:
+        save(figure, path)
+    return [path for path, _ in drawn]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure whole or not at all."""
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=_DPI, bbox_inches="tight"), "--plot")
+
+
+def new_figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, heights: Sequence[float] | None = None
+) -> tuple[Figure, list[Axes]]:
+    """A figure that belongs to no window, with its axes in reading order; `heights` are the rows', to each other."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
+    return figure, list(axes.flat)
+
+
+def style_of(index: int) -> dict[str, Any]:
+    """Colour and marker of the line of this number."""
+    return {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)], "markersize": 5}
+
+
+def where(report: dict[str, Any], rows: Sequence[Row]) -> str:
+    """The device, for a plot's title."""
+    known = report["environment"]
+    if rows and rows[0].device == "cuda" and known.get("gpu"):
+        return str(known["gpu"]["name"])
+    return f"CPU: {known['device']}, threads: {known['threads']}"
+
+
+def _draw_step(rows: Sequence[Row], report: dict[str, Any]) -> Figure:
+    """Latency against the number of elements, a panel for each dtype, with the time of a copy of as many bytes."""
+    dtypes = [
+        dtype
+        for dtype in ("float32", "float16", "bfloat16")
+        if len({row.about["elements"] for row in rows if row.about["dtype"] == dtype}) > 1
+    ]
+    figure, panels = new_figure(5.2 * len(dtypes) + 1.5, 4.4, columns=len(dtypes))
+    names = list(dict.fromkeys(row.candidate for row in rows))
+    bandwidth = report.get("copy_gb_per_s")
+    for dtype, axes in zip(dtypes, panels, strict=True):
+        for index, name in enumerate(names):
+            line = sorted(
+                (row for row in rows if row.candidate == name and row.about["dtype"] == dtype),
+                key=lambda row: row.about["elements"],
+            )
+            sizes = [row.about["elements"] for row in line]
+            axes.plot(sizes, [1e6 * (row.median_s or 0) for row in line], label=name, **style_of(index))
+            axes.fill_between(
+                sizes,
+                [1e6 * (row.p20_s or 0) for row in line],
+                [1e6 * (row.p80_s or 0) for row in line],
+                color=style_of(index)["color"],
+                alpha=0.15,
+                linewidth=0,
+            )
+        ours = [row for row in rows if row.ours and row.about["dtype"] == dtype and row.gb_per_s and row.median_s]
+        if bandwidth and ours:
+            floor = {row.about["elements"]: row.gb_per_s * row.median_s / bandwidth for row in ours}  # type: ignore[operator]
+            sizes = sorted(floor)
+            label = f"roofline: a copy's {bandwidth:.3g} GB/s"
+            axes.plot(sizes, [1e6 * floor[size] for size in sizes], "--", color="black", label=label)
+        axes.set(xscale="log", yscale="log", xlabel="elements of the state", title=dtype)
+        axes.set_xscale("log", base=2)
+        axes.grid(True, which="major", alpha=0.3)
+    panels[0].set_ylabel("one step (µs)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    figure.suptitle(f"One DDIM step, median and p20 to p80\n{where(report, rows)}")
+    return figure
+
+
+def _draw_loops(rows: Sequence[Row], report: dict[str, Any]) -> Figure:
+    """A panel for each network at batch 1: bars of model, step and what is left, per step."""
+    chosen: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.about["batch"] == 1:
+            chosen.setdefault(row.about["model"], []).append(row)
+    # Of each network the run with most candidates: the usual one.
+    cases = {}
+    for model, group in chosen.items():
+        names = [row.case for row in group]
+        case = max(dict.fromkeys(names), key=names.count)
+        cases[model] = [row for row in group if row.case == case]
+    heights = [0.34 * len(group) + 0.75 for group in cases.values()]
+    figure, panels = new_figure(9.5, 1.4 + sum(heights), rows=len(cases), heights=heights)
+    for axes, group in zip(panels, cases.values(), strict=True):
+        _draw_breakdown(axes, group)
+    handles = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(f"Time per sampling step at batch 1, whole runs\n{where(report, rows)}")
+    return figure
+
+
+def _draw_breakdown(axes: Axes, rows: Sequence[Row]) -> None:
+    unit, scale = ("ms", 1e3) if max(row.median_s or 0 for row in rows) / rows[0].num_steps >= 1e-3 else ("µs", 1e6)
+    for place, row in enumerate(rows):
+        assert row.median_s is not None
+        total, left = scale * row.median_s / row.num_steps, 0.0
+        if not row.parts:
+            axes.barh(place, total, color=_COLOURS[6], label="not broken down")
+        for index, name in enumerate(("model", "step")):
+            if name in row.parts:
+                width = scale * row.parts[name] / row.num_steps
+                axes.barh(place, width, left=left, color=_COLOURS[index], label=name)
+                left += width
+        if row.parts and total > left:
+            axes.barh(place, total - left, left=left, color=_COLOURS[2], label="everything else")
+        axes.annotate(
+            f"{total:.3g} {unit}",
+            (max(total, left), place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    axes.set_yticks(range(len(rows)), [row.candidate for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_title(rows[0].case, fontsize=9, loc="left")
+    axes.set_xlabel(f"{unit} per step", fontsize=8)
+    axes.tick_params(axis="x", labelsize=8)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

@@ -1,0 +1,7 @@
+#!/bin/sh
+# gpu_check.sh [--minutes N] [--wheels DIR] [--out DIR]: test, check and measure everything on this machine's GPU.
+# It takes PYTHON's torch, triton, numpy and pytest, installs nothing and needs no network. Results go to DIR, $OUT or
+# benchmarks/results, each part's as it ends. Without a GPU it says which parts it would have run.
+set -eu
+cd "$(dirname "$0")/.."
+PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python3}" benchmarks/gpu_check.py "$@"
