@@ -32,7 +32,7 @@ demo: setup
 web:
 	@sh scripts/make_web.sh
 
-# No stamp: a kept folder may meet a machine without the compilers.
+# What cpp/ is built with; no stamp either.
 cpp: setup
 	@sh scripts/make_cpp.sh $(BIN)/python
 

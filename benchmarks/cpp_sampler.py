@@ -2,8 +2,8 @@
 
     python benchmarks/cpp_sampler.py [--quick] [--json FILE]
 
-Needs what `make cpp` prepares. `run` is one call; the C++ side's is timed from here, its pipe included. `start` is a whole
-process from its start to the file with the first picture, and has a bar of its own, `START_S`.
+Needs what `make cpp` prepares. `run` is one call; the C++ side's is timed from here, its pipe included. `start` is a
+whole process from its start to the file with the first picture, and has a bar of its own, `START_S`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 #!/bin/sh
 # make_cpp.sh PYTHON: what cpp/ is built and tested with; at once where all of it is there.
-# ONNX Runtime goes to build/onnxruntime, laid out as its releases are: the library of PYTHON's package, Debian's headers.
+# ONNX Runtime goes to build/onnxruntime, laid out as a release: the library of PYTHON's package, Debian's headers.
 set -eu
 python=$1
 here=$(dirname "$0")
@@ -54,8 +54,8 @@ fetch_headers() {
 
 [ -e "$runtime/include/onnxruntime_cxx_api.h" ] || fetch_headers
 if [ ! -e "$runtime/lib/libonnxruntime.so" ]; then
-    library=$("$python" -c 'import glob, importlib.util
-print(glob.glob(importlib.util.find_spec("onnxruntime").submodule_search_locations[0] + "/capi/libonnxruntime.so.*")[0])')
+    package=$("$python" -c 'import importlib.util as u; print(u.find_spec("onnxruntime").submodule_search_locations[0])')
+    library=$(ls "$package"/capi/libonnxruntime.so.*)
     ln -sf "$library" "$runtime/lib/libonnxruntime.so.1"
     ln -sf libonnxruntime.so.1 "$runtime/lib/libonnxruntime.so"
 fi

@@ -5,9 +5,11 @@ import json
 import os
 import platform
 import random
+import re
 import shutil
 import struct
 import subprocess
+import sys
 
 import diffusers
 import numpy as np
@@ -510,6 +512,13 @@ DAMAGE = {
     r"\$\.files\['model\.onnx'\]: 'bytes' is a required property": put({"sha256": ""}, "files", "model.onnx"),
     r"\$\.files\['model\.onnx'\]\.bytes: -1 is not >= 0": put(-1, "files", "model.onnx", "bytes"),
     r"\$\.model: no file \"other\.onnx\" among 'files'": put("other.onnx", "model"),
+    r"\$\.components\['vae_decoder'\]\.model: no file \"vae.onnx\" among 'files'": put(
+        {"vae_decoder": {"model": "vae.onnx", "inputs": [], "outputs": [], "meaning": ""}}, "components"
+    ),
+    r"\$\.components\['vae_decoder'\]\.upscale: 0 is not >= 1": put(
+        {"vae_decoder": {"model": "model.onnx", "inputs": [], "outputs": [], "meaning": "", "upscale": 0}}, "components"
+    ),
+    r"\$\.zeros_for_empty_prompt: 0 is not true or false": put(0, "zeros_for_empty_prompt"),
     "names '../model.onnx', which leads out of the folder": put(ENTRY, "files", "../model.onnx"),
     "names 'a/../../b', which leads out of the folder": put(ENTRY, "files", "a/../../b"),
     "names '/etc/passwd', which leads out of the folder": put(ENTRY, "files", "/etc/passwd"),
@@ -530,6 +539,17 @@ def test_a_damaged_bundle_is_refused(checked, bundles, tmp_path):
             with pytest.raises(CppError, match=message) as caught:
                 reader.open(folder)
             assert caught.value.kind == "BundleError" and str(folder) in str(caught.value)
+
+
+def test_a_whole_pipelines_components_are_known(checked, bundles, tmp_path):
+    folder = shutil.copytree(bundles("typed"), tmp_path / "bundle")
+    tensor = {"name": "latents", "dtype": "float32", "shape": ["batch", 4, "height", "width"], "meaning": ""}
+    decoder = {"model": "model.onnx", "inputs": [tensor], "outputs": [], "meaning": "", "upscale": 8}
+    parity = [{"component": "vae_decoder", "batch": 1, "largest_error": 0.0, "tolerance": 1.0}]
+    changes = {"components": {"vae_decoder": decoder}, "zeros_for_empty_prompt": True, "parity": parity}
+    edit(lambda manifest: manifest.update(changes))(folder)
+    with CppSampler(checked / "ort_driver") as reader:
+        assert reader.open(folder)["components"] == {"vae_decoder": [str(folder / "model.onnx"), 8]}
 
 
 def test_hashes_are_left_out_when_asked(checked, bundles, tmp_path):
@@ -635,22 +655,12 @@ add_executable(consumer main.cpp)
 target_link_libraries(consumer PRIVATE fastddim::ort)
 """
 
-MAIN = """
-#include <fastddim/ort_sampler.hpp>
-#include <cstdio>
-int main(int, char** words) {
-    const fastddim::OrtSampler sampler(fastddim::open_bundle(words[1]));
-    fastddim::Call call;
-    call.seeds = 1;
-    std::printf("%zu", sampler(call).values.size());
-}
-"""
 
-
-def test_an_installed_copy_is_found_by_cmake(release, bundles, tmp_path):
+def test_the_readmes_program_finds_an_installed_copy(release, bundles, tmp_path):
     prefix = tmp_path / "prefix"
     (tmp_path / "CMakeLists.txt").write_text(CONSUMER.format(version=fastddim.__version__))
-    (tmp_path / "main.cpp").write_text(MAIN)
+    (program,) = re.findall(r"```cpp\n(.*?)```", (ROOT / "cpp" / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "main.cpp").write_text(program)
     for command in (
         ["cmake", "--install", release, "--prefix", prefix],
         ["cmake", "-S", tmp_path, "-B", tmp_path / "out", f"-DCMAKE_PREFIX_PATH={prefix}",
@@ -658,8 +668,9 @@ def test_an_installed_copy_is_found_by_cmake(release, bundles, tmp_path):
         ["cmake", "--build", tmp_path / "out"],
     ):  # fmt: skip
         subprocess.run(command, check=True, capture_output=True)
-    done = subprocess.run([tmp_path / "out" / "consumer", bundles("resizable")], capture_output=True, text=True)
-    assert done.stdout == "64", done.stderr
+    (tmp_path / "digits").symlink_to(bundles("digits, loop"))
+    done = subprocess.run([tmp_path / "out" / "consumer"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "768 numbers\n", done.stderr
 
 
 def test_flags_that_would_change_the_bits_are_refused():
@@ -679,3 +690,13 @@ def test_flags_that_would_change_the_bits_are_refused():
         done = subprocess.run([*command, flag, "/dev/null"], capture_output=True, text=True)
         assert done.returncode != 0 and message in done.stderr
     assert subprocess.run([*command, "/dev/null"]).returncode == 0
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / "cpp_sampler.py", "--quick", "--json", tmp_path / "out.json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["status"] for row in rows] == ["ok"] * 4

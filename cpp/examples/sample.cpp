@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
 #include <exception>
 #include <filesystem>
 #include <fstream>
@@ -90,8 +89,8 @@ Arguments parse(const std::vector<std::string>& words) {
 std::string picture(const fastddim::Array<float>& samples) {
     if (samples.shape.size() != 4 || (samples.shape[1] != 1 && samples.shape[1] != 3))
         throw std::invalid_argument("--out: these samples are no pictures; pass a file that ends in .raw");
-    const auto batch = static_cast<std::size_t>(samples.shape[0]), channels = static_cast<std::size_t>(samples.shape[1]),
-               height = static_cast<std::size_t>(samples.shape[2]), width = static_cast<std::size_t>(samples.shape[3]);
+    const auto size = [&](std::size_t dim) { return static_cast<std::size_t>(samples.shape[dim]); };
+    const std::size_t batch = size(0), channels = size(1), height = size(2), width = size(3);
     std::string pixels = (channels == 1 ? "P5\n" : "P6\n") + std::to_string(batch * width) + " " +
                          std::to_string(height) + "\n255\n";
     for (std::size_t y = 0; y < height; ++y)

@@ -1,5 +1,5 @@
-// An OrtSampler, or an AotiSampler, for the Python tests and benchmarks: JSON requests on the standard input, one a line; the answer to each
-// is a line of JSON and, where it says so, `bytes` of raw floats.
+// An OrtSampler, or an AotiSampler, for the Python tests and benchmarks: JSON requests on the standard input, one a line;
+// the answer to each is a line of JSON and, where it says so, `bytes` of raw floats.
 //   {"open": FOLDER, "check_hashes": BOOL}                  a bundle, opened alone
 //   {"load": FOLDER, "threads": N, "check_finite": BOOL}    the sampler of the requests that follow
 //   {"sample": CALL}, {"concurrent": [CALL, ...]}           a call; several at once, a thread each
@@ -95,7 +95,12 @@ class Driver {
         if (request.contains("open")) {
             const auto bundle = fastddim::open_bundle(request.at("open").get<std::string>(),
                                                       request.value("check_hashes", true));
-            return {{"model", bundle.model_path().string()}, {"steps", bundle.manifest.table.size()}};
+            Json components = Json::object();
+            for (const auto& [name, component] : bundle.manifest.components)
+                components[name] = {bundle.component_path(name).string(), component.upscale.value_or(1)};
+            return {{"model", bundle.model_path().string()},
+                    {"steps", bundle.manifest.table.size()},
+                    {"components", components}};
         }
         if (request.contains("load")) {
             load(sampler_, request.at("load").get<std::string>(), request.value("threads", 1),
@@ -111,8 +116,10 @@ class Driver {
             values = std::move(result.values);
         } else {
             std::vector<std::future<fastddim::Array<float>>> running;
-            for (const Json& one : request.at("concurrent"))
-                running.push_back(std::async(std::launch::async, [&sampler, call = to_call(one)] { return sampler(call); }));
+            for (const Json& one : request.at("concurrent")) {
+                const auto run = [&sampler, call = to_call(one)] { return sampler(call); };
+                running.push_back(std::async(std::launch::async, run));
+            }
             for (auto& each : running) {
                 const auto result = each.get();
                 values.insert(values.end(), result.values.begin(), result.values.end());

@@ -3,6 +3,7 @@
 //   table N_TRAIN START END BETAS PREDICTION SPACING OFFSET ALPHA_ONE ZERO_SNR ETA CLIPPED STEPS
 //         TRAINED... . TIMESTEPS... .       int64 count, int64[count], double[count, 6], float[count, 6]; -1 if refused
 //   sha256 FILE                             64 digits
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <fstream>

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -16,7 +15,6 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -87,6 +85,16 @@ struct Manifest {
         std::string compute_capability;
     };
 
+    /// A graph beside the sampler's: a text encoder or a decoder of a whole pipeline.
+    struct Component {
+        std::string model;
+        std::vector<TensorInfo> inputs;
+        std::vector<TensorInfo> outputs;
+        std::string meaning;
+        /// Of a decoder: an image's pixels for each of a latent, along a side.
+        std::optional<std::int64_t> upscale;
+    };
+
     static constexpr std::int64_t newest_format_version = 1;
 
     /// `loop`: all steps in one call; `step`: one step a call.
@@ -103,6 +111,10 @@ struct Manifest {
     /// The default run.
     StepTable table;
     Sample sample;
+    /// By name; none but for a whole pipeline.
+    std::map<std::string, Component> components;
+    /// Of a whole pipeline: no negative prompt means embeddings of zeros.
+    bool zeros_for_empty_prompt = false;
     std::map<std::string, std::string> versions;
 
     const TensorInfo* find_input(std::string_view name) const noexcept { return find(inputs, name); }
@@ -342,13 +354,21 @@ inline Manifest::Sample parse_sample(const Field& field) {
     return sample;
 }
 
+inline Manifest::Component parse_component(const Field& field) {
+    Manifest::Component component{field.at("model").string(), parse_tensors(field.at("inputs")),
+                                  parse_tensors(field.at("outputs")), field.at("meaning").string(), std::nullopt};
+    if (const std::optional<Field> upscale = field.find("upscale")) component.upscale = upscale->integer(1);
+    return component;
+}
+
 /// What no reader of the manifest uses, but the format promises.
 inline void check_records(const Field& root) {
     const Field noise = root.at("noise");
     for (const char* name : {"generator", "key", "counter"}) noise.at(name).string();
     for (const char* name : {"stream_initial", "stream_step"}) noise.at(name).integer(0);
     for (const Field& entry : root.at("parity").items()) {
-        for (const char* name : {"batch", "steps"}) entry.at(name).integer(1);
+        entry.at("batch").integer(1);
+        if (const std::optional<Field> steps = entry.find("steps")) steps->integer(1);
         for (const char* name : {"largest_error", "tolerance"}) entry.at(name).number();
     }
 }
@@ -423,8 +443,16 @@ inline Manifest parse_manifest(const std::string& text, const std::string& file 
         detail::inside(file, name);
         manifest.files[name] = {entry.at("sha256").string(), static_cast<std::uint64_t>(entry.at("bytes").integer(0))};
     }
-    if (manifest.files.count(manifest.model) == 0)
-        root.at("model").fail("no file " + root.at("model").shown() + " among 'files'");
+    const auto check_listed = [&](const detail::Field& model) {
+        if (manifest.files.count(model.string()) == 0) model.fail("no file " + model.shown() + " among 'files'");
+    };
+    check_listed(root.at("model"));
+    if (const std::optional<detail::Field> components = root.find("components"))
+        for (const auto& [name, component] : components->members()) {
+            check_listed(component.at("model"));
+            manifest.components[name] = detail::parse_component(component);
+        }
+    if (const auto zeros = root.find("zeros_for_empty_prompt")) manifest.zeros_for_empty_prompt = zeros->boolean();
     manifest.inputs = detail::parse_tensors(root.at("inputs"));
     manifest.outputs = detail::parse_tensors(root.at("outputs"));
     manifest.schedule = detail::parse_schedule(root.at("schedule"));
@@ -444,6 +472,11 @@ struct Bundle {
 
     /// The graph's file.
     std::filesystem::path model_path() const { return path / manifest.model; }
+
+    /// The file of a component's graph; std::out_of_range where the bundle has none of the name.
+    std::filesystem::path component_path(const std::string& name) const {
+        return path / manifest.components.at(name).model;
+    }
 };
 
 namespace detail {

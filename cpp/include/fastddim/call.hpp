@@ -189,7 +189,8 @@ inline Feed per_sample(const char* name, const std::vector<float>& values, std::
         !std::all_of(values.begin(), values.end(), [](float value) { return std::isfinite(value); }))
         throw std::invalid_argument(
             text(name, ": ", values.size(), " values; pass a finite number, or one for each of ", batch, " samples"));
-    return {name, "float32", {batch}, to_bytes<float>(values.size() == 1 ? std::vector<float>(count, values[0]) : values)};
+    const std::vector<float> each = values.size() == 1 ? std::vector<float>(count, values[0]) : values;
+    return {name, "float32", {batch}, to_bytes<float>(each)};
 }
 
 inline StepTable table_of(const Manifest& manifest, const Schedule& schedule, const Call& call) {
@@ -245,7 +246,8 @@ inline bool is_own(const std::string& name) {
 inline std::vector<Feed> scales_of(const Manifest& manifest, const Call& call, std::int64_t batch) {
     std::vector<Feed> feeds;
     if (!manifest.sampling.guided && !call.guidance_scale.empty())
-        throw std::invalid_argument("guidance_scale: given, but this bundle was exported without guidance; leave it out");
+        throw std::invalid_argument(
+            "guidance_scale: given, but this bundle was exported without guidance; leave it out");
     if (manifest.sampling.guided) {
         if (call.guidance_scale.empty())
             throw std::invalid_argument(

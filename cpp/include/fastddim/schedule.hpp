@@ -235,7 +235,7 @@ class Schedule {
         return to_transitions(make_timesteps(config_, num_inference_steps));
     }
 
-    /// The transitions over an explicit, strictly descending list of timesteps; throws std::invalid_argument for others.
+    /// The transitions over an explicit list; throws std::invalid_argument where it does not descend.
     std::vector<Transition> transitions(const std::vector<std::int64_t>& timesteps) const {
         if (timesteps.empty()) throw std::invalid_argument("timesteps: empty; pass at least one");
         for (std::size_t k = 0; k < timesteps.size(); ++k) {
