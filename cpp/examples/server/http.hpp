@@ -254,10 +254,23 @@ class Session : public std::enable_shared_from_this<Session> {
         parser_->body_limit(server_.settings_.max_body);
         arrived_ = Clock::now();
         stream_.expires_after(server_.settings_.read_timeout);
-        http::async_read_header(stream_, buffer_, *parser_,
-                                [self = shared_from_this()](beast::error_code failed, std::size_t) {
-                                    if (failed) return self->reject(failed);
-                                    self->read_body();
+        read_header(0);
+    }
+
+    /// By hand, because the parser's own limit is of one line, not of all.
+    void read_header(std::size_t taken) {
+        beast::error_code failed;
+        const std::size_t count = parser_->put(buffer_.data(), failed);
+        buffer_.consume(count);
+        if (failed && failed != http::error::need_more) return reject(failed);
+        if (parser_->is_header_done()) return read_body();
+        taken += count;
+        if (taken + buffer_.size() > header_limit) return reject(http::error::header_limit);
+        stream_.async_read_some(buffer_.prepare(4096),
+                                [self = shared_from_this(), taken](beast::error_code ended, std::size_t size) {
+                                    if (ended) return;
+                                    self->buffer_.commit(size);
+                                    self->read_header(taken);
                                 });
     }
 
@@ -276,17 +289,18 @@ class Session : public std::enable_shared_from_this<Session> {
                          });
     }
 
+    static Response too_long(http::status status, const std::string& what, std::size_t limit) {
+        return error_response(status, what + ": more than " + std::to_string(limit) + " bytes; pass less");
+    }
+
     /// Answers what is no request, unless the client is gone or too slow.
     void reject(beast::error_code failed) {
-        const bool malformed = failed.category() == http::make_error_code(http::error::bad_method).category();
-        if (!malformed || failed == http::error::end_of_stream || failed == http::error::partial_message) return;
+        const beast::error_code malformed = http::error::bad_method;
+        if (failed.category() != malformed.category() || failed == http::error::partial_message) return;
         if (failed == http::error::body_limit)
-            return respond(error_response(http::status::payload_too_large,
-                                          "body: more than " + std::to_string(server_.settings_.max_body) +
-                                              " bytes; pass less"), true);
-        if (failed == http::error::header_limit || failed == http::error::buffer_overflow)
-            return respond(error_response(http::status::request_header_fields_too_large,
-                                          "header: more than " + std::to_string(header_limit) + " bytes; pass less"), true);
+            return respond(too_long(http::status::payload_too_large, "body", server_.settings_.max_body), true);
+        if (failed == http::error::header_limit)
+            return respond(too_long(http::status::request_header_fields_too_large, "header", header_limit), true);
         respond(error_response(http::status::bad_request, "no HTTP request: " + failed.message()), true);
     }
 

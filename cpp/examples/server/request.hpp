@@ -177,6 +177,13 @@ class RequestReader {
     }
 
     void add_condition(const fastddim::Bundle& bundle, const fastddim::TensorInfo& info) {
+        const auto fail = [&](const std::string& what) {
+            throw fastddim::BundleError("bundle: '" + bundle.path.string() + "' has an input '" + info.name + "', " +
+                                        what);
+        };
+        const bool guided = bundle.manifest.find_input("uncond_" + info.name) != nullptr;
+        if (guided && bundle.manifest.sampling.null_values.count(info.name) == 0)
+            fail("and no value for its unconditional half; this server takes bundles that have one");
         const bool scalar = info.shape.size() == 1 && info.shape[0].name == "batch";
         const auto set = [name = info.name](Request& request, auto value) { request.conditions[name] = value; };
         if (scalar && (info.dtype == "int64" || info.dtype == "int32")) {
@@ -185,9 +192,8 @@ class RequestReader {
             const double most = std::numeric_limits<float>::max();
             add_number(info.name, true, -most, most, set);
         } else {
-            throw fastddim::BundleError("bundle: '" + bundle.path.string() + "' has an input '" + info.name + "', " +
-                                        info.dtype + " of shape " + fastddim::detail::shown(info.shape) +
-                                        "; this server takes models that are conditioned on one number a sample");
+            fail(info.dtype + " of shape " + fastddim::detail::shown(info.shape) +
+                 "; this server takes models that are conditioned on one number a sample");
         }
     }
 
@@ -220,6 +226,8 @@ class RequestReader {
                 throw BadRequest(name + ": an object or array; pass one value");
             return true;
         };
+        // The parser would end there.
+        if (body.find('\0') != std::string::npos) throw BadRequest("body: a NUL byte; pass a JSON object");
         try {
             return Json::parse(body, watch);
         } catch (const Json::exception& error) {

@@ -130,7 +130,7 @@ inline Settings parse_settings(const std::vector<std::string>& words) {
         found->set(words[k]);
     }
     if (settings.bundle.empty())
-        throw std::invalid_argument("BUNDLE: missing; pass a folder that `fastddim export` wrote (--help lists options)");
+        throw std::invalid_argument("BUNDLE: missing; pass a folder of `fastddim export` (--help lists options)");
     return settings;
 }
 

@@ -13,6 +13,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <utility>
 #include <variant>
@@ -158,9 +159,11 @@ class Workers {
             // As for a class that the model does not have: its manifest does not tell how many there are.
             if (error.GetOrtErrorCode() != ORT_INVALID_ARGUMENT) return {{Outcome::Kind::failed, error.what()}};
             std::string what = error.what();
-            if (const auto cause = what.rfind("Status Message: "); cause != std::string::npos) what.erase(0, cause + 16);
-            return {{Outcome::Kind::refused, shown_conditions(jobs.front()->request) +
-                                                 "; the model does not take them (" + what + "), pass others"}};
+            // The innermost of a chain of them.
+            constexpr std::string_view mark = "Status Message: ";
+            if (const auto cause = what.rfind(mark); cause != std::string::npos) what.erase(0, cause + mark.size());
+            const std::string given = shown_conditions(jobs.front()->request);
+            return {{Outcome::Kind::refused, given + "; the model does not take them (" + what + "), pass others"}};
         } catch (const std::exception& error) {
             return {{Outcome::Kind::failed, error.what()}};
         }
@@ -169,8 +172,11 @@ class Workers {
     static std::string shown_conditions(const Request& request) {
         std::string text;
         for (const auto& [name, value] : request.conditions)
-            std::visit([&, &key = name](auto number) { text += (text.empty() ? "" : ", ") + key + ": " + Json(number).dump(); },
-                       value);
+            std::visit(
+                [&, &key = name](auto number) {
+                    text += (text.empty() ? "" : ", ") + key + ": " + Json(number).dump();
+                },
+                value);
         return text;
     }
 
