@@ -5,6 +5,7 @@ import io
 import json
 import random
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -72,7 +73,11 @@ def export_shaded(path, *shade, channels=1, guided=False):
 def export_digits(path):
     pipe = fastddim.load_pipeline()
     return export_onnx(
-        pipe.unet, pipe.scheduler, path, ExportOptions(guided=True, guidance_rescale=True, stochastic=True), parity_steps=()
+        pipe.unet,
+        pipe.scheduler,
+        path,
+        ExportOptions(guided=True, guidance_rescale=True, stochastic=True),
+        parity_steps=(),
     ).path
 
 
@@ -154,7 +159,9 @@ def exchange(connection, method, path, body=None, headers=None):
 
 def request_of(fields):
     body = json.dumps(fields).encode()
-    head = f"POST /v1/sample HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST /v1/sample HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     return head.encode() + body
 
 
@@ -379,7 +386,9 @@ def test_a_class_that_the_model_lacks_spoils_no_other_request(serve, bundles):
     assert status == 400
     assert json.loads(body)["error"].startswith("class_labels: 5; the model does not take them (indices element out of")
     assert {status for status, _, _ in answers} == {200}
-    assert_pictures([pixels(body) for _, _, body in answers], expected_pixels(OrtSampler(bundles("tiny")), requests[:5]))
+    assert_pictures(
+        [pixels(body) for _, _, body in answers], expected_pixels(OrtSampler(bundles("tiny")), requests[:5])
+    )
     busy.close()
 
 
@@ -455,8 +464,10 @@ BAD_BODIES = {
     b'{"class_labels": 5, "seed": 1}': "class_labels: 5; the model does not take them",
     b"{" + GOOD + b', "num_inference_steps": 0}': "num_inference_steps: 0" + STEPS,
     b"{" + GOOD + b', "num_inference_steps": 1001}': "num_inference_steps: 1001" + STEPS,
-    b"{" + GOOD + b', "num_inference_steps": 18446744073709551615}': "num_inference_steps: 18446744073709551615" + STEPS,
-    b"{" + GOOD + b', "num_inference_steps": -9223372036854775808}': "num_inference_steps: -9223372036854775808" + STEPS,
+    b"{" + GOOD + b', "num_inference_steps": 18446744073709551615}': "num_inference_steps: 18446744073709551615"
+    + STEPS,
+    b"{" + GOOD + b', "num_inference_steps": -9223372036854775808}': "num_inference_steps: -9223372036854775808"
+    + STEPS,
     b"{" + GOOD + b', "num_inference_steps": 2.5}': "num_inference_steps: 2.5" + STEPS,
     b"{" + GOOD + b', "num_inference_steps": "2"}': 'num_inference_steps: "2"' + STEPS,
 }
@@ -469,7 +480,9 @@ def test_bad_bodies_are_named(serve):
         status, headers, answer = exchange(connection, "POST", "/v1/sample", body, {"Content-Type": "application/json"})
         assert status == 400 and headers["Content-Type"] == "application/json" and len(answer) < 500, (body, answer)
         assert re.match(message, json.loads(answer)["error"]), (body[:80], answer)
-    assert exchange(connection, "POST", "/v1/sample", b"{" + GOOD + b"}", {"Content-Type": "application/json"})[0] == 200
+    assert (
+        exchange(connection, "POST", "/v1/sample", b"{" + GOOD + b"}", {"Content-Type": "application/json"})[0] == 200
+    )
     connection.close()
 
 
@@ -490,14 +503,29 @@ def test_bad_numbers_of_other_bundles_are_named(serve):
 def test_made_up_bodies_are_answered(serve):
     server = serve("tiny", "--max-steps", 3)
     draw = random.Random(3)
-    seeds = [b"{" + GOOD + b', "num_inference_steps": 2}', b'{"class_labels": 1e0, "seed": "12"}', b'{"seed": [{}, "a"]}']
+    seeds = [
+        b"{" + GOOD + b', "num_inference_steps": 2}',
+        b'{"class_labels": 1e0, "seed": "12"}',
+        b'{"seed": [{}, "a"]}',
+    ]
     connection, statuses = server.connect(), Counter()
     for _ in range(500):
         body = bytearray(draw.choice(seeds))
         for _ in range(draw.randint(0, 4)):
             where = draw.randrange(len(body))
             body[where : where + draw.choice((0, 1, 5))] = draw.choice(
-                (draw.randbytes(1), draw.randbytes(3), b'"', b"{", b"9" * 20, b"\\u", b",", b"-", b"e9", bytes(body[:where]))
+                (
+                    draw.randbytes(1),
+                    draw.randbytes(3),
+                    b'"',
+                    b"{",
+                    b"9" * 20,
+                    b"\\u",
+                    b",",
+                    b"-",
+                    b"e9",
+                    bytes(body[:where]),
+                )
             )
         status, _, _ = exchange(connection, "POST", "/v1/sample", bytes(body), {"Content-Type": "application/json"})
         statuses[status] += 1
@@ -558,7 +586,10 @@ def test_what_is_too_long_or_no_http_ends_the_connection(serve):
         connection = server.open_socket(sent)
         answer = read_to_end(connection)
         connection.close()
-        assert answer.startswith(b"HTTP/1.1 %d " % status) and b"\r\nConnection: close\r\n" in answer, (sent[:99], answer)
+        assert answer.startswith(b"HTTP/1.1 %d " % status) and b"\r\nConnection: close\r\n" in answer, (
+            sent[:99],
+            answer,
+        )
         assert json.loads(answer.split(b"\r\n\r\n", 1)[1])["error"]
     body = b'{"seed": 1, "class_labels": 1}'
     chunks = b"5\r\n" + body[:5] + b"\r\n%x\r\n" % (len(body) - 5) + body[5:] + b"\r\n0\r\n\r\n"
@@ -748,14 +779,18 @@ def test_the_command_line(program, bundles, tmp_path, serve):
         assert re.match("error: .*" + message, done.stderr), (message, done.stderr)
 
 
-def test_bundles_that_cannot_be_served_are_named(program, tmp_path):
+def test_bundles_that_cannot_be_served_are_named(program, bundles, tmp_path):
     export_shaded(tmp_path / "channels", channels=2)
     export_shaded(tmp_path / "vector", 4)
     export_shaded(tmp_path / "guided", guided=True)
+    manifest = json.loads((shutil.copytree(bundles("shaded"), tmp_path / "range") / "manifest.json").read_text())
+    manifest["sample"]["range"] = [1, 1]
+    (tmp_path / "range" / "manifest.json").write_text(json.dumps(manifest))
     for name, message in {
         "channels": r"makes samples \[2, 5, 9\] \(NCHW\), which are no pictures; pass one with 1 or 3 channels",
         "vector": r"'shade', float32 of shape \[batch, 4\]; this server takes models that are conditioned on one number",
         "guided": "'shade', and no value for its unconditional half; this server takes bundles that have one",
+        "range": "has an empty range; export it again",
     }.items():
         done = subprocess.run([program, tmp_path / name, "--port", "0"], capture_output=True, text=True, timeout=WAIT_S)
         assert done.returncode == 2 and re.match(f"error: bundle: '.*{name}' .*{message}", done.stderr), done

@@ -207,7 +207,7 @@ class Session : public std::enable_shared_from_this<Session> {
         parser_.reset();
         if (buffer_.size() != 0) return read();
         idle_ = true;
-        stream_.expires_after(server_.settings_.idle_timeout);
+        stream_.expires_after(server_.stopping_ ? HttpServer::stop_grace : server_.settings_.idle_timeout);
         stream_.async_read_some(buffer_.prepare(4096),
                                 [self = shared_from_this()](beast::error_code failed, std::size_t count) {
                                     self->idle_ = false;

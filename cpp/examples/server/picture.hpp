@@ -19,7 +19,7 @@ namespace server {
 /// How a bundle's samples become pictures.
 class PictureFormat {
    public:
-    /// Throws BundleError: its samples are neither grey nor RGB.
+    /// Throws BundleError: its samples are neither grey nor RGB, or have an empty range.
     explicit PictureFormat(const fastddim::Bundle& bundle) {
         const fastddim::Manifest::Sample& sample = bundle.manifest.sample;
         if (sample.layout != "NCHW" || sample.shape.size() != 3 || (sample.shape[0] != 1 && sample.shape[0] != 3))
@@ -27,6 +27,8 @@ class PictureFormat {
                                         fastddim::detail::shown(sample.shape) + " (" + sample.layout +
                                         "), which are no pictures; pass one with 1 or 3 channels");
         range_ = sample.range.value_or(std::array<double, 2>{-1, 1});
+        if (range_[0] >= range_[1])
+            throw fastddim::BundleError("bundle: '" + bundle.path.string() + "' has an empty range; export it again");
     }
 
     /// The PNG file of one sample of a batch `[B, C, H, W]`; what is out of range is clipped.
