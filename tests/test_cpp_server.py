@@ -39,15 +39,14 @@ def program():
 
 
 class Shaded(torch.nn.Module):
-    """Fast to export, with numbers as its condition."""
+    """Fast to export, with a number as its condition."""
 
-    def __init__(self, channels=1):
+    def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.conv = torch.nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = torch.nn.Conv2d(1, 1, 3, padding=1)
 
     def forward(self, x, t, shade):
-        shade = shade if shade.ndim == 1 else shade[:, 0]
         return torch.tanh(self.conv(x)) + (torch.cos(t.to(x.dtype) / 200) - shade)[:, None, None, None]
 
 
@@ -62,11 +61,11 @@ def export_tiny(path):
     return export_onnx(unet, DDIMConfig(num_train_timesteps=LONG), path, options, parity_steps=()).path
 
 
-def export_shaded(path, *shade, channels=1, guided=False):
-    options = ExportOptions(num_inference_steps=3, graph="step", stochastic=True, guided=guided)
+def export_shaded(path):
+    options = ExportOptions(num_inference_steps=3, graph="step", stochastic=True)
     return export_onnx(
-        Shaded(channels), DDIMConfig(clip_sample_range=1.5), path, options, sample_shape=(channels, 5, 9),
-        example_kwargs={"shade": torch.zeros(3, *shade)}, parity_steps=(),
+        Shaded(), DDIMConfig(clip_sample_range=1.5), path, options, sample_shape=(1, 5, 9),
+        example_kwargs={"shade": torch.zeros(3)}, parity_steps=(),
     ).path  # fmt: skip
 
 
@@ -500,6 +499,13 @@ def test_bad_numbers_of_other_bundles_are_named(serve):
         assert status == 400 and re.match(message, json.loads(answer)["error"]), answer
 
 
+def test_the_bundles_own_run_may_be_too_long(serve):
+    server = serve("shaded", "--max-steps", 2)
+    status, _, body = server.sample({"seed": 1, "shade": 0})
+    assert status == 400 and b"num_inference_steps: missing; pass it" in body
+    assert server.sample({"seed": 1, "shade": 0, "num_inference_steps": 2})[0] == 200
+
+
 def test_made_up_bodies_are_answered(serve):
     server = serve("tiny", "--max-steps", 3)
     draw = random.Random(3)
@@ -779,18 +785,41 @@ def test_the_command_line(program, bundles, tmp_path, serve):
         assert re.match("error: .*" + message, done.stderr), (message, done.stderr)
 
 
-def test_bundles_that_cannot_be_served_are_named(program, bundles, tmp_path):
-    export_shaded(tmp_path / "channels", channels=2)
-    export_shaded(tmp_path / "vector", 4)
-    export_shaded(tmp_path / "guided", guided=True)
-    manifest = json.loads((shutil.copytree(bundles("shaded"), tmp_path / "range") / "manifest.json").read_text())
-    manifest["sample"]["range"] = [1, 1]
-    (tmp_path / "range" / "manifest.json").write_text(json.dumps(manifest))
-    for name, message in {
-        "channels": r"makes samples \[2, 5, 9\] \(NCHW\), which are no pictures; pass one with 1 or 3 channels",
-        "vector": r"'shade', float32 of shape \[batch, 4\]; this server takes models that are conditioned on one number",
-        "guided": "'shade', and no value for its unconditional half; this server takes bundles that have one",
-        "range": "has an empty range; export it again",
-    }.items():
-        done = subprocess.run([program, tmp_path / name, "--port", "0"], capture_output=True, text=True, timeout=WAIT_S)
-        assert done.returncode == 2 and re.match(f"error: bundle: '.*{name}' .*{message}", done.stderr), done
+def add_guidance(manifest):
+    shade = next(info for info in manifest["inputs"] if info["name"] == "shade")
+    manifest["inputs"] += [shade | {"name": "guidance_scale"}, shade | {"name": "uncond_shade"}]
+    manifest["sampling"]["guided"] = True
+
+
+def add_channel(manifest):
+    for info in manifest["inputs"]:
+        if info["name"] == "sample":
+            info["shape"][1] = 2
+    manifest["sample"]["shape"][0] = 2
+
+
+def lengthen_shade(manifest):
+    for info in manifest["inputs"]:
+        if info["name"] == "shade":
+            info["shape"].append(4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (add_channel, r"makes samples \[2, 5, 9\] \(NCHW\), which are no pictures; pass one with 1 or 3 channels"),
+        (
+            lengthen_shade,
+            r"'shade', float32 of shape \[batch, 4\]; this server takes models that are conditioned on one",
+        ),
+        (add_guidance, "'shade', and no value for its unconditional half; this server takes bundles that have one"),
+        (lambda manifest: manifest["sample"].update(range=[1, 1]), "has an empty range; export it again"),
+    ],
+)
+def test_bundles_that_cannot_be_served_are_named(program, bundles, tmp_path, change, message):
+    folder = shutil.copytree(bundles("shaded"), tmp_path / "bundle")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    done = subprocess.run([program, folder, "--port", "0"], capture_output=True, text=True, timeout=WAIT_S)
+    assert done.returncode == 2 and re.match(f"error: bundle: '{folder}' .*{message}", done.stderr), done

@@ -13,7 +13,6 @@
 #include <cstdlib>
 #include <ctime>
 #include <exception>
-#include <functional>
 #include <iomanip>
 #include <iostream>
 #include <map>

@@ -80,14 +80,17 @@ inline std::string shown(const Json& value) {
 /// The fields that a bundle's requests have.
 class RequestReader {
    public:
-    /// Throws BundleError: the model is conditioned on more than numbers.
+    /// Throws BundleError: the model is conditioned on more than numbers, or has no value for an unconditional half.
     RequestReader(const fastddim::Bundle& bundle, std::int64_t max_steps) {
         const fastddim::Manifest& manifest = bundle.manifest;
         add("seed", true, {{"type", "integer, or a string of one"}, {"minimum", 0}, {"maximum", last_seed}},
             [](Request& request, const Json& value) { request.seed = to_seed(value); });
-        add_integer("num_inference_steps", false, 1, std::min(max_steps, manifest.schedule.num_train_timesteps),
+        // The bundle's own run may have more steps than are allowed here.
+        const std::int64_t most = std::min(max_steps, manifest.schedule.num_train_timesteps);
+        const bool too_long = manifest.table.size() > static_cast<std::size_t>(most);
+        add_integer("num_inference_steps", too_long, 1, most,
                     [](Request& request, std::int64_t value) { request.num_inference_steps = value; });
-        fields_.at("num_inference_steps").description["default"] = manifest.table.size();
+        if (!too_long) fields_.at("num_inference_steps").description["default"] = manifest.table.size();
         if (manifest.sampling.stochastic && !manifest.sampling.baked_schedule) {
             add_number("eta", false, 0, 1, [](Request& request, double value) { request.eta = value; });
             fields_.at("eta").description["default"] = manifest.sampling.eta;
