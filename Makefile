@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help setup web demo test slow check format bench quality performance budget gpu clean
+.PHONY: help setup web cpp demo test slow check format bench quality performance budget gpu clean
 
 help:
 	@echo "make demo    sample a grid of handwritten digits: digits.png"
@@ -34,10 +34,14 @@ demo: setup
 web:
 	@sh scripts/make_web.sh
 
-test: setup web
+# What cpp/ is built with; no stamp either.
+cpp: setup
+	@sh scripts/make_cpp.sh $(BIN)/python
+
+test: setup web cpp
 	$(BIN)/python -m pytest $(ARGS)
 
-slow: setup
+slow: setup cpp
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 check: setup

@@ -1,0 +1,517 @@
+// A bundle: the folder that `fastddim export` writes. Its manifest is read and checked, and its files against it.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <initializer_list>
+#include <iterator>
+#include <limits>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include "fastddim/schedule.hpp"
+#include "fastddim/sha256.hpp"
+
+namespace fastddim {
+
+/// A bundle that cannot be read; the message names the file, where in it, and what is wrong.
+class BundleError : public std::runtime_error {
+   public:
+    using std::runtime_error::runtime_error;
+};
+
+/// One dimension of an input or output: its size, or a name where it may differ from call to call.
+struct Dim {
+    std::int64_t size = 0;
+    std::string name;
+
+    bool fixed() const noexcept { return name.empty(); }
+};
+
+/// An input or output of the graph; `dtype` as numpy names it.
+struct TensorInfo {
+    std::string name;
+    std::string dtype;
+    std::vector<Dim> shape;
+    std::string meaning;
+};
+
+/// What `manifest.json` says; its fields are those of fastddim/export/manifest.schema.json.
+struct Manifest {
+    struct File {
+        std::string sha256;
+        std::uint64_t bytes = 0;
+    };
+
+    struct Sampling {
+        bool guided = false;
+        bool guidance_rescale = false;
+        bool stochastic = false;
+        bool baked_schedule = false;
+        double eta = 0;
+        bool use_clipped_model_output = false;
+        std::string dtype;
+        std::string limit;
+        std::map<std::string, std::int64_t> null_values;
+    };
+
+    struct Sample {
+        std::vector<std::int64_t> shape;
+        std::string layout;
+        std::optional<std::array<double, 2>> range;
+    };
+
+    /// A graph beside the sampler's: a text encoder or a decoder of a whole pipeline.
+    struct Component {
+        std::string model;
+        std::vector<TensorInfo> inputs;
+        std::vector<TensorInfo> outputs;
+        std::string meaning;
+        /// Of a decoder: an image's pixels for each of a latent, along a side.
+        std::optional<std::int64_t> upscale;
+    };
+
+    static constexpr std::int64_t newest_format_version = 1;
+
+    /// `loop`: all steps in one call; `step`: one step a call.
+    std::string graph;
+    std::string model;
+    std::map<std::string, File> files;
+    std::vector<TensorInfo> inputs;
+    std::vector<TensorInfo> outputs;
+    DDIMConfig schedule;
+    Sampling sampling;
+    /// The default run.
+    StepTable table;
+    Sample sample;
+    /// By name; none but for a whole pipeline.
+    std::map<std::string, Component> components;
+    /// Of a whole pipeline: no negative prompt means embeddings of zeros.
+    bool zeros_for_empty_prompt = false;
+    std::map<std::string, std::string> versions;
+
+    const TensorInfo* find_input(std::string_view name) const noexcept { return find(inputs, name); }
+    const TensorInfo* find_output(std::string_view name) const noexcept { return find(outputs, name); }
+
+   private:
+    static const TensorInfo* find(const std::vector<TensorInfo>& infos, std::string_view name) noexcept {
+        for (const TensorInfo& info : infos)
+            if (info.name == name) return &info;
+        return nullptr;
+    }
+};
+
+namespace detail {
+
+/// A value in a manifest, which knows where it is: what it should not be becomes a BundleError.
+class Field {
+   public:
+    using Json = nlohmann::json;
+
+    Field(const Json& value, const std::string& file, std::string path = "$")
+        : value_(&value), file_(&file), path_(std::move(path)) {}
+
+    [[noreturn]] void fail(const std::string& what) const {
+        throw BundleError("bundle: '" + *file_ + "': " + path_ + ": " + what + "; export it again");
+    }
+
+    std::string shown() const {
+        std::string text = value_->dump(-1, ' ', true, Json::error_handler_t::replace);
+        return text.size() <= 60 ? text : text.substr(0, 57) + "...";
+    }
+
+    std::optional<Field> find(const std::string& name) const {
+        require(value_->is_object(), "an object");
+        const auto found = value_->find(name);
+        if (found == value_->end()) return std::nullopt;
+        return Field(*found, *file_, path_ + "." + name);
+    }
+
+    Field at(const std::string& name) const {
+        const std::optional<Field> found = find(name);
+        if (!found) fail("'" + name + "' is a required property");
+        return *found;
+    }
+
+    std::vector<std::pair<std::string, Field>> members() const {
+        require(value_->is_object(), "an object");
+        std::vector<std::pair<std::string, Field>> all;
+        for (const auto& [name, value] : value_->items())
+            all.emplace_back(name, Field(value, *file_, path_ + "['" + name + "']"));
+        return all;
+    }
+
+    std::vector<Field> items() const {
+        require(value_->is_array(), "an array");
+        std::vector<Field> all;
+        for (std::size_t k = 0; k < value_->size(); ++k)
+            all.emplace_back((*value_)[k], *file_, path_ + "[" + std::to_string(k) + "]");
+        return all;
+    }
+
+    bool is_null() const { return value_->is_null(); }
+    bool is_string() const { return value_->is_string(); }
+
+    bool boolean() const {
+        require(value_->is_boolean(), "true or false");
+        return value_->get<bool>();
+    }
+
+    double number() const {
+        require(value_->is_number(), "a number");
+        return value_->get<double>();
+    }
+
+    const std::string& string() const {
+        require(value_->is_string(), "a string");
+        return value_->get_ref<const std::string&>();
+    }
+
+    std::int64_t integer(std::int64_t low, std::int64_t high = std::numeric_limits<std::int64_t>::max()) const {
+        const bool fits = value_->is_number_unsigned()
+                              ? value_->get<std::uint64_t>() <=
+                                    static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max())
+                              : value_->is_number_integer();
+        require(fits, "an integer");
+        const auto value = value_->get<std::int64_t>();
+        const bool bounded = high != std::numeric_limits<std::int64_t>::max();
+        if (value < low || value > high)
+            fail(std::to_string(value) + " is not " +
+                 (bounded ? "in [" + std::to_string(low) + ", " + std::to_string(high) + "]"
+                          : ">= " + std::to_string(low)));
+        return value;
+    }
+
+    /// The index of a string in a list of names.
+    std::size_t choice(std::initializer_list<const char*> names) const {
+        const std::string& value = string();
+        std::string listed;
+        std::size_t index = 0;
+        for (const char* name : names) {
+            if (value == name) return index;
+            listed += (index++ == 0 ? "'" : ", '") + std::string(name) + "'";
+        }
+        fail(shown() + " is not one of " + listed);
+    }
+
+   private:
+    void require(bool holds, const char* what) const {
+        if (!holds) fail(shown() + " is not " + what);
+    }
+
+    const Json* value_;
+    const std::string* file_;
+    std::string path_;
+};
+
+inline DDIMConfig parse_schedule(const Field& field) {
+    DDIMConfig config;
+    const auto integer = [](std::int64_t& to) { return [&to](const Field& f) { to = f.integer(0); }; };
+    const auto number = [](double& to) { return [&to](const Field& f) { to = f.number(); }; };
+    const auto boolean = [](bool& to) { return [&to](const Field& f) { to = f.boolean(); }; };
+    const std::map<std::string, std::function<void(const Field&)>> readers{
+        {"num_train_timesteps", integer(config.num_train_timesteps)},
+        {"beta_start", number(config.beta_start)},
+        {"beta_end", number(config.beta_end)},
+        {"beta_schedule",
+         [&](const Field& f) {
+             config.beta_schedule =
+                 static_cast<BetaSchedule>(f.choice({"linear", "scaled_linear", "squaredcos_cap_v2"}));
+         }},
+        {"trained_betas",
+         [&](const Field& f) {
+             if (f.is_null()) return;
+             config.trained_betas.emplace();
+             for (const Field& beta : f.items()) config.trained_betas->push_back(beta.number());
+         }},
+        {"clip_sample", boolean(config.clip_sample)},
+        {"set_alpha_to_one", boolean(config.set_alpha_to_one)},
+        {"steps_offset", integer(config.steps_offset)},
+        {"prediction_type",
+         [&](const Field& f) {
+             config.prediction_type = static_cast<PredictionType>(f.choice({"epsilon", "sample", "v_prediction"}));
+         }},
+        {"thresholding", boolean(config.thresholding)},
+        {"dynamic_thresholding_ratio", number(config.dynamic_thresholding_ratio)},
+        {"clip_sample_range", number(config.clip_sample_range)},
+        {"sample_max_value", number(config.sample_max_value)},
+        {"timestep_spacing",
+         [&](const Field& f) {
+             config.timestep_spacing =
+                 static_cast<TimestepSpacing>(f.choice({"leading", "trailing", "linspace", "quadratic"}));
+         }},
+        {"rescale_betas_zero_snr", boolean(config.rescale_betas_zero_snr)},
+    };
+    for (const auto& [name, value] : field.members()) {
+        if (name.rfind('_', 0) == 0) continue;
+        const auto reader = readers.find(name);
+        if (reader == readers.end()) field.fail("'" + name + "' is no field of a schedule");
+        reader->second(value);
+    }
+    try {
+        config.validate();
+    } catch (const std::invalid_argument& error) {
+        field.fail(error.what());
+    }
+    return config;
+}
+
+inline std::vector<TensorInfo> parse_tensors(const Field& field) {
+    std::vector<TensorInfo> infos;
+    std::set<std::string> names;
+    for (const Field& item : field.items()) {
+        TensorInfo info{item.at("name").string(), item.at("dtype").string(), {}, item.at("meaning").string()};
+        if (!names.insert(info.name).second) item.fail("a second '" + info.name + "'");
+        for (const Field& dim : item.at("shape").items()) {
+            if (dim.is_string() && dim.string().empty()) dim.fail("an empty name");
+            info.shape.push_back(dim.is_string() ? Dim{0, dim.string()} : Dim{dim.integer(1), ""});
+        }
+        infos.push_back(std::move(info));
+    }
+    return infos;
+}
+
+inline Manifest::Sampling parse_sampling(const Field& field) {
+    Manifest::Sampling sampling;
+    sampling.guided = field.at("guided").boolean();
+    sampling.guidance_rescale = field.at("guidance_rescale").boolean();
+    sampling.stochastic = field.at("stochastic").boolean();
+    sampling.baked_schedule = field.at("baked_schedule").boolean();
+    sampling.eta = field.at("eta").number();
+    sampling.use_clipped_model_output = field.at("use_clipped_model_output").boolean();
+    sampling.dtype = field.at("dtype").string();
+    sampling.limit = field.at("limit").string();
+    for (const auto& [name, value] : field.at("null_values").members())
+        sampling.null_values[name] = value.integer(std::numeric_limits<std::int64_t>::min());
+    return sampling;
+}
+
+inline StepTable parse_table(const Field& field, std::int64_t num_train_timesteps) {
+    StepTable table;
+    for (const Field& timestep : field.at("timesteps").items())
+        table.timesteps.push_back(timestep.integer(0, num_train_timesteps - 1));
+    const Field coefficients = field.at("coefficients");
+    for (const Field& row : coefficients.items()) {
+        const std::vector<Field> numbers = row.items();
+        StepCoefficients values{};
+        if (numbers.size() != values.size()) row.fail(std::to_string(numbers.size()) + " numbers, not 6");
+        for (std::size_t k = 0; k < values.size(); ++k) values[k] = numbers[k].number();
+        table.rows.push_back(values);
+    }
+    if (table.timesteps.empty() || table.rows.size() != table.timesteps.size())
+        coefficients.fail(std::to_string(table.rows.size()) + " rows for " + std::to_string(table.timesteps.size()) +
+                          " timesteps");
+    return table;
+}
+
+inline Manifest::Sample parse_sample(const Field& field) {
+    Manifest::Sample sample;
+    for (const Field& size : field.at("shape").items()) sample.shape.push_back(size.integer(1));
+    sample.layout = field.at("layout").string();
+    const Field range = field.at("range");
+    if (!range.is_null()) {
+        const std::vector<Field> ends = range.items();
+        if (ends.size() != 2) range.fail(range.shown() + " is not a lowest and a highest value");
+        sample.range = {ends[0].number(), ends[1].number()};
+    }
+    return sample;
+}
+
+inline Manifest::Component parse_component(const Field& field) {
+    Manifest::Component component{field.at("model").string(), parse_tensors(field.at("inputs")),
+                                  parse_tensors(field.at("outputs")), field.at("meaning").string(), std::nullopt};
+    if (const std::optional<Field> upscale = field.find("upscale")) component.upscale = upscale->integer(1);
+    return component;
+}
+
+/// What no reader of the manifest uses, but the format promises.
+inline void check_records(const Field& root) {
+    const Field noise = root.at("noise");
+    for (const char* name : {"generator", "key", "counter"}) noise.at(name).string();
+    for (const char* name : {"stream_initial", "stream_step"}) noise.at(name).integer(0);
+    for (const Field& entry : root.at("parity").items()) {
+        entry.at("batch").integer(1);
+        if (const std::optional<Field> steps = entry.find("steps")) steps->integer(1);
+        for (const char* name : {"largest_error", "tolerance"}) entry.at(name).number();
+    }
+}
+
+/// That the graph has the inputs and outputs that its kind promises.
+inline void check_interface(const Field& root, const Manifest& manifest) {
+    const Manifest::Sampling& sampling = manifest.sampling;
+    const bool loop = manifest.graph == "loop";
+    if (sampling.baked_schedule && !loop) root.at("sampling").fail("a baked schedule in a graph of one step");
+    std::vector<std::string> needed{"sample"};
+    if (sampling.baked_schedule) {
+        needed.push_back("num_inference_steps");
+    } else {
+        needed.insert(needed.end(), {loop ? "timesteps" : "timestep", "coefficients"});
+    }
+    if (sampling.stochastic) needed.push_back("noise");
+    if (sampling.guided) needed.push_back("guidance_scale");
+    if (sampling.guidance_rescale) needed.push_back("guidance_rescale");
+    for (const std::string& name : needed)
+        if (manifest.find_input(name) == nullptr) root.at("inputs").fail("no '" + name + "'");
+    const std::string result = loop ? "samples" : "next_sample";
+    if (manifest.find_output(result) == nullptr) root.at("outputs").fail("no '" + result + "'");
+
+    const std::vector<Dim>& state = manifest.find_input("sample")->shape;
+    const std::vector<std::int64_t>& own = manifest.sample.shape;
+    bool fits = state.size() == own.size() + 1 && state[0].name == "batch";
+    for (std::size_t k = 0; fits && k < own.size(); ++k)
+        fits = !state[k + 1].fixed() || state[k + 1].size == own[k];
+    if (!fits) root.at("sample").at("shape").fail("is not that of the input 'sample'");
+}
+
+/// A file's path in a bundle, as the manifest names it; BundleError where it leads out.
+inline std::filesystem::path inside(const std::string& file, const std::string& name) {
+    const std::filesystem::path path(name);
+    bool leads_out = path.is_absolute() || name.find('\\') != std::string::npos || name.find('\0') != std::string::npos;
+    for (const std::filesystem::path& part : path) leads_out = leads_out || part == "..";
+    if (leads_out)
+        throw BundleError("bundle: '" + file + "' names '" + name.c_str() +
+                          "', which leads out of the folder; export it again");
+    return path;
+}
+
+}  // namespace detail
+
+/// Reads and checks the text of a manifest; `file` is its name in messages.
+///
+/// Throws BundleError: it is no manifest, one of a newer format, or one that lacks what the format promises.
+inline Manifest parse_manifest(const std::string& text, const std::string& file = "manifest.json") {
+    nlohmann::json json;
+    try {
+        json = nlohmann::json::parse(text);
+    } catch (const nlohmann::json::exception& error) {
+        throw BundleError("bundle: '" + file + "' cannot be read: " + error.what() + "; export it again");
+    }
+    const auto format = json.find("format");
+    if (!json.is_object() || format == json.end() || *format != "fastddim-bundle")
+        throw BundleError("bundle: '" + file + "' is no manifest of a fastddim bundle");
+    const detail::Field root(json, file);
+    const std::int64_t version = root.at("format_version").integer(1);
+    if (version > Manifest::newest_format_version)
+        throw BundleError("bundle: '" + file + "' has format_version " + std::to_string(version) +
+                          ", this fastddim reads up to " + std::to_string(Manifest::newest_format_version) +
+                          "; update it");
+    Manifest manifest;
+    manifest.graph = root.at("graph").choice({"loop", "step"}) == 0 ? "loop" : "step";
+    manifest.model = root.at("model").string();
+    for (const auto& [name, entry] : root.at("files").members()) {
+        detail::inside(file, name);
+        manifest.files[name] = {entry.at("sha256").string(), static_cast<std::uint64_t>(entry.at("bytes").integer(0))};
+    }
+    const auto check_listed = [&](const detail::Field& model) {
+        if (manifest.files.count(model.string()) == 0) model.fail("no file " + model.shown() + " among 'files'");
+    };
+    check_listed(root.at("model"));
+    if (const std::optional<detail::Field> components = root.find("components"))
+        for (const auto& [name, component] : components->members()) {
+            check_listed(component.at("model"));
+            manifest.components[name] = detail::parse_component(component);
+        }
+    if (const auto zeros = root.find("zeros_for_empty_prompt")) manifest.zeros_for_empty_prompt = zeros->boolean();
+    manifest.inputs = detail::parse_tensors(root.at("inputs"));
+    manifest.outputs = detail::parse_tensors(root.at("outputs"));
+    manifest.schedule = detail::parse_schedule(root.at("schedule"));
+    manifest.sampling = detail::parse_sampling(root.at("sampling"));
+    manifest.table = detail::parse_table(root.at("table"), manifest.schedule.num_train_timesteps);
+    manifest.sample = detail::parse_sample(root.at("sample"));
+    for (const auto& [name, value] : root.at("versions").members()) manifest.versions[name] = value.string();
+    detail::check_records(root);
+    detail::check_interface(root, manifest);
+    return manifest;
+}
+
+/// An opened bundle, its files checked.
+struct Bundle {
+    std::filesystem::path path;
+    Manifest manifest;
+
+    /// The graph's file.
+    std::filesystem::path model_path() const { return path / manifest.model; }
+
+    /// The file of a component's graph; std::out_of_range where the bundle has none of the name.
+    std::filesystem::path component_path(const std::string& name) const {
+        return path / manifest.components.at(name).model;
+    }
+};
+
+namespace detail {
+
+inline std::string read_all(const std::filesystem::path& path) {
+    std::ifstream stream(path, std::ios::binary);
+    std::string content{std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()};
+    if (!stream) throw BundleError("bundle: '" + path.string() + "' cannot be read; export it again");
+    return content;
+}
+
+inline std::string hash_of(const std::filesystem::path& path) {
+    std::ifstream stream(path, std::ios::binary);
+    std::vector<char> block(1U << 20);
+    Sha256 digest;
+    while (stream) {
+        stream.read(block.data(), static_cast<std::streamsize>(block.size()));
+        digest.update(block.data(), static_cast<std::size_t>(stream.gcount()));
+    }
+    if (!stream.eof()) throw BundleError("bundle: '" + path.string() + "' cannot be read; export it again");
+    return digest.hex();
+}
+
+/// Whether a path, its links resolved, is in a folder.
+inline bool is_within(const std::filesystem::path& folder, const std::filesystem::path& path) {
+    std::error_code failed;
+    const std::filesystem::path root = std::filesystem::canonical(folder, failed);
+    if (failed) return false;
+    const std::filesystem::path real = std::filesystem::weakly_canonical(path, failed);
+    if (failed) return false;
+    return std::mismatch(root.begin(), root.end(), real.begin(), real.end()).first == root.end();
+}
+
+inline void check_file(const std::filesystem::path& folder, const std::string& name, const Manifest::File& expected,
+                       bool check_hash) {
+    const std::filesystem::path member = folder / name;
+    const auto fail = [&](const std::string& what) {
+        throw BundleError("bundle: '" + member.string() + "' " + what + "; export it again");
+    };
+    std::error_code failed;
+    if (std::filesystem::is_symlink(std::filesystem::symlink_status(member, failed)) || !is_within(folder, member))
+        fail("leads out of the folder");
+    if (!std::filesystem::is_regular_file(member, failed)) fail("is missing");
+    const std::uintmax_t size = std::filesystem::file_size(member, failed);
+    if (failed || size != expected.bytes)
+        fail("has " + std::to_string(size) + " bytes, the manifest says " + std::to_string(expected.bytes));
+    if (check_hash && hash_of(member) != expected.sha256) fail("is not the file that was exported (SHA-256)");
+}
+
+}  // namespace detail
+
+/// Reads and checks a bundle; without `check_hashes` its files' names and sizes alone.
+///
+/// Throws BundleError: no bundle, one of a newer format, or one that is damaged.
+inline Bundle open_bundle(const std::filesystem::path& folder, bool check_hashes = true) {
+    const std::filesystem::path file = folder / "manifest.json";
+    std::error_code failed;
+    if (!std::filesystem::is_regular_file(file, failed))
+        throw BundleError("bundle: '" + file.string() + "' is missing; pass a folder that `fastddim export` wrote");
+    Bundle bundle{folder, parse_manifest(detail::read_all(file), file.string())};
+    for (const auto& [name, expected] : bundle.manifest.files)
+        detail::check_file(folder, name, expected, check_hashes);
+    return bundle;
+}
+
+}  // namespace fastddim

@@ -1,0 +1,113 @@
+// Noise, tables and digests for the Python tests: a request per line of the standard input, raw numbers on the output.
+//   noise SEED STEP STREAM COUNT            float[COUNT]
+//   table N_TRAIN START END BETAS PREDICTION SPACING OFFSET ALPHA_ONE ZERO_SNR ETA CLIPPED STEPS
+//         TRAINED... . TIMESTEPS... .       int64 count, int64[count], double[count, 6], float[count, 6]; -1 if refused
+//   sha256 FILE                             64 digits
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "fastddim/philox.hpp"
+#include "fastddim/schedule.hpp"
+#include "fastddim/sha256.hpp"
+
+namespace {
+
+template <class T>
+void put(const T* values, std::size_t count) {
+    std::fwrite(values, sizeof(T), count, stdout);
+}
+
+std::string word() {
+    std::string text;
+    if (!(std::cin >> text)) throw std::runtime_error("the input ends within a request");
+    return text;
+}
+
+// std::stod, as streams do not read numbers as Python writes the smallest.
+double real() { return std::stod(word()); }
+std::int64_t integer() { return std::stoll(word()); }
+
+void noise() {
+    const std::uint64_t seed = std::stoull(word());
+    const auto step = static_cast<std::uint32_t>(integer());
+    const auto stream = static_cast<fastddim::Stream>(integer());
+    std::vector<float> values(static_cast<std::size_t>(integer()));
+    fastddim::normal(seed, step, stream, values.size(), values.data());
+    put(values.data(), values.size());
+}
+
+void table() {
+    fastddim::DDIMConfig config;
+    config.num_train_timesteps = integer();
+    config.beta_start = real();
+    config.beta_end = real();
+    config.beta_schedule = static_cast<fastddim::BetaSchedule>(integer());
+    config.prediction_type = static_cast<fastddim::PredictionType>(integer());
+    config.timestep_spacing = static_cast<fastddim::TimestepSpacing>(integer());
+    config.steps_offset = integer();
+    config.set_alpha_to_one = integer() != 0;
+    config.rescale_betas_zero_snr = integer() != 0;
+    const double eta = real();
+    const bool clipped = integer() != 0;
+    const std::int64_t steps = integer();
+    std::vector<double> trained;
+    for (std::string text = word(); text != "."; text = word()) trained.push_back(std::stod(text));
+    if (!trained.empty()) config.trained_betas = trained;
+    std::vector<std::int64_t> timesteps;
+    for (std::string text = word(); text != "."; text = word()) timesteps.push_back(std::stoll(text));
+    std::int64_t count = -1;
+    try {
+        const fastddim::Schedule schedule(config);
+        const auto transitions = timesteps.empty() ? schedule.transitions(steps) : schedule.transitions(timesteps);
+        const auto built = fastddim::StepTable::build(schedule, transitions, eta, clipped);
+        count = static_cast<std::int64_t>(built.size());
+        put(&count, 1);
+        put(built.timesteps.data(), built.size());
+        put(built.rows.data(), built.size());
+        const std::vector<float> columns = built.columns();
+        put(columns.data(), columns.size());
+    } catch (const std::invalid_argument& error) {
+        put(&count, 1);
+        std::fprintf(stderr, "%s\n", error.what());
+    }
+}
+
+void digest() {
+    std::ifstream file(word(), std::ios::binary);
+    const std::string content{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+    fastddim::Sha256 sha;
+    // In pieces of every size, so that they end on either side of a block's end.
+    for (std::size_t first = 0, size = 1; first < content.size(); first += size, size = size % 131 + 1)
+        sha.update(content.data() + first, std::min(size, content.size() - first));
+    const std::string hex = sha.hex();
+    put(hex.data(), hex.size());
+}
+
+}  // namespace
+
+int main() {
+    try {
+        for (std::string request; std::cin >> request;) {
+            if (request == "noise") {
+                noise();
+            } else if (request == "table") {
+                table();
+            } else if (request == "sha256") {
+                digest();
+            } else {
+                throw std::runtime_error("no request '" + request + "'");
+            }
+        }
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "numbers: %s\n", error.what());
+        return 1;
+    }
+    return 0;
+}

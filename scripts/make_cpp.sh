@@ -1,0 +1,61 @@
+#!/bin/sh
+# make_cpp.sh PYTHON: what cpp/ is built and tested with; at once where all of it is there.
+# ONNX Runtime goes to build/onnxruntime, laid out as a release: the library of PYTHON's package, Debian's headers.
+set -eu
+python=$1
+here=$(dirname "$0")
+mkdir -p "$here/../build/onnxruntime/lib"
+runtime=$(cd "$here/../build/onnxruntime" && pwd)
+
+packages=""
+command -v g++ >/dev/null || packages="g++"
+command -v make >/dev/null || packages="$packages make"
+command -v cmake >/dev/null || packages="$packages cmake"
+[ -e /usr/include/nlohmann/json.hpp ] || packages="$packages nlohmann-json3-dev"
+command -v clang++ >/dev/null || packages="$packages clang"
+# shellcheck disable=SC2086
+[ -z "$packages" ] || sh "$here/apt_install.sh" $packages
+# Clang's sanitizers are a package of its version's, which `clang` only recommends.
+[ -e "$(clang++ -print-file-name="libclang_rt.asan-$(uname -m).a")" ] ||
+    sh "$here/apt_install.sh" "libclang-rt-$(clang++ -dumpversion | cut -d. -f1)-dev"
+
+no_headers() {
+    echo "ONNX Runtime's headers: $1; unpack one of its releases as $runtime" >&2
+    exit 1
+}
+
+# Needs no root: nothing is installed, and apt's lists stay as they are.
+fetch_headers() {
+    command -v apt-get >/dev/null || no_headers "no apt-get to fetch them with"
+    scratch=$(mktemp -d "$runtime/.headers.XXXXXX")
+    trap 'rm -rf "$scratch"' EXIT
+    mkdir -p "$scratch/lists/partial" "$scratch/cache/archives/partial"
+    options="-qq -o APT::Sandbox::User= -o Dir::Cache=$scratch/cache -o Dir::State::Lists=$scratch/lists"
+    # shellcheck disable=SC2086
+    apt-get $options update
+    # shellcheck disable=SC2086
+    if ! apt-cache $options show libonnxruntime-dev >/dev/null 2>&1; then
+        # Debian 12 does not have the package: Debian 13's, from the same mirror.
+        # shellcheck disable=SC2086
+        mirror=$(apt-get $options indextargets --format '$(ORIGIN) $(CODENAME) $(REPO_URI)' 'Identifier: Packages' |
+            awk '$1 == "Debian" && $2 !~ /-/ { print $3; exit }')
+        [ -n "$mirror" ] || no_headers "none of this machine's package sources has libonnxruntime-dev"
+        keys=/usr/share/keyrings/debian-archive-keyring.gpg
+        echo "deb [signed-by=$keys] $mirror trixie main" >"$scratch/sources.list"
+        options="$options -o Dir::Etc::SourceList=$scratch/sources.list -o Dir::Etc::SourceParts=/dev/null"
+        # shellcheck disable=SC2086
+        apt-get $options update
+    fi
+    # shellcheck disable=SC2086
+    (cd "$scratch" && apt-get $options download libonnxruntime-dev)
+    dpkg-deb -x "$scratch"/libonnxruntime-dev_*.deb "$scratch/package"
+    mv "$scratch/package/usr/include/onnxruntime" "$runtime/include"
+}
+
+[ -e "$runtime/include/onnxruntime_cxx_api.h" ] || fetch_headers
+if [ ! -e "$runtime/lib/libonnxruntime.so" ]; then
+    package=$("$python" -c 'import importlib.util as u; print(u.find_spec("onnxruntime").submodule_search_locations[0])')
+    library=$(ls "$package"/capi/libonnxruntime.so.*)
+    ln -sf "$library" "$runtime/lib/libonnxruntime.so.1"
+    ln -sf libonnxruntime.so.1 "$runtime/lib/libonnxruntime.so"
+fi

@@ -1,0 +1,696 @@
+"""The C++ headers against Python's noise, tables and `OrtSampler`, under sanitizers; and a bundle's every damage."""
+
+import hashlib
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import struct
+import subprocess
+import sys
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from cpp_driver import ROOT, RUNTIME, CppError, CppSampler, build
+
+import fastddim
+from fastddim import DDIMConfig, Schedule, StepTable
+from fastddim.config import BETA_SCHEDULES, PREDICTION_TYPES, TIMESTEP_SPACINGS
+from fastddim.export import ExportOptions, OrtSampler, export_onnx
+from fastddim.noise import STREAM_INITIAL, STREAM_STEP, normal_numpy
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(scope="session")
+def checked():
+    return build("checked")
+
+
+@pytest.fixture(scope="session")
+def release():
+    return build("release", "sample", "numbers")
+
+
+@pytest.fixture(scope="session")
+def fused(tmp_path_factory):
+    """`numbers` by both compilers for this machine's own instructions, without the option that CMake's target brings."""
+    folder = tmp_path_factory.mktemp("fused")
+    for compiler in ("g++", "clang++"):
+        subprocess.run(
+            [compiler, "-std=c++17", "-O3", "-march=native", f"-I{ROOT}/cpp/include",
+             f"{ROOT}/cpp/tests/numbers.cpp", "-o", folder / compiler],
+            check=True,
+        )  # fmt: skip
+    return folder
+
+
+PROGRAMS = ["checked", "release", "fused g++", "fused clang++"]
+
+
+@pytest.fixture(params=PROGRAMS)
+def numbers(request):
+    """Runs requests of cpp/tests/numbers.cpp; returns its output and its error lines."""
+    kind, _, compiler = request.param.partition(" ")
+    program = request.getfixturevalue(kind) / (compiler or "numbers")
+
+    def run(lines):
+        done = subprocess.run([program], input="\n".join(lines).encode(), capture_output=True, timeout=300)
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout, done.stderr.decode().splitlines()
+
+    return run
+
+
+def test_the_noise_is_pythons_bit_for_bit(numbers):
+    draw = random.Random(0)
+    seeds = [0, 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1, *(draw.getrandbits(64) for _ in range(40))]
+    requests = [(2**64 - 7, 3, STREAM_STEP, 1_000_003)]
+    for seed in seeds:
+        for step in (0, 1, 49, 2**31, 2**32 - 1):
+            requests.append((seed, step, draw.choice((STREAM_STEP, STREAM_INITIAL)), draw.randint(1, 700)))
+    requests += [(draw.getrandbits(64), 0, STREAM_INITIAL, count) for count in (0, 1, 2, 3, 4, 5, 6, 7, 255, 256, 257)]
+    output, _ = numbers(["noise {} {} {} {}".format(*request) for request in requests])
+    actual = np.frombuffer(output, np.uint32)
+    expected = [
+        normal_numpy([seed], step, (count,), stream).ravel().view(np.uint32) for seed, step, stream, count in requests
+    ]
+    assert len(actual) > 1_000_000
+    np.testing.assert_array_equal(actual, np.concatenate(expected))
+
+
+def draw_table(draw):
+    """A configuration, and how `StepTable.build` is to be called; some are refused."""
+    trained = draw.choice((None, None, None, tuple(draw.uniform(1e-5, 0.3) for _ in range(draw.randint(1, 60)))))
+    n_train = len(trained) if trained else draw.choice((1000, 1000, 1000, 1, 2, 37, 100, 4000))
+    beta_start = 10 ** draw.uniform(-6, -2)
+    fields = {
+        "num_train_timesteps": n_train,
+        "beta_start": beta_start,
+        "beta_end": draw.choice((beta_start, min(0.9, beta_start * 10 ** draw.uniform(0, 3)))),
+        "beta_schedule": draw.choice(BETA_SCHEDULES),
+        "trained_betas": trained,
+        "prediction_type": draw.choice(PREDICTION_TYPES),
+        "timestep_spacing": draw.choice(TIMESTEP_SPACINGS),
+        "steps_offset": min(draw.choice((0, 0, 0, 1, 7)), n_train - 1),
+        "set_alpha_to_one": draw.random() < 0.7,
+        "rescale_betas_zero_snr": n_train > 1 and draw.random() < 0.3,
+    }
+    eta = draw.choice((0.0, 1.0, draw.random()))
+    steps = draw.choice((1, 2, 7, 10, 50, draw.randint(1, n_train), draw.randint(0, n_train + 1)))
+    timesteps = []
+    if draw.random() < 0.3:
+        timesteps = sorted(draw.sample(range(n_train), draw.randint(1, min(n_train, 40))), reverse=True)
+        if draw.random() < 0.1:
+            timesteps.append(timesteps[-1])
+    return fields, eta, draw.random() < 0.5, steps, timesteps
+
+
+def table_request(fields, eta, clipped, steps, timesteps):
+    names = {
+        "beta_schedule": BETA_SCHEDULES,
+        "prediction_type": PREDICTION_TYPES,
+        "timestep_spacing": TIMESTEP_SPACINGS,
+    }
+    plain = {name: names[name].index(value) if name in names else value for name, value in fields.items()}
+    trained = plain.pop("trained_betas") or ()
+    words = [*(int(value) if isinstance(value, bool) else repr(value) for value in plain.values()), repr(eta)]
+    return " ".join(map(str, ["table", *words, int(clipped), steps, *map(repr, trained), ".", *timesteps, "."]))
+
+
+def test_tables_are_pythons_bit_for_bit(numbers):
+    draw = random.Random(1)
+    cases = [draw_table(draw) for _ in range(1500)]
+    output, messages = numbers([table_request(*case) for case in cases])
+    refused, offset = [], 0
+    for fields, eta, clipped, steps, timesteps in cases:
+        (count,) = struct.unpack_from("<q", output, offset)
+        offset += 8
+        try:
+            schedule = Schedule(DDIMConfig(**fields))
+            pairs = schedule.pairs(timesteps=timesteps) if timesteps else schedule.pairs(steps)
+            table = StepTable.build(schedule, pairs, eta=eta, use_clipped_model_output=clipped)
+        except ValueError as error:
+            assert count == -1
+            refused.append(str(error))
+            continue
+        assert count == len(table)
+        assert np.frombuffer(output, np.int64, count, offset).tolist() == list(table.timesteps)
+        columns = np.frombuffer(output, np.float64, 6 * count, offset + 8 * count).reshape(count, 6)
+        floats = np.frombuffer(output, np.float32, 6 * count, offset + 56 * count).reshape(count, 6)
+        offset += 80 * count
+        with np.errstate(over="ignore"):
+            expected = table.columns.astype(np.float32)
+        np.testing.assert_array_equal(floats, expected, err_msg=str(fields))
+        # numpy's cosine may be another than the C library's, by a unit in the last place.
+        exact = fields["beta_schedule"] != "squaredcos_cap_v2" or fields["trained_betas"]
+        np.testing.assert_allclose(columns, table.columns, rtol=0 if exact else 1e-9, atol=0, err_msg=str(fields))
+    assert offset == len(output)
+    assert 50 < len(refused) < 600
+    for ours, theirs in zip(messages, refused, strict=True):
+        assert ours.split(":")[0] == theirs.split(":")[0]
+
+
+def test_digests_are_hashlibs(numbers, tmp_path):
+    contents = [random.Random(size).randbytes(size) for size in (*range(130), 1_000_003)]
+    for k, content in enumerate(contents):
+        (tmp_path / str(k)).write_bytes(content)
+    output, _ = numbers([f"sha256 {tmp_path / str(k)}" for k in range(len(contents))])
+    assert output.decode() == "".join(hashlib.sha256(content).hexdigest() for content in contents)
+
+
+class Typed(torch.nn.Module):
+    """Fast to export, with conditions of every dtype that the loader takes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = torch.nn.Conv2d(2, 2, 3, padding=1)
+        self.embedding = torch.nn.Embedding(5, 2)
+
+    def forward(self, x, t, labels, weights, doubles, shorts, flags, halves):
+        shift = torch.cos(t.to(x.dtype) / 200)[:, None] + self.embedding(labels) * weights
+        shift = shift + doubles.float() + shorts.float()[:, None] / 10 + halves.float()
+        shift = torch.where(flags[:, None], shift, -shift)
+        return torch.tanh(self.conv(x)) + shift[:, :, None, None]
+
+
+def typed_conditions(batch):
+    draw = np.random.default_rng(batch)
+    return {
+        "labels": draw.integers(0, 5, batch),
+        "weights": draw.standard_normal((batch, 2)).astype(np.float32),
+        "doubles": draw.standard_normal((batch, 2)),
+        "shorts": draw.integers(-9, 9, batch).astype(np.int32),
+        "flags": draw.random(batch) < 0.5,
+        "halves": draw.standard_normal((batch, 2)).astype(np.float16),
+    }
+
+
+def export_typed(folder, config=None, **options):
+    example = {name: torch.from_numpy(value) for name, value in typed_conditions(3).items()}
+    return export_onnx(
+        Typed(),
+        config or DDIMConfig(),
+        folder,
+        ExportOptions(num_inference_steps=3, **options),
+        sample_shape=(2, 6, 6),
+        example_kwargs=example,
+        parity_steps=(),
+    ).path
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory):
+    """Bundles by name, each exported at its first use."""
+    folder = tmp_path_factory.mktemp("bundles")
+    pipe = fastddim.load_pipeline()
+    all_options = {"guided": True, "stochastic": True}
+    recipes = {
+        "digits, loop": lambda path: export_digits(path, **all_options),
+        "digits, step": lambda path: export_digits(path, **all_options, graph="step"),
+        "digits, baked": lambda path: export_digits(path, bake_schedule=True, stochastic=True, eta=1.0),
+        "typed": lambda path: export_typed(path, **all_options, guidance_rescale=True),
+        "plain": export_typed,
+        "resizable": export_resizable,
+    }
+
+    def export_digits(path, **options):
+        return export_onnx(pipe.unet, pipe.scheduler, path, ExportOptions(**options), parity_steps=()).path
+
+    def get(name):
+        path = folder / name.replace(", ", "-")
+        return path if path.exists() else recipes[name](path)
+
+    return get
+
+
+def export_resizable(path):
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), add_attention=False,
+    )  # fmt: skip
+    config = DDIMConfig(thresholding=True, sample_max_value=1.5)
+    return export_onnx(unet, config, path, ExportOptions(dynamic_size=True), parity_steps=()).path
+
+
+@pytest.fixture
+def both(checked, bundles):
+    """Python's and C++'s sampler of a bundle, by its name."""
+    running = []
+
+    def load(name, **options):
+        running.append(CppSampler(checked / "ort_driver", bundles(name), **options))
+        return OrtSampler(bundles(name), **options), running[-1]
+
+    yield load
+    for process in running:
+        process.close()
+
+
+def assert_same(samplers, start, **arguments):
+    theirs, ours = (sampler(start, **arguments) for sampler in samplers)
+    assert ours.dtype == np.float32 and ours.shape == theirs.shape
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4, err_msg=str(arguments))
+    return ours
+
+
+@pytest.mark.parametrize("graph", ["loop", "step"])
+def test_the_digits_are_pythons(both, graph):
+    samplers = both(f"digits, {graph}")
+    for batch in (1, 3):
+        for run in (
+            {"num_inference_steps": 20},
+            {"num_inference_steps": 10, "eta": 0.7},
+            {"timesteps": [999, 700, 312, 5], "eta": 1.0},
+            {},
+        ):
+            labels = np.array([3, 1, 4])[:batch]
+            digits = assert_same(samplers, batch, seeds=2**64 - 3, guidance_scale=2.0, class_labels=labels, **run)
+            assert digits.std() > 0.3
+
+
+def test_a_baked_schedule_takes_a_number_of_steps(both):
+    labels = np.array([7, 0])
+    samplers = both("digits, baked")
+    assert_same(samplers, 2, seeds=[5, 900], num_inference_steps=9, class_labels=labels)
+    assert_same(samplers, 2, seeds=[5, 900], class_labels=labels)
+    _, ours = samplers
+    with pytest.raises(CppError, match="timesteps, eta: this bundle derives its table itself"):
+        ours(2, seeds=0, timesteps=[5, 3], class_labels=labels)
+
+
+def test_conditions_of_every_dtype_scales_of_each_sample_and_given_starts(both):
+    start = np.random.default_rng(0).standard_normal((3, 2, 6, 6)).astype(np.float32)
+    arguments = {
+        **typed_conditions(3), "uncond_kwargs": typed_conditions(3), "guidance_scale": np.array([1.5, 3.0, 7.5]),
+        "guidance_rescale": np.array([0.0, 0.7, 1.0]), "num_inference_steps": 6,
+    }  # fmt: skip
+    samplers = both("typed")
+    assert_same(samplers, start, **arguments)
+    assert_same(samplers, start, **arguments, eta=0.5, seeds=[8, 2**63, 1])
+    # numpy's casts within a kind, and integers where floats are wanted.
+    arguments |= {"labels": arguments["labels"].astype(np.int32), "weights": arguments["weights"].astype(np.float64)}
+    arguments |= {"shorts": arguments["shorts"].astype(np.int64), "doubles": np.array([[1, 2], [3, 4], [5, 6]])}
+    assert_same(samplers, 3, **arguments, seeds=4)
+
+
+def test_a_model_of_any_size(both):
+    samplers = both("resizable")
+    for size in (None, (8, 8), (12, 20)):
+        assert_same(samplers, 2, seeds=1, num_inference_steps=4, size=size)
+    _, ours = samplers
+    for size in ((0, 8), (2**40, 2**40), (-8, 8)):
+        with pytest.raises(CppError, match="batch, size: shape"):
+            ours(2, seeds=1, size=size)
+
+
+def test_threads_share_a_sampler(both):
+    theirs, ours = both("digits, loop")
+    calls = [
+        (1 + k % 3, {"seeds": 10 * k, "num_inference_steps": 4 + k, "eta": 0.3 * (k % 2), "guidance_scale": 2.0,
+                     "class_labels": np.arange(1 + k % 3)})
+        for k in range(8)
+    ]  # fmt: skip
+    expected = np.concatenate([theirs(start, **arguments).ravel() for start, arguments in calls])
+    for _ in range(3):
+        np.testing.assert_allclose(ours.concurrent(calls), expected, rtol=0, atol=1e-4)
+
+
+BAD_CALLS = {
+    "guidance_scale: missing; this bundle has guidance": {"guidance_scale": None},
+    "guidance_scale: 2 values; pass a finite number, or one for each of 3": {"guidance_scale": np.ones(2)},
+    "guidance_rescale: 2 values": {"guidance_rescale": [0.5, 0.5]},
+    r"eta: 1.5; pass a number in \[0, 1\]": {"eta": 1.5},
+    r"num_inference_steps: 0; pass an integer in \[1, 1000\]": {"num_inference_steps": 0},
+    r"num_inference_steps: 1001; pass an integer in": {"num_inference_steps": 1001},
+    "num_inference_steps, timesteps: pass one of the two": {"num_inference_steps": 2, "timesteps": [5]},
+    r"timesteps: entry 1 \(7\) is not below entry 0 \(5\)": {"timesteps": [5, 7]},
+    "timesteps: 1000; pass an integer in": {"timesteps": [1000]},
+    "timesteps: empty": {"timesteps": []},
+    r"labels: int64 of shape \[2\] with 2 values; pass int64 of shape \[batch\], the batch is 3": {
+        "labels": np.zeros(2, dtype=np.int64)
+    },
+    "labels: float64 of shape": {"labels": np.zeros(3)},
+    "flags: int64 of shape": {"flags": np.zeros(3, dtype=np.int64)},
+    "halves: float32 of shape": {"halves": np.zeros((3, 2), dtype=np.float32)},
+    "class_labels: this bundle takes labels, weights, doubles, shorts, flags, halves": {"class_labels": np.zeros(3)},
+    "uncond_conditions: 'labels' is missing": {"uncond_kwargs": None},
+    "uncond_conditions: flags: int64": {"uncond_kwargs": {**typed_conditions(3), "flags": np.zeros(3, dtype=np.int64)}},
+    "seeds: missing; pass one integer": {"seeds": None},
+    "seeds: 2 for a batch of 3": {"seeds": [1, 2]},
+    r"seeds: 18446744073709551615 and the 2 after it; pass integers in \[0, 2\*\*64\)": {"seeds": 2**64 - 1},
+    r"size: \[8, 8\]; this bundle makes samples \[2, 6, 6\] alone": {"size": (8, 8)},
+    "batch: 0; pass an integer >= 1": {"start": 0},
+    r"start: shape \[3, 2, 6, 5\] with 180 values; pass a state \[batch, 2, 6, 6\]": {"start": np.zeros((3, 2, 6, 5))},
+}
+
+
+def test_bad_calls_are_named(both):
+    _, ours = both("typed")
+    good = {
+        "start": 3, "seeds": 0, "guidance_scale": 2.0, **typed_conditions(3), "uncond_kwargs": typed_conditions(3),
+    }  # fmt: skip
+    assert np.isfinite(ours(**good)).all()
+    for message, changes in BAD_CALLS.items():
+        with pytest.raises(CppError, match=message) as caught:
+            ours(**{**good, **changes})
+        assert caught.value.kind == "invalid_argument"
+    missing = {name: value for name, value in good.items() if name != "weights"}
+    with pytest.raises(CppError, match=r"weights: missing; pass an array \[batch, 2\]"):
+        ours(**missing)
+
+
+def test_what_a_bundle_lacks_is_named(both):
+    _, ours = both("plain")
+    good = {"seeds": 0, **typed_conditions(1)}
+    for message, changes in {
+        "guidance_scale: given, but this bundle was exported without guidance": {"guidance_scale": 2.0},
+        "guidance_rescale: given, but this bundle was exported without it": {"guidance_rescale": 0.5},
+        "eta: 0.5, but this bundle has no input for noise": {"eta": 0.5},
+    }.items():
+        with pytest.raises(CppError, match=message):
+            ours(1, **good, **changes)
+    np.testing.assert_array_equal(ours(1, **good, guidance_rescale=0.0), ours(1, **good, eta=0.0))
+
+
+@pytest.mark.parametrize("graph", ["loop", "step"])
+def test_the_step_at_which_nan_appears_is_found(checked, tmp_path, graph):
+    class Overflows(torch.nn.Module):
+        def forward(self, x, t):
+            # Infinite from timestep 500 down.
+            return x * 0.1 + torch.where(t < 500, torch.inf, 0.0).reshape(-1, 1, 1, 1) * 1.0
+
+    path = tmp_path / "bundle"
+    options = ExportOptions(graph=graph)
+    export_onnx(Overflows(), DDIMConfig(clip_sample=False), path, options, sample_shape=(1, 2, 2), parity_steps=())
+    with CppSampler(checked / "ort_driver", path, check_finite=True) as sampler:
+        with pytest.raises(CppError, match=r"after step 5 \(timestep 400\)") as caught:
+            sampler(1, seeds=0, num_inference_steps=10)
+        assert caught.value.kind == "NotFiniteError"
+        assert np.isfinite(sampler(1, seeds=0, timesteps=[900, 600])).all()
+    with CppSampler(checked / "ort_driver", path) as sampler:
+        assert np.isnan(sampler(1, seeds=0, num_inference_steps=10)).any()
+
+
+def edit(change):
+    def damage(folder):
+        file = folder / "manifest.json"
+        manifest = json.loads(file.read_text())
+        change(manifest)
+        file.write_text(json.dumps(manifest))
+
+    return damage
+
+
+def put(value, *path):
+    """Sets a field of the manifest; without a value, removes it."""
+
+    def change(manifest):
+        *parents, last = path
+        for key in parents:
+            manifest = manifest[key]
+        if value is None:
+            del manifest[last]
+        else:
+            manifest[last] = value
+
+    return edit(change)
+
+
+def flip_a_byte(folder):
+    file = folder / "model.onnx"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(folder):
+    file = folder / "manifest.json"
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+def link_out(folder):
+    outside = folder.parent / "outside.onnx"
+    (folder / "model.onnx").rename(outside)
+    (folder / "model.onnx").symlink_to(outside)
+
+
+def link_folder_out(folder):
+    outside = folder.parent / "outside"
+    outside.mkdir()
+    (folder / "model.onnx").rename(outside / "model.onnx")
+    (folder / "deep").symlink_to(outside)
+
+    def rename(manifest):
+        manifest["files"]["deep/model.onnx"] = manifest["files"].pop("model.onnx")
+        manifest["model"] = "deep/model.onnx"
+
+    edit(rename)(folder)
+
+
+ENTRY = {"sha256": "", "bytes": 1}
+DAMAGE = {
+    r"model.onnx' is not the file that was exported \(SHA-256\)": flip_a_byte,
+    "model.onnx' has 1 bytes, the manifest says": lambda folder: (folder / "model.onnx").write_bytes(b"x"),
+    "model.onnx' is missing": lambda folder: (folder / "model.onnx").unlink(),
+    "manifest.json' is missing; pass a folder": lambda folder: (folder / "manifest.json").unlink(),
+    "manifest.json' cannot be read: .*parse error": truncate,
+    "manifest.json' cannot be read: .*out_of_range": lambda folder: (folder / "manifest.json").write_text("[1e999]"),
+    "manifest.json' cannot be read: .*UTF-8": lambda folder: (folder / "manifest.json").write_bytes(b'"\xff"'),
+    "is no manifest of a fastddim bundle": lambda folder: (folder / "manifest.json").write_text("[]"),
+    "'' is no manifest|manifest.json' is no manifest": put("onnx-bundle", "format"),
+    "format_version 2, this fastddim reads up to 1; update it": put(2, "format_version"),
+    r"\$\.format_version: \"x\" is not an integer": put("x", "format_version"),
+    r"\$\.format_version: 0 is not >= 1": put(0, "format_version"),
+    r"\$\.format_version: true is not an integer": put(True, "format_version"),
+    r"\$\.format_version: 1\.0 is not an integer": put(1.0, "format_version"),
+    r"\$\.graph: \"whole\" is not one of 'loop', 'step'": put("whole", "graph"),
+    r"\$: 'sampling' is a required property": put(None, "sampling"),
+    r"\$\.table: 'timesteps' is a required property": put(None, "table", "timesteps"),
+    r"\$\.table\.timesteps\[1\]: \"7\" is not an integer": put("7", "table", "timesteps", 1),
+    r"\$\.table\.timesteps\[1\]: 1000 is not in \[0, 999\]": put(1000, "table", "timesteps", 1),
+    r"\$\.table\.timesteps\[1\]: 18446744073709551615 is not an integer": put(2**64 - 1, "table", "timesteps", 1),
+    r"\$\.table\.timesteps\[0\]: 1e\+30 is not an integer": put(10**30, "table", "timesteps", 0),
+    r"\$\.table\.coefficients: 1 rows for 3 timesteps": put([[0] * 6], "table", "coefficients"),
+    r"\$\.table\.coefficients\[2\]: 5 numbers, not 6": put([0] * 5, "table", "coefficients", 2),
+    r"\$\.table\.coefficients\[2\]\[0\]: false is not a number": put([False] * 6, "table", "coefficients", 2),
+    r"\$\.inputs\[0\]\.shape\[1\]: 0 is not >= 1": put(0, "inputs", 0, "shape", 1),
+    r"\$\.inputs\[0\]\.shape\[1\]: an empty name": put("", "inputs", 0, "shape", 1),
+    r"\$\.inputs\[0\]\.shape: \"batch\" is not an array": put("batch", "inputs", 0, "shape"),
+    r"\$\.inputs: no 'sample'": put("simple", "inputs", 0, "name"),
+    r"\$\.inputs\[1\]: a second 'sample'": put("sample", "inputs", 1, "name"),
+    r"\$\.outputs: no 'samples'": put([], "outputs"),
+    r"\$\.sample\.shape: is not that of the input 'sample'": put([2, 6], "sample", "shape"),
+    r"\$\.sample\.range: \[1\] is not a lowest and a highest value": put([1], "sample", "range"),
+    r"\$\.sampling\.guided: 1 is not true or false": put(1, "sampling", "guided"),
+    r"\$\.sampling\.null_values\['labels'\]: 1\.5 is not an integer": put({"labels": 1.5}, "sampling", "null_values"),
+    r"\$\.sampling: a baked schedule in a graph of one step": edit(
+        lambda manifest: manifest.update(graph="step", sampling=manifest["sampling"] | {"baked_schedule": True})
+    ),
+    r"\$\.schedule: 'betas' is no field of a schedule": put([], "schedule", "betas"),
+    r"\$\.schedule\['beta_end'\]: \"0\.02\" is not a number": put("0.02", "schedule", "beta_end"),
+    r"\$\.schedule: beta_start, beta_end: .*, 1; pass": put(1, "schedule", "beta_end"),
+    r"\$\.schedule: num_train_timesteps: 100000000000; pass an integer in": put(
+        10**11, "schedule", "num_train_timesteps"
+    ),
+    r"\$\.schedule: trained_betas: entry 1 is 2;": put([0.1, 2], "schedule", "trained_betas"),
+    r"\$\.schedule: trained_betas: empty": put([], "schedule", "trained_betas"),
+    r"\$\.schedule\['timestep_spacing'\]: \"even\" is not one of 'leading', 'trailing', 'linspace', 'quadratic'": put(
+        "even", "schedule", "timestep_spacing"
+    ),
+    r"\$\.noise\.stream_step: -1 is not >= 0": put(-1, "noise", "stream_step"),
+    r"\$\.parity\[0\]: 'batch' is a required property": put([{}], "parity"),
+    r"\$\.versions\['torch'\]: 2 is not a string": put({"torch": 2}, "versions"),
+    r"\$\.files\['model\.onnx'\]: 'bytes' is a required property": put({"sha256": ""}, "files", "model.onnx"),
+    r"\$\.files\['model\.onnx'\]\.bytes: -1 is not >= 0": put(-1, "files", "model.onnx", "bytes"),
+    r"\$\.model: no file \"other\.onnx\" among 'files'": put("other.onnx", "model"),
+    r"\$\.components\['vae_decoder'\]\.model: no file \"vae.onnx\" among 'files'": put(
+        {"vae_decoder": {"model": "vae.onnx", "inputs": [], "outputs": [], "meaning": ""}}, "components"
+    ),
+    r"\$\.components\['vae_decoder'\]\.upscale: 0 is not >= 1": put(
+        {"vae_decoder": {"model": "model.onnx", "inputs": [], "outputs": [], "meaning": "", "upscale": 0}}, "components"
+    ),
+    r"\$\.zeros_for_empty_prompt: 0 is not true or false": put(0, "zeros_for_empty_prompt"),
+    "names '../model.onnx', which leads out of the folder": put(ENTRY, "files", "../model.onnx"),
+    "names 'a/../../b', which leads out of the folder": put(ENTRY, "files", "a/../../b"),
+    "names '/etc/passwd', which leads out of the folder": put(ENTRY, "files", "/etc/passwd"),
+    r"names '..\\b', which leads out of the folder": put(ENTRY, "files", "..\\b"),
+    "names 'model.onnx', which leads out of the folder": put(ENTRY, "files", "model.onnx\0.txt"),
+    "onnx' leads out of the folder": link_out,
+    "deep/model.onnx' leads out of the folder": link_folder_out,
+}
+
+
+def test_a_damaged_bundle_is_refused(checked, bundles, tmp_path):
+    with CppSampler(checked / "ort_driver") as reader:
+        for k, (message, damage) in enumerate(DAMAGE.items()):
+            folder = tmp_path / str(k) / "bundle"
+            shutil.copytree(bundles("typed"), folder)
+            assert reader.open(folder)["steps"] == 3
+            damage(folder)
+            with pytest.raises(CppError, match=message) as caught:
+                reader.open(folder)
+            assert caught.value.kind == "BundleError" and str(folder) in str(caught.value)
+
+
+def test_a_whole_pipelines_components_are_known(checked, bundles, tmp_path):
+    folder = shutil.copytree(bundles("typed"), tmp_path / "bundle")
+    tensor = {"name": "latents", "dtype": "float32", "shape": ["batch", 4, "height", "width"], "meaning": ""}
+    decoder = {"model": "model.onnx", "inputs": [tensor], "outputs": [], "meaning": "", "upscale": 8}
+    parity = [{"component": "vae_decoder", "batch": 1, "largest_error": 0.0, "tolerance": 1.0}]
+    changes = {"components": {"vae_decoder": decoder}, "zeros_for_empty_prompt": True, "parity": parity}
+    edit(lambda manifest: manifest.update(changes))(folder)
+    with CppSampler(checked / "ort_driver") as reader:
+        assert reader.open(folder)["components"] == {"vae_decoder": [str(folder / "model.onnx"), 8]}
+
+
+def test_hashes_are_left_out_when_asked(checked, bundles, tmp_path):
+    folder = shutil.copytree(bundles("typed"), tmp_path / "bundle")
+    flip_a_byte(folder)
+    with CppSampler(checked / "ort_driver") as reader:
+        assert reader.open(folder, check_hashes=False)["model"] == str(folder / "model.onnx")
+
+
+def test_a_graph_that_cannot_be_loaded_is_named(checked, bundles, tmp_path):
+    folder = shutil.copytree(bundles("typed"), tmp_path / "bundle")
+    (folder / "model.onnx").write_bytes(b"no graph")
+    entry = {"sha256": hashlib.sha256(b"no graph").hexdigest(), "bytes": 8}
+    put(entry, "files", "model.onnx")(folder)
+    with pytest.raises(CppError, match=r"model\.onnx' cannot be loaded: ") as caught:
+        CppSampler(checked / "ort_driver", folder)
+    assert caught.value.kind == "BundleError"
+    folder = shutil.copytree(bundles("typed"), tmp_path / "other")
+    put("bfloat16", "inputs", 2, "dtype")(folder)
+    with pytest.raises(CppError, match=r"has an input '\w+' of dtype bfloat16"):
+        CppSampler(checked / "ort_driver", folder)
+
+
+def fuzz(checked, bundles, folder, seconds):
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    for name in ("typed", "plain"):
+        shutil.copy(bundles(name) / "manifest.json", corpus / name)
+    # In a folder of the test's, where it leaves an input that crashes.
+    done = subprocess.run(
+        [checked / "fuzz_manifest", corpus, f"-max_total_time={seconds}", "-seed=1", "-max_len=16384",
+         "-rss_limit_mb=1024", "-timeout=20", "-print_final_stats=1"],
+        cwd=folder, capture_output=True, text=True, timeout=seconds + 120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    runs = next(line for line in done.stderr.splitlines() if "number_of_executed_units" in line)
+    return int(runs.split()[-1])
+
+
+def test_a_few_seconds_of_made_up_manifests(checked, bundles, tmp_path):
+    assert fuzz(checked, bundles, tmp_path, 4) > 100
+
+
+@pytest.mark.slow
+def test_a_minute_of_made_up_manifests(checked, bundles, tmp_path):
+    print(f"{fuzz(checked, bundles, tmp_path, 60)} manifests")
+
+
+def read_pgm(path):
+    magic, size, largest, pixels = path.read_bytes().split(b"\n", 3)
+    assert (magic, largest) == (b"P5", b"255")
+    width, height = map(int, size.split())
+    return np.frombuffer(pixels, np.uint8).reshape(height, width)
+
+
+@pytest.mark.parametrize("kind", ["checked", "release"])
+def test_the_example_writes_the_digits(kind, bundles, request, tmp_path):
+    program = request.getfixturevalue(kind) / "sample"
+    arguments = ["--labels", "3,1,4", "--steps", "20", "--seed", "7", "--threads", "1"]
+    expected = OrtSampler(bundles("digits, loop"))(
+        3, seeds=7, num_inference_steps=20, guidance_scale=2.0, class_labels=np.array([3, 1, 4])
+    )
+    for out in (tmp_path / "pi.pgm", tmp_path / "pi.raw"):
+        subprocess.run([program, bundles("digits, loop"), *arguments, "--out", out], check=True)
+    np.testing.assert_allclose(np.fromfile(tmp_path / "pi.raw", np.float32), expected.ravel(), atol=1e-4)
+    levels = (np.concatenate(expected[:, 0], axis=1).clip(-1, 1) + 1) * 127.5
+    assert np.abs(read_pgm(tmp_path / "pi.pgm") - levels).max() < 0.6
+    assert sorted(os.listdir(tmp_path)) == ["pi.pgm", "pi.raw"]
+
+
+def test_the_example_names_what_is_wrong(checked, bundles, tmp_path):
+    bundle = bundles("resizable")
+    (tmp_path / "there.pgm").write_text("earlier")
+    for message, arguments in {
+        "BUNDLE: missing": [],
+        "manifest.json' is missing": [tmp_path],
+        "--seed: 'x'; pass a number": [bundle, "--seed", "x"],
+        "--seed: no value": [bundle, "--seed"],
+        "--nope: no such option": [bundle, "--nope", "1"],
+        "a second bundle": [bundle, bundle],
+        "num_inference_steps: 0": [bundle, "--steps", "0"],
+        "--size: '8'": [bundle, "--size", "8"],
+        "class_labels: this bundle takes no conditions": [bundle, "--labels", "1"],
+        "cannot be written; pass another file": [bundle, "--steps", "1", "--out", tmp_path / "none" / "x.pgm"],
+    }.items():
+        done = subprocess.run([checked / "sample", *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert os.listdir(tmp_path) == ["there.pgm"]
+    out = tmp_path / "there.pgm"
+    subprocess.run([checked / "sample", bundle, "--size", "8,12", "--batch", "2", "--out", out], check=True)
+    assert read_pgm(out).shape == (8, 24)
+
+
+CONSUMER = """
+cmake_minimum_required(VERSION 3.18)
+project(consumer CXX)
+find_package(fastddim {version} REQUIRED COMPONENTS ort)
+add_executable(consumer main.cpp)
+target_link_libraries(consumer PRIVATE fastddim::ort)
+"""
+
+
+def test_the_readmes_program_finds_an_installed_copy(release, bundles, tmp_path):
+    prefix = tmp_path / "prefix"
+    (tmp_path / "CMakeLists.txt").write_text(CONSUMER.format(version=fastddim.__version__))
+    (program,) = re.findall(r"```cpp\n(.*?)```", (ROOT / "cpp" / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "main.cpp").write_text(program)
+    for command in (
+        ["cmake", "--install", release, "--prefix", prefix],
+        ["cmake", "-S", tmp_path, "-B", tmp_path / "out", f"-DCMAKE_PREFIX_PATH={prefix}",
+         f"-DONNXRUNTIME_ROOT={RUNTIME}", "-DCMAKE_CXX_COMPILER=clang++"],
+        ["cmake", "--build", tmp_path / "out"],
+    ):  # fmt: skip
+        subprocess.run(command, check=True, capture_output=True)
+    (tmp_path / "digits").symlink_to(bundles("digits, loop"))
+    done = subprocess.run([tmp_path / "out" / "consumer"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "768 numbers\n", done.stderr
+
+
+def test_flags_that_would_change_the_bits_are_refused():
+    command = [
+        "g++",
+        "-std=c++17",
+        "-fsyntax-only",
+        f"-I{ROOT}/cpp/include",
+        "-include",
+        "fastddim/philox.hpp",
+        "-xc++",
+    ]
+    flags = {"-ffast-math": "-ffast-math and -Ofast change the bits", "-Ofast": "-ffast-math and -Ofast"}
+    if platform.machine() == "x86_64":
+        flags["-mfpmath=387"] = "float arithmetic in a wider type"
+    for flag, message in flags.items():
+        done = subprocess.run([*command, flag, "/dev/null"], capture_output=True, text=True)
+        assert done.returncode != 0 and message in done.stderr
+    assert subprocess.run([*command, "/dev/null"]).returncode == 0
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / "cpp_sampler.py", "--quick", "--json", tmp_path / "out.json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["status"] for row in rows] == ["ok"] * 4
