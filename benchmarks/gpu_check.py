@@ -33,8 +33,8 @@ from fastddim.files import check_writable, write_whole
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SUMMARY, TABLE = "gpu-check.json", "gpu-check.md"
-NO_DEVICE = "no NVIDIA GPU on this machine"
-TAIL_CHARACTERS = 4000
+NO_DEVICE = "no GPU on this machine"
+SUMMARY_CHARACTERS, TAIL_CHARACTERS = 300, 4000
 # A part is not started with less.
 LEAST_SECONDS = 15
 
@@ -172,18 +172,18 @@ def _check(out: Path, minutes: float, site: str | None) -> int:
     environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"}
     environment.pop("OMP_NUM_THREADS", None)
     end = time.monotonic() + 60 * minutes
-    device = _device(environment)
+    machine = _describe_machine(environment)
     summary = {
         "format": "gpu-check 1",
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "minutes": minutes,
-        "environment": report.environment(),
+        "environment": machine,
         "parts": [],
     }
     parts: list[Part] = []
     for task in make_tasks(out):
         part = Part(task.name, min(task.limit_s, end - time.monotonic()))
-        missing = NO_DEVICE if device is None else task.needs()
+        missing = NO_DEVICE if machine["gpu"] is None else task.needs()
         if missing is None and part.limit_s < LEAST_SECONDS:
             missing = f"out of time: {minutes:g} minutes"
         if missing is not None:
@@ -196,13 +196,14 @@ def _check(out: Path, minutes: float, site: str | None) -> int:
     return int(any(part.status == FAILED for part in parts))
 
 
-def _device(environment: dict[str, str]) -> str | None:
-    """The GPU's name, asked for in another process: a context in this one would hold memory all along."""
-    code = (
-        "import torch; print(torch.cuda.get_device_name() if torch.version.cuda and torch.cuda.is_available() else '')"
-    )
+def _describe_machine(environment: dict[str, str]) -> dict[str, Any]:
+    """`report.environment()` of another process: in this one it would leave a context on the GPU."""
+    code = "import json; from fastddim.bench.report import environment; print(json.dumps(environment()))"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    return done.stdout.strip().rpartition("\n")[2] or None
+    if done.returncode:
+        raise SystemExit(f"error: torch or fastddim cannot be imported: {_last_line(done.stderr)}")
+    known: dict[str, Any] = json.loads(_last_line(done.stdout))
+    return known
 
 
 def _run(task: Task, part: Part, environment: dict[str, str]) -> None:
@@ -222,7 +223,8 @@ def _run(task: Task, part: Part, environment: dict[str, str]) -> None:
         output, _ = process.communicate()
         part.status = CUT
     part.seconds = time.monotonic() - start
-    part.summary, part.numbers = task.read(output, process.returncode)
+    said, part.numbers = task.read(output, process.returncode)
+    part.summary = said[:SUMMARY_CHARACTERS]
     if part.status != CUT:
         # pytest's 5: no test was chosen.
         part.status = PASSED if process.returncode in (0, 5) else FAILED
@@ -286,7 +288,7 @@ def _files_with_gpu_marks() -> list[str]:
 
 def _last_line(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "no output"
+    return lines[-1] if lines else "no output"
 
 
 def _write(out: Path, summary: dict[str, Any], parts: Sequence[Part]) -> None:

@@ -118,19 +118,6 @@ def main() -> None:
     judge = Judge()
     rows = ways(pipeline)
     seconds = time_in_turn(rows)
-    measured = []
-    for way, taken in zip(rows, seconds, strict=True):
-        images, labels = way.images(args.count)
-        row = {
-            "sampler": way.sampler,
-            "eta": way.eta,
-            "steps": way.steps,
-            "seconds_per_image": taken,
-            "frechet_distance": judge.distance(images),
-            "agreement": judge.agreement(images, labels),
-        }
-        measured.append(row)
-        print(row, flush=True)
     result = {
         "format": FORMAT,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -138,8 +125,21 @@ def main() -> None:
         "floor": judge.floor,
         "real_agreement": judge.real_score,
         "environment": report.environment(),
-        "rows": measured,
+        "rows": [],
     }
+    for way, taken in zip(rows, seconds, strict=True):
+        images, labels = way.images(args.count)
+        finite = bool(np.isfinite(images).all())
+        row = {
+            "sampler": way.sampler,
+            "eta": way.eta,
+            "steps": way.steps,
+            "seconds_per_image": taken,
+            "frechet_distance": judge.distance(images) if finite else None,
+            "agreement": judge.agreement(images, labels) if finite else None,
+        }
+        result["rows"].append(row)
+        print(row, flush=True)
     report.write_text("--json", args.json, report.make_json(result))
 
 

@@ -677,7 +677,7 @@ def test_plots_show_what_was_measured(tmp_path: Path) -> None:
             p80_s=4e-9 * elements, gb_per_s=1.0, about={"elements": elements, "dtype": "float32", "option": "size"},
         )
         for k, name in ((1, "ours"), (2, "theirs"))
-        for elements in (1 << 12, 1 << 16)
+        for elements in (1 << 12, 1 << 16, 1 << 20)
     ]  # fmt: skip
     made = report.make_report(rows, "step", True, "keep")
     assert [path.name for path in plots.draw_all(made, tmp_path)] == ["step-latency.png"]
@@ -712,10 +712,11 @@ def test_the_performance_page_follows_its_results(tmp_path: Path) -> None:
         "environment": report.environment(),
         "rows": [
             {"sampler": name, "eta": eta, "steps": steps, "seconds_per_image": steps * cost, "frechet_distance": distance,
-             "agreement": 0.9}
+             "agreement": None if distance is None else 0.9}
             for name, eta, steps, cost, distance in (
                 ("fastddim.Sampler", 0.0, 10, 1e-3, 1.2), ("fastddim.Sampler", 0.0, 50, 1e-3, 0.9),
                 ("fastddim.Sampler", 0.0, 100, 1e-3, 0.8), ("diffusers.DDPMScheduler", 1.0, 1000, 2e-3, 1.0),
+                ("diffusers.DDIMScheduler", 1.0, 5, 1e-3, None),
             )
         ],
     }  # fmt: skip
@@ -729,6 +730,7 @@ def test_the_performance_page_follows_its_results(tmp_path: Path) -> None:
     assert [path.name for path in performance.draw_plots(tmp_path, tmp_path)] == ["quality-time.png"]
     page = performance.make_page(tmp_path, tmp_path)
     assert "20 times fewer model calls and 40 times faster" in page
+    assert "| diffusers.DDIMScheduler | 1 | 5 | 5 ms | NaN | NaN |" in page
     assert "| step: case [1\\|2] | ours | 1.5 ms |" in page
     assert "Suite step" in page and "A GPU" in page and "No result from a GPU" not in page
     assert "(quality-time.png)" in page and "(step-latency.png)" not in page

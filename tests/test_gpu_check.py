@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import fastddim
+from fastddim.bench import report
 
 ROOT = Path(fastddim.__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -38,7 +39,7 @@ def run_script(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_without_a_gpu_every_part_is_skipped_for_lack_of_one(tmp_path: Path) -> None:
-    if gpu_check._device(dict(os.environ)) is not None:
+    if report.environment()["gpu"] is not None:
         pytest.skip("this machine has a GPU: the dry mode is for those without")
     done = run_script(tmp_path)
     assert done.returncode == 0, done.stderr
@@ -80,7 +81,8 @@ def python(code: str) -> list[str]:
 
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "_device", lambda _: "stand-in")
+    machine = {**report.environment(), "gpu": {"name": "stand-in"}}
+    monkeypatch.setattr(gpu_check, "_describe_machine", lambda _: machine)
     monkeypatch.setattr(gpu_check, "LEAST_SECONDS", 0.5)
 
 

@@ -22,6 +22,8 @@ STEP_PLOT, LOOP_PLOT = "step-latency.png", "loop-breakdown.png"
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
 _MARKERS = "osD^vPX*"
 _DPI = 130
+# Fewer make no line.
+_LEAST_SIZES = 3
 
 
 def check_folder(folder: Path) -> None:
@@ -44,7 +46,7 @@ def draw_all(report: dict[str, Any], folder: Path) -> list[Path]:
     rows = [row for row in rows_of(report) if row.status == OK and row.median_s is not None]
     drawn = []
     sizes = [row for row in rows if row.suite == "step" and row.about.get("option") == "size"]
-    if len({row.about["elements"] for row in sizes if row.about["dtype"] == "float32"}) > 1:
+    if len({row.about["elements"] for row in sizes if row.about["dtype"] == "float32"}) >= _LEAST_SIZES:
         drawn.append((folder / STEP_PLOT, _draw_step(sizes, report)))
     loops = [row for row in rows if row.suite == "loop"]
     if any(row.parts for row in loops):
@@ -90,7 +92,7 @@ def _draw_step(rows: Sequence[Row], report: dict[str, Any]) -> Figure:
     dtypes = [
         dtype
         for dtype in ("float32", "float16", "bfloat16")
-        if len({row.about["elements"] for row in rows if row.about["dtype"] == dtype}) > 1
+        if len({row.about["elements"] for row in rows if row.about["dtype"] == dtype}) >= _LEAST_SIZES
     ]
     figure, panels = new_figure(5.2 * len(dtypes) + 1.5, 4.4, columns=len(dtypes))
     names = list(dict.fromkeys(row.candidate for row in rows))

@@ -19,7 +19,10 @@ def is_quality(value: Any) -> bool:
 
 
 def make_markdown(result: dict[str, Any]) -> list[str]:
-    """Lines: what was measured, the speed-up over DDPM that costs no quality, and a row for each sampler."""
+    """Lines: what was measured, the speed-up over DDPM that costs no quality, and a row for each sampler.
+
+    A row without quality is of a sampler whose images were not finite.
+    """
     lines = [
         f"{result['count']} images of the embedded digits model for each row, without guidance. Frechet distance is to the"
         f" held-out real digits, from which the training digits are at {result['floor']:.2f}; agreement is that of a"
@@ -31,16 +34,21 @@ def make_markdown(result: dict[str, Any]) -> list[str]:
         lines += [_speed_up(result["rows"], ddpm), ""]
     lines += ["| sampler | eta | steps | one image | Frechet distance | agreement |", "|---|---:|---:|---:|---:|---:|"]
     lines += [
-        f"| {row['sampler']} | {row['eta']:g} | {row['steps']} | {format_seconds(row['seconds_per_image'])}"
-        f" | {row['frechet_distance']:.2f} | {row['agreement']:.1%} |"
+        f"| {row['sampler']} | {row['eta']:g} | {row['steps']} | {format_seconds(row['seconds_per_image'])} | {_judged(row)} |"
         for row in result["rows"]
     ]
     return lines
 
 
+def _judged(row: dict[str, Any]) -> str:
+    if row["frechet_distance"] is None:
+        return "NaN | NaN"
+    return f"{row['frechet_distance']:.2f} | {row['agreement']:.1%}"
+
+
 def _speed_up(rows: list[dict[str, Any]], ddpm: dict[str, Any]) -> str:
     """The paper's claim (arXiv:2010.02502): samples as good as DDPM's of 1000 steps 10 to 50 times faster."""
-    ours = [row for row in rows if row["sampler"].startswith("fastddim") and row["eta"] == 0]
+    ours = [row for row in rows if row["sampler"].startswith("fastddim") and row["eta"] == 0 and row["agreement"]]
     good = [row for row in ours if row["frechet_distance"] <= ddpm["frechet_distance"]]
     claim = f"The paper's claim, DDPM's quality of {ddpm['steps']} steps 10 to 50 times faster"
     if not good:
@@ -57,7 +65,7 @@ def draw(result: dict[str, Any]) -> Figure:
     """Frechet distance and disagreement against the time of one image, a line for each sampler and eta."""
     figure, (distance, agreement) = new_figure(11, 5, columns=2)
     lines: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    for row in result["rows"]:
+    for row in filter(lambda row: row["agreement"] is not None, result["rows"]):
         lines.setdefault((row["sampler"], row["eta"]), []).append(row)
     for index, ((sampler, eta), rows) in enumerate(lines.items()):
         milliseconds = [1e3 * row["seconds_per_image"] for row in rows]

@@ -15,6 +15,8 @@ from fastddim.bench.suites import select_cases
 from fastddim.bench.timing import FAILURES, QUICK, Row, Settings, absent_rows, run_case, set_allocator
 
 OUT_OF_TIME = "not run: out of time"
+# Of runs with a budget of their own.
+_LEAST_ROUNDS = 3
 
 
 def run_suite(
@@ -36,14 +38,14 @@ def run_suite(
         device, quick: of the scope.
         allocator: one of `timing.ALLOCATORS`.
         minutes: after which no further case is started; those left get rows that say so.
-        budget_s: how long to measure a case.
+        budget_s: how long to measure a case, but for three rounds at least.
         json_file: rewritten after every case, so that a run that is cut off loses one.
         on_case: called before each case.
     """
     cases = select_cases(suite, Scope(quick, device), patterns, baselines)
     settings = QUICK if quick else Settings()
     if budget_s is not None:
-        settings = Settings(settings.min_rounds, settings.max_rounds, budget_s)
+        settings = Settings(_LEAST_ROUNDS, settings.max_rounds, budget_s)
     in_force = set_allocator(allocator)
     copy = cache(lambda: copy_bandwidth(device))
     end = None if minutes is None else time.monotonic() + 60 * minutes
