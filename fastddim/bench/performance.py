@@ -96,7 +96,7 @@ def _on_gpu(result: dict[str, Any]) -> bool:
 
 def _device(result: dict[str, Any]) -> str:
     gpu = result["environment"].get("gpu")
-    return str(gpu["name"]) if gpu and _on_gpu(result) else f"{result['environment']['threads']} CPU threads"
+    return str(gpu["name"]) if gpu and _on_gpu(result) else f"CPU, threads: {result['environment']['threads']}"
 
 
 def main() -> int:

@@ -162,14 +162,15 @@ def _draw_breakdown(axes: Axes, rows: Sequence[Row]) -> None:
             axes.barh(place, total, color=_COLOURS[6], label="not broken down")
         for index, name in enumerate(("model", "step")):
             if name in row.parts:
-                width = scale * row.parts[name] / row.num_steps
+                # On a busy machine a part alone may take longer than the whole.
+                width = min(scale * row.parts[name] / row.num_steps, total - left)
                 axes.barh(place, width, left=left, color=_COLOURS[index], label=name)
                 left += width
         if row.parts and total > left:
             axes.barh(place, total - left, left=left, color=_COLOURS[2], label="everything else")
         axes.annotate(
             f"{total:.3g} {unit}",
-            (max(total, left), place),
+            (total, place),
             xytext=(4, 0),
             textcoords="offset points",
             va="center",

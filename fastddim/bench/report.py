@@ -146,7 +146,7 @@ def describe_environment(report: dict[str, Any]) -> list[str]:
     known = report["environment"]
     gpu = known.get("gpu")
     on_gpu = any(row.get("device") == "cuda" for row in report["rows"])
-    where = "A CPU run: nothing here was measured on a GPU."
+    where = "A CPU run: nothing here was measured on a GPU, and launches, waits and peak memory are a GPU's."
     if gpu and on_gpu:
         clocks = ", ".join(
             f"{name} {gpu[name]}" for name in ("driver_version", "clocks.sm", "clocks.mem") if name in gpu
