@@ -180,7 +180,7 @@ def make_table(rows: Sequence[Row]) -> Table:
     for row, ends in _with_ends(attempted(rows)):
         cells = cells_of(row)
         # Text, as names hold brackets that rich would read as markup.
-        texts = [Text(cells.get(heading, "")) for heading in columns]
+        texts = [Text(cells[heading]) for heading in columns]
         if row.target_met is not None:
             texts[columns.index("target")].stylize("green" if row.target_met else "yellow")
         style = "red" if row.status in FAILURES else "dim" if row.status == ABSENT else None
@@ -218,7 +218,7 @@ def markdown_table(rows: Sequence[Row]) -> list[str]:
     ]
     for row in attempted(rows):
         cells = cells_of(row)
-        lines.append(f"| {' | '.join(cells.get(heading, '').replace('|', chr(92) + '|') for heading in columns)} |")
+        lines.append(f"| {' | '.join(cells[heading].replace('|', chr(92) + '|') for heading in columns)} |")
     return lines
 
 
@@ -241,16 +241,15 @@ def _is_absent(group: Sequence[Row]) -> bool:
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
     """The headings that some row has something under, in their order."""
-    headings = dict.fromkeys(heading for row in rows for heading in cells_of(row, every=True))
-    used = {heading for row in rows for heading, cell in cells_of(row).items() if cell}
-    return [heading for heading in headings if heading in used]
+    cells = [cells_of(row) for row in rows]
+    return [heading for heading in (cells[0] if cells else _TEXT_COLUMNS) if any(each[heading] for each in cells)]
 
 
-def cells_of(row: Row, every: bool = False) -> dict[str, str]:
-    """A row's cells by heading; with `every`, those that are empty too."""
+def cells_of(row: Row) -> dict[str, str]:
+    """A row's cells by heading."""
     name = row.candidate if row.status == OK else f"{row.candidate}: {_verdict(row)}"
     verdict = "" if row.target_met is None else (" met" if row.target_met else " missed")
-    cells = {
+    return {
         "case": f"{row.suite}: {row.case}",
         "candidate": name,
         "cold": format_seconds(row.cold_s),
@@ -274,7 +273,6 @@ def cells_of(row: Row, every: bool = False) -> dict[str, str]:
         "latency p99": format_seconds(row.facts.get("latency_p99_s")),
         "requests/s": _throughput(row),
     }
-    return cells if every else {heading: cell for heading, cell in cells.items() if cell}
 
 
 def _verdict(row: Row) -> str:
