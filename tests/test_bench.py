@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -426,7 +427,7 @@ def refused(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
 def test_user_errors_come_before_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run, "run_suite", lambda *_, **__: pytest.fail("the run started"))
+    monkeypatch.setattr(run, "CaseRun", lambda *_: pytest.fail("the run started"))
     message = refused(["--suite", "stepp"], capfd)
     assert all(name in message for name in ("'stepp'", "'step'", "'serve'", "'import'", "'all'"))
     assert all(name in refused(["--allocator", "new"], capfd) for name in ("'new'", "'keep'", "'fresh'", "'system'"))
@@ -442,6 +443,7 @@ def test_user_errors_come_before_the_run(
     assert all(name in refused(["--baseline", "difusers"], capfd) for name in ("'difusers'", *map(repr, BASELINES)))
     assert "--device" in refused(["--device", "gpu"], capfd)
     assert "--minutes" in refused(["--minutes", "0"], capfd)
+    assert "--threads: 0" in refused(["--threads", "0"], capfd)
     assert repr(str(tmp_path / "no")) in refused(["--plot", str(tmp_path / "no")], capfd)
     assert "cannot be read" in refused(["--compare", str(tmp_path / "no.json")], capfd)
     assert os.listdir(tmp_path) == []
@@ -586,17 +588,53 @@ def test_a_run_out_of_time_says_so_and_keeps_what_it_has(tmp_path: Path, only: C
 
     cases = [dataclasses.replace(toy_case(constant("it", 0.0, 4.0)), name=f"{k}", inputs=look) for k in range(3)]
     only(*cases)
-    assert main(["bench", "--suite", "step", "--quick", "--minutes", "0.02", "--json", str(path)]) == 0
+    assert main(["bench", "--suite", "step", "--quick", "--minutes", "0.01", "--json", str(path)]) == 0
     rows = json.loads(path.read_text())["rows"]
     assert [row["status"] for row in rows] == ["ok", "absent", "absent"]
     assert "out of time" in rows[1]["message"]
 
     seen.clear()
     path.unlink()
-    assert main(["bench", "--suite", "step", "--quick", "--json", str(path)]) == 0
+    assert main(["bench", "--suite", "step", "--json", str(path)]) == 0
     assert seen[0] is None
     assert [len(each["rows"]) for each in seen[1:]] == [1, 2]
     assert not any(each["complete"] for each in seen[1:])
+
+
+def test_a_quick_run_measures_all_cases_in_every_pass(only: Callable[..., None]) -> None:
+    order: list[str] = []
+
+    def noted(name: str) -> Candidate:
+        def call() -> tuple[torch.Tensor]:
+            order.append(name)
+            time.sleep(0.02)
+            return (torch.tensor([0.0, 4.0]),)
+
+        return Candidate(name, lambda _: call)
+
+    only(*(dataclasses.replace(toy_case(noted(name)), name=name) for name in "AB"))
+    settings = timing.QUICK
+    made = run.run_suite("step", quick=True)
+    assert "".join(name for name, _ in itertools.groupby(order)) == "AB" * (1 + settings.passes)
+    assert [row["rounds"] >= settings.passes for row in made["rows"]] == [True, True]
+
+
+def test_threads_are_torchs_and_in_the_report(only: Callable[..., None]) -> None:
+    seen = []
+
+    def count() -> tuple[torch.Tensor]:
+        seen.append(torch.get_num_threads())
+        return (torch.tensor([0.0, 4.0]),)
+
+    before = torch.get_num_threads()
+    only(toy_case(Candidate("it", lambda _: count)))
+    try:
+        for options, threads in (({"threads": 2}, 2), ({}, 1), ({"threads": 3}, 3)):
+            made = run.run_suite("step", quick=True, **options)
+            assert (set(seen), made["environment"]["threads"]) == ({threads}, threads)
+            seen.clear()
+    finally:
+        torch.set_num_threads(before)
 
 
 def slow(name: str, seconds: float) -> Candidate:

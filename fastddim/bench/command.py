@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from fastddim.cli_options import number
-from fastddim.config import require_choice
+from fastddim.config import require_choice, require_int
 from fastddim.files import check_writable
 
 if TYPE_CHECKING:
@@ -42,6 +42,10 @@ def bench(
         float | None,
         typer.Option(parser=number, metavar="NUMBER", help="Start no further case after so many minutes."),
     ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(metavar="NUMBER", help="torch's, on a CPU. Default: one a core; with --quick one in all."),
+    ] = None,
     allocator: Annotated[
         str, typer.Option(help="Memory of large CPU tensors: keep (reused), fresh (new from the kernel) or system.")
     ] = "keep",
@@ -60,12 +64,12 @@ def bench(
     The status is 1 if a candidate was wrong or raised, or a ratio is worse than in the file to compare with.
     """
     from fastddim.bench import report
-    from fastddim.bench.cases import Scope
     from fastddim.bench.run import has_failed, run_suite
-    from fastddim.bench.suites import select_cases
     from fastddim.bench.timing import ALLOCATORS
 
     require_choice("--allocator", allocator, ALLOCATORS)
+    if threads is not None:
+        require_int("--threads", threads, 1)
     if minutes is not None and not 0 < minutes < float("inf"):
         raise ValueError(f"--minutes: {minutes!r}; pass a number above 0")
     files = [(option, path) for option, path in (("--json", json_file), ("--markdown", markdown)) if path is not None]
@@ -79,12 +83,11 @@ def bench(
         plots.check_folder(plot)
     old = None if compare is None else report.read_report(compare, "--compare")
     place = _pick_device(device)
-    cases = select_cases(suite, Scope(quick, place), case or (), baseline or ())
 
     console = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=len(cases))
+        task = bar.add_task("", total=None)
         made = run_suite(
             suite,
             place,
@@ -93,8 +96,11 @@ def bench(
             baseline or (),
             allocator,
             minutes,
+            threads=threads,
             json_file=json_file,
-            on_case=lambda each: bar.update(task, advance=1, description=f"{each.suite}: {each.name}"),
+            on_visit=lambda case, total: bar.update(
+                task, advance=1, total=total, description=f"{case.suite}: {case.name}"
+            ),
         )
     rows = report.rows_of(made)
     output = Console()

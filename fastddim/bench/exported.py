@@ -23,8 +23,6 @@ def missing(name: str) -> str | None:
 
     try:
         getattr(fastddim.export, name)
-    except AttributeError:
-        return "not installed: not in this fastddim"
     except ImportError as error:
         return f"not installed: {error.name or error}"
     return None

@@ -30,14 +30,16 @@ _WARM_UP_S = 0.02
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure a case: rounds until `budget_s` is spent, within the two bounds."""
+    """How long to measure a case: in each of so many passes rounds until `budget_s` is spent, within the two bounds."""
 
     min_rounds: int = 5
     max_rounds: int = 200
     budget_s: float = 4.0
+    passes: int = 1
 
 
-QUICK = Settings(min_rounds=5, max_rounds=100, budget_s=1.0)
+# Passes over all cases: a shared machine is slow for some seconds at a time, and no case's rounds should all be there.
+QUICK = Settings(min_rounds=1, max_rounds=60, budget_s=1.0, passes=4)
 
 
 @dataclass
@@ -188,46 +190,82 @@ def run_case(case: Case, settings: Settings, copy_bandwidth: Callable[[], float]
         settings: for how long.
         copy_bandwidth: the device's, in bytes a second; asked for by cases that move memory alone.
     """
-    import torch
-
-    rows = [_row(case, candidate) for candidate in case.candidates]
-    if case.needs is not None:
-        return _refuse(rows, ABSENT, case.needs)
-    # A case of which nothing can run needs no inputs.
-    missing = [candidate.needs() for candidate in case.candidates]
-    if all(missing):
-        for row, message in zip(rows, missing, strict=True):
-            row.status, row.message = ABSENT, message
-        return rows
-    with torch.no_grad():
-        try:
-            inputs = case.inputs()
-            expected = case.reference(inputs)
-            tolerance = case.tolerance(inputs, expected) if callable(case.tolerance) else case.tolerance
-        except Exception as error:
-            return _refuse(rows, RAISED, f"the case could not be set up: {_describe(error)}")
-        # Of a loop it takes a whole run to find.
-        case = replace(case, tolerance=tolerance)
-        # The thread pool starts here, not in the first candidate's cold run.
-        torch.ones(1 << 20).add_(1)
-        verified = [verify(case, candidate, inputs, expected) for candidate in case.candidates]
-        runners = [_Runner(row, work) for row, work in verified if work is not None]
-        _time(runners, settings, case.device)
-        rows = [row for row, _ in verified]
-        if case.device == "cuda":
-            for runner in runners:
-                _count(runner)
-    for runner in runners:
-        runner.row.facts = runner.work.facts()
-    _compare(rows, runners, case.target)
-    if case.nbytes is not None:
-        _rate(rows, case.nbytes, copy_bandwidth)
-    return rows
+    run = CaseRun(case)
+    for _ in range(settings.passes):
+        run.measure(settings)
+    return run.finish(copy_bandwidth)
 
 
-def absent_rows(case: Case, message: str) -> list[Row]:
-    """The rows of a case that is not run."""
-    return _refuse([_row(case, candidate) for candidate in case.candidates], ABSENT, message)
+class CaseRun:
+    """A case whose candidates are verified and warm; measured in one pass or several, then finished, once.
+
+    Args:
+        case: what to run.
+    """
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self._rows = [_row(case, candidate) for candidate in case.candidates]
+        self._runners: list[_Runner] = []
+        self._prepare()
+
+    def _prepare(self) -> None:
+        import torch
+
+        case = self.case
+        if case.needs is not None:
+            _refuse(self._rows, ABSENT, case.needs)
+            return
+        # A case of which nothing can run needs no inputs.
+        missing = [candidate.needs() for candidate in case.candidates]
+        if all(missing):
+            for row, message in zip(self._rows, missing, strict=True):
+                row.status, row.message = ABSENT, message
+            return
+        with torch.no_grad():
+            try:
+                inputs = case.inputs()
+                expected = case.reference(inputs)
+                tolerance = case.tolerance(inputs, expected) if callable(case.tolerance) else case.tolerance
+            except Exception as error:
+                _refuse(self._rows, RAISED, f"the case could not be set up: {_describe(error)}")
+                return
+            # Of a loop it takes a whole run to find.
+            case = replace(case, tolerance=tolerance)
+            # The thread pool starts here, not in the first candidate's cold run.
+            torch.ones(1 << 20).add_(1)
+            verified = [verify(case, candidate, inputs, expected) for candidate in case.candidates]
+            self._rows = [row for row, _ in verified]
+            self._runners = [_Runner(row, work) for row, work in verified if work is not None]
+            for runner in self._runners:
+                _warm_up(runner, case.device)
+
+    def measure(self, settings: Settings) -> None:
+        """Time the candidates for a pass."""
+        import torch
+
+        with torch.no_grad():
+            _time([runner for runner in self._runners if runner.row.status == OK], settings, self.case.device)
+
+    def finish(self, copy_bandwidth: Callable[[], float] | None = None) -> list[Row]:
+        """The rows, with times, ratios and all else that is known."""
+        import torch
+
+        for runner in self._runners:
+            if runner.row.status == OK:
+                runner.summarise()
+        if self.case.device == "cuda":
+            with torch.no_grad():
+                for runner in self._runners:
+                    _count(runner)
+        for runner in self._runners:
+            runner.row.facts = runner.work.facts()
+        _compare(self._rows, self._runners, self.case.target)
+        if self.case.nbytes is not None:
+            _rate(self._rows, self.case.nbytes, copy_bandwidth)
+        # What they hold of a device's memory is the next case's.
+        self._runners = []
+        return self._rows
 
 
 def _row(case: Case, candidate: Candidate) -> Row:
@@ -260,10 +298,17 @@ class _Runner:
         self.samples: list[float] = []
         self.parts: dict[str, list[float]] = {name: [] for name in work.parts}
 
+    def summarise(self) -> None:
+        """Fill in the row's times."""
+        row, times = self.row, self.samples
+        row.p20_s, row.median_s, row.p80_s, row.p99_s = (float(each) for each in np.percentile(times, (20, 50, 80, 99)))
+        row.rounds = len(times)
+        row.parts = {name: float(np.median(samples)) for name, samples in self.parts.items()}
+
 
 def _time(runners: list[_Runner], settings: Settings, device: str) -> None:
-    """Fill in the rows' times; a call that raises leaves the rotation."""
-    active = [runner for runner in runners if _warm_up(runner, device)]
+    """A pass; a call that raises leaves the rotation."""
+    active = list(runners)
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -282,14 +327,9 @@ def _time(runners: list[_Runner], settings: Settings, device: str) -> None:
     finally:
         if collecting:
             gc.enable()
-    for runner in active:
-        row, times = runner.row, runner.samples
-        row.p20_s, row.median_s, row.p80_s, row.p99_s = (float(each) for each in np.percentile(times, (20, 50, 80, 99)))
-        row.rounds = len(times)
-        row.parts = {name: float(np.median(samples)) for name, samples in runner.parts.items()}
 
 
-def _warm_up(runner: _Runner, device: str) -> bool:
+def _warm_up(runner: _Runner, device: str) -> None:
     """Call a few times and choose how many calls make a sample."""
     start = time.perf_counter()
     try:
@@ -301,9 +341,8 @@ def _warm_up(runner: _Runner, device: str) -> bool:
                 break
     except Exception as error:
         runner.row.status, runner.row.message = RAISED, _describe(error)
-        return False
+        return
     runner.row.calls = max(1, math.ceil(_SAMPLE_S / seconds))
-    return True
 
 
 def _time_calls(call: Callable[[], Any], count: int, device: str) -> float:
