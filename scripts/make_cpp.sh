@@ -1,5 +1,5 @@
 #!/bin/sh
-# make_cpp.sh PYTHON: what cpp/ is built and tested with; at once where all of it is there.
+# make_cpp.sh PYTHON: what cpp/ is built and tested with, and TensorRT's plugin; at once where all of it is there.
 # ONNX Runtime goes to build/onnxruntime, laid out as a release: the library of PYTHON's package, Debian's headers.
 set -eu
 python=$1

@@ -168,9 +168,9 @@ def digits(folder):
 THRESHOLD = DDIMConfig(thresholding=True, sample_max_value=1.5, dynamic_thresholding_ratio=0.9)
 BUNDLES = {
     "plain": lambda folder: export_step(Tiny(), folder, sample_shape=(2, 6, 6)),
-    "noise": lambda folder: export_step(Tiny(4), folder, stochastic=True, sample_shape=(4, 80, 80)),
+    "noise": lambda folder: export_step(Tiny(4), folder, stochastic=True, sample_shape=(4, 65, 64)),
     "threshold": lambda folder: export_step(
-        Tiny(), folder, THRESHOLD, guided=True, guidance_rescale=True, stochastic=True, sample_shape=(2, 8, 8)
+        Tiny(4), folder, THRESHOLD, guided=True, guidance_rescale=True, stochastic=True, sample_shape=(4, 64, 64)
     ),
     "bfloat16": lambda folder: export_step(Tiny(), folder, guided=True, dtype="bfloat16", sample_shape=(2, 6, 6)),
     "variance": lambda folder: export_step(dit(), folder, guided=True),
@@ -368,6 +368,8 @@ def test_the_ptx_has_the_parameters_that_tensorrt_passes(driven, tmp_path, name,
         text = file.read_text()
         assert f".target {TARGETS[target]}\n" in text and (f".version {'8.0' if target <= 90 else '8.7'}\n") in text
         assert str(ROOT) not in text
+        # Accesses of full width where a sample's size lets them be aligned.
+        assert ("ld.global.v4.b32" in text) == (name != "bfloat16")
         cubin = tmp_path / f"{kind}.cubin"
         command = [TOOLS / "ptxas-blackwell", "-v", f"--gpu-name={TARGETS[target]}", file, "-o", cubin]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -468,7 +470,7 @@ def test_what_cannot_be_fused_is_refused_before_any_work(bundles, fake, tmp_path
 
     refused(r"fused_step: True for a bundle with graph 'loop'; export it with graph='step'", graph="loop")
     refused(
-        r"fused_step: True for samples of 25600 elements with dynamic thresholding .*16384.*leave", "noise", **large
+        r"fused_step: True for samples of 16640 elements with dynamic thresholding .*16384.*leave", "noise", **large
     )
     inputs = [
         {**item, "shape": ["batch", 2, "height", "width"]} if item["name"] == "sample" else item
@@ -515,7 +517,9 @@ def test_the_option_from_the_shell(bundles, fake, tmp_path, capsys):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is None, reason="needs the full TensorRT, which is licensed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt") is None, reason="needs the full TensorRT, which is not installed"
+)
 @pytest.mark.parametrize("name", ["plain", "noise", "digits"])
 def test_an_engine_with_the_plugin_samples_as_onnx_runtime(bundles, tmp_path, name):
     profiles = (Profile(batch=(1, 2, 4)), Profile(batch=(5, 6, 8)))
@@ -525,7 +529,7 @@ def test_an_engine_with_the_plugin_samples_as_onnx_runtime(bundles, tmp_path, na
         options = TensorRTOptions(flavour="standard", profiles=profiles, fused_step=fused)
         bundle = export_tensorrt(source, tmp_path / f"engine{fused}", options)
         log = (bundle.path / "build.log").read_text()
-        assert ("Successfully created plugin: ddim_step" in log) == fused
+        assert ("ddim_step" in log) == fused
         for batch in (1, 3, 7):
             labels = [item["name"] for item in source.manifest["inputs"] if item["name"] in ("labels", "class_labels")]
             given = {key: np.arange(batch) % 4 for key in labels}

@@ -1,4 +1,5 @@
-"""ONNX graphs put together: a step's graph becomes the body of a `Loop`; graphs of the schedule and the noise feed it."""
+"""ONNX graphs put together: a step's graph becomes the body of a `Loop`, which graphs of the schedule and the noise feed; or
+its step becomes one node."""
 
 from __future__ import annotations
 
@@ -231,8 +232,8 @@ def sized_noise(groups: onnx.ModelProto, shape: Sequence[int], name: str, fixed:
 def find_model_output(graph: onnx.GraphProto, step_inputs: Collection[str]) -> str | None:
     """The tensor that has the model's output in a step's graph, before it is widened to float32.
 
-    All that the model alone is given reaches the results through this tensor: the last such one that none of the step's own
-    inputs has a part in.
+    All that only the model takes reaches the results through this tensor, and it is the last such one in which none of the
+    step's own inputs has a part.
 
     Args:
         step_inputs: the graph's inputs that the step takes beside the model's output, the state among them.

@@ -66,7 +66,7 @@ def export_tensorrt(
         The bundle, opened; its manifest has `engine`.
 
     Raises:
-        ImportError: TensorRT is not there.
+        ImportError: TensorRT is not there, or with `fused_step` Triton.
         ValueError: options that this flavour or version of TensorRT does not have, or that do not fit the bundle.
         ExportError: TensorRT refuses a graph; the message names its nodes.
         BundleError: `source` is damaged, or no ONNX bundle.
