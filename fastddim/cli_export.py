@@ -126,6 +126,10 @@ def export(
     timing_cache: Annotated[
         Path | None, _tensorrt(metavar="FILE", help="standard: measured kernels, read where it is and written.")
     ] = None,
+    fused_step: Annotated[
+        bool,
+        _tensorrt("--fused-step", help="standard, with graph step: the step is our kernel, compiled into the engine."),
+    ] = False,
     reuse: Annotated[
         bool, _tensorrt("--reuse", help="Keep an engine that is there if nothing it depends on has changed.")
     ] = False,
@@ -210,6 +214,7 @@ def export(
         strip_plan=strip_plan,
         weight_streaming=weight_streaming,
         timing_cache=timing_cache,
+        fused_step=fused_step,
     )
     if format != "tensorrt" and (engine != TensorRTOptions() or reuse):
         raise ValueError(f"--reuse and the options of TensorRT: given with format {format!r}; pass --format tensorrt")
@@ -255,6 +260,8 @@ def export(
         )
         if source is not None and (model is not None or options != ExportOptions()):
             raise ValueError("--from: the graph is that bundle's; leave out --model and the options of the graph")
+        if fused_step and source is None and graph != "step":
+            raise ValueError(f"--fused-step: given with --graph {graph}; pass --graph step, or leave it out")
         # Before a model is fetched and read.
         target = check_destination(out, force or reuse)
         if served is not None and source is None:

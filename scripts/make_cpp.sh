@@ -1,5 +1,5 @@
 #!/bin/sh
-# make_cpp.sh PYTHON: what cpp/ is built and tested with; at once where all of it is there.
+# make_cpp.sh PYTHON: what cpp/ is built and tested with, and TensorRT's plugin; at once where all of it is there.
 # ONNX Runtime goes to build/onnxruntime, laid out as a release: the library of PYTHON's package, Debian's headers.
 set -eu
 python=$1
@@ -61,13 +61,21 @@ if [ ! -e "$runtime/lib/libonnxruntime.so" ]; then
     ln -sf "$library" "$runtime/lib/libonnxruntime.so.1"
     ln -sf libonnxruntime.so.1 "$runtime/lib/libonnxruntime.so"
 fi
-# The headers of TensorRT, for a check that the loader compiles: a package that carries them, as NVIDIA's own do not.
-[ -e "$here/../build/tensorrt/include/NvInfer.h" ] || (
-    scratch=$(mktemp -d "$here/../build/.tensorrt.XXXXXX")
-    trap 'rm -rf "$scratch"' EXIT
-    "$python" -m pip download --quiet --disable-pip-version-check --no-deps -c "$here/../constraints.txt" \
-        -d "$scratch" kernel-lens
-    "$python" -m zipfile -e "$scratch"/kernel_lens-*.whl "$scratch"
-    mkdir -p "$here/../build/tensorrt"
-    mv "$scratch/kernel_lens/include/tensorrt" "$here/../build/tensorrt/include"
-)
+# fetch PACKAGE FOLDER TARGET: a folder of a pinned wheel, unpacked as build/tensorrt/TARGET.
+fetch() {
+    target=$here/../build/tensorrt/$3
+    [ -e "$target" ] || (
+        scratch=$(mktemp -d "$here/../build/.tensorrt.XXXXXX")
+        trap 'rm -rf "$scratch"' EXIT
+        "$python" -m pip download --quiet --disable-pip-version-check --no-deps -c "$here/../constraints.txt" \
+            -d "$scratch" "$1"
+        "$python" -m zipfile -e "$scratch"/*.whl "$scratch"
+        mkdir -p "$(dirname "$target")"
+        mv "$scratch/$2" "$target"
+    )
+}
+
+# TensorRT's headers, for a check that the loader compiles: a package that carries them, as NVIDIA's own do not.
+fetch kernel-lens kernel_lens/include/tensorrt include
+# Its Python classes, for a check that they take our plugin: without the libraries, which are large and need a GPU.
+fetch tensorrt-cu13-bindings tensorrt_bindings python/tensorrt

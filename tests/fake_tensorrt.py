@@ -3,6 +3,7 @@ at the addresses that it is given."""
 
 import ctypes
 import enum
+import inspect
 import types
 
 import numpy as np
@@ -17,8 +18,12 @@ def engine_bytes(version=VERSION, magic=b"ftrt", graph=""):
     return magic + bytes(20) + numbers + bytes(36) + graph.encode()
 
 
-def make_module(version=VERSION):
-    """A module to put into `sys.modules`. `calls` has what was called, `refuse` names calls that are to fail."""
+def make_module(version=VERSION, plugins=False):
+    """A module to put into `sys.modules`. `calls` has what was called, `refuse` names calls that are to fail.
+
+    Args:
+        plugins: it has those that are compiled ahead of time, in `module.plugin`, a module too.
+    """
     module = types.ModuleType("tensorrt")
     module.__version__ = version
     module.calls, module.refuse = [], set()
@@ -54,6 +59,11 @@ def make_module(version=VERSION):
         def parse_from_file(self, path):
             self._network.graph, self._network.session = path, onnxruntime.InferenceSession(path)
             return True
+
+        def parse(self, model, path):
+            told("parse", model, path)
+            # Whatever the plugins are: the engine runs the file.
+            return self.parse_from_file(path)
 
     class Profile:
         def set_shape(self, name, *sizes):
@@ -199,10 +209,33 @@ def make_module(version=VERSION):
     module.IProgressMonitor = type("IProgressMonitor", (), {})
     module.BuilderFlag = enum.Enum("BuilderFlag", "REFIT STRIP_PLAN VERSION_COMPATIBLE WEIGHT_STREAMING TF32")
     module.NetworkDefinitionCreationFlag = enum.IntEnum("NetworkDefinitionCreationFlag", {"STRONGLY_TYPED": 1})
+    if plugins:
+        flags = {"STRONGLY_TYPED": 1, "PREFER_AOT_PYTHON_PLUGINS": 3}
+        module.NetworkDefinitionCreationFlag = enum.IntEnum("NetworkDefinitionCreationFlag", flags)
+        module.plugin = make_plugin_module(told)
     module.MemoryPoolType = enum.Enum("MemoryPoolType", "WORKSPACE")
     module.HardwareCompatibilityLevel = enum.Enum("HardwareCompatibilityLevel", "NONE AMPERE_PLUS")
     module.LayerInformationFormat = enum.Enum("LayerInformationFormat", "JSON")
     return module
+
+
+def make_plugin_module(told):
+    """`tensorrt.plugin` as far as a plugin is registered with it."""
+    plugin = types.ModuleType("tensorrt.plugin")
+    plugin.op = types.SimpleNamespace()
+    for name in ("TensorDesc", "KernelLaunchParams", "SymExprs"):
+        setattr(plugin, name, type(name, (), {}))
+
+    def register(name):
+        namespace, operator = name.split("::")
+        members = plugin.op.__dict__.setdefault(namespace, types.SimpleNamespace())
+        assert not hasattr(members, operator), "TensorRT takes a plugin once"
+        setattr(members, operator, None)
+        return lambda function: told("register", name, list(inspect.signature(function).parameters))
+
+    plugin.register = register
+    plugin.aot_impl = lambda name: lambda function: told("aot_impl", name, list(inspect.signature(function).parameters))
+    return plugin
 
 
 def memory(address, shape, dtype):

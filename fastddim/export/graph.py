@@ -1,9 +1,10 @@
-"""ONNX graphs put together: a step's graph becomes the body of a `Loop`; graphs of the schedule and the noise feed it."""
+"""ONNX graphs put together: a step's graph becomes the body of a `Loop`, which graphs of the schedule and the noise feed; or
+its step becomes one node."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -226,6 +227,81 @@ def sized_noise(groups: onnx.ModelProto, shape: Sequence[int], name: str, fixed:
         start=[0], end=[size], axis=[1], whole=[-1, *shape],
     )  # fmt: skip
     return fed_by(shaped, fed_by(groups, numbers, "number_"), "draw_")
+
+
+def find_model_output(graph: onnx.GraphProto, step_inputs: Collection[str]) -> str | None:
+    """The tensor that has the model's output in a step's graph, before it is widened to float32.
+
+    All that only the model takes reaches the results through this tensor, and it is the last such one in which none of the
+    step's own inputs has a part.
+
+    Args:
+        step_inputs: the graph's inputs that the step takes beside the model's output, the state among them.
+
+    Returns:
+        None for another graph.
+    """
+    needed = {value.name for value in graph.output}
+    used = []
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            names = _names_read(node)
+            needed |= names
+            used.append((node, names))
+    used.reverse()
+    # A shape is the same whatever the values are.
+    used = [(node, names) for node, names in used if node.op_type != "Shape"]
+    last_use = {name: index for index, (_, names) in enumerate(used) for name in names}
+    of_model = {value.name for value in graph.input if value.name not in step_inputs}
+    # `sample` is the model's too, so that it cannot tell the two apart.
+    of_step = {name for name in step_inputs if name != "sample"}
+    live = {name for name in of_model if name in last_use}
+    found = None
+    for index, (node, names) in enumerate(used):
+        if names & of_step:
+            of_step.update(node.output)
+        if names & of_model:
+            of_model.update(node.output)
+            live.update(name for name in node.output if name in needed)
+            live = {name for name in live if last_use.get(name, len(used)) > index}
+            if len(live) == 1 and not live & of_step:
+                (found,) = live
+    made_by = next((node for node, _ in used if found in node.output), None)
+    if made_by is None:
+        return None
+    widened = made_by.op_type == "Cast" and any(a.name == "to" and a.i == TensorProto.FLOAT for a in made_by.attribute)
+    return str(made_by.input[0]) if widened else found
+
+
+def _names_read(node: onnx.NodeProto) -> set[str]:
+    """What a node reads, its subgraphs included."""
+    names = {name for name in node.input if name}
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            names.update(*(_names_read(inner) for inner in attribute.g.node))
+            names.update(value.name for value in attribute.g.output)
+    return names
+
+
+def with_fused_step(model: onnx.ModelProto, step: onnx.NodeProto) -> onnx.ModelProto:
+    """A step's graph whose step is one node, after those that its inputs need; in place.
+
+    Args:
+        step: takes tensors of the graph, the model's output among them, and gives the graph's results.
+    """
+    graph = model.graph
+    needed = set(step.input)
+    for index in reversed(range(len(graph.node))):
+        if needed.intersection(graph.node[index].output):
+            needed |= _names_read(graph.node[index])
+        else:
+            del graph.node[index]
+    for index in reversed(range(len(graph.initializer))):
+        if graph.initializer[index].name not in needed:
+            del graph.initializer[index]
+    graph.node.append(step)
+    model.opset_import.append(helper.make_opsetid(step.domain, 1))
+    return model
 
 
 def widen(model: onnx.ModelProto) -> onnx.ModelProto:

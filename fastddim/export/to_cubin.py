@@ -233,16 +233,13 @@ def _write_kernel(
 
 
 def _compile(call: KernelCall, types: Mapping[str, str], arch: int, options: Mapping[str, Any]) -> Any:
-    with triton.knobs.compilation.scope():
-        # Lines are told by the paths of this machine.
-        triton.knobs.compilation.disable_line_info = True
-        try:
-            return compile_call(call, dict(types), GPUTarget("cuda", arch, 32), **options)
-        except Exception as error:
-            reason = (str(error).strip().splitlines() or [""])[-1]
-            raise ExportError(
-                f"{call.kernel.__name__}: does not compile for sm_{arch}: {type(error).__name__}: {reason}"
-            ) from error
+    try:
+        return compile_call(call, dict(types), GPUTarget("cuda", arch, 32), **options)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[-1]
+        raise ExportError(
+            f"{call.kernel.__name__}: does not compile for sm_{arch}: {type(error).__name__}: {reason}"
+        ) from error
 
 
 def _parameters(call: KernelCall, source: ASTSource) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastddim.export.bundle import (
     Bundle,
@@ -24,9 +24,12 @@ from fastddim.export.bundle import (
 )
 from fastddim.export.manifest import NOTE_FILE, note
 from fastddim.export.plan import ExportError
-from fastddim.export.trt_library import Library, first_error, load_library
+from fastddim.export.trt_library import PLUGIN_FLAG, Library, first_error, load_library
 from fastddim.export.trt_options import Range, TensorRTOptions
 from fastddim.files import check_writable, write_whole
+
+if TYPE_CHECKING:
+    import onnx
 
 ENGINE_SUFFIX = ".engine"
 LOG_FILE = "build.log"
@@ -63,7 +66,7 @@ def export_tensorrt(
         The bundle, opened; its manifest has `engine`.
 
     Raises:
-        ImportError: TensorRT is not there.
+        ImportError: TensorRT is not there, or with `fused_step` Triton.
         ValueError: options that this flavour or version of TensorRT does not have, or that do not fit the bundle.
         ExportError: TensorRT refuses a graph; the message names its nodes.
         BundleError: `source` is damaged, or no ONNX bundle.
@@ -75,9 +78,15 @@ def export_tensorrt(
     settings = _settings(library, options)
     if options.timing_cache is not None:
         check_writable(options.timing_cache, "timing_cache")
+    if options.fused_step:
+        from fastddim.export.trt_plugin import fuse, require_fusible, require_plugins
+
+        require_plugins(library)
     gpu, capabilities = _build_target(library, options)
     kept = _find_kept(target, force) if reuse and target.exists() else None
     with _opened(source) as bundle:
+        if options.fused_step:
+            require_fusible(bundle.manifest)
         ranges = [profile.ranges(bundle.manifest) for profile in options.profiles]
         graphs = {
             name: sha["sha256"] for name, sha in bundle.manifest["files"].items() if name.endswith((".onnx", ".data"))
@@ -92,9 +101,15 @@ def export_tensorrt(
             "options": options.identity(),
             "source": graphs,
         }
+        fused = {}
+        if options.fused_step:
+            # Code for later capabilities is for one alone.
+            capability = "8.0" if options.hardware_compatibility == "ampere_plus" else capabilities[0]
+            graph, engine["fused_step"] = fuse(library, bundle, ranges, capability)
+            fused[bundle.model_path.name] = graph
         if kept is not None and kept.manifest["engine"] == engine:
             return kept
-        build = _Build(library, settings, ranges, options.timing_cache, progress)
+        build = _Build(library, settings, ranges, options.timing_cache, progress, fused)
         return write_bundle(target, force or reuse, functools.partial(_fill, bundle, engine, build))
 
 
@@ -248,6 +263,7 @@ class _Build:
         ranges: of the dimensions, for each profile.
         timing_cache: a file.
         progress: as `export_tensorrt`'s.
+        fused: graphs with a plugin, by the names of the files whose place they take.
     """
 
     library: Library
@@ -255,6 +271,7 @@ class _Build:
     ranges: Sequence[Mapping[str, Range]]
     timing_cache: str | Path | None
     progress: Progress | None
+    fused: Mapping[str, onnx.ModelProto]
 
     def write(self, graph: Path, described: Mapping[str, Any], engine: Path, lines: list[str]) -> None:
         """Build an engine and write it.
@@ -271,9 +288,15 @@ class _Build:
         builder = trt.Builder(logger)
         # Newer versions know no other networks.
         typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-        network = builder.create_network(0 if typed is None else 1 << int(typed))
+        flags = 0 if typed is None else 1 << int(typed)
+        fused = self.fused.get(graph.name)
+        if fused is not None:
+            flags |= 1 << int(getattr(trt.NetworkDefinitionCreationFlag, PLUGIN_FLAG))
+        network = builder.create_network(flags)
         parser = trt.OnnxParser(network, logger)
-        if not parser.parse_from_file(str(graph)):
+        # The path is where weights beside the file are.
+        parse = parser.parse_from_file if fused is None else functools.partial(parser.parse, fused.SerializeToString())
+        if not parse(str(graph)):
             errors = [parser.get_error(index) for index in range(parser.num_errors)]
             refused = "; ".join(f"node {e.node_name()!r} ({e.node_operator()}): {e.desc()}" for e in errors)
             raise ExportError(f"model: {self.library.name} refuses {graph.name}: {refused}")

@@ -81,5 +81,12 @@ def compile_call(call: KernelCall, types: dict[str, str], target: GPUTarget, **o
     Args:
         options: further ones of Triton's compiler.
     """
-    options = {"num_warps": call.num_warps, "enable_fp_fusion": False, **options}
-    return triton.compile(make_source(call, types), target=target, options=options)
+    return compile_source(make_source(call, types), call.num_warps, target, **options)
+
+
+def compile_source(source: ASTSource, num_warps: int, target: GPUTarget, **options: Any) -> CompiledKernel:
+    """Compile a kernel without the paths of this machine, which is what lines are told by."""
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.disable_line_info = True
+        options = {"num_warps": num_warps, "enable_fp_fusion": False, **options}
+        return triton.compile(source, target=target, options=options)

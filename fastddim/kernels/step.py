@@ -421,6 +421,7 @@ def ddim_step_kernel(
 ):
     """One step of BLOCK elements of one sample; with WHOLE, of a whole sample, which is updated CHUNK by CHUNK.
 
+    step_ptr: None where the table has a row for each sample, in order.
     statistics_ptr: `[batch, 2]` float32, each sample's threshold and rescale factor, where WHOLE cannot give them.
     tickets_ptr: int32 zeros, one for each index of step_ptr, where several programs read an index that moves on.
     rows: the batch size, also where `n` elements are those of a whole batch.
@@ -431,7 +432,9 @@ def ddim_step_kernel(
     start = tl.program_id(1 - SAMPLE_AXIS).to(tl.int64) * BLOCK
     first = b * n
 
-    row = tl.load(step_ptr + (b if ROW_PER_SAMPLE else 0)).to(tl.int64)
+    row = b
+    if step_ptr is not None:
+        row = tl.load(step_ptr + (b if ROW_PER_SAMPLE else 0)).to(tl.int64)
     inside = table_row(row, num_steps)
     # No host sees this index, so one outside the table has to show: its results are NaN.
     poison = tl.where((row == inside) | (row + num_steps == inside), 0.0, float("nan"))

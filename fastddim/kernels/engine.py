@@ -1,0 +1,191 @@
+"""The fused step as TensorRT launches a plugin's kernel: its inputs, then integers, then its outputs, and nothing else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastddim.kernels.aot import ALIGNMENT, compile_source
+from fastddim.kernels.plan import StepShape, make_grid, make_plan
+from fastddim.kernels.step import ddim_step_kernel
+
+INPUTS = ("model_output", "sample", "coefficients", "noise", "guidance_scale", "guidance_rescale")
+NUMBERS = ("n", "batch")
+OUTPUTS = ("next_sample", "pred_original_sample")
+# Triton's own version of PTX may be too new for the driver or TensorRT: the first one with all of a target, and CUDA 12's.
+_PTX_VERSIONS = {range(80, 100): 80, range(100, 103): 87, range(120, 121): 87}
+
+
+@triton.jit(do_not_specialize=["batch"])
+def ddim_step_in_engine(
+    model_output,
+    sample,
+    coefficients,
+    noise,
+    guidance_scale,
+    guidance_rescale,
+    n,
+    batch,
+    next_sample,
+    pred_original_sample,
+    GUIDED: tl.constexpr,
+    LIMIT: tl.constexpr,
+    RANGE: tl.constexpr,
+    RATIO: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SAMPLE_AXIS: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """`ddim_step_kernel` with a row of coefficients, a scale and a rescale for each sample."""
+    ddim_step_kernel(
+        model_output, sample, coefficients, None, guidance_scale, guidance_rescale, None, None, noise, None, None,
+        next_sample, pred_original_sample, None, None, None, None, n, batch, batch, 1, batch,
+        GUIDED, False, True, True, True, LIMIT, RANGE, RATIO, WHOLE, SAMPLE_AXIS, False, False, False, EVEN, BLOCK, CHUNK,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EngineStep:
+    """How the step is launched for any batch.
+
+    Attributes:
+        inputs: of the kernel, in order.
+        elements: of a sample.
+        constants: the kernel's compile-time arguments.
+        blocks: programs for each sample.
+        num_warps: of a program.
+    """
+
+    inputs: tuple[str, ...]
+    elements: int
+    constants: dict[str, Any]
+    blocks: int
+    num_warps: int
+
+    def grid(self, batch: Any) -> tuple[Any, Any]:
+        """Programs in two dimensions; `batch` may be symbolic."""
+        return (self.blocks, batch) if self.constants["SAMPLE_AXIS"] else (batch, self.blocks)
+
+
+def plan_engine_step(shape: StepShape, noise: bool, largest_batch: int) -> EngineStep | None:
+    """Choose the constants, which are the same for every batch.
+
+    Args:
+        shape: sizes and options, each sample with a row of its own; its batch is the usual one.
+        noise: whether it is an input.
+        largest_batch: of all calls.
+
+    Returns:
+        None where the step takes several launches: a threshold or rescale of samples too large for one program.
+    """
+    plan = make_plan(shape)
+    if len(plan.calls) > 1:
+        return None
+    (call,) = plan.calls
+    asked = {"noise": noise, "guidance_scale": shape.guided, "guidance_rescale": shape.rescale}
+    constants = {name: value for name, value in call.constants.items() if name in ddim_step_in_engine.arg_names}
+    blocks = triton.cdiv(shape.elements, constants["BLOCK"])
+    constants["SAMPLE_AXIS"], _ = make_grid(largest_batch, blocks)
+    inputs = tuple(name for name in INPUTS if asked.get(name, True))
+    return EngineStep(inputs, shape.elements, constants, blocks, call.num_warps)
+
+
+@dataclass(frozen=True)
+class EngineKernel:
+    """A compiled step.
+
+    Attributes:
+        step: what was compiled.
+        model_dtype: Triton's, of the model's output; the other tensors are float32.
+        target: such as `"sm_90a"`.
+        entry: the kernel's name in the PTX.
+        ptx: whose parameters are the step's inputs, `NUMBERS` and `OUTPUTS`.
+        threads: of a block.
+        shared_bytes: of a block.
+    """
+
+    step: EngineStep
+    model_dtype: str
+    target: str
+    entry: str
+    ptx: str
+    threads: int
+    shared_bytes: int
+
+
+def compile_engine_step(step: EngineStep, model_dtype: str, capability: int) -> EngineKernel:
+    """Compile a step, no GPU needed.
+
+    Args:
+        model_dtype: Triton's, of the model's output.
+        capability: the GPU's compute capability, times ten.
+
+    Raises:
+        ValueError: this version of Triton gives the kernel other parameters.
+    """
+    version = next((version for targets, version in _PTX_VERSIONS.items() if capability in targets), None)
+    options = {} if version is None else {"ptx_version": version}
+    compiled = compile_source(_source(step, model_dtype), step.num_warps, GPUTarget("cuda", capability, 32), **options)
+    ptx = drop_scratch(compiled.asm["ptx"], _parameters(step))
+    (target,) = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)
+    metadata = compiled.metadata
+    return EngineKernel(step, model_dtype, target, metadata.name, ptx, metadata.num_warps * 32, metadata.shared)
+
+
+def _source(step: EngineStep, model_dtype: str) -> ASTSource:
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], Any] = {}
+    for i, name in enumerate(ddim_step_in_engine.arg_names):
+        aligned = True
+        if name in (*step.inputs, *OUTPUTS):
+            # TensorRT's tensors begin at multiples of 256 bytes.
+            signature[name] = f"*{model_dtype if name == 'model_output' else 'fp32'}"
+        elif name in NUMBERS:
+            signature[name] = "i32"
+            aligned = name == "n" and step.elements % ALIGNMENT == 0
+        else:
+            signature[name], constants[name] = "constexpr", step.constants.get(name)
+            continue
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", ALIGNMENT]]
+    return ASTSource(ddim_step_in_engine, signature, constants, attributes)
+
+
+def _parameters(step: EngineStep) -> list[str]:
+    """The PTX types of what TensorRT passes."""
+    return [*["u64"] * len(step.inputs), *["u32"] * len(NUMBERS), *["u64"] * len(OUTPUTS)]
+
+
+def drop_scratch(ptx: str, parameters: Sequence[str]) -> str:
+    """PTX without the pointers to scratch memory that Triton appends to a kernel's parameters, and that nothing reads.
+
+    Args:
+        ptx: of one kernel.
+        parameters: the types of those that stay, such as `"u64"`.
+
+    Raises:
+        ValueError: others are declared, or the kernel reads the pointers.
+    """
+    head = re.search(r"\.entry \w+\(\n(.*?)\n\)", ptx, re.DOTALL)
+    declared = [] if head is None else head[1].split(",\n")
+    found = [re.findall(r"\.param \.(\w+) .*?(\w+)$", line) for line in declared]
+    kinds = [kind for each in found for kind, _ in each]
+    scratch = [name for each in found[len(parameters) :] for _, name in each]
+    read = [name for name in scratch if len(re.findall(rf"\b{name}\b", ptx)) > 1]
+    if head is None or kinds[: len(parameters)] != list(parameters) or set(kinds[len(parameters) :]) - {"u64"} or read:
+        raise ValueError(
+            f"Triton {triton.__version__} gives the kernel parameters {kinds} and reads {read or 'no'} scratch memory, TensorRT"
+            f" passes {list(parameters)}; install a version that fastddim supports"
+        )
+    kept = ",\n".join(declared[: len(parameters)])
+    return ptx[: head.start(1)] + kept + ptx[head.end(1) :]
