@@ -51,12 +51,12 @@ def text_encoder(kind, width):
     return kind(config).eval()
 
 
-def unet(width, **options):
+def unet(width, levels=2, **options):
     torch.manual_seed(0)
     model = diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=width,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=4, **options,
+        sample_size=8, block_out_channels=(8, 16)[:levels], layers_per_block=1, norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D")[:levels], cross_attention_dim=width,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")[-levels:], attention_head_dim=4, **options,
     )  # fmt: skip
     with torch.no_grad():
         model.conv_out.weight.mul_(0.1)
@@ -96,7 +96,7 @@ def make(kind):
             vae(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.9, 1.0, 1.1, 1.2]),
             text_encoder(transformers.CLIPTextModel, 12),
             text_encoder(transformers.CLIPTextModelWithProjection, 8),
-            tokenizer("<|endoftext|>"), tokenizer("!"), unet(20, **added), diffusers.DDIMScheduler(**SCHEDULER),
+            tokenizer("<|endoftext|>"), tokenizer("!"), unet(20, levels=1, **added), diffusers.DDIMScheduler(**SCHEDULER),
             add_watermarker=False,
         )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
