@@ -16,7 +16,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from fastddim import cli_triton
-from fastddim.cli_options import Json, Model, Out, integer, naming, number, parse_integers, quiet_diffusers
+from fastddim.cli_options import (
+    Json,
+    Model,
+    Out,
+    integer,
+    naming,
+    naming_options,
+    number,
+    parse_integers,
+    quiet_diffusers,
+)
 from fastddim.config import Clip, DynamicThreshold, Limit, require_choice
 
 if TYPE_CHECKING:
@@ -28,11 +38,36 @@ FORMATS = ("onnx", "aoti", "tensorrt", "cubin")
 _GUIDANCE = 2.0
 
 app = typer.Typer()
-_tensorrt = functools.partial(typer.Option, rich_help_panel="TensorRT")
-_KERNELS = "Kernels"
+_TENSORRT, _KERNELS = "TensorRT", "Kernels"
+_tensorrt = functools.partial(typer.Option, rich_help_panel=_TENSORRT)
 _cubin = functools.partial(typer.Option, rich_help_panel=_KERNELS)
-# Options that kernels have in common with models.
-_SHARED = ("out", "format", "guidance", "guidance_rescale", "noise", "dtype", "force", "as_json")
+# What each panel's options need.
+_NEEDED = {
+    _TENSORRT: "--format tensorrt",
+    _KERNELS: "--format cubin",
+    cli_triton.PANEL: "--triton-repository",
+}
+# The other options that are used: for kernels, for comparing a bundle, for one that is there, and beside its model.
+_OF_KERNELS = ("out", "format", "guidance", "guidance_rescale", "noise", "dtype", "force", "as_json")
+_OF_VERIFY = ("verify", "model", "parity_steps", "tolerance", "as_json")
+_OF_SOURCE = ("source", "force", "as_json")
+_OF_AOTI = ("device", "cpu_isa")
+# For `TensorRTOptions`' names.
+_ENGINE_OPTIONS = {
+    "flavour": "--trt",
+    "profiles": "--profile",
+    "compute_capabilities": "--compute-capability",
+    "workspace": "--workspace",
+    "builder_optimization_level": "--optimization-level",
+    "tf32": "--tf32",
+    "version_compatible": "--version-compatible",
+    "hardware_compatibility": "--hardware-compatibility",
+    "refit": "--refit",
+    "strip_plan": "--strip-plan",
+    "weight_streaming": "--weight-streaming",
+    "timing_cache": "--timing-cache",
+    "fused_step": "--fused-step",
+}
 
 
 @app.command()
@@ -165,7 +200,7 @@ def export(
 ) -> None:
     """Export a model and its sampler as one file, compared with torch, in a folder that describes it."""
     require_choice("--format", format, FORMATS)
-    _check_kernel_options(context, format)
+    _check_options(context, format, verify, source, out, triton_repository)
     if format == "cubin":
         if out is None:
             raise ValueError("--out: missing; pass a folder to write")
@@ -179,15 +214,10 @@ def export(
         }  # fmt: skip
         _export_kernels(out, force, as_json, shape, batch, limit, asked)
         return
-    if verify is not None and (out, source, triton_repository) != (None, None, None):
-        raise ValueError("--verify: compares a bundle alone; leave out --out, --from and --triton-repository")
     if verify is None and out is None and None in (source, triton_repository):
         raise ValueError("--out: missing; pass a folder to write, or --verify, or --from with --triton-repository")
     if None not in (out, source) and format != "tensorrt":
         raise ValueError(f"--from: with --out it builds an engine, format is {format!r}; pass --format tensorrt")
-    compiled: dict[str, Any] = {"device": device, "cpu_isa": cpu_isa}
-    if format != "aoti" and compiled != {"device": "cpu", "cpu_isa": None}:
-        raise ValueError(f"--device, --cpu-isa: given with format {format!r}; pass --format aoti, or leave them out")
     from fastddim.export import (
         ExportOptions,
         Profile,
@@ -201,23 +231,22 @@ def export(
     from fastddim.export.pipelines import denoiser_of
 
     compared = parse_integers(parity_steps, "--parity-steps")
-    engine = TensorRTOptions(
-        flavour=trt,
-        profiles=tuple(map(Profile.parse, profile)) if profile else (Profile(),),
-        compute_capabilities=tuple(compute_capability or ()),
-        workspace=workspace,
-        builder_optimization_level=optimization_level,
-        tf32=tf32,
-        version_compatible=version_compatible,
-        hardware_compatibility=hardware_compatibility,
-        refit=refit,
-        strip_plan=strip_plan,
-        weight_streaming=weight_streaming,
-        timing_cache=timing_cache,
-        fused_step=fused_step,
-    )
-    if format != "tensorrt" and (engine != TensorRTOptions() or reuse):
-        raise ValueError(f"--reuse and the options of TensorRT: given with format {format!r}; pass --format tensorrt")
+    with naming_options(_ENGINE_OPTIONS):
+        engine = TensorRTOptions(
+            flavour=trt,
+            profiles=tuple(map(Profile.parse, profile)) if profile else (Profile(),),
+            compute_capabilities=tuple(compute_capability or ()),
+            workspace=workspace,
+            builder_optimization_level=optimization_level,
+            tf32=tf32,
+            version_compatible=version_compatible,
+            hardware_compatibility=hardware_compatibility,
+            refit=refit,
+            strip_plan=strip_plan,
+            weight_streaming=weight_streaming,
+            timing_cache=timing_cache,
+            fused_step=fused_step,
+        )
     served = None
     if triton_repository is not None:
         served = cli_triton.triton_options(
@@ -258,27 +287,34 @@ def export(
             dtype=dtype,
             dynamic_size=dynamic_size,
         )
-        if source is not None and (model is not None or options != ExportOptions()):
-            raise ValueError("--from: the graph is that bundle's; leave out --model and the options of the graph")
         if fused_step and source is None and graph != "step":
             raise ValueError(f"--fused-step: given with --graph {graph}; pass --graph step, or leave it out")
+        if format == "tensorrt" and (per_sample_steps or seeded):
+            raise ValueError("--per-sample-steps, --seeded: TensorRT takes no such graph; leave them out")
         # Before a model is fetched and read.
         target = check_destination(out, force or reuse)
-        if served is not None and source is None:
-            cli_triton.check_export(options, format, target.name, triton_repository, served, force)
         load = functools.partial(_load_exported, model, sampler_only, format, served is not None)
         common: dict[str, Any] = {"parity_steps": compared, "tolerance": tolerance}
+        write = functools.partial(_export_onnx, load, options, common)
+        graphs = None if source is None else open_bundle(source)
+        if triton_repository is not None and served is not None:
+            with naming_options(_ENGINE_OPTIONS):
+                place = (engine, target.name, triton_repository, served, force)
+                if graphs is None:
+                    cli_triton.check_export(options, format, *place)
+                else:
+                    cli_triton.check_engine(graphs, *place)
         if format == "tensorrt":
-            with _build_progress(as_json) as progress:
-                graphs = source or functools.partial(_export_onnx, load, options, common)
-                bundle = export_tensorrt(graphs, out, engine, force=force, reuse=reuse, progress=progress)
+            with _build_progress(as_json) as progress, naming_options(_ENGINE_OPTIONS):
+                bundle = export_tensorrt(graphs or write, out, engine, force=force, reuse=reuse, progress=progress)
         elif format == "aoti":
             pipeline, _ = load()
+            compiled: dict[str, Any] = {"device": device, "cpu_isa": cpu_isa}
             bundle = export_aoti(
                 denoiser_of(pipeline), pipeline.scheduler, out, options, force=force, **common, **compiled
             )
         else:
-            bundle = _export_onnx(load, options, common, out, force=force)
+            bundle = write(out, force=force)
         parity = bundle.manifest["parity"]
     placed = None
     if triton_repository is not None:
@@ -325,15 +361,42 @@ def _load_exported(model: str | None, sampler_only: bool, format: str, served: b
     return pipeline, whole
 
 
-def _check_kernel_options(context: typer.Context, format: str) -> None:
-    """Refuse the options of kernels with another format, and those of models with the format of kernels."""
+def _check_options(
+    context: typer.Context,
+    format: str,
+    verify: Path | None,
+    source: Path | None,
+    out: Path | None,
+    repository: Path | None,
+) -> None:
+    """Refuse options that were typed and would not be used."""
+    used: tuple[str, ...] | None = None
+    panels: set[str] = set()
+    given_with = f"--format {format}"
+    if format == "cubin":
+        used, panels = _OF_KERNELS, {_KERNELS}
+    elif verify is not None:
+        used, given_with = _OF_VERIFY, "--verify"
+    else:
+        panels |= {_TENSORRT} if format == "tensorrt" and out is not None else set()
+        panels |= {cli_triton.PANEL} if repository is not None else set()
+        if source is not None:
+            used, given_with = (*_OF_SOURCE, *(("out", "format") if out is not None else ())), "--from"
     for option in context.command.params:
-        own = getattr(option, "rich_help_panel", None) == _KERNELS
-        fits = own or option.name in _SHARED if format == "cubin" else not own
         # By its name: some releases of typer have a click of their own.
-        source = context.get_parameter_source(option.name or "")
-        if not fits and source is not None and source.name == "COMMANDLINE":
-            raise ValueError(f"{option.opts[0]}: given with --format {format}, which does not have it; leave it out")
+        typed = context.get_parameter_source(option.name or "")
+        if typed is None or typed.name != "COMMANDLINE":
+            continue
+        panel = getattr(option, "rich_help_panel", None)
+        if panel is not None:
+            fits, needed = panel in panels, _NEEDED[panel]
+        elif option.name in _OF_AOTI:
+            fits, needed = format == "aoti" and used is None, "--format aoti"
+        else:
+            fits, needed = used is None or option.name in used, None
+        if not fits:
+            fix = f"pass {needed}, or leave it out" if needed is not None and used is None else "leave it out"
+            raise ValueError(f"{option.opts[0]}: given with {given_with}, which does not use it; {fix}")
 
 
 def _export_kernels(
@@ -457,6 +520,12 @@ def run(
         str | None,
         typer.Option(metavar="NAMES", help="Of ONNX bundles: cpu, cuda, tensorrt. Default: cuda where it is there."),
     ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="BUNDLE", help="The ONNX bundle of an engine with --strip-plan, or with others for --refit."
+        ),
+    ] = None,
     check_finite: Annotated[
         bool, typer.Option("--check-finite", help="Report the step at which NaN or infinities appear.")
     ] = False,
@@ -470,6 +539,11 @@ def run(
     opened = open_bundle(bundle)
     cycle: Sequence[int] | Sequence[str] | None
     if opened.components:
+        if opened.runtime != "onnx":
+            raise ValueError(
+                f"bundle: {str(bundle)!r} is a whole pipeline for {opened.runtime!r}, which this command does not run; pass"
+                " the ONNX bundle that it was built from"
+            )
         if labels is not None or not prompt:
             raise ValueError("--prompt: this bundle makes pictures of texts; pass one or more, and no --labels")
         cycle, upscale = prompt, opened.components["vae_decoder"]["upscale"]
@@ -490,12 +564,12 @@ def run(
     if guidance_scale is not None:
         options["guidance_scale"] = guidance_scale
     settings: dict[str, Any] = {"check_finite": check_finite}
-    if providers is not None:
-        if opened.runtime != "onnx":
-            raise ValueError(
-                f"--providers: {providers!r}, but this bundle is of runtime {opened.runtime!r}; leave it out"
-            )
-        settings["providers"] = providers.split(",")
+    for name, runtime, given in (("providers", "onnx", providers), ("weights", "tensorrt", weights)):
+        if given is None:
+            continue
+        if opened.runtime != runtime:
+            raise ValueError(f"--{name}: '{given}', but this bundle is of runtime {opened.runtime!r}; leave it out")
+        settings[name] = given.split(",") if isinstance(given, str) else given
     if opened.components:
         draw, sampler = _load_pipeline(opened, settings, names, negative_prompt)
     else:

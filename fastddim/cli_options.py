@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,6 +56,16 @@ def naming(argument: str, option: str) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise ValueError(f"{option}: {str(error).removeprefix(f'{argument}: ')}") from error
+
+
+@contextlib.contextmanager
+def naming_options(options: Mapping[str, str]) -> Iterator[None]:
+    """Let errors that the library raises for arguments name the options that the user typed; `options` has them."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        name, colon, rest = str(error).partition(":")
+        raise ValueError(f"{options.get(name, name)}{colon}{rest}") from error
 
 
 def load_model(model: str | None) -> DDIMPipeline:

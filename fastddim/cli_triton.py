@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastddim.cli_options import integer, naming, parse_integers
+from fastddim.cli_options import integer, naming, naming_options, parse_integers
 
 if TYPE_CHECKING:
-    from fastddim.export import ExportOptions, TritonOptions
+    from fastddim.export import Bundle, ExportOptions, TensorRTOptions, TritonOptions
 
-_OPTIONS = {
+OPTIONS = {
     "name": "--triton-name",
     "max_batch_size": "--max-batch-size",
     "preferred_batch_sizes": "--preferred-batch-sizes",
@@ -32,68 +31,68 @@ _OPTIONS = {
     "versions": "--model-versions",
 }
 _IMAGE = "nvcr.io/nvidia/tritonserver:25.06-py3"
-_PANEL = "NVIDIA Triton Inference Server"
+PANEL = "NVIDIA Triton Inference Server"
 
 Repository = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", help="Add the bundle to this model repository too.", rich_help_panel=_PANEL),
+    typer.Option(metavar="FOLDER", help="Add the bundle to this model repository too.", rich_help_panel=PANEL),
 ]
-Name = Annotated[str | None, typer.Option(help="Of the model. Default: the bundle's folder.", rich_help_panel=_PANEL)]
+Name = Annotated[str | None, typer.Option(help="Of the model. Default: the bundle's folder.", rich_help_panel=PANEL)]
 MaxBatchSize = Annotated[
     int,
     typer.Option(
-        parser=integer, metavar="INTEGER", help="Samples that the server joins; 0: no batching.", rich_help_panel=_PANEL
+        parser=integer, metavar="INTEGER", help="Samples that the server joins; 0: no batching.", rich_help_panel=PANEL
     ),
 ]
 PreferredBatchSizes = Annotated[
     str | None,
-    typer.Option(metavar="INTEGERS", help="Batches that wait for no other request.", rich_help_panel=_PANEL),
+    typer.Option(metavar="INTEGERS", help="Batches that wait for no other request.", rich_help_panel=PANEL),
 ]
 QueueDelay = Annotated[
     int,
     typer.Option(
-        parser=integer, metavar="MICROSECONDS", help="How long to wait for others to join.", rich_help_panel=_PANEL
+        parser=integer, metavar="MICROSECONDS", help="How long to wait for others to join.", rich_help_panel=PANEL
     ),
 ]
 QueueTimeout = Annotated[
     int,
     typer.Option(
-        parser=integer, metavar="MICROSECONDS", help="How long a request may wait; 0: any.", rich_help_panel=_PANEL
+        parser=integer, metavar="MICROSECONDS", help="How long a request may wait; 0: any.", rich_help_panel=PANEL
     ),
 ]
 TimeoutAction = Annotated[
-    str, typer.Option(help="Of requests that waited longer: reject or delay.", rich_help_panel=_PANEL)
+    str, typer.Option(help="Of requests that waited longer: reject or delay.", rich_help_panel=PANEL)
 ]
 QueueSize = Annotated[
     int,
     typer.Option(
-        parser=integer, metavar="INTEGER", help="Reject requests beyond so many; 0: none.", rich_help_panel=_PANEL
+        parser=integer, metavar="INTEGER", help="Reject requests beyond so many; 0: none.", rich_help_panel=PANEL
     ),
 ]
 Instances = Annotated[
     int,
     typer.Option(
-        parser=integer, metavar="INTEGER", help="Of the model, on each GPU or the CPU.", rich_help_panel=_PANEL
+        parser=integer, metavar="INTEGER", help="Of the model, on each GPU or the CPU.", rich_help_panel=PANEL
     ),
 ]
-Kind = Annotated[str, typer.Option(help="Where instances run: auto, cpu or gpu.", rich_help_panel=_PANEL)]
-Gpus = Annotated[str | None, typer.Option(metavar="INTEGERS", help="Default: all.", rich_help_panel=_PANEL)]
+Kind = Annotated[str, typer.Option(help="Where instances run: auto, cpu or gpu.", rich_help_panel=PANEL)]
+Gpus = Annotated[str | None, typer.Option(metavar="INTEGERS", help="Default: all.", rich_help_panel=PANEL)]
 Warmup = Annotated[
-    str | None, typer.Option(metavar="INTEGERS", help="Batch sizes to run before it is ready.", rich_help_panel=_PANEL)
+    str | None, typer.Option(metavar="INTEGERS", help="Batch sizes to run before it is ready.", rich_help_panel=PANEL)
 ]
 Parameter = Annotated[
     list[str] | None,
-    typer.Option(metavar="KEY=VALUE", help="Such as intra_op_thread_count=4; may repeat.", rich_help_panel=_PANEL),
+    typer.Option(metavar="KEY=VALUE", help="Such as intra_op_thread_count=4; may repeat.", rich_help_panel=PANEL),
 ]
 Accelerator = Annotated[
-    str | None, typer.Option(help="Of ONNX Runtime: tensorrt, cuda or openvino.", rich_help_panel=_PANEL)
+    str | None, typer.Option(help="Of ONNX Runtime: tensorrt, cuda or openvino.", rich_help_panel=PANEL)
 ]
 AcceleratorParameter = Annotated[
     list[str] | None,
-    typer.Option(metavar="KEY=VALUE", help="Such as precision_mode=FP16; may repeat.", rich_help_panel=_PANEL),
+    typer.Option(metavar="KEY=VALUE", help="Such as precision_mode=FP16; may repeat.", rich_help_panel=PANEL),
 ]
 Versions = Annotated[
-    str, typer.Option(help='To load: how many of the latest, "all", or a list such as "1,3,".', rich_help_panel=_PANEL)
+    str, typer.Option(help='To load: how many of the latest, "all", or a list such as "1,3,".', rich_help_panel=PANEL)
 ]
 
 
@@ -122,7 +121,7 @@ def triton_options(
     """
     from fastddim.export import TritonOptions
 
-    with _naming_options():
+    with naming_options(OPTIONS):
         return TritonOptions(
             name=name,
             max_batch_size=max_batch_size,
@@ -143,24 +142,71 @@ def triton_options(
 
 
 def check_export(
-    options: ExportOptions, runtime: str, bundle_name: str, repository: Path | None, served: TritonOptions, force: bool
+    options: ExportOptions,
+    runtime: str,
+    engine: TensorRTOptions,
+    bundle_name: str,
+    repository: Path,
+    served: TritonOptions,
+    force: bool,
 ) -> None:
     """Whether the server will take what is to be exported, before the work.
 
     Raises:
-        ValueError: a file that it cannot run or batch; OSError: a repository that cannot be written to.
+        ValueError: a file that it cannot run or batch; ImportError: no TensorRT; OSError: a repository that cannot be
+            written to.
     """
-    from fastddim.export.triton_repository import BACKENDS, check_model_name, check_repository
+    from fastddim.export.triton_repository import BACKENDS, require_servable
 
     if runtime not in BACKENDS:
         raise ValueError(f"--format: {runtime!r}, which the server has no backend for; pass {' or '.join(BACKENDS)}")
+    if runtime == "tensorrt":
+        if options.bake_schedule:
+            raise ValueError(
+                "--bake-schedule: with --format tensorrt, whose number of steps the server cannot pass; leave it out,"
+                " with --graph step or --max-batch-size 0"
+            )
+        with naming_options(OPTIONS):
+            require_servable(_engine(engine, [{"batch": profile.batch} for profile in engine.profiles]), served)
     if served.max_batch_size and options.graph == "loop" and not options.per_sample_steps:
+        batching = (
+            "--graph step" if runtime == "tensorrt" else "--bake-schedule --per-sample-steps, and --seeded with --noise"
+        )
         raise ValueError(
             f"--max-batch-size: {served.max_batch_size}, but the requests of a batch may differ in their steps; pass"
-            " --bake-schedule --per-sample-steps, and --seeded with --noise; or --max-batch-size 0"
+            f" {batching}; or --max-batch-size 0"
         )
-    assert repository is not None
-    with _naming_options():
+    _check_place(bundle_name, repository, served, force)
+
+
+def check_engine(
+    graphs: Bundle, engine: TensorRTOptions, bundle_name: str, repository: Path, served: TritonOptions, force: bool
+) -> None:
+    """Whether the server will take the engine of an ONNX bundle, before it is built. Raises as `check_export` does."""
+    from fastddim.export import Bundle
+    from fastddim.export.bundle import require_runtime
+    from fastddim.export.triton_repository import model_config
+
+    require_runtime(graphs, "onnx")
+    profiles = [profile.ranges(graphs.manifest) for profile in engine.profiles]
+    built = Bundle(graphs.path, {**graphs.manifest, "runtime": "tensorrt", "engine": _engine(engine, profiles)})
+    with naming_options(OPTIONS):
+        model_config(built, bundle_name, served)
+    _check_place(bundle_name, repository, served, force)
+
+
+def _engine(options: TensorRTOptions, profiles: Sequence[Any]) -> dict[str, Any]:
+    """What a manifest will say of an engine, as far as the server asks."""
+    from fastddim.export.trt_library import load_library
+
+    flavour = load_library(options.flavour).flavour
+    return {"flavour": flavour, "options": options.identity(), "profiles": profiles}
+
+
+def _check_place(bundle_name: str, repository: Path, served: TritonOptions, force: bool) -> None:
+    from fastddim.export.triton_repository import check_model_name, check_repository
+
+    with naming_options(OPTIONS):
         name = check_model_name(bundle_name if served.name is None else served.name)
     with naming("out", "--triton-repository"):
         check_repository(repository, name, force)
@@ -172,16 +218,6 @@ def server_line(repository: Path) -> str:
         f"docker run --rm -p8000:8000 -p8001:8001 -p8002:8002 -v {repository}:/models {_IMAGE}"
         " tritonserver --model-repository=/models --disable-auto-complete-config"
     )
-
-
-@contextlib.contextmanager
-def _naming_options() -> Iterator[None]:
-    """Let an error of `TritonOptions` name the option that the user typed."""
-    try:
-        yield
-    except ValueError as error:
-        name, colon, rest = str(error).partition(":")
-        raise ValueError(f"{_OPTIONS.get(name, name)}{colon}{rest}") from error
 
 
 def _integers(text: str | None, option: str) -> tuple[int, ...]:

@@ -19,14 +19,15 @@ def engine_bytes(version=VERSION, magic=b"ftrt", graph=""):
 
 
 def make_module(version=VERSION, plugins=False):
-    """A module to put into `sys.modules`. `calls` has what was called, `refuse` names calls that are to fail.
+    """A module to put into `sys.modules`. `calls` has what was called, `refuse` names calls that are to fail, and
+    `messages` are logged by each run.
 
     Args:
         plugins: it has those that are compiled ahead of time, in `module.plugin`, a module too.
     """
     module = types.ModuleType("tensorrt")
     module.__version__ = version
-    module.calls, module.refuse = [], set()
+    module.calls, module.refuse, module.messages = [], set(), []
 
     def told(name, *arguments):
         module.calls.append((name, *arguments))
@@ -93,7 +94,7 @@ def make_module(version=VERSION, plugins=False):
             told("set_memory_pool_limit", pool.name, size)
 
         def create_timing_cache(self, content):
-            return TimingCache(content)
+            return None if content and not content.startswith(b"timings") else TimingCache(content)
 
         def set_timing_cache(self, cache, ignore_mismatch):
             return told("set_timing_cache", cache.content) and (not cache.content or version.encode() in cache.content)
@@ -154,6 +155,8 @@ def make_module(version=VERSION, plugins=False):
             return self.shapes["sample"]
 
         def execute_async_v3(self, stream):
+            for message in module.messages:
+                self.engine.logger.log(*message)
             if not told("execute_async_v3", stream):
                 return False
             dtypes = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
@@ -169,8 +172,8 @@ def make_module(version=VERSION, plugins=False):
     class Engine:
         weight_streaming_budget_v2 = None
 
-        def __init__(self, graph):
-            self.session = onnxruntime.InferenceSession(graph)
+        def __init__(self, graph, logger):
+            self.session, self.logger = onnxruntime.InferenceSession(graph), logger
 
         def create_execution_context(self):
             return Context(self) if told("create_execution_context") else None
@@ -188,7 +191,7 @@ def make_module(version=VERSION, plugins=False):
             if not told("deserialize_cuda_engine", self.engine_host_code_allowed):
                 self._logger.log(Severity.ERROR, "cudaError 35")
                 return None
-            return Engine(content[64:].decode())
+            return Engine(content[64:].decode(), self._logger)
 
     class Refitter:
         def __init__(self, engine, logger):

@@ -46,9 +46,11 @@ def by_triton(bundles):
     """What Triton's launcher gives the stub driver, by variant and batch; and the images it loads."""
     record = bundles / "record"
     record.touch()
+    # The cache's keys are all that decides the code, so what the export compiled is taken where it is the same.
     run_without_interpreter(
-        ROOT / "tests" / "cubin_runs.py", "launch", bundles, STUB_CUDA_RECORD=str(record), TRITON_DISABLE_LINE_INFO="1"
-    )
+        ROOT / "tests" / "cubin_runs.py", "launch", bundles, STUB_CUDA_RECORD=str(record), TRITON_DISABLE_LINE_INFO="1",
+        TRITON_CACHE_DIR=str(bundles / "cache"),
+    )  # fmt: skip
     runs = {case: json.loads((bundles / f"{case[0]}-{case[1]}.json").read_text()) for case in CASES}
     for found in runs.values():
         for launch in found["launches"]:

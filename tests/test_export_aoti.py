@@ -37,7 +37,7 @@ from fastddim.export import (
     validate,
     verify_bundle,
 )
-from test_export import CONFIGS, LABELS, SHAPE, Tiny, conditional_unet, edit, sample_tiny
+from test_export import CONFIGS, LABELS, SHAPE, Tiny, class_pipeline, conditional_unet, edit, sample_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -257,6 +257,14 @@ def test_without_a_gpu_cuda_is_refused(copied, tmp_path):
     assert os.listdir(tmp_path) == ["bundle"]
 
 
+def test_the_gpu_that_is_named_is_the_one_that_is_checked(copied, monkeypatch):
+    edit(copied, lambda manifest: manifest["target"].update(device="cuda", compute_capability="9.0"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(aoti, "compute_capability", lambda device: "8.0" if device.index == 1 else "9.0")
+    with pytest.raises(BundleError, match=r"is for compute capability 9.0, 'cuda:1' has 8.0; export it here"):
+        AotiSampler(copied, device="cuda:1")
+
+
 BAD_CALLS = {
     "guidance_scale: None; this bundle has guidance": {"guidance_scale": None},
     "guidance_scale: nan": {"guidance_scale": float("nan")},
@@ -352,16 +360,17 @@ def test_a_bundle_is_compared_again_with_its_model(kept, monkeypatch):
         verify_bundle(open_bundle(kept), model, example_kwargs={"labels": LABELS}, steps=(2,))
 
 
-def test_the_digits_from_the_shell(tmp_path, capsys):
-    quick = ["--parity-steps", "1,8"]
-    bundle, picture, sampled = tmp_path / "digits", tmp_path / "digits.png", tmp_path / "sampled.png"
+def test_classes_from_the_shell(tmp_path, capsys):
+    class_pipeline().save_pretrained(tmp_path / "pipeline")
+    quick = ["--model", str(tmp_path / "pipeline"), "--parity-steps", "1,8"]
+    bundle, picture, sampled = tmp_path / "classes", tmp_path / "classes.png", tmp_path / "sampled.png"
     assert main(["export", "--format", "aoti", "--out", str(bundle), "--guidance", *quick, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert max(entry["largest_error"] for entry in told["parity"]) <= 1e-4
-    run = ["run", str(bundle), "--labels", "3,1,4", "--steps", "20", "--seed", "7"]
+    run = ["run", str(bundle), "--labels", "3,1,2", "--steps", "20", "--seed", "7"]
     assert main([*run, "--out", str(picture)]) == 0
     assert "s per image on CPU" in capsys.readouterr().out
-    sample = ["sample", "--labels", "3,1,4", "--num-images", "3", "--steps", "20", "--seed", "7"]
+    sample = ["sample", *quick[:2], "--labels", "3,1,2", "--num-images", "3", "--steps", "20", "--seed", "7"]
     assert main([*sample, "--guidance-scale", "2", "--out", str(sampled)]) == 0
     ours, theirs = (np.asarray(Image.open(path)).astype(int) for path in (picture, sampled))
     assert ours.shape == theirs.shape and np.abs(ours - theirs).max() <= 1
@@ -372,7 +381,7 @@ def test_the_digits_from_the_shell(tmp_path, capsys):
     assert main(["export", "--format", "tflite", "--out", str(tmp_path / "other")]) == 2
     assert "--format: 'tflite' is not one of" in capsys.readouterr().err
     assert main(["export", "--cpu-isa", "avx2", "--out", str(tmp_path / "other")]) == 2
-    assert "--device, --cpu-isa: given with format 'onnx'" in capsys.readouterr().err
+    assert "--cpu-isa: given with --format onnx, which does not use it; pass --format aoti" in capsys.readouterr().err
 
 
 # Triton's kernels cannot be traced where its interpreter has replaced them.

@@ -1,6 +1,8 @@
 """Bundles of whole pipelines, from token ids to pictures, against the diffusers pipelines' own calls."""
 
+import contextlib
 import functools
+import io
 import json
 import os
 import shutil
@@ -24,7 +26,6 @@ from fastddim.export import (
     OrtPipeline,
     OrtSampler,
     ParityError,
-    export_onnx,
     export_pipeline,
     open_bundle,
     pipelines,
@@ -50,12 +51,12 @@ def text_encoder(kind, width):
     return kind(config).eval()
 
 
-def unet(width, **options):
+def unet(width, levels=2, **options):
     torch.manual_seed(0)
     model = diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=width,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=4, **options,
+        sample_size=8, block_out_channels=(8, 16)[:levels], layers_per_block=1, norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D")[:levels], cross_attention_dim=width,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")[-levels:], attention_head_dim=4, **options,
     )  # fmt: skip
     with torch.no_grad():
         model.conv_out.weight.mul_(0.1)
@@ -95,7 +96,7 @@ def make(kind):
             vae(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.9, 1.0, 1.1, 1.2]),
             text_encoder(transformers.CLIPTextModel, 12),
             text_encoder(transformers.CLIPTextModelWithProjection, 8),
-            tokenizer("<|endoftext|>"), tokenizer("!"), unet(20, **added), diffusers.DDIMScheduler(**SCHEDULER),
+            tokenizer("<|endoftext|>"), tokenizer("!"), unet(20, levels=1, **added), diffusers.DDIMScheduler(**SCHEDULER),
             add_watermarker=False,
         )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
@@ -103,14 +104,26 @@ def make(kind):
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """The bundle of each kind, written once."""
-    folder = tmp_path_factory.mktemp("pipelines")
+def shop(tmp_path_factory):
+    """A folder as a user's: a pipeline of any size, what was typed to export it, and what that said."""
+    folder = tmp_path_factory.mktemp("shop")
+    make("sd").save_pretrained(folder / "pipeline")
+    line = ["export", "--model", str(folder / "pipeline"), "--parity-steps", "1,4"]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main([*line, "--dynamic-size", "--out", str(folder / "bundle")]) == 0
+    return folder, line, printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def exported(shop, tmp_path_factory):
+    """The bundle of each kind, written once; that of "sd" has any size."""
 
     @functools.cache
     def export(kind):
-        dynamic = ExportOptions(dynamic_size=kind == "sd")
-        return export_pipeline(make(kind), folder / kind, dynamic, parity_steps=(1, 4)).path
+        if kind == "sd":
+            return shop[0] / "bundle"
+        return export_pipeline(make(kind), tmp_path_factory.mktemp(kind) / "bundle", parity_steps=(1, 4)).path
 
     return export
 
@@ -330,13 +343,10 @@ def test_a_component_that_differs_from_torch_is_not_written(tmp_path, monkeypatc
     assert os.listdir(tmp_path) == []
 
 
-def test_texts_to_pictures_from_the_shell(tmp_path, capsys):
+def test_texts_to_pictures_from_the_shell(shop, exported, tmp_path, capsys):
     """The commands as a user types them, from a diffusers folder to a picture."""
-    folder, bundle, picture = tmp_path / "pipeline", tmp_path / "bundle", tmp_path / "pictures.png"
-    make("sd").save_pretrained(folder)
-    export = ["export", "--model", str(folder), "--parity-steps", "2"]
-    assert main([*export, "--out", str(bundle)]) == 0
-    told = capsys.readouterr().out
+    folder, export, told = shop
+    bundle, picture = folder / "bundle", tmp_path / "pictures.png"
     assert "text_encoder: largest difference from torch" in told and "vae_decoder: largest" in told
     assert main([*export, "--verify", str(bundle)]) == 0
     assert capsys.readouterr().out.count("largest difference from torch") == told.count("largest difference")
@@ -346,18 +356,19 @@ def test_texts_to_pictures_from_the_shell(tmp_path, capsys):
     drawn = Image.open(picture)
     assert drawn.size == expected.size
     assert np.abs(np.asarray(drawn).astype(int) - np.asarray(expected).astype(int)).max() <= 1
+    fixed = ["run", str(exported("sdxl")), "--prompt", "a", "--size", "24x24"]
     bad = {
         "--prompt: this bundle makes pictures of texts": ["run", str(bundle)],
         "no --labels": [*run, "--labels", "1"],
         "size: 15x; pass height and width": [*run, "--size", "15x"],
-        "size: (24, 24); this bundle makes pictures of (16, 16)": [*run, "--size", "24x24"],
+        "size: (24, 24); this bundle makes pictures of (16, 16)": [*fixed, "--out", str(picture)],
         "--parity-steps: 'two'": [*export[:-1], "two", "--out", str(tmp_path / "other")],
     }
     for message, arguments in bad.items():
         capsys.readouterr()
         assert main(arguments) == 2, message
         assert message in " ".join(capsys.readouterr().err.replace("'15x'", "15x").split())
-    assert sorted(os.listdir(tmp_path)) == ["bundle", "pictures.png", "pipeline"]
+    assert sorted(os.listdir(tmp_path)) == ["pictures.png"]
 
 
 def test_the_sampler_alone_of_a_pipelines_folder(tmp_path, capsys):
@@ -368,13 +379,5 @@ def test_the_sampler_alone_of_a_pipelines_folder(tmp_path, capsys):
     assert not bundle.components and "time_ids" in bundle.names("inputs")
     assert main(["run", str(tmp_path / "bundle"), "--prompt", "a"]) == 2
     assert "has no text encoder; leave them out" in capsys.readouterr().err
-
-
-def test_a_samplers_bundle_is_no_pipeline(tmp_path):
-    model = diffusers.UNet2DModel(
-        sample_size=4, block_out_channels=(4,), layers_per_block=1, norm_num_groups=2, down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",), attention_head_dim=2,
-    )  # fmt: skip
-    export_onnx(model, diffusers.DDIMScheduler(), tmp_path / "bundle", parity_steps=())
     with pytest.raises(BundleError, match="is a sampler alone; pass one of export_pipeline"):
-        OrtPipeline(tmp_path / "bundle")
+        OrtPipeline(bundle)

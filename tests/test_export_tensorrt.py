@@ -1,5 +1,6 @@
 """TensorRT engines: built with TensorRT-RTX on the CPU, and run over a stand-in for the library against ONNX Runtime."""
 
+import contextlib
 import copy
 import functools
 import json
@@ -203,7 +204,7 @@ def check_components(bundle, names):
     assert [line[3:] for line in log.splitlines() if line.startswith("== ")] == engines
 
 
-def test_each_graph_of_a_pipeline_is_built(tiny, tmp_path):
+def test_each_graph_of_a_pipeline_is_built(tiny, tmp_path, capsys):
     folder = shutil.copytree(tiny.path, tmp_path / "graph")
     names = ["text_encoder", "vae_decoder"]
     for name in names:
@@ -224,6 +225,8 @@ def test_each_graph_of_a_pipeline_is_built(tiny, tmp_path):
     assert (bundle.path / "tokenizer" / "words.txt").read_text() == "a"
     with pytest.raises(BundleError, match=r"is of runtime 'tensorrt', not 'onnx'"):
         OrtPipeline(bundle)
+    assert main(["run", str(bundle.path), "--prompt", "a"]) == 2
+    assert "is a whole pipeline for 'tensorrt'" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.slow
@@ -251,37 +254,6 @@ def test_the_same_build_has_the_same_manifest_but_for_the_bytes(tiny, built, tmp
     assert {key: value for key, value in first.items() if key != "files"} == {
         key: value for key, value in second.items() if key != "files"
     }
-
-
-def test_an_engine_is_reused_only_if_all_that_made_it_is_the_same(tiny, built, tmp_path):
-    out = shutil.copytree(built, tmp_path / "engine")
-    stamp = (out / "model.engine").stat().st_mtime_ns
-    with pytest.raises(FileExistsError, match=r"exists; pass another folder"):
-        export_tensorrt(tiny, out, RTX)
-
-    def reuses(source=tiny, options=RTX):
-        export_tensorrt(source, out, options, reuse=True)
-        nonlocal stamp
-        before, stamp = stamp, (out / "model.engine").stat().st_mtime_ns
-        return before == stamp
-
-    assert reuses()
-    other = write_tiny(tmp_path / "other", stochastic=True, config=DDIMConfig(clip_sample_range=2.0))
-    assert not reuses(other) and reuses(other)
-    assert not reuses() and reuses()
-    options = TensorRTOptions(flavour="rtx", profiles=(Profile(batch=(1, 2, 5)),), compute_capabilities=("8.9",))
-    assert not reuses(options=options) and reuses(options=options)
-    edit(out, lambda manifest: manifest["engine"].update(version="1.0.0.0"))
-    assert not reuses(options=options)
-    # A damaged one is no reason to stop.
-    (out / "model.engine").write_bytes(b"short")
-    assert not reuses(options=options) and reuses(options=options)
-    with pytest.raises(FileExistsError, match=r"is no TensorRT bundle, and reuse replaces no other"):
-        export_tensorrt(tiny, other.path, RTX, reuse=True)
-    (other.path / "model.onnx").write_bytes(b"damaged")
-    with pytest.raises(FileExistsError, match=r"is no TensorRT bundle, and reuse replaces no other"):
-        export_tensorrt(tiny, other.path, RTX, reuse=True)
-    assert sorted(os.listdir(tmp_path)) == ["engine", "other"]
 
 
 def refused(folder, *operators):
@@ -389,6 +361,17 @@ def test_a_source_that_is_no_onnx_bundle_is_refused(built, tmp_path):
         OrtSampler(built)
 
 
+def test_graphs_with_integers_that_tensorrt_lacks_are_refused(tiny, tmp_path, capsys):
+    for name in ("per_sample_steps", "seeded"):
+        folder = shutil.copytree(tiny.path, tmp_path / name)
+        edit(folder, lambda manifest, name=name: manifest["sampling"].update({name: True}))
+        with pytest.raises(ValueError, match="per_sample_steps, seeded: TensorRT takes no such graph"):
+            export_tensorrt(folder, tmp_path / "engine", RTX)
+    assert main(["export", "--format", "tensorrt", "--seeded", "--out", str(tmp_path / "engine")]) == 2
+    assert "--per-sample-steps, --seeded: TensorRT takes no such graph" in capsys.readouterr().err
+    assert not (tmp_path / "engine").exists()
+
+
 @pytest.mark.parametrize("flavour", ["auto", "standard", "rtx"])
 def test_a_missing_library_is_named_with_its_remedy(tiny, tmp_path, flavour, monkeypatch):
     for module in ("tensorrt", "tensorrt_rtx"):
@@ -435,6 +418,10 @@ FOREIGN = {
         set_bytes(folder, 24, b"\x01\x00\x01\x74"),
         edit_engine(folder, version="1.0.1.116"),
     ),
+    "is for plan9 mips, this machine is .*; export it here": lambda folder: edit_engine(folder, platform="plan9 mips"),
+    "the manifest has a profile without 'steps'; export it again": lambda folder: edit_engine(
+        folder, profiles=[{"batch": [1, 2, 4]}]
+    ),
     r"'engine' is a required property": lambda folder: edit(folder, lambda manifest: manifest.pop("engine")),
     "'slow' is not one of": lambda folder: edit_engine(folder, flavour="slow"),
 }
@@ -469,9 +456,20 @@ def test_the_build_from_the_shell(tiny, tmp_path, capsys):
     ]
     for arguments, message in (
         (command, "--force"),
-        ([*command, "--guidance"], "--from: the graph is that bundle's"),
-        (["export", "--out", out, "--refit"], "given with format 'onnx'; pass --format tensorrt"),
-        ([*command, "--force", "--profile", "batch=9:8:7"], "pass 1 <= min <= opt <= max"),
+        ([*command, "--guidance"], "--guidance: given with --from, which does not use it; leave it out"),
+        ([*command, "--parity-steps", "1"], "--parity-steps: given with --from"),
+        (
+            ["export", "--out", out, "--refit"],
+            "--refit: given with --format onnx, which does not use it; pass --format",
+        ),
+        (
+            ["export", "--verify", out, "--trt", "rtx"],
+            "--trt: given with --verify, which does not use it; leave it out",
+        ),
+        ([*command, "--force", "--profile", "batch=9:8:7"], "--profile: batch (9, 8, 7); pass 1 <= min <= opt <= max"),
+        ([*command, "--force", "--profile", "width=1:2:3"], "--profile: width is no dimension of this bundle"),
+        ([*command, "--force", "--optimization-level", "6"], "--optimization-level: 6; pass an integer in [0, 5]"),
+        ([*command, "--force", "--timing-cache", f"{out}.cache"], "--timing-cache: TensorRT-RTX"),
         (["run", out, "--labels", "1"], "no pictures"),
     ):
         assert main(arguments) == 2
@@ -606,6 +604,36 @@ def test_sizes_that_no_profile_has_are_named(tiny, fake, tmp_path):
     assert torch.isfinite(call(sampler, 5, num_inference_steps=9)).all()
 
 
+def test_what_is_loaded_goes_to_the_samplers_own_gpu(tiny, fake, tmp_path, monkeypatch):
+    bundle = export_tensorrt(tiny, tmp_path / "engine", TensorRTOptions(flavour="standard", weight_streaming=True))
+
+    @contextlib.contextmanager
+    def current(device):
+        fake.calls.append(("enter", device))
+        yield
+        fake.calls.append(("leave",))
+
+    monkeypatch.setattr(trt, "_current", current)
+    fake.calls.clear()
+    TensorRTSampler(bundle, weight_streaming_budget=1)
+    assert [c[0] for c in fake.calls] == ["enter", "deserialize_cuda_engine", "leave"]
+
+
+def test_errors_are_the_calls_own_and_warnings_are_logged(tiny, fake, tmp_path, caplog):
+    sampler = TensorRTSampler(export_tensorrt(tiny, tmp_path / "engine", STANDARD))
+    for severity, reason in ((fake.ILogger.Severity.ERROR, "first"), (fake.ILogger.Severity.WARNING, "slow tactic")):
+        fake.messages = [(severity, reason)]
+        fake.refuse.add("execute_async_v3")
+        expected = "ERROR: first" if reason == "first" else "it gives no reason"
+        with pytest.raises(RuntimeError, match=f"does not run the engine: {expected}"):
+            call(sampler)
+    assert [record.getMessage() for record in caplog.records] == ["TensorRT 10.14.1.48: WARNING: slow tactic"]
+    fake.refuse.clear()
+    for _ in range(3):
+        call(sampler)
+    assert len(sampler._log) == 1
+
+
 @pytest.mark.parametrize(
     "refusal", ["set_input_shape", "set_tensor_address", "execute_async_v3", "create_execution_context"]
 )
@@ -669,6 +697,47 @@ def test_the_options_reach_the_builder(tiny, fake, tmp_path):
     export_tensorrt(tiny, tmp_path / "third", options)
     assert [c[1] for c in fake.calls if c[0] == "set_timing_cache"] == [b"timings of 9.0", b""]
     assert cache.read_bytes() == b"timings of 10.14.1.48"
+    # A damaged one is replaced.
+    cache.write_bytes(b"junk")
+    export_tensorrt(tiny, tmp_path / "fourth", options)
+    assert cache.read_bytes() == b"timings of 10.14.1.48"
+
+
+def test_an_engine_is_reused_only_if_all_that_made_it_is_the_same(tiny, fake, tmp_path):
+    out = export_tensorrt(tiny, tmp_path / "engine", STANDARD).path
+    stamp = (out / "model.engine").stat().st_mtime_ns
+    with pytest.raises(FileExistsError, match=r"exists; pass another folder"):
+        export_tensorrt(tiny, out, STANDARD)
+
+    def reuses(source=tiny, options=STANDARD):
+        export_tensorrt(source, out, options, reuse=True)
+        nonlocal stamp
+        before, stamp = stamp, (out / "model.engine").stat().st_mtime_ns
+        return before == stamp
+
+    assert reuses()
+    other = write_tiny(tmp_path / "other", stochastic=True, config=DDIMConfig(clip_sample_range=2.0))
+    assert not reuses(other) and reuses(other)
+    assert not reuses() and reuses()
+    options = TensorRTOptions(flavour="standard", profiles=(Profile(batch=(1, 2, 5)),))
+    assert not reuses(options=options) and reuses(options=options)
+    edit(out, lambda manifest: manifest["engine"].update(version="1.0.0.0"))
+    assert not reuses(options=options)
+    # The graph is the same, and takes the table that the bundle says.
+    rescheduled = tmp_path / "rescheduled"
+    shutil.copytree(tiny.path, rescheduled)
+    edit(rescheduled, lambda manifest: manifest["schedule"].update(beta_schedule="squaredcos_cap_v2"))
+    assert not reuses(rescheduled, options) and reuses(rescheduled, options)
+    assert open_bundle(out).manifest["schedule"]["beta_schedule"] == "squaredcos_cap_v2"
+    # A damaged one is no reason to stop.
+    (out / "model.engine").write_bytes(b"short")
+    assert not reuses(options=options) and reuses(options=options)
+    with pytest.raises(FileExistsError, match=r"is no TensorRT bundle, and reuse replaces no other"):
+        export_tensorrt(tiny, other.path, STANDARD, reuse=True)
+    (other.path / "model.onnx").write_bytes(b"damaged")
+    with pytest.raises(FileExistsError, match=r"is no TensorRT bundle, and reuse replaces no other"):
+        export_tensorrt(tiny, other.path, STANDARD, reuse=True)
+    assert sorted(os.listdir(tmp_path)) == ["engine", "other", "rescheduled"]
 
 
 def test_members_that_a_version_lacks_are_named(tiny, fake, tmp_path):
@@ -678,6 +747,8 @@ def test_members_that_a_version_lacks_are_named(tiny, fake, tmp_path):
         ValueError, match=r"hardware_compatibility: TensorRT 10.14.1.48 \(flavour 'standard'\) has no such"
     ):
         export_tensorrt(tiny, tmp_path / "engine", options)
+    # Even where a version has members of that name.
+    fake.IBuilderConfig.set_compute_capability = None
     with pytest.raises(ValueError, match=r"compute_capabilities: TensorRT 10.14.1.48 .* has no such option"):
         export_tensorrt(tiny, tmp_path / "engine", TensorRTOptions(flavour="standard", compute_capabilities=("8.9",)))
     # TensorRT 11 has typed networks alone.
@@ -793,6 +864,10 @@ def test_the_commands_run_and_verify_an_engine(graphs, fake, tmp_path, capsys):
     assert ours.shape == theirs.shape and np.abs(ours - theirs).max() <= 1
     assert main(["run", str(tmp_path / "engine"), "--providers", "cpu"]) == 2
     assert "this bundle is of runtime 'tensorrt'" in " ".join(capsys.readouterr().err.split())
+    assert main(["run", str(tmp_path / "engine"), "--weights", str(graphs("digits, loop").path)]) == 2
+    assert "weights: given, but this engine cannot take others" in " ".join(capsys.readouterr().err.split())
+    assert main(["run", str(graphs("digits, loop").path), "--weights", str(tmp_path)]) == 2
+    assert "but this bundle is of runtime 'onnx'; leave it out" in " ".join(capsys.readouterr().err.split())
     assert main(["export", "--verify", str(tmp_path / "engine"), "--parity-steps", "3"]) == 0
     assert "3 steps: largest difference from torch" in capsys.readouterr().out
 

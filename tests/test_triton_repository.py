@@ -13,7 +13,6 @@ from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import onnx
 import onnxruntime
@@ -22,6 +21,7 @@ import torch
 from google.protobuf import text_format
 from PIL import Image
 
+import fake_tensorrt
 import fastddim
 from fastddim import DDIMConfig, Sampler
 from fastddim.cli import main
@@ -41,6 +41,7 @@ from fastddim.export.schedule_module import ScheduleModule
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP, normal_numpy, split_bits
 from fastddim.pictures import make_grid
 from fastddim.schedule import Schedule
+from test_export import class_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -365,18 +366,52 @@ def edited(bundle, **changes):
     return Bundle(bundle.path, {**bundle.manifest, **changes})
 
 
+def as_engine(bundle, *profiles, flavour="standard", strip_plan=False, **changes):
+    """A bundle as if an engine were built of it."""
+    engine = {"flavour": flavour, "options": {"strip_plan": strip_plan}, "profiles": profiles or [{"batch": [1, 4, 8]}]}
+    return edited(bundle, runtime="tensorrt", engine=engine, **changes)
+
+
 def test_engines_are_for_the_tensorrt_backend(served, plain, schema, tmp_path):
-    engine = edited(served, runtime="tensorrt")
+    engine = as_engine(served, {"batch": [1, 1, 1]}, {"batch": [2, 4, 8]})
     folder = write_triton_repository(engine, tmp_path, TritonOptions(max_batch_size=4))
     config = read_config(schema, folder)
     assert config.backend == "tensorrt" and os.listdir(folder / "1") == ["model.plan"]
-    with pytest.raises(ValueError, match="are the ONNX Runtime backend's, and this bundle is tensorrt"):
-        write_triton_repository(engine, tmp_path, TritonOptions(name="other", accelerator="cuda"))
+    # Otherwise the server would take the first alone.
+    assert list(config.instance_group[0].profile) == ["0", "1"]
     scalar = {"name": "num_inference_steps", "dtype": "int64", "shape": [], "meaning": ""}
-    baked = edited(plain, runtime="tensorrt", inputs=[*plain.manifest["inputs"], scalar])
+    baked = as_engine(plain, inputs=[*plain.manifest["inputs"], scalar])
     with pytest.raises(ValueError, match="'num_inference_steps' shapes an engine's loop"):
         write_triton_repository(baked, tmp_path, TritonOptions(max_batch_size=0))
     assert os.listdir(tmp_path) == ["tiny"]
+
+
+def test_an_engines_warmup_fits_its_first_profile(plain, schema, tmp_path):
+    engine = as_engine(plain, {"batch": [2, 2, 4], "steps": [5, 10, 20]})
+    options = TritonOptions(max_batch_size=0, warmup_batch_sizes=(1,))
+    (warmup,) = read_config(schema, write_triton_repository(engine, tmp_path, options)).model_warmup
+    assert {name: list(tensor.dims) for name, tensor in warmup.inputs.items()} == {
+        "sample": [2, *SHAPE], "labels": [2], "timesteps": [5], "coefficients": [5, 6],
+    }  # fmt: skip
+
+
+BAD_ENGINES = {
+    "accelerator: are the ONNX Runtime backend's, and this bundle is tensorrt": ({}, {"accelerator": "cuda"}),
+    "flavour: 'rtx', but the server's backend loads the standard TensorRT's": ({"flavour": "rtx"}, {}),
+    "strip_plan: True, but the server has no weights": ({"strip_plan": True}, {}),
+    "kind: 'cpu', but engines run on GPUs alone; pass 'gpu' or 'auto'": ({}, {"kind": "cpu"}),
+    "max_batch_size: 9, but the engine takes batches of 1 to 8; pass at most that": ({}, {"max_batch_size": 9}),
+}
+
+
+@pytest.mark.parametrize("message", BAD_ENGINES)
+def test_engines_that_the_server_would_not_load_are_named(served, tmp_path, message):
+    engine, options = BAD_ENGINES[message]
+    with pytest.raises(ValueError, match=message):
+        write_triton_repository(as_engine(served, **engine), tmp_path, TritonOptions(**options))
+    with pytest.raises(ValueError, match="takes batches of 2 to 8; pass at most that, or build one whose profiles"):
+        write_triton_repository(as_engine(served, {"batch": [2, 4, 8]}), tmp_path)
+    assert os.listdir(tmp_path) == []
 
 
 def test_bundles_that_the_server_cannot_run_are_named(served, tmp_path):
@@ -595,14 +630,7 @@ class Server:
 def shop(tmp_path_factory):
     """A folder as a user's: a pipeline with classes, its bundle, and the repository with it."""
     folder = tmp_path_factory.mktemp("shop")
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), num_class_embeds=5,
-    )  # fmt: skip
-    with torch.no_grad():
-        unet.conv_out.weight.mul_(0.1)
-    diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler()).save_pretrained(folder / "pipeline")
+    class_pipeline().save_pretrained(folder / "pipeline")
     line = ["export", "--model", str(folder / "pipeline"), "--out", str(folder / "shapes"), "--parity-steps", "1,10"]
     line += ["--guidance", "--bake-schedule", "--per-sample-steps", "--seeded", "--json"]
     line += ["--triton-repository", str(folder / "models"), "--max-batch-size", "4", "--queue-delay", "1000"]
@@ -716,22 +744,60 @@ BAD_LINES = {
     "--triton-name: 'a/b'; pass letters": ["--triton-name", "a/b", "--max-batch-size", "0"],
     "--format: 'aoti', which the server has no backend for": ["--format", "aoti", "--max-batch-size", "0"],
     "--warmup: 'x' in 'x'": ["--warmup", "x"],
-}
+    "--max-batch-size: 8, but the requests of a batch may differ in their steps; pass --graph step": ["--format", "tensorrt"],
+    "--bake-schedule: with --format tensorrt, whose number of steps the server cannot pass": [
+        "--format", "tensorrt", "--bake-schedule", "--max-batch-size", "0",
+    ],
+    "--trt: 'rtx', but the server's backend loads the standard TensorRT's engines": [
+        "--format", "tensorrt", "--trt", "rtx", "--graph", "step",
+    ],
+    "--max-batch-size: 8, but the engine takes batches of 1 to 4": [
+        "--format", "tensorrt", "--graph", "step", "--profile", "batch=1:2:4",
+    ],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("message", BAD_LINES)
 def test_bad_lines_are_named_before_any_work(message, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("fastddim.cli_export._load", lambda model: pytest.fail("the model was read"))
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.make_module())
     line = ["export", "--out", str(tmp_path / "digits"), "--triton-repository", str(tmp_path / "models")]
     assert main([*line, *BAD_LINES[message]]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert os.listdir(tmp_path) == []
 
 
+def test_an_engine_that_the_server_would_refuse_is_not_built(shop, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.make_module())
+    line = ["export", "--from", str(shop / "shapes"), "--format", "tensorrt", "--out", str(tmp_path / "engine")]
+    served = ["--triton-repository", str(tmp_path / "models")]
+    (tmp_path / "models" / "old").mkdir(parents=True)
+    for more, message in (
+        (["--trt", "standard", "--strip-plan"], "--strip-plan: True, but the server has no weights"),
+        (["--profile", "batch=1:2:4"], "--max-batch-size: 8, but the engine takes batches of 1 to 4"),
+        (["--triton-name", "old"], "--triton-repository: '"),
+        (["--instance-kind", "cpu"], "--instance-kind: 'cpu', but engines run on GPUs alone"),
+    ):
+        assert main([*line, *served, *more]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert os.listdir(tmp_path) == ["models"]
+
+
 def test_lines_that_lack_a_part_are_named(shop, tmp_path, capsys):
     for line, message in (
         (["--from", str(shop / "shapes")], "--out: missing; pass a folder to write, or --verify, or --from with"),
-        (["--verify", str(shop / "shapes"), "--triton-repository", str(tmp_path)], "--verify: compares a bundle alone"),
+        (
+            ["--verify", str(shop / "shapes"), "--triton-repository", str(tmp_path)],
+            "--triton-repository: given with --verify",
+        ),
+        (
+            ["--out", str(tmp_path / "x"), "--warmup", "1"],
+            "--warmup: given with --format onnx, which does not use it; pass",
+        ),
+        (
+            ["--from", str(shop / "shapes"), "--triton-repository", str(tmp_path), "--format", "tensorrt"],
+            "--format: given with --from, which does not use it",
+        ),
         (["--out", str(tmp_path / "x"), "--from", str(shop / "shapes")], "--from: with --out it builds an engine"),
     ):
         assert main(["export", *line]) == 2

@@ -44,10 +44,10 @@ class AotiSampler(BundleSampler):
     ) -> None:
         super().__init__(bundle, check_finite)
         target = self.bundle.manifest["target"]
-        require_target(self.bundle)
         place = torch.device(target["device"] if device is None else device)
         if place.type != target["device"]:
             raise ValueError(f"device: '{place}', but this package is for {target['device']}")
+        require_target(self.bundle, place)
         if place.type == "cuda" and place.index is None:
             place = torch.device("cuda", torch.cuda.current_device())
         self._device = place
@@ -111,8 +111,12 @@ def compute_capability(device: torch.device | None = None) -> str:
     return ".".join(map(str, torch.cuda.get_device_capability(device)))
 
 
-def require_target(bundle: Bundle) -> None:
+def require_target(bundle: Bundle, device: torch.device) -> None:
     """Check that this machine runs a bundle's code: where it cannot, calling it would end the process.
+
+    Args:
+        bundle: whose manifest has `target`.
+        device: where it is to run, of the target's kind.
 
     Raises:
         BundleError: what the machine lacks, and the fix.
@@ -131,8 +135,8 @@ def require_target(bundle: Bundle) -> None:
         return
     if not torch.cuda.is_available():
         raise BundleError(f"{name} for CUDA, and torch {torch.__version__} finds no GPU here; export it for the CPU")
-    if target["compute_capability"] != compute_capability():
+    capability = compute_capability(device)
+    if target["compute_capability"] != capability:
         raise BundleError(
-            f"{name} for compute capability {target['compute_capability']}, this GPU has {compute_capability()};"
-            " export it here"
+            f"{name} for compute capability {target['compute_capability']}, '{device}' has {capability}; export it here"
         )

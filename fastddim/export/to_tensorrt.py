@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import platform
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +22,7 @@ from fastddim.export.bundle import (
 )
 from fastddim.export.manifest import NOTE_FILE, note
 from fastddim.export.plan import ExportError
-from fastddim.export.trt_library import PLUGIN_FLAG, Library, first_error, load_library
+from fastddim.export.trt_library import PLUGIN_FLAG, Library, current_platform, first_error, load_library
 from fastddim.export.trt_options import Range, TensorRTOptions
 from fastddim.files import check_writable, write_whole
 
@@ -57,8 +55,8 @@ def export_tensorrt(
         out: the folder to write: `model.engine`, one engine for each component, and `build.log`.
         options: how to build; what they fix.
         force: replace a bundle that is there.
-        reuse: keep a TensorRT bundle that is there if the same graphs, options, version and target made it, and build
-            it anew otherwise.
+        reuse: keep a TensorRT bundle that is there if the same ONNX bundle, options, version and target made it, and
+            build it anew otherwise.
         progress: called with a phase of the build, the phase it is part of, and how many of its steps are done, of how
             many.
 
@@ -85,6 +83,9 @@ def export_tensorrt(
     gpu, capabilities = _build_target(library, options)
     kept = _find_kept(target, force) if reuse and target.exists() else None
     with _opened(source) as bundle:
+        sampling = bundle.manifest["sampling"]
+        if sampling.get("per_sample_steps") or sampling.get("seeded"):
+            raise ValueError("per_sample_steps, seeded: TensorRT takes no such graph; export one without")
         if options.fused_step:
             require_fusible(bundle.manifest)
         ranges = [profile.ranges(bundle.manifest) for profile in options.profiles]
@@ -94,7 +95,7 @@ def export_tensorrt(
         engine = {
             "flavour": library.flavour,
             "version": library.version,
-            "platform": f"{sys.platform} {platform.machine()}",
+            "platform": current_platform(),
             "gpu": gpu,
             "compute_capabilities": capabilities,
             "profiles": [{name: list(sizes) for name, sizes in profile.items()} for profile in ranges],
@@ -107,7 +108,7 @@ def export_tensorrt(
             capability = "8.0" if options.hardware_compatibility == "ampere_plus" else capabilities[0]
             graph, engine["fused_step"] = fuse(library, bundle, ranges, capability)
             fused[bundle.model_path.name] = graph
-        if kept is not None and kept.manifest["engine"] == engine:
+        if kept is not None and kept.manifest["engine"] == engine and _carried(kept) == _carried(bundle):
             return kept
         build = _Build(library, settings, ranges, options.timing_cache, progress, fused)
         return write_bundle(target, force or reuse, functools.partial(_fill, bundle, engine, build))
@@ -122,6 +123,15 @@ def _opened(source: str | Path | Bundle | Callable[[Path], Bundle]) -> Iterator[
     bundle = source if isinstance(source, Bundle) else open_bundle(source)
     require_runtime(bundle, "onnx")
     yield bundle
+
+
+def _carried(bundle: Bundle) -> dict[str, Any]:
+    """What an engine's bundle takes over from the graphs', beside the graphs: schedule, table and tokenizers too."""
+    own = ("model", "components", "files", "parity", "runtime", "engine", "versions")
+    carried = {name: value for name, value in bundle.manifest.items() if name not in own}
+    carried["components"] = {name: {**described, "model": None} for name, described in bundle.components.items()}
+    carried["files"] = {name: told for name, told in bundle.manifest["files"].items() if "/" in name}
+    return carried
 
 
 def _find_kept(target: Path, force: bool) -> Bundle | None:
@@ -200,6 +210,7 @@ def _settings(library: Library, options: TensorRTOptions) -> list[Setting]:
             "compute_capabilities",
             "IBuilderConfig.set_compute_capability",
             setting=functools.partial(_set_capabilities, _capability_members(library, options.compute_capabilities)),
+            refused=not rtx,
         )
     return settings
 
@@ -284,7 +295,7 @@ class _Build:
         """
         trt = self.library.module
         start = len(lines)
-        logger = self.library.logger(lines)
+        logger = self.library.logger(lines.append)
         builder = trt.Builder(logger)
         # Newer versions know no other networks.
         typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
@@ -325,8 +336,8 @@ class _Build:
             return None
         file = Path(self.timing_cache)
         cache = config.create_timing_cache(file.read_bytes() if file.exists() else b"")
-        # One of another version or GPU is not taken.
-        if not config.set_timing_cache(cache, ignore_mismatch=False):
+        # One that is damaged, or of another version or GPU, is not taken.
+        if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
             cache = config.create_timing_cache(b"")
             config.set_timing_cache(cache, ignore_mismatch=False)
         return cache

@@ -244,11 +244,13 @@ def model_config(bundle: Bundle, name: str, options: TritonOptions) -> dict[str,
         )
     if runtime != "onnx" and (options.parameters or options.accelerator):
         raise ValueError(f"parameters, accelerator: are the ONNX Runtime backend's, and this bundle is {runtime}")
-    scalars = [item["name"] for item in manifest["inputs"] if not item["shape"]]
-    if runtime == "tensorrt" and scalars:
-        raise ValueError(
-            f"bundle: {scalars[0]!r} shapes an engine's loop, which the server cannot pass; export a table"
-        )
+    if runtime == "tensorrt":
+        scalars = [item["name"] for item in manifest["inputs"] if not item["shape"]]
+        if scalars:
+            raise ValueError(
+                f"bundle: {scalars[0]!r} shapes an engine's loop, which the server cannot pass; export a table"
+            )
+        require_servable(manifest["engine"], options)
     batched = options.max_batch_size > 0
     if batched:
         _require_batched(manifest, options.max_batch_size)
@@ -263,6 +265,9 @@ def model_config(bundle: Bundle, name: str, options: TritonOptions) -> dict[str,
     }
     if options.gpus:
         config["instance_group"][0]["gpus"] = list(options.gpus)
+    if runtime == "tensorrt":
+        # The server takes the first one alone where none is named.
+        config["instance_group"][0]["profile"] = [str(index) for index in range(len(manifest["engine"]["profiles"]))]
     if batched:
         config["dynamic_batching"] = _dynamic_batching(options)
     if options.accelerator is not None:
@@ -272,6 +277,36 @@ def model_config(bundle: Bundle, name: str, options: TritonOptions) -> dict[str,
     config["parameters"] = _entries({key: {"string_value": value} for key, value in options.parameters.items()})
     config["model_warmup"] = [_warmup(manifest, size, batched) for size in options.warmup_batch_sizes]
     return config
+
+
+def require_servable(engine: Mapping[str, Any], options: TritonOptions) -> None:
+    """Check that the server's TensorRT backend takes an engine.
+
+    Args:
+        engine: `flavour`, `options` and `profiles` as a manifest's `engine` has them.
+        options: how the server runs it.
+
+    Raises:
+        ValueError: an engine that it does not load, or not with these options.
+    """
+    if engine["flavour"] != "standard":
+        raise ValueError(
+            f"flavour: {engine['flavour']!r}, but the server's backend loads the standard TensorRT's engines; build one"
+            " with flavour='standard' (--trt standard)"
+        )
+    if engine["options"]["strip_plan"]:
+        raise ValueError("strip_plan: True, but the server has no weights for such an engine; build one with them")
+    if options.kind == "cpu":
+        raise ValueError("kind: 'cpu', but engines run on GPUs alone; pass 'gpu' or 'auto'")
+    if not options.max_batch_size:
+        return
+    least = min(profile["batch"][0] for profile in engine["profiles"])
+    most = max(profile["batch"][2] for profile in engine["profiles"])
+    if least > 1 or most < options.max_batch_size:
+        raise ValueError(
+            f"max_batch_size: {options.max_batch_size}, but the engine takes batches of {least} to {most}; pass at most"
+            f" that, or build one whose profiles take 1 to {options.max_batch_size}"
+        )
 
 
 def to_pbtxt(fields: Mapping[str, Any], indent: str = "") -> str:
@@ -363,11 +398,10 @@ def _dynamic_batching(options: TritonOptions) -> dict[str, Any]:
 def _warmup(manifest: Mapping[str, Any], size: int, batched: bool) -> dict[str, Any]:
     """A request of zeros, which a baked schedule takes for one step; random bytes could be NaN, or no class."""
     own = manifest["sample"]["shape"]
-    known = (
-        {"batch": size, "steps": 1, "height": own[-2], "width": own[-1]}
-        if len(own) > 1
-        else {"batch": size, "steps": 1}
-    )
+    known = {"batch": size, "steps": 1, **dict(zip(("width", "height"), reversed(own), strict=False))}
+    if "engine" in manifest:
+        for name, (least, _, most) in manifest["engine"]["profiles"][0].items():
+            known[name] = min(max(known[name], least), most)
     inputs = {}
     for item in manifest["inputs"]:
         dims = [known[dim] if isinstance(dim, str) else dim for dim in item["shape"][batched:]] or [1]

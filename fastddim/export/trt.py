@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ class TensorRTSampler(BundleSampler):
     Args:
         bundle: a folder that `export_tensorrt` wrote, or an opened bundle.
         device: where it runs, e.g. `"cuda:1"`; the current GPU by default.
-        cuda_graph: capture the engine for each combination of sizes and replay it; inputs are then copied.
+        cuda_graph: capture the engine for each combination of sizes and replay it; inputs are then copied. The last eight
+            are kept, each with the engine's scratch memory.
         weights: the ONNX bundle to take the weights from, of an engine built with `strip_plan` or `refit`.
         weight_streaming_budget: bytes of weights to keep on the GPU, of an engine built with `weight_streaming`.
         runtime_cache: rtx: a file of compiled kernels, read where it exists; `save_runtime_cache` writes it.
@@ -82,25 +84,18 @@ class TensorRTSampler(BundleSampler):
         self._device = _pick_device(device)
         self._arrays = TorchArrays(self._device)
         require_capability(self.bundle, compute_capability(self._device))
-        self._log: list[str] = []
-        self._logger = self._library.logger(self._log)
-        self._runtime = self._library.module.Runtime(self._logger)
-        # The engine brings the runtime of its own version with it.
-        self._runtime.engine_host_code_allowed = options["version_compatible"]
-        self.engine = self._runtime.deserialize_cuda_engine(self.bundle.model_path.read_bytes())
-        if self.engine is None:
-            raise BundleError(
-                f"bundle: {str(self.bundle.model_path)!r} does not load with {self._library.name}:"
-                f" {first_error(self._log)}"
-            )
-        if weights is not None:
-            self._refit(weights)
-        if weight_streaming_budget is not None:
-            self.engine.weight_streaming_budget_v2 = weight_streaming_budget
         self._profiles: list[dict[str, list[int]]] = described["profiles"]
         self._outputs = {item["name"]: getattr(torch, item["dtype"]) for item in self.bundle.manifest["outputs"]}
         self._runtime_cache = None if runtime_cache is None else Path(runtime_cache)
-        self._config = self._runtime_config()
+        self._log: list[str] = []
+        self._logger = self._library.logger(_keep_in(self._log, self._library.name))
+        with _current(self._device):
+            self._load(options["version_compatible"])
+            if weights is not None:
+                self._refit(weights)
+            if weight_streaming_budget is not None:
+                self.engine.weight_streaming_budget_v2 = weight_streaming_budget
+            self._config = self._runtime_config()
         self._contexts: GraphCache[_Context | _Replayed] = GraphCache()
         self._cuda_graph = cuda_graph
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -125,6 +120,17 @@ class TensorRTSampler(BundleSampler):
             raise ValueError("runtime_cache: None; pass a file when the sampler is made")
         content = bytes(memoryview(self._config.get_runtime_cache().serialize()))
         write_whole(self._runtime_cache, lambda file: file.write(content), "runtime_cache")
+
+    def _load(self, version_compatible: bool) -> None:
+        self._runtime = self._library.module.Runtime(self._logger)
+        # The engine brings the runtime of its own version with it.
+        self._runtime.engine_host_code_allowed = version_compatible
+        self.engine = self._runtime.deserialize_cuda_engine(self.bundle.model_path.read_bytes())
+        if self.engine is None:
+            raise BundleError(
+                f"bundle: {str(self.bundle.model_path)!r} does not load with {self._library.name}:"
+                f" {first_error(self._log)}"
+            )
 
     def _refit(self, weights: str | Path | Bundle) -> None:
         source = weights if isinstance(weights, Bundle) else open_bundle(weights)
@@ -200,6 +206,8 @@ class TensorRTSampler(BundleSampler):
 
     def _start(self, inputs: Mapping[str, Any]) -> _Execution:
         """An execution with a call's inputs in place."""
+        # Errors of earlier calls are not this one's.
+        self._log.clear()
         profile = self._pick_profile(inputs)
         if self._cuda_graph:
             try:
@@ -353,6 +361,22 @@ def _pick_device(device: str | torch.device | None) -> torch.device:
     if place.type != "cuda":
         raise ValueError(f"device: '{place}', but TensorRT runs on CUDA devices alone")
     return torch.device("cuda", torch.cuda.current_device()) if place.index is None else place
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """The device as the current one, on which TensorRT puts what it loads."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _keep_in(lines: list[str], name: str) -> Callable[[str], None]:
+    """What keeps TensorRT's messages for errors, and logs its warnings."""
+
+    def keep(line: str) -> None:
+        if line.startswith("WARNING"):
+            logger.warning("%s: %s", name, line)
+        lines.append(line)
+
+    return keep
 
 
 def _stream_handle(device: torch.device) -> int:

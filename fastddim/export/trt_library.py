@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import platform
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastddim.export.bundle import Bundle, BundleError
+from fastddim.export.trt_options import open_dimensions
 
 # Of networks with plugins that are compiled ahead of time; TensorRT 10.8 is the first to have it.
 PLUGIN_FLAG = "PREFER_AOT_PYTHON_PLUGINS"
@@ -59,8 +62,8 @@ class Library:
         """The module's name."""
         return _FLAVOURS[self.flavour].module
 
-    def logger(self, lines: list[str]) -> Any:
-        """A logger that keeps what is worth reading: `SEVERITY: message`."""
+    def logger(self, keep: Callable[[str], object]) -> Any:
+        """A logger that passes on what is worth reading: `SEVERITY: message`."""
         severity = self.module.ILogger.Severity
 
         class Log(self.module.ILogger):  # type: ignore[misc, name-defined]
@@ -69,9 +72,14 @@ class Library:
 
             def log(self, level: Any, message: str) -> None:
                 if level != severity.VERBOSE:
-                    lines.append(f"{level.name}: {message}")
+                    keep(f"{level.name}: {message}")
 
         return Log()
+
+
+def current_platform() -> str:
+    """The operating system and the machine, which an engine's are to be."""
+    return f"{sys.platform} {platform.machine()}"
 
 
 def load_library(flavour: str) -> Library:
@@ -99,7 +107,7 @@ def first_error(lines: list[str]) -> str:
 
 
 def require_loadable(bundle: Bundle, model: Path, library: Library) -> None:
-    """Check an engine's first bytes and its version, before TensorRT reads it.
+    """Check an engine's description, its first bytes, version and platform, before TensorRT reads it.
 
     Args:
         bundle: whose manifest describes it.
@@ -107,12 +115,15 @@ def require_loadable(bundle: Bundle, model: Path, library: Library) -> None:
         library: of the bundle's flavour.
 
     Raises:
-        BundleError: a damaged engine, or one of another flavour or version.
+        BundleError: a damaged engine, or one of another flavour, version or platform.
     """
     engine = bundle.manifest["engine"]
     with model.open("rb") as file:
         header = file.read(_HEADER)
     named = f"bundle: {str(model)!r}"
+    for dim in sorted(open_dimensions(bundle.manifest)):
+        if any(dim not in ranges for ranges in engine["profiles"]):
+            raise BundleError(f"{named}: the manifest has a profile without {dim!r}; export it again")
     found = {flavour.magic: name for name, flavour in _FLAVOURS.items()}.get(header[:4])
     if found is None or len(header) < _HEADER:
         raise BundleError(f"{named} is no TensorRT engine; export it again")
@@ -124,6 +135,8 @@ def require_loadable(bundle: Bundle, model: Path, library: Library) -> None:
     if inside[: len(built)] != tuple(number % 256 for number in built):
         told = ".".join(map(str, inside))
         raise BundleError(f"{named} is of version {told}, the manifest says {engine['version']}; export it again")
+    if engine["platform"] != current_platform():
+        raise BundleError(f"{named} is for {engine['platform']}, this machine is {current_platform()}; export it here")
     here = _numbers(library.version)
     newer = engine["options"]["version_compatible"] and here[0] == built[0] and here >= built
     if here[:3] != built[:3] and not newer:

@@ -76,11 +76,9 @@ class Profile:
         Raises:
             ValueError: a dimension that the bundle does not have, or that needs a range.
         """
-        sampling, steps = manifest["sampling"], len(manifest["table"]["timesteps"])
+        steps = len(manifest["table"]["timesteps"])
         default = {"steps": (1, steps, max(steps, manifest["schedule"]["num_train_timesteps"]))}
-        wanted = {dim for item in manifest["inputs"] for dim in item["shape"] if isinstance(dim, str)}
-        if sampling["baked_schedule"]:
-            wanted.add("steps")
+        wanted = open_dimensions(manifest)
         given = dict(self._given())
         for name in given:
             if name not in wanted:
@@ -92,6 +90,12 @@ class Profile:
             if name not in ranges:
                 raise ValueError(f"profiles: {name} is missing, and this bundle takes any; pass its (min, opt, max)")
         return {name: ranges[name] for name in sorted(wanted)}
+
+
+def open_dimensions(manifest: Mapping[str, Any]) -> set[str]:
+    """The names of what a bundle's inputs leave open; a baked schedule's number of steps is among them."""
+    dims = {dim for item in manifest["inputs"] for dim in item["shape"] if isinstance(dim, str)}
+    return dims | ({"steps"} if manifest["sampling"]["baked_schedule"] else set())
 
 
 @dataclass(frozen=True, kw_only=True)
