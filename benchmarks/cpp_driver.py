@@ -72,7 +72,7 @@ class CppSampler:
     """
 
     def __init__(
-        self, program: Path, bundle: Path | None = None, *, env: Mapping[str, str] | None = None, **options: bool
+        self, program: Path, bundle: Path | None = None, *, env: Mapping[str, str] | None = None, **options: int
     ) -> None:
         self._process = subprocess.Popen(
             [program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **(env or {})}

@@ -10,14 +10,18 @@ import shutil
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import diffusers
 import numpy as np
+import onnx
 import pytest
+import stub_cuda
 import torch
 from cpp_driver import ROOT, RUNTIME, CppError, CppSampler, build
 
 import fastddim
+from damage import edited, flip_a_byte, put
 from fastddim import DDIMConfig, Schedule, StepTable
 from fastddim.config import BETA_SCHEDULES, PREDICTION_TYPES, TIMESTEP_SPACINGS
 from fastddim.export import ExportOptions, OrtSampler, export_onnx
@@ -398,36 +402,12 @@ def test_the_step_at_which_nan_appears_is_found(checked, tmp_path, graph):
         assert np.isnan(sampler(1, seeds=0, num_inference_steps=10)).any()
 
 
-def edit(change):
-    def damage(folder):
-        file = folder / "manifest.json"
-        manifest = json.loads(file.read_text())
-        change(manifest)
-        file.write_text(json.dumps(manifest))
-
-    return damage
+def input_of(manifest, name):
+    return next(info for info in manifest["inputs"] if info["name"] == name)
 
 
-def put(value, *path):
-    """Sets a field of the manifest; without a value, removes it."""
-
-    def change(manifest):
-        *parents, last = path
-        for key in parents:
-            manifest = manifest[key]
-        if value is None:
-            del manifest[last]
-        else:
-            manifest[last] = value
-
-    return edit(change)
-
-
-def flip_a_byte(folder):
-    file = folder / "model.onnx"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+def set_shape(name, shape):
+    return edited(lambda manifest: input_of(manifest, name).update(shape=shape))
 
 
 def truncate(folder):
@@ -451,7 +431,7 @@ def link_folder_out(folder):
         manifest["files"]["deep/model.onnx"] = manifest["files"].pop("model.onnx")
         manifest["model"] = "deep/model.onnx"
 
-    edit(rename)(folder)
+    edited(rename)(folder)
 
 
 ENTRY = {"sha256": "", "bytes": 1}
@@ -463,6 +443,12 @@ DAMAGE = {
     "manifest.json' cannot be read: .*parse error": truncate,
     "manifest.json' cannot be read: .*out_of_range": lambda folder: (folder / "manifest.json").write_text("[1e999]"),
     "manifest.json' cannot be read: .*UTF-8": lambda folder: (folder / "manifest.json").write_bytes(b'"\xff"'),
+    "manifest.json' cannot be read: nested deeper than 32; export it again": lambda folder: (
+        folder / "manifest.json"
+    ).write_text('{"format": "fastddim-bundle", "format_version": 1, "graph": ' + "[" * 10**5 + "]" * 10**5 + "}"),
+    "manifest.json' cannot be read: a NUL byte": lambda folder: (folder / "manifest.json").write_bytes(
+        (folder / "manifest.json").read_bytes() + b"\0x"
+    ),
     "is no manifest of a fastddim bundle": lambda folder: (folder / "manifest.json").write_text("[]"),
     "'' is no manifest|manifest.json' is no manifest": put("onnx-bundle", "format"),
     "format_version 2, this fastddim reads up to 1; update it": put(2, "format_version"),
@@ -487,12 +473,19 @@ DAMAGE = {
     r"\$: 'target' is a required property": put("aoti", "runtime"),
     r"\$\.inputs: no 'sample'": put("simple", "inputs", 0, "name"),
     r"\$\.inputs\[1\]: a second 'sample'": put("sample", "inputs", 1, "name"),
+    r"\$\.inputs: 'timesteps' has not 1 dimensions": set_shape("timesteps", []),
+    r"\$\.inputs: 'noise' has not 5 dimensions": set_shape("noise", ["steps", "batch"]),
+    r"\$\.inputs: 'noise', which 'sampling' has no use for": put(False, "sampling", "stochastic"),
+    r"\$\.inputs: 'uncond_labels' without a 'labels' of as many dimensions": set_shape("labels", ["batch", 1]),
+    r"\$\.inputs: 'uncond_flags' without a 'flags'": edited(
+        lambda manifest: input_of(manifest, "flags").update(name="banners")
+    ),
     r"\$\.outputs: no 'samples'": put([], "outputs"),
     r"\$\.sample\.shape: is not that of the input 'sample'": put([2, 6], "sample", "shape"),
     r"\$\.sample\.range: \[1\] is not a lowest and a highest value": put([1], "sample", "range"),
     r"\$\.sampling\.guided: 1 is not true or false": put(1, "sampling", "guided"),
     r"\$\.sampling\.null_values\['labels'\]: 1\.5 is not an integer": put({"labels": 1.5}, "sampling", "null_values"),
-    r"\$\.sampling: a baked schedule in a graph of one step": edit(
+    r"\$\.sampling: a baked schedule in a graph of one step": edited(
         lambda manifest: manifest.update(graph="step", sampling=manifest["sampling"] | {"baked_schedule": True})
     ),
     r"\$\.schedule: 'betas' is no field of a schedule": put([], "schedule", "betas"),
@@ -547,7 +540,7 @@ def test_a_whole_pipelines_components_are_known(checked, bundles, tmp_path):
     decoder = {"model": "model.onnx", "inputs": [tensor], "outputs": [], "meaning": "", "upscale": 8}
     parity = [{"component": "vae_decoder", "batch": 1, "largest_error": 0.0, "tolerance": 1.0}]
     changes = {"components": {"vae_decoder": decoder}, "zeros_for_empty_prompt": True, "parity": parity}
-    edit(lambda manifest: manifest.update(changes))(folder)
+    edited(lambda manifest: manifest.update(changes))(folder)
     with CppSampler(checked / "ort_driver") as reader:
         assert reader.open(folder)["components"] == {"vae_decoder": [str(folder / "model.onnx"), 8]}
 
@@ -572,16 +565,91 @@ def test_a_graph_that_cannot_be_loaded_is_named(checked, bundles, tmp_path):
     with pytest.raises(CppError, match=r"has an input '\w+' of dtype bfloat16"):
         CppSampler(checked / "ort_driver", folder)
     target = {"device": "cpu", "platform": "linux", "machine": "x86_64", "cpu_features": []}
-    edit(lambda manifest: manifest.update(runtime="aoti", target=target))(folder)
+    edited(lambda manifest: manifest.update(runtime="aoti", target=target))(folder)
     with pytest.raises(CppError, match=r"is of runtime 'aoti', not 'onnx'"):
         CppSampler(checked / "ort_driver", folder)
+
+
+def test_a_graph_that_returns_something_else_is_named(checked, bundles, tmp_path):
+    folder = shutil.copytree(bundles("resizable"), tmp_path / "bundle")
+    model = onnx.load(folder / "model.onnx")
+    (last,) = (node for node in model.graph.node if "samples" in node.output)
+    last.output[list(last.output).index("samples")] = "whole"
+    model.graph.node.append(onnx.helper.make_node("Flatten", ["whole"], ["samples"]))
+    (output,) = (value for value in model.graph.output if value.name == "samples")
+    output.CopyFrom(onnx.helper.make_tensor_value_info("samples", onnx.TensorProto.FLOAT, None))
+    content = model.SerializeToString()
+    (folder / "model.onnx").write_bytes(content)
+    put({"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}, "files", "model.onnx")(folder)
+    with (
+        CppSampler(checked / "ort_driver", folder) as sampler,
+        pytest.raises(CppError, match=r"returns \[2, 64\] for a state \[2, 1, 8, 8\]; export it again") as caught,
+    ):
+        sampler(2, seeds=0, num_inference_steps=1)
+    assert caught.value.kind == "BundleError"
+
+
+ENGINE = {
+    "flavour": "rtx",
+    "version": "1.2.3.4",
+    "compute_capabilities": ["8.9"],
+    "profiles": [{"batch": [1, 2, 3]}],
+    "options": {"hardware_compatibility": None, "version_compatible": False, "strip_plan": False},
+}
+TARGET = {
+    "device": "cuda",
+    "platform": "linux",
+    "machine": "x86_64",
+    "cpu_features": ["avx2"],
+    "compute_capability": "9.0",
+}
+KERNELS = {
+    "format": "fastddim-kernels",
+    "format_version": 1,
+    "files": {"k.cubin": {"sha256": "", "bytes": 1}},
+    "arguments": {
+        name: {"dtype": "float32", "written": name == "out"}
+        for name in ("table", "step", "model_output", "sample", "out")
+    },
+    "kernels": [
+        {
+            "name": "k", "entry": "k", "num_warps": 4,
+            "parameters": [
+                {"name": "sample", "type": "float32*", "divisible_by": 16},
+                {"name": "n", "type": "int32", "divisible_by": 4},
+                {"name": "num_steps", "type": "int64", "divisible_by": 1},
+                {"name": "tickets", "type": "int32*", "divisible_by": 1},
+                {"name": "global_scratch", "type": "uint8*", "divisible_by": 1},
+            ],
+            "images": [
+                {"kind": "cubin", "target": "sm_80", "compute_capability": [8, 0], "file": "k.cubin", "shared_bytes": 0}
+            ],
+        }
+    ],
+    "plans": [
+        {
+            "batch": 2, "tier": "whole", "scratch": {"tickets": 4},
+            "shapes": {"table": ["num_steps", 6], "step": [1], "model_output": [2, 8], "sample": [2, 8], "out": [2, 8]},
+            "launches": [{"kernel": "k", "grid": [1, 1, 1], "numbers": {"n": 16}}],
+        }
+    ],
+}  # fmt: skip
 
 
 def fuzz(checked, bundles, folder, seconds):
     corpus = folder / "corpus"
     corpus.mkdir()
+    (corpus / "kernels").write_text(json.dumps(KERNELS))
     for name in ("typed", "plain"):
-        shutil.copy(bundles(name) / "manifest.json", corpus / name)
+        manifest = json.loads((bundles(name) / "manifest.json").read_text())
+        tensors = {group: manifest[group] for group in ("inputs", "outputs")}
+        component = {"model": manifest["model"], **tensors, "meaning": "", "upscale": 8}
+        for kind, fields in {
+            "onnx": {"components": {"decoder": component}, "zeros_for_empty_prompt": True},
+            "aoti": {"target": TARGET},
+            "tensorrt": {"engine": ENGINE},
+        }.items():
+            (corpus / f"{name}-{kind}").write_text(json.dumps({**manifest, **fields, "runtime": kind}))
     # In a folder of the test's, where it leaves an input that crashes; freed memory that the checker keeps back would
     # count as the program's.
     done = subprocess.run(
@@ -632,7 +700,10 @@ def test_the_example_names_what_is_wrong(checked, bundles, tmp_path):
     for message, arguments in {
         "BUNDLE: missing": [],
         "manifest.json' is missing": [tmp_path],
-        "--seed: 'x'; pass a number": [bundle, "--seed", "x"],
+        "--seed: 'x'; pass an integer in [0, 2**64)": [bundle, "--seed", "x"],
+        "--seed: '-1'; pass an integer in [0, 2**64)": [bundle, "--seed", "-1"],
+        "--steps: '2.5'; pass an integer": [bundle, "--steps", "2.5"],
+        "--eta: '1x'; pass a number": [bundle, "--eta", "1x"],
         "--seed: no value": [bundle, "--seed"],
         "--nope: no such option": [bundle, "--nope", "1"],
         "a second bundle": [bundle, bundle],
@@ -644,6 +715,8 @@ def test_the_example_names_what_is_wrong(checked, bundles, tmp_path):
         done = subprocess.run([checked / "sample", *arguments], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 2 and message in done.stderr, done.stderr
     assert os.listdir(tmp_path) == ["there.pgm"]
+    helped = subprocess.run([checked / "sample", "--help"], capture_output=True, text=True, check=True)
+    assert helped.stdout.startswith("usage: sample BUNDLE")
     out = tmp_path / "there.pgm"
     subprocess.run([checked / "sample", bundle, "--size", "8,12", "--batch", "2", "--out", out], check=True)
     assert read_pgm(out).shape == (8, 24)
@@ -693,6 +766,26 @@ def test_flags_that_would_change_the_bits_are_refused():
         done = subprocess.run([*command, flag, "/dev/null"], capture_output=True, text=True)
         assert done.returncode != 0 and message in done.stderr
     assert subprocess.run([*command, "/dev/null"]).returncode == 0
+
+
+HEADERS = sorted(path.name for path in (ROOT / "cpp" / "include" / "fastddim").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+@pytest.mark.parametrize("headers", [*([name] for name in HEADERS), HEADERS], ids=[*HEADERS, "all at once"])
+def test_headers_compile_alone_and_together(headers, compiler):
+    # libtorch's headers are C++20.
+    standard = "c++20" if "aoti_sampler.hpp" in headers else "c++17"
+    torch_headers = Path(torch.__file__).parent / "include"
+    folders = [RUNTIME / "include", stub_cuda.HEADERS, ROOT / "build" / "tensorrt" / "include", torch_headers,
+               torch_headers / "torch" / "csrc" / "api" / "include"]  # fmt: skip
+    done = subprocess.run(
+        [compiler, f"-std={standard}", "-fsyntax-only", "-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion",
+         "-Werror", f"-I{ROOT}/cpp/include", *(f"-isystem{folder}" for folder in folders), "-xc++", "-"],
+        input="".join(f'#include "fastddim/{name}"\n' for name in headers), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[:4000]
 
 
 @pytest.mark.slow

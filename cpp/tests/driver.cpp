@@ -2,7 +2,7 @@
 // one a line; the answer to each is a line of JSON and, where it says so, `bytes` of raw floats.
 //   {"open": FOLDER, "check_hashes": BOOL}                  a bundle, opened alone
 //   {"load": FOLDER, "threads": N, "check_finite": BOOL}    the sampler of the requests that follow; with TensorRT
-//                                                           "cuda_graph" too
+//                                                           "cuda_graph" and "device" too
 //   {"sample": CALL}, {"concurrent": [CALL, ...]}           a call; several at once, a thread each
 #include <array>
 #include <chrono>
@@ -47,7 +47,10 @@ void load(std::optional<Sampler>& sampler, const Json& request) {
     fastddim::TrtOptions options;
     options.check_finite = request.value("check_finite", false);
     options.cuda_graph = request.value("cuda_graph", false);
+    // Calls come with another GPU current than the one that it was made on.
+    cudaSetDevice(request.value("device", 0));
     sampler.emplace(requested(request), options);
+    cudaSetDevice(0);
 }
 #else
 using Sampler = fastddim::OrtSampler;
