@@ -249,7 +249,7 @@ def both(checked, bundles):
     running = []
 
     def load(name, **options):
-        running.append(CppSampler(checked / "ort_driver", bundles(name), **options))
+        running.append(CppSampler(checked / "driver", bundles(name), **options))
         return OrtSampler(bundles(name), **options), running[-1]
 
     yield load
@@ -393,12 +393,12 @@ def test_the_step_at_which_nan_appears_is_found(checked, tmp_path, graph):
     path = tmp_path / "bundle"
     options = ExportOptions(graph=graph)
     export_onnx(Overflows(), DDIMConfig(clip_sample=False), path, options, sample_shape=(1, 2, 2), parity_steps=())
-    with CppSampler(checked / "ort_driver", path, check_finite=True) as sampler:
+    with CppSampler(checked / "driver", path, check_finite=True) as sampler:
         with pytest.raises(CppError, match=r"after step 5 \(timestep 400\)") as caught:
             sampler(1, seeds=0, num_inference_steps=10)
         assert caught.value.kind == "NotFiniteError"
         assert np.isfinite(sampler(1, seeds=0, timesteps=[900, 600])).all()
-    with CppSampler(checked / "ort_driver", path) as sampler:
+    with CppSampler(checked / "driver", path) as sampler:
         assert np.isnan(sampler(1, seeds=0, num_inference_steps=10)).any()
 
 
@@ -523,7 +523,7 @@ DAMAGE = {
 
 
 def test_a_damaged_bundle_is_refused(checked, bundles, tmp_path):
-    with CppSampler(checked / "ort_driver") as reader:
+    with CppSampler(checked / "driver") as reader:
         for k, (message, damage) in enumerate(DAMAGE.items()):
             folder = tmp_path / str(k) / "bundle"
             shutil.copytree(bundles("typed"), folder)
@@ -541,14 +541,14 @@ def test_a_whole_pipelines_components_are_known(checked, bundles, tmp_path):
     parity = [{"component": "vae_decoder", "batch": 1, "largest_error": 0.0, "tolerance": 1.0}]
     changes = {"components": {"vae_decoder": decoder}, "zeros_for_empty_prompt": True, "parity": parity}
     edited(lambda manifest: manifest.update(changes))(folder)
-    with CppSampler(checked / "ort_driver") as reader:
+    with CppSampler(checked / "driver") as reader:
         assert reader.open(folder)["components"] == {"vae_decoder": [str(folder / "model.onnx"), 8]}
 
 
 def test_hashes_are_left_out_when_asked(checked, bundles, tmp_path):
     folder = shutil.copytree(bundles("typed"), tmp_path / "bundle")
     flip_a_byte(folder)
-    with CppSampler(checked / "ort_driver") as reader:
+    with CppSampler(checked / "driver") as reader:
         assert reader.open(folder, check_hashes=False)["model"] == str(folder / "model.onnx")
 
 
@@ -558,16 +558,16 @@ def test_a_graph_that_cannot_be_loaded_is_named(checked, bundles, tmp_path):
     entry = {"sha256": hashlib.sha256(b"no graph").hexdigest(), "bytes": 8}
     put(entry, "files", "model.onnx")(folder)
     with pytest.raises(CppError, match=r"model\.onnx' cannot be loaded: ") as caught:
-        CppSampler(checked / "ort_driver", folder)
+        CppSampler(checked / "driver", folder)
     assert caught.value.kind == "BundleError"
     folder = shutil.copytree(bundles("typed"), tmp_path / "other")
     put("bfloat16", "inputs", 2, "dtype")(folder)
     with pytest.raises(CppError, match=r"has an input '\w+' of dtype bfloat16"):
-        CppSampler(checked / "ort_driver", folder)
+        CppSampler(checked / "driver", folder)
     target = {"device": "cpu", "platform": "linux", "machine": "x86_64", "cpu_features": []}
     edited(lambda manifest: manifest.update(runtime="aoti", target=target))(folder)
     with pytest.raises(CppError, match=r"is of runtime 'aoti', not 'onnx'"):
-        CppSampler(checked / "ort_driver", folder)
+        CppSampler(checked / "driver", folder)
 
 
 def test_a_graph_that_returns_something_else_is_named(checked, bundles, tmp_path):
@@ -582,7 +582,7 @@ def test_a_graph_that_returns_something_else_is_named(checked, bundles, tmp_path
     (folder / "model.onnx").write_bytes(content)
     put({"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}, "files", "model.onnx")(folder)
     with (
-        CppSampler(checked / "ort_driver", folder) as sampler,
+        CppSampler(checked / "driver", folder) as sampler,
         pytest.raises(CppError, match=r"returns \[2, 64\] for a state \[2, 1, 8, 8\]; export it again") as caught,
     ):
         sampler(2, seeds=0, num_inference_steps=1)
@@ -636,7 +636,7 @@ KERNELS = {
 }  # fmt: skip
 
 
-def fuzz(checked, bundles, folder, seconds):
+def fuzz(program, bundles, folder, seconds):
     corpus = folder / "corpus"
     corpus.mkdir()
     (corpus / "kernels").write_text(json.dumps(KERNELS))
@@ -653,7 +653,7 @@ def fuzz(checked, bundles, folder, seconds):
     # In a folder of the test's, where it leaves an input that crashes; freed memory that the checker keeps back would
     # count as the program's.
     done = subprocess.run(
-        [checked / "fuzz_manifest", corpus, f"-max_total_time={seconds}", "-seed=1", "-max_len=16384",
+        [program, corpus, f"-max_total_time={seconds}", "-seed=1", "-max_len=16384",
          "-rss_limit_mb=4096", "-malloc_limit_mb=1024", "-timeout=20", "-print_final_stats=1"],
         env={**os.environ, "ASAN_OPTIONS": "quarantine_size_mb=16"},
         cwd=folder, capture_output=True, text=True, timeout=seconds + 120,
@@ -664,12 +664,13 @@ def fuzz(checked, bundles, folder, seconds):
 
 
 def test_a_few_seconds_of_made_up_manifests(checked, bundles, tmp_path):
-    assert fuzz(checked, bundles, tmp_path, 4) > 10
+    assert fuzz(checked / "fuzz_manifest", bundles, tmp_path, 4) > 10
 
 
 @pytest.mark.slow
-def test_a_minute_of_made_up_manifests(checked, bundles, tmp_path):
-    print(f"{fuzz(checked, bundles, tmp_path, 60)} manifests")
+def test_a_minute_of_made_up_manifests(bundles, tmp_path):
+    program = build("fuzz", "fuzz_manifest") / "fuzz_manifest"
+    print(f"{fuzz(program, bundles, tmp_path, 60)} manifests")
 
 
 def read_pgm(path):

@@ -3,13 +3,15 @@
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import cpp_driver
 import numpy as np
 import pytest
 import torch
 import triton
-from cpp_driver import ROOT, CppError, CppSampler, build
+from cpp_driver import ROOT, CppError, build
 
 import fake_tensorrt
 from damage import edit
@@ -20,13 +22,14 @@ from test_export_tensorrt import restamp, set_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
+CppSampler = partial(cpp_driver.CppSampler, runtime="tensorrt")
 PROFILES = (Profile(batch=(1, 2, 3)), Profile(batch=(4, 4, 6)))
 CONFIG = DDIMConfig(clip_sample=False)
 
 
 @pytest.fixture(scope="module")
 def driver():
-    return build("checked", "trt_driver") / "trt_driver"
+    return build("checked", "driver") / "driver"
 
 
 @pytest.fixture(scope="module")

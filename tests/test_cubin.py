@@ -65,7 +65,7 @@ def program(tmp_path_factory):
     """cpp/tests/step_driver.cpp and a stub driver's folder, both under sanitizers."""
     folder = tmp_path_factory.mktemp("driver")
     stub_cuda.build(folder, "clang", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    return build("kernels-checked", "step_driver") / "step_driver", folder
+    return build("checked", "step_driver") / "step_driver", folder
 
 
 @pytest.fixture

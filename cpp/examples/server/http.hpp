@@ -302,6 +302,9 @@ class Session : public std::enable_shared_from_this<Session> {
             return respond(too_long(http::status::payload_too_large, "body", server_.settings_.max_body), true);
         if (failed == http::error::header_limit)
             return respond(too_long(http::status::request_header_fields_too_large, "header", header_limit), true);
+        if (failed == http::error::buffer_overflow)
+            return respond(too_long(http::status::request_header_fields_too_large, "chunk extensions, trailers",
+                                    buffer_limit), true);
         respond(error_response(http::status::bad_request, "no HTTP request: " + failed.message()), true);
     }
 
