@@ -212,25 +212,26 @@ def export_typed(folder, config=None, **options):
 def bundles(tmp_path_factory):
     """Bundles by name, each exported at its first use."""
     folder = tmp_path_factory.mktemp("bundles")
-    pipe = fastddim.load_pipeline()
     all_options = {"guided": True, "stochastic": True}
     recipes = {
-        "digits, loop": lambda path: export_digits(path, **all_options),
-        "digits, step": lambda path: export_digits(path, **all_options, graph="step"),
-        "digits, baked": lambda path: export_digits(path, bake_schedule=True, stochastic=True, eta=1.0),
+        "digits": lambda path: export_digits(path, **all_options),
         "typed": lambda path: export_typed(path, **all_options, guidance_rescale=True),
+        "typed, step": lambda path: export_typed(path, **all_options, graph="step"),
+        "typed, baked": lambda path: export_typed(path, bake_schedule=True, stochastic=True, eta=1.0),
         "plain": export_typed,
         "resizable": export_resizable,
     }
-
-    def export_digits(path, **options):
-        return export_onnx(pipe.unet, pipe.scheduler, path, ExportOptions(**options), parity_steps=()).path
 
     def get(name):
         path = folder / name.replace(", ", "-")
         return path if path.exists() else recipes[name](path)
 
     return get
+
+
+def export_digits(path, **options):
+    pipe = fastddim.load_pipeline()
+    return export_onnx(pipe.unet, pipe.scheduler, path, ExportOptions(**options), parity_steps=()).path
 
 
 def export_resizable(path):
@@ -264,29 +265,38 @@ def assert_same(samplers, start, **arguments):
     return ours
 
 
-@pytest.mark.parametrize("graph", ["loop", "step"])
-def test_the_digits_are_pythons(both, graph):
-    samplers = both(f"digits, {graph}")
+RUNS = (
+    {"num_inference_steps": 20},
+    {"num_inference_steps": 10, "eta": 0.7},
+    {"timesteps": [999, 700, 312, 5], "eta": 1.0},
+    {},
+)
+
+
+def test_the_digits_are_pythons(both):
+    samplers = both("digits")
     for batch in (1, 3):
-        for run in (
-            {"num_inference_steps": 20},
-            {"num_inference_steps": 10, "eta": 0.7},
-            {"timesteps": [999, 700, 312, 5], "eta": 1.0},
-            {},
-        ):
+        for run in RUNS:
             labels = np.array([3, 1, 4])[:batch]
             digits = assert_same(samplers, batch, seeds=2**64 - 3, guidance_scale=2.0, class_labels=labels, **run)
             assert digits.std() > 0.3
 
 
+def test_one_step_a_call(both):
+    samplers = both("typed, step")
+    for batch in (1, 3):
+        guidance = {"guidance_scale": 2.0, "uncond_kwargs": typed_conditions(batch)}
+        for run in RUNS:
+            assert_same(samplers, batch, seeds=2**64 - 3, **typed_conditions(batch), **guidance, **run)
+
+
 def test_a_baked_schedule_takes_a_number_of_steps(both):
-    labels = np.array([7, 0])
-    samplers = both("digits, baked")
-    assert_same(samplers, 2, seeds=[5, 900], num_inference_steps=9, class_labels=labels)
-    assert_same(samplers, 2, seeds=[5, 900], class_labels=labels)
+    samplers = both("typed, baked")
+    assert_same(samplers, 2, seeds=[5, 900], num_inference_steps=9, **typed_conditions(2))
+    assert_same(samplers, 2, seeds=[5, 900], **typed_conditions(2))
     _, ours = samplers
     with pytest.raises(CppError, match="timesteps, eta: this bundle derives its table itself"):
-        ours(2, seeds=0, timesteps=[5, 3], class_labels=labels)
+        ours(2, seeds=0, timesteps=[5, 3], **typed_conditions(2))
 
 
 def test_conditions_of_every_dtype_scales_of_each_sample_and_given_starts(both):
@@ -315,7 +325,7 @@ def test_a_model_of_any_size(both):
 
 
 def test_threads_share_a_sampler(both):
-    theirs, ours = both("digits, loop")
+    theirs, ours = both("digits")
     calls = [
         (1 + k % 3, {"seeds": 10 * k, "num_inference_steps": 4 + k, "eta": 0.3 * (k % 2), "guidance_scale": 2.0,
                      "class_labels": np.arange(1 + k % 3)})
@@ -684,11 +694,11 @@ def read_pgm(path):
 def test_the_example_writes_the_digits(kind, bundles, request, tmp_path):
     program = request.getfixturevalue(kind) / "sample"
     arguments = ["--labels", "3,1,4", "--steps", "20", "--seed", "7", "--threads", "1"]
-    expected = OrtSampler(bundles("digits, loop"))(
+    expected = OrtSampler(bundles("digits"))(
         3, seeds=7, num_inference_steps=20, guidance_scale=2.0, class_labels=np.array([3, 1, 4])
     )
     for out in (tmp_path / "pi.pgm", tmp_path / "pi.raw"):
-        subprocess.run([program, bundles("digits, loop"), *arguments, "--out", out], check=True)
+        subprocess.run([program, bundles("digits"), *arguments, "--out", out], check=True)
     np.testing.assert_allclose(np.fromfile(tmp_path / "pi.raw", np.float32), expected.ravel(), atol=1e-4)
     levels = (np.concatenate(expected[:, 0], axis=1).clip(-1, 1) + 1) * 127.5
     assert np.abs(read_pgm(tmp_path / "pi.pgm") - levels).max() < 0.6
@@ -745,7 +755,7 @@ def test_the_readmes_program_finds_an_installed_copy(release, bundles, tmp_path)
         ["cmake", "--build", tmp_path / "out"],
     ):  # fmt: skip
         subprocess.run(command, check=True, capture_output=True)
-    (tmp_path / "digits").symlink_to(bundles("digits, loop"))
+    (tmp_path / "digits").symlink_to(bundles("digits"))
     done = subprocess.run([tmp_path / "out" / "consumer"], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "768 numbers\n", done.stderr
 
