@@ -64,8 +64,10 @@ inline std::string compute_capability(int ordinal) {
 /// Where a package runs: on the GPU of an index, the current one for -1, or on the CPU.
 inline c10::Device pick_device(const Bundle& bundle, c10::DeviceIndex index) {
     if (bundle.manifest.target.value().device != "cuda") return c10::Device(c10::kCPU);
-    if (index < 0 && c10::impl::hasDeviceGuardImpl(c10::kCUDA))
-        return c10::impl::getDeviceGuardImpl(c10::kCUDA)->getDevice();
+    if (index < 0 && c10::impl::hasDeviceGuardImpl(c10::kCUDA)) {
+        const auto* gpus = c10::impl::getDeviceGuardImpl(c10::kCUDA);
+        if (gpus->deviceCount() > 0) return gpus->getDevice();
+    }
     return c10::Device(c10::kCUDA, std::max(index, c10::DeviceIndex{0}));
 }
 
@@ -91,8 +93,9 @@ inline void require_target(const Bundle& bundle, const c10::Device& device) {
         throw BundleError(name + "a CPU with " + missing + ", which this one has not; export it here, or with avx2");
     if (!device.is_cuda()) return;
     const std::string here = compute_capability(device.index());
-    if (here.empty()) throw BundleError(name + "CUDA, and there is no GPU " + std::to_string(device.index()) +
-                                        " here; export it for the CPU");
+    if (here.empty())
+        throw BundleError(name + "CUDA, and there is no GPU " + std::to_string(device.index()) +
+                          " here; export it for the CPU");
     if (here != target.compute_capability)
         throw BundleError(name + "compute capability " + target.compute_capability + ", this GPU has " + here +
                           "; export it here");
