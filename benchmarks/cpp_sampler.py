@@ -76,7 +76,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="few rounds: does everything work?")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
     arguments = parser.parse_args()
-    programs = build("release", "ort_driver", "sample")
+    programs = build("release", "driver", "sample")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         pipe = fastddim.load_pipeline()
@@ -88,7 +88,7 @@ def main() -> int:
             programs / "sample", bundle, "--seed", SEED, "--labels", LABEL, "--steps", STEPS, "--threads", 1, "--out", out,
         ]  # fmt: skip
         start = [sys.executable, "-c", PYTHON_START, bundle, STEPS, SEED, LABEL, out]
-        with CppSampler(programs / "ort_driver", bundle) as cpp:
+        with CppSampler(programs / "driver", bundle) as cpp:
 
             def cpp_call(_: Any) -> Callable[[], Sequence[Any]]:
                 return lambda: (cpp(1, seeds=SEED, num_inference_steps=STEPS, class_labels=np.array([LABEL])),)

@@ -10,14 +10,18 @@ import shutil
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import diffusers
 import numpy as np
+import onnx
 import pytest
+import stub_cuda
 import torch
 from cpp_driver import ROOT, RUNTIME, CppError, CppSampler, build
 
 import fastddim
+from damage import edited, flip_a_byte, put
 from fastddim import DDIMConfig, Schedule, StepTable
 from fastddim.config import BETA_SCHEDULES, PREDICTION_TYPES, TIMESTEP_SPACINGS
 from fastddim.export import ExportOptions, OrtSampler, export_onnx
@@ -208,25 +212,26 @@ def export_typed(folder, config=None, **options):
 def bundles(tmp_path_factory):
     """Bundles by name, each exported at its first use."""
     folder = tmp_path_factory.mktemp("bundles")
-    pipe = fastddim.load_pipeline()
     all_options = {"guided": True, "stochastic": True}
     recipes = {
-        "digits, loop": lambda path: export_digits(path, **all_options),
-        "digits, step": lambda path: export_digits(path, **all_options, graph="step"),
-        "digits, baked": lambda path: export_digits(path, bake_schedule=True, stochastic=True, eta=1.0),
+        "digits": lambda path: export_digits(path, **all_options),
         "typed": lambda path: export_typed(path, **all_options, guidance_rescale=True),
+        "typed, step": lambda path: export_typed(path, **all_options, graph="step"),
+        "typed, baked": lambda path: export_typed(path, bake_schedule=True, stochastic=True, eta=1.0),
         "plain": export_typed,
         "resizable": export_resizable,
     }
-
-    def export_digits(path, **options):
-        return export_onnx(pipe.unet, pipe.scheduler, path, ExportOptions(**options), parity_steps=()).path
 
     def get(name):
         path = folder / name.replace(", ", "-")
         return path if path.exists() else recipes[name](path)
 
     return get
+
+
+def export_digits(path, **options):
+    pipe = fastddim.load_pipeline()
+    return export_onnx(pipe.unet, pipe.scheduler, path, ExportOptions(**options), parity_steps=()).path
 
 
 def export_resizable(path):
@@ -245,7 +250,7 @@ def both(checked, bundles):
     running = []
 
     def load(name, **options):
-        running.append(CppSampler(checked / "ort_driver", bundles(name), **options))
+        running.append(CppSampler(checked / "driver", bundles(name), **options))
         return OrtSampler(bundles(name), **options), running[-1]
 
     yield load
@@ -260,29 +265,38 @@ def assert_same(samplers, start, **arguments):
     return ours
 
 
-@pytest.mark.parametrize("graph", ["loop", "step"])
-def test_the_digits_are_pythons(both, graph):
-    samplers = both(f"digits, {graph}")
+RUNS = (
+    {"num_inference_steps": 20},
+    {"num_inference_steps": 10, "eta": 0.7},
+    {"timesteps": [999, 700, 312, 5], "eta": 1.0},
+    {},
+)
+
+
+def test_the_digits_are_pythons(both):
+    samplers = both("digits")
     for batch in (1, 3):
-        for run in (
-            {"num_inference_steps": 20},
-            {"num_inference_steps": 10, "eta": 0.7},
-            {"timesteps": [999, 700, 312, 5], "eta": 1.0},
-            {},
-        ):
+        for run in RUNS:
             labels = np.array([3, 1, 4])[:batch]
             digits = assert_same(samplers, batch, seeds=2**64 - 3, guidance_scale=2.0, class_labels=labels, **run)
             assert digits.std() > 0.3
 
 
+def test_one_step_a_call(both):
+    samplers = both("typed, step")
+    for batch in (1, 3):
+        guidance = {"guidance_scale": 2.0, "uncond_kwargs": typed_conditions(batch)}
+        for run in RUNS:
+            assert_same(samplers, batch, seeds=2**64 - 3, **typed_conditions(batch), **guidance, **run)
+
+
 def test_a_baked_schedule_takes_a_number_of_steps(both):
-    labels = np.array([7, 0])
-    samplers = both("digits, baked")
-    assert_same(samplers, 2, seeds=[5, 900], num_inference_steps=9, class_labels=labels)
-    assert_same(samplers, 2, seeds=[5, 900], class_labels=labels)
+    samplers = both("typed, baked")
+    assert_same(samplers, 2, seeds=[5, 900], num_inference_steps=9, **typed_conditions(2))
+    assert_same(samplers, 2, seeds=[5, 900], **typed_conditions(2))
     _, ours = samplers
     with pytest.raises(CppError, match="timesteps, eta: this bundle derives its table itself"):
-        ours(2, seeds=0, timesteps=[5, 3], class_labels=labels)
+        ours(2, seeds=0, timesteps=[5, 3], **typed_conditions(2))
 
 
 def test_conditions_of_every_dtype_scales_of_each_sample_and_given_starts(both):
@@ -311,7 +325,7 @@ def test_a_model_of_any_size(both):
 
 
 def test_threads_share_a_sampler(both):
-    theirs, ours = both("digits, loop")
+    theirs, ours = both("digits")
     calls = [
         (1 + k % 3, {"seeds": 10 * k, "num_inference_steps": 4 + k, "eta": 0.3 * (k % 2), "guidance_scale": 2.0,
                      "class_labels": np.arange(1 + k % 3)})
@@ -389,45 +403,21 @@ def test_the_step_at_which_nan_appears_is_found(checked, tmp_path, graph):
     path = tmp_path / "bundle"
     options = ExportOptions(graph=graph)
     export_onnx(Overflows(), DDIMConfig(clip_sample=False), path, options, sample_shape=(1, 2, 2), parity_steps=())
-    with CppSampler(checked / "ort_driver", path, check_finite=True) as sampler:
+    with CppSampler(checked / "driver", path, check_finite=True) as sampler:
         with pytest.raises(CppError, match=r"after step 5 \(timestep 400\)") as caught:
             sampler(1, seeds=0, num_inference_steps=10)
         assert caught.value.kind == "NotFiniteError"
         assert np.isfinite(sampler(1, seeds=0, timesteps=[900, 600])).all()
-    with CppSampler(checked / "ort_driver", path) as sampler:
+    with CppSampler(checked / "driver", path) as sampler:
         assert np.isnan(sampler(1, seeds=0, num_inference_steps=10)).any()
 
 
-def edit(change):
-    def damage(folder):
-        file = folder / "manifest.json"
-        manifest = json.loads(file.read_text())
-        change(manifest)
-        file.write_text(json.dumps(manifest))
-
-    return damage
+def input_of(manifest, name):
+    return next(info for info in manifest["inputs"] if info["name"] == name)
 
 
-def put(value, *path):
-    """Sets a field of the manifest; without a value, removes it."""
-
-    def change(manifest):
-        *parents, last = path
-        for key in parents:
-            manifest = manifest[key]
-        if value is None:
-            del manifest[last]
-        else:
-            manifest[last] = value
-
-    return edit(change)
-
-
-def flip_a_byte(folder):
-    file = folder / "model.onnx"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+def set_shape(name, shape):
+    return edited(lambda manifest: input_of(manifest, name).update(shape=shape))
 
 
 def truncate(folder):
@@ -451,7 +441,7 @@ def link_folder_out(folder):
         manifest["files"]["deep/model.onnx"] = manifest["files"].pop("model.onnx")
         manifest["model"] = "deep/model.onnx"
 
-    edit(rename)(folder)
+    edited(rename)(folder)
 
 
 ENTRY = {"sha256": "", "bytes": 1}
@@ -463,6 +453,12 @@ DAMAGE = {
     "manifest.json' cannot be read: .*parse error": truncate,
     "manifest.json' cannot be read: .*out_of_range": lambda folder: (folder / "manifest.json").write_text("[1e999]"),
     "manifest.json' cannot be read: .*UTF-8": lambda folder: (folder / "manifest.json").write_bytes(b'"\xff"'),
+    "manifest.json' cannot be read: nested deeper than 32; export it again": lambda folder: (
+        folder / "manifest.json"
+    ).write_text('{"format": "fastddim-bundle", "format_version": 1, "graph": ' + "[" * 10**5 + "]" * 10**5 + "}"),
+    "manifest.json' cannot be read: a NUL byte": lambda folder: (folder / "manifest.json").write_bytes(
+        (folder / "manifest.json").read_bytes() + b"\0x"
+    ),
     "is no manifest of a fastddim bundle": lambda folder: (folder / "manifest.json").write_text("[]"),
     "'' is no manifest|manifest.json' is no manifest": put("onnx-bundle", "format"),
     "format_version 2, this fastddim reads up to 1; update it": put(2, "format_version"),
@@ -487,12 +483,19 @@ DAMAGE = {
     r"\$: 'target' is a required property": put("aoti", "runtime"),
     r"\$\.inputs: no 'sample'": put("simple", "inputs", 0, "name"),
     r"\$\.inputs\[1\]: a second 'sample'": put("sample", "inputs", 1, "name"),
+    r"\$\.inputs: 'timesteps' has not 1 dimensions": set_shape("timesteps", []),
+    r"\$\.inputs: 'noise' has not 5 dimensions": set_shape("noise", ["steps", "batch"]),
+    r"\$\.inputs: 'noise', which 'sampling' has no use for": put(False, "sampling", "stochastic"),
+    r"\$\.inputs: 'uncond_labels' without a 'labels' of as many dimensions": set_shape("labels", ["batch", 1]),
+    r"\$\.inputs: 'uncond_flags' without a 'flags'": edited(
+        lambda manifest: input_of(manifest, "flags").update(name="banners")
+    ),
     r"\$\.outputs: no 'samples'": put([], "outputs"),
     r"\$\.sample\.shape: is not that of the input 'sample'": put([2, 6], "sample", "shape"),
     r"\$\.sample\.range: \[1\] is not a lowest and a highest value": put([1], "sample", "range"),
     r"\$\.sampling\.guided: 1 is not true or false": put(1, "sampling", "guided"),
     r"\$\.sampling\.null_values\['labels'\]: 1\.5 is not an integer": put({"labels": 1.5}, "sampling", "null_values"),
-    r"\$\.sampling: a baked schedule in a graph of one step": edit(
+    r"\$\.sampling: a baked schedule in a graph of one step": edited(
         lambda manifest: manifest.update(graph="step", sampling=manifest["sampling"] | {"baked_schedule": True})
     ),
     r"\$\.schedule: 'betas' is no field of a schedule": put([], "schedule", "betas"),
@@ -530,7 +533,7 @@ DAMAGE = {
 
 
 def test_a_damaged_bundle_is_refused(checked, bundles, tmp_path):
-    with CppSampler(checked / "ort_driver") as reader:
+    with CppSampler(checked / "driver") as reader:
         for k, (message, damage) in enumerate(DAMAGE.items()):
             folder = tmp_path / str(k) / "bundle"
             shutil.copytree(bundles("typed"), folder)
@@ -547,15 +550,15 @@ def test_a_whole_pipelines_components_are_known(checked, bundles, tmp_path):
     decoder = {"model": "model.onnx", "inputs": [tensor], "outputs": [], "meaning": "", "upscale": 8}
     parity = [{"component": "vae_decoder", "batch": 1, "largest_error": 0.0, "tolerance": 1.0}]
     changes = {"components": {"vae_decoder": decoder}, "zeros_for_empty_prompt": True, "parity": parity}
-    edit(lambda manifest: manifest.update(changes))(folder)
-    with CppSampler(checked / "ort_driver") as reader:
+    edited(lambda manifest: manifest.update(changes))(folder)
+    with CppSampler(checked / "driver") as reader:
         assert reader.open(folder)["components"] == {"vae_decoder": [str(folder / "model.onnx"), 8]}
 
 
 def test_hashes_are_left_out_when_asked(checked, bundles, tmp_path):
     folder = shutil.copytree(bundles("typed"), tmp_path / "bundle")
     flip_a_byte(folder)
-    with CppSampler(checked / "ort_driver") as reader:
+    with CppSampler(checked / "driver") as reader:
         assert reader.open(folder, check_hashes=False)["model"] == str(folder / "model.onnx")
 
 
@@ -565,27 +568,102 @@ def test_a_graph_that_cannot_be_loaded_is_named(checked, bundles, tmp_path):
     entry = {"sha256": hashlib.sha256(b"no graph").hexdigest(), "bytes": 8}
     put(entry, "files", "model.onnx")(folder)
     with pytest.raises(CppError, match=r"model\.onnx' cannot be loaded: ") as caught:
-        CppSampler(checked / "ort_driver", folder)
+        CppSampler(checked / "driver", folder)
     assert caught.value.kind == "BundleError"
     folder = shutil.copytree(bundles("typed"), tmp_path / "other")
     put("bfloat16", "inputs", 2, "dtype")(folder)
     with pytest.raises(CppError, match=r"has an input '\w+' of dtype bfloat16"):
-        CppSampler(checked / "ort_driver", folder)
+        CppSampler(checked / "driver", folder)
     target = {"device": "cpu", "platform": "linux", "machine": "x86_64", "cpu_features": []}
-    edit(lambda manifest: manifest.update(runtime="aoti", target=target))(folder)
+    edited(lambda manifest: manifest.update(runtime="aoti", target=target))(folder)
     with pytest.raises(CppError, match=r"is of runtime 'aoti', not 'onnx'"):
-        CppSampler(checked / "ort_driver", folder)
+        CppSampler(checked / "driver", folder)
 
 
-def fuzz(checked, bundles, folder, seconds):
+def test_a_graph_that_returns_something_else_is_named(checked, bundles, tmp_path):
+    folder = shutil.copytree(bundles("resizable"), tmp_path / "bundle")
+    model = onnx.load(folder / "model.onnx")
+    (last,) = (node for node in model.graph.node if "samples" in node.output)
+    last.output[list(last.output).index("samples")] = "whole"
+    model.graph.node.append(onnx.helper.make_node("Flatten", ["whole"], ["samples"]))
+    (output,) = (value for value in model.graph.output if value.name == "samples")
+    output.CopyFrom(onnx.helper.make_tensor_value_info("samples", onnx.TensorProto.FLOAT, None))
+    content = model.SerializeToString()
+    (folder / "model.onnx").write_bytes(content)
+    put({"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}, "files", "model.onnx")(folder)
+    with (
+        CppSampler(checked / "driver", folder) as sampler,
+        pytest.raises(CppError, match=r"returns \[2, 64\] for a state \[2, 1, 8, 8\]; export it again") as caught,
+    ):
+        sampler(2, seeds=0, num_inference_steps=1)
+    assert caught.value.kind == "BundleError"
+
+
+ENGINE = {
+    "flavour": "rtx",
+    "version": "1.2.3.4",
+    "compute_capabilities": ["8.9"],
+    "profiles": [{"batch": [1, 2, 3]}],
+    "options": {"hardware_compatibility": None, "version_compatible": False, "strip_plan": False},
+}
+TARGET = {
+    "device": "cuda",
+    "platform": "linux",
+    "machine": "x86_64",
+    "cpu_features": ["avx2"],
+    "compute_capability": "9.0",
+}
+KERNELS = {
+    "format": "fastddim-kernels",
+    "format_version": 1,
+    "files": {"k.cubin": {"sha256": "", "bytes": 1}},
+    "arguments": {
+        name: {"dtype": "float32", "written": name == "out"}
+        for name in ("table", "step", "model_output", "sample", "out")
+    },
+    "kernels": [
+        {
+            "name": "k", "entry": "k", "num_warps": 4,
+            "parameters": [
+                {"name": "sample", "type": "float32*", "divisible_by": 16},
+                {"name": "n", "type": "int32", "divisible_by": 4},
+                {"name": "num_steps", "type": "int64", "divisible_by": 1},
+                {"name": "tickets", "type": "int32*", "divisible_by": 1},
+                {"name": "global_scratch", "type": "uint8*", "divisible_by": 1},
+            ],
+            "images": [
+                {"kind": "cubin", "target": "sm_80", "compute_capability": [8, 0], "file": "k.cubin", "shared_bytes": 0}
+            ],
+        }
+    ],
+    "plans": [
+        {
+            "batch": 2, "tier": "whole", "scratch": {"tickets": 4},
+            "shapes": {"table": ["num_steps", 6], "step": [1], "model_output": [2, 8], "sample": [2, 8], "out": [2, 8]},
+            "launches": [{"kernel": "k", "grid": [1, 1, 1], "numbers": {"n": 16}}],
+        }
+    ],
+}  # fmt: skip
+
+
+def fuzz(program, bundles, folder, seconds):
     corpus = folder / "corpus"
     corpus.mkdir()
+    (corpus / "kernels").write_text(json.dumps(KERNELS))
     for name in ("typed", "plain"):
-        shutil.copy(bundles(name) / "manifest.json", corpus / name)
+        manifest = json.loads((bundles(name) / "manifest.json").read_text())
+        tensors = {group: manifest[group] for group in ("inputs", "outputs")}
+        component = {"model": manifest["model"], **tensors, "meaning": "", "upscale": 8}
+        for kind, fields in {
+            "onnx": {"components": {"decoder": component}, "zeros_for_empty_prompt": True},
+            "aoti": {"target": TARGET},
+            "tensorrt": {"engine": ENGINE},
+        }.items():
+            (corpus / f"{name}-{kind}").write_text(json.dumps({**manifest, **fields, "runtime": kind}))
     # In a folder of the test's, where it leaves an input that crashes; freed memory that the checker keeps back would
     # count as the program's.
     done = subprocess.run(
-        [checked / "fuzz_manifest", corpus, f"-max_total_time={seconds}", "-seed=1", "-max_len=16384",
+        [program, corpus, f"-max_total_time={seconds}", "-seed=1", "-max_len=16384",
          "-rss_limit_mb=4096", "-malloc_limit_mb=1024", "-timeout=20", "-print_final_stats=1"],
         env={**os.environ, "ASAN_OPTIONS": "quarantine_size_mb=16"},
         cwd=folder, capture_output=True, text=True, timeout=seconds + 120,
@@ -596,12 +674,13 @@ def fuzz(checked, bundles, folder, seconds):
 
 
 def test_a_few_seconds_of_made_up_manifests(checked, bundles, tmp_path):
-    assert fuzz(checked, bundles, tmp_path, 4) > 10
+    assert fuzz(checked / "fuzz_manifest", bundles, tmp_path, 4) > 10
 
 
 @pytest.mark.slow
-def test_a_minute_of_made_up_manifests(checked, bundles, tmp_path):
-    print(f"{fuzz(checked, bundles, tmp_path, 60)} manifests")
+def test_a_minute_of_made_up_manifests(bundles, tmp_path):
+    program = build("fuzz", "fuzz_manifest") / "fuzz_manifest"
+    print(f"{fuzz(program, bundles, tmp_path, 60)} manifests")
 
 
 def read_pgm(path):
@@ -615,11 +694,11 @@ def read_pgm(path):
 def test_the_example_writes_the_digits(kind, bundles, request, tmp_path):
     program = request.getfixturevalue(kind) / "sample"
     arguments = ["--labels", "3,1,4", "--steps", "20", "--seed", "7", "--threads", "1"]
-    expected = OrtSampler(bundles("digits, loop"))(
+    expected = OrtSampler(bundles("digits"))(
         3, seeds=7, num_inference_steps=20, guidance_scale=2.0, class_labels=np.array([3, 1, 4])
     )
     for out in (tmp_path / "pi.pgm", tmp_path / "pi.raw"):
-        subprocess.run([program, bundles("digits, loop"), *arguments, "--out", out], check=True)
+        subprocess.run([program, bundles("digits"), *arguments, "--out", out], check=True)
     np.testing.assert_allclose(np.fromfile(tmp_path / "pi.raw", np.float32), expected.ravel(), atol=1e-4)
     levels = (np.concatenate(expected[:, 0], axis=1).clip(-1, 1) + 1) * 127.5
     assert np.abs(read_pgm(tmp_path / "pi.pgm") - levels).max() < 0.6
@@ -632,7 +711,10 @@ def test_the_example_names_what_is_wrong(checked, bundles, tmp_path):
     for message, arguments in {
         "BUNDLE: missing": [],
         "manifest.json' is missing": [tmp_path],
-        "--seed: 'x'; pass a number": [bundle, "--seed", "x"],
+        "--seed: 'x'; pass an integer in [0, 2**64)": [bundle, "--seed", "x"],
+        "--seed: '-1'; pass an integer in [0, 2**64)": [bundle, "--seed", "-1"],
+        "--steps: '2.5'; pass an integer": [bundle, "--steps", "2.5"],
+        "--eta: '1x'; pass a number": [bundle, "--eta", "1x"],
         "--seed: no value": [bundle, "--seed"],
         "--nope: no such option": [bundle, "--nope", "1"],
         "a second bundle": [bundle, bundle],
@@ -644,6 +726,8 @@ def test_the_example_names_what_is_wrong(checked, bundles, tmp_path):
         done = subprocess.run([checked / "sample", *arguments], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 2 and message in done.stderr, done.stderr
     assert os.listdir(tmp_path) == ["there.pgm"]
+    helped = subprocess.run([checked / "sample", "--help"], capture_output=True, text=True, check=True)
+    assert helped.stdout.startswith("usage: sample BUNDLE")
     out = tmp_path / "there.pgm"
     subprocess.run([checked / "sample", bundle, "--size", "8,12", "--batch", "2", "--out", out], check=True)
     assert read_pgm(out).shape == (8, 24)
@@ -671,7 +755,7 @@ def test_the_readmes_program_finds_an_installed_copy(release, bundles, tmp_path)
         ["cmake", "--build", tmp_path / "out"],
     ):  # fmt: skip
         subprocess.run(command, check=True, capture_output=True)
-    (tmp_path / "digits").symlink_to(bundles("digits, loop"))
+    (tmp_path / "digits").symlink_to(bundles("digits"))
     done = subprocess.run([tmp_path / "out" / "consumer"], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "768 numbers\n", done.stderr
 
@@ -693,6 +777,26 @@ def test_flags_that_would_change_the_bits_are_refused():
         done = subprocess.run([*command, flag, "/dev/null"], capture_output=True, text=True)
         assert done.returncode != 0 and message in done.stderr
     assert subprocess.run([*command, "/dev/null"]).returncode == 0
+
+
+HEADERS = sorted(path.name for path in (ROOT / "cpp" / "include" / "fastddim").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+@pytest.mark.parametrize("headers", [*([name] for name in HEADERS), HEADERS], ids=[*HEADERS, "all at once"])
+def test_headers_compile_alone_and_together(headers, compiler):
+    # libtorch's headers are C++20.
+    standard = "c++20" if "aoti_sampler.hpp" in headers else "c++17"
+    torch_headers = Path(torch.__file__).parent / "include"
+    folders = [RUNTIME / "include", stub_cuda.HEADERS, ROOT / "build" / "tensorrt" / "include", torch_headers,
+               torch_headers / "torch" / "csrc" / "api" / "include"]  # fmt: skip
+    done = subprocess.run(
+        [compiler, f"-std={standard}", "-fsyntax-only", "-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion",
+         "-Werror", f"-I{ROOT}/cpp/include", *(f"-isystem{folder}" for folder in folders), "-xc++", "-"],
+        input="".join(f'#include "fastddim/{name}"\n' for name in headers), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[:4000]
 
 
 @pytest.mark.slow

@@ -597,6 +597,11 @@ def test_what_is_too_long_or_no_http_ends_the_connection(serve):
             answer,
         )
         assert json.loads(answer.split(b"\r\n\r\n", 1)[1])["error"]
+    for endless in (b"1;" + b"x" * 300_000, b"0\r\n" + b"x: 1\r\n" * 50_000):
+        connection = server.open_socket(head + b"Transfer-Encoding: chunked\r\n\r\n" + endless)
+        answer = read_to_end(connection)
+        connection.close()
+        assert answer.startswith(b"HTTP/1.1 431 ") and b"chunk extensions, trailers: more than 65536" in answer
     body = b'{"seed": 1, "class_labels": 1}'
     chunks = b"5\r\n" + body[:5] + b"\r\n%x\r\n" % (len(body) - 5) + body[5:] + b"\r\n0\r\n\r\n"
     chunked = server.open_socket(head + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)

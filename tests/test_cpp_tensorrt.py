@@ -3,29 +3,33 @@
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import cpp_driver
 import numpy as np
 import pytest
 import torch
 import triton
-from cpp_driver import ROOT, CppError, CppSampler, build
+from cpp_driver import ROOT, CppError, build
 
 import fake_tensorrt
+from damage import edit
 from fastddim import DDIMConfig, Sampler
 from fastddim.export import Profile, TensorRTOptions, export_tensorrt, to_tensorrt
-from test_export import edit, export_tiny
+from test_export import export_tiny
 from test_export_tensorrt import restamp, set_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
+CppSampler = partial(cpp_driver.CppSampler, runtime="tensorrt")
 PROFILES = (Profile(batch=(1, 2, 3)), Profile(batch=(4, 4, 6)))
 CONFIG = DDIMConfig(clip_sample=False)
 
 
 @pytest.fixture(scope="module")
 def driver():
-    return build("checked", "trt_driver") / "trt_driver"
+    return build("checked", "driver") / "driver"
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +112,9 @@ def test_the_state_stays_on_the_gpu(driver, engines, tmp_path):
 
 def test_threads_take_turns(driver, engines):
     calls = [(batch, {"seeds": 7, "num_inference_steps": 5, **conditions(batch)}) for batch in (1, 2, 3, 4, 5, 6)]
-    with CppSampler(driver, engines / "step", cuda_graph=True) as sampler:
+    with CppSampler(driver, engines / "step", cuda_graph=True, device=1) as sampler:
         results = sampler.concurrent(calls)
+        np.testing.assert_allclose(run(sampler, 2), expected(2, 4, 0.0), rtol=1e-5, atol=1e-5)
     whole = np.concatenate([expected(batch, 5, 0.0).ravel() for batch, _ in calls])
     np.testing.assert_allclose(results, whole, rtol=1e-5, atol=1e-5)
 
@@ -177,6 +182,9 @@ FOREIGN = {
     r"\$: 'engine' is a required property": lambda folder: edit(folder, lambda manifest: manifest.pop("engine")),
     r"\$.engine.profiles: no profile": lambda folder: edit_engine(folder, profiles=[]),
     "is not a least, best and largest size": lambda folder: edit_engine(folder, profiles=[{"batch": [1, 2]}]),
+    "has no 'samples' of dtype float16 as the manifest says": lambda folder: edit(
+        folder, lambda manifest: manifest["outputs"][0].update(dtype="float16")
+    ),
     "not the file that was exported": lambda folder: (folder / "model.engine").write_bytes(
         bytes((folder / "model.engine").stat().st_size)
     ),
@@ -215,7 +223,7 @@ def test_versions_and_gpus_that_an_engine_takes(driver, copied):
         CppSampler(driver, copied, env={**newer, "FAKE_CAPABILITY": "7.5"})
     with CppSampler(driver, copied, env={**newer, "FAKE_CAPABILITY": "12.0"}) as sampler:
         assert run(sampler, 1).shape == (1, 2, 6, 6)
-    with pytest.raises(CppError, match="does not load: it is for another planet"):
+    with pytest.raises(CppError, match="does not load: it is for another planet; export it again"):
         CppSampler(driver, copied, env={**newer, "FAKE_REFUSE": "deserializeCudaEngine"})
 
 

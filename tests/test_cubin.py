@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jsonschema
@@ -14,6 +15,7 @@ import stub_cuda
 import torch
 from cpp_driver import ROOT, build
 
+import damage
 from cubin_runs import CASES, ROW, STEPS, VARIANTS, bundle_parameters, eta_of, export, make_request
 from fastddim import DDIMConfig, Schedule, StepTable
 from fastddim.cli import main
@@ -21,6 +23,8 @@ from fastddim.export import BundleError, ExportError, KernelOptions, export_cubi
 from fastddim.export.kernel_bundle import FORMAT
 
 TOOLS = stub_cuda.HEADERS.parent / "bin"
+edited, put = partial(damage.edited, name="kernel.json"), partial(damage.put, name="kernel.json")
+flip_a_byte = partial(damage.flip_a_byte, name="ddim_step_kernel_0.sm_90a.cubin")
 TARGETS = ["sm_80", "sm_90a", "sm_100a", "sm_120a"]
 
 
@@ -63,7 +67,7 @@ def program(tmp_path_factory):
     """cpp/tests/step_driver.cpp and a stub driver's folder, both under sanitizers."""
     folder = tmp_path_factory.mktemp("driver")
     stub_cuda.build(folder, "clang", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    return build("kernels-checked", "step_driver") / "step_driver", folder
+    return build("checked", "step_driver") / "step_driver", folder
 
 
 @pytest.fixture
@@ -233,37 +237,11 @@ def test_every_gpu_gets_its_code(bundles, cpp, capability, file):
 @pytest.mark.parametrize("capability", [75, 110])
 def test_a_gpu_without_code_is_named(bundles, cpp, tmp_path, capability):
     folder = shutil.copytree(bundles / "action", tmp_path / "action")
-    edit(lambda manifest: manifest["kernels"][0]["images"].pop(1))(folder)
+    edited(lambda manifest: manifest["kernels"][0]["images"].pop(1))(folder)
     (answer,), _ = cpp({"load": str(folder), "batch": 1}, STUB_CUDA_CAPABILITY=str(capability))
     assert answer["error"] == "BundleError"
     assert "for sm_80, sm_90a, sm_100a, sm_120a; none runs on this GPU" in answer["message"]
     assert f"compute capability {capability // 10}.{capability % 10}" in answer["message"]
-
-
-def edit(change):
-    def apply(folder):
-        file = folder / "kernel.json"
-        manifest = json.loads(file.read_text())
-        change(manifest)
-        file.write_text(json.dumps(manifest))
-
-    return apply
-
-
-def put(value, *path):
-    def change(manifest):
-        for key in path[:-1]:
-            manifest = manifest[key]
-        manifest[path[-1]] = value
-
-    return edit(change)
-
-
-def flip_a_byte(folder):
-    file = folder / "ddim_step_kernel_0.sm_90a.cubin"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 def link_out(folder):
@@ -296,7 +274,10 @@ CPP_DAMAGES = {
     "'n' is no int32": put(1 << 31, "plans", 0, "launches", 0, "numbers", "n"),
     "'n' is no multiple of 4": put(4, "kernels", 0, "parameters", -7, "divisible_by"),
     "no 'x' among 'arguments'": put([1], "plans", 0, "shapes", "x"),
-    "'sample' is a required property": edit(lambda manifest: manifest["plans"][0]["shapes"].pop("sample")),
+    "'sample' is a required property": edited(lambda manifest: manifest["plans"][0]["shapes"].pop("sample")),
+    "has more than 2**40 elements": put([1 << 40, 1 << 40], "plans", 0, "shapes", "sample"),
+    "3 is no power of two": put(3, "kernels", 0, "parameters", -7, "divisible_by"),
+    "$.plans[0].launches: no launch": put([], "plans", 0, "launches"),
     "names '../x', which leads out": put({"sha256": "", "bytes": 1}, "files", "../x"),
     "needs 300000 bytes of shared memory, this GPU has 232448": put(300000, "kernels", 0, "images", 2, "shared_bytes"),
 }
@@ -373,15 +354,17 @@ def test_a_step_may_be_in_place(bundles, cpp):
 def test_a_batch_or_row_that_is_not_there_is_named(bundles, cpp):
     folder = bundles / "latents"
     arrays = arrays_of(manifest_of(bundles, "latents"), 6)
-    (batch, _, row), _ = cpp(
+    (batch, _, row, none), _ = cpp(
         {"load": str(folder), "batch": 4},
         {"load": str(folder), "batch": 6},
         step_request("latents", arrays, row=STEPS),
+        step_request("latents", arrays, steps=0),
     )
     assert (
         batch["message"].startswith("batch: 4; ") and "kernels for 1, 6; export it with --batch 4" in batch["message"]
     )
     assert row["message"] == f"step: {STEPS} is outside the table of {STEPS} steps"
+    assert none["message"] == "table: 0 timesteps and 0 rows; pass as many of both, at least one"
 
 
 def test_much_shared_memory_is_asked_for(bundles, cpp, tmp_path):

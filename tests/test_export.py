@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import fastddim
+from damage import edit, flip_a_byte
 from fastddim import DDIMConfig, DynamicThreshold, Sampler
 from fastddim.cli import main
 from fastddim.export import (
@@ -500,26 +501,13 @@ def copied(kept, tmp_path):
     return shutil.copytree(kept, tmp_path / "bundle")
 
 
-def edit(folder, change):
-    file = folder / "manifest.json"
-    manifest = json.loads(file.read_text())
-    change(manifest)
-    file.write_text(json.dumps(manifest))
-
-
-def flip_a_byte(folder):
-    file = folder / "model.onnx"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
 DAMAGE = {
     "SHA-256": flip_a_byte,
     "bytes, the manifest says": lambda folder: (folder / "model.onnx").write_bytes(b"x"),
     "model.onnx' is missing": lambda folder: (folder / "model.onnx").unlink(),
     "manifest.json' is missing": lambda folder: (folder / "manifest.json").unlink(),
     "cannot be read": lambda folder: (folder / "manifest.json").write_text('{"format": '),
+    "cannot be read: maximum recursion depth": lambda folder: (folder / "manifest.json").write_text("[" * 10**5),
     "is no manifest of a fastddim bundle": lambda folder: (folder / "manifest.json").write_text("[]"),
     "format_version 2, this fastddim reads up to 1; update it": lambda folder: edit(
         folder, lambda manifest: manifest.update(format_version=2)

@@ -14,10 +14,12 @@ from dataclasses import replace
 import diffusers
 import numpy as np
 import pytest
+import stub_cuda
 import torch
 from cpp_driver import CppError, CppSampler, build
 from PIL import Image
 
+from damage import edit, flip_a_byte
 from fastddim import DDIMConfig, Sampler
 from fastddim.cli import main
 from fastddim.export import (
@@ -37,7 +39,7 @@ from fastddim.export import (
     validate,
     verify_bundle,
 )
-from test_export import CONFIGS, LABELS, SHAPE, Tiny, class_pipeline, conditional_unet, edit, sample_tiny
+from test_export import CONFIGS, LABELS, SHAPE, Tiny, class_pipeline, conditional_unet, sample_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -159,7 +161,7 @@ def test_the_cpp_loader_makes_the_same_samples(kept, step, driver):
                 sampler(3, **{**arguments, "seeds": None})
 
 
-def test_the_cpp_loader_refuses_what_this_machine_cannot_run(copied, driver):
+def test_the_cpp_loader_refuses_what_this_machine_cannot_run(copied, driver, tmp_path):
     with CppSampler(driver) as reader:
         assert reader.open(copied)["steps"] == 50
     for message, change in {
@@ -172,6 +174,16 @@ def test_the_cpp_loader_refuses_what_this_machine_cannot_run(copied, driver):
             CppSampler(driver, copied)
         assert caught.value.kind == "BundleError"
         edit(copied, lambda manifest, target=kept_target: manifest.update(target=target))
+    edit(copied, lambda manifest: manifest["target"].update(device="cuda", compute_capability="9.0"))
+    with pytest.raises(CppError, match="is for CUDA, and there is no GPU 0 here; export it for the CPU"):
+        CppSampler(driver, copied)
+    stub_cuda.build(tmp_path)
+    stub = {"LD_LIBRARY_PATH": str(tmp_path)}
+    with pytest.raises(CppError, match=r"is for compute capability 9\.0, this GPU has 8\.6; export it here"):
+        CppSampler(driver, copied, env={**stub, "STUB_CUDA_CAPABILITY": "86"})
+    with pytest.raises(CppError, match=r"model.pt2' cannot be loaded: "):
+        CppSampler(driver, copied, env=stub)
+    edit(copied, lambda manifest: manifest.update(target=kept_target))
     (copied / "model.pt2").write_bytes(b"no package")
     content = {"sha256": hashlib.sha256(b"no package").hexdigest(), "bytes": 10}
     edit(copied, lambda manifest: manifest["files"].update({"model.pt2": content}))
@@ -216,15 +228,8 @@ def test_each_runtime_refuses_the_others_bundle(kept, tmp_path):
         open_sampler(other.path)
 
 
-def flip_a_byte(folder):
-    file = folder / "model.pt2"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
 DAMAGE = {
-    "SHA-256": flip_a_byte,
+    "SHA-256": lambda folder: flip_a_byte(folder, "model.pt2"),
     "bytes, the manifest says": lambda folder: (folder / "model.pt2").write_bytes(b"x"),
     "model.pt2' is missing": lambda folder: (folder / "model.pt2").unlink(),
     r"\$: 'target' is a dependency of|'target' is a required property": lambda folder: edit(

@@ -19,6 +19,7 @@ import torch
 import transformers
 from PIL import Image
 
+from damage import edit
 from fastddim.cli import main
 from fastddim.export import (
     BundleError,
@@ -246,13 +247,6 @@ print(images.astype(np.float64).sum())
     assert done.returncode == 0, done.stderr
     expected = sample_with_diffusers("sd", PROMPTS, NEGATIVE, [3, 4])
     assert float(done.stdout) == pytest.approx(float(expected.astype(np.float64).sum()), abs=expected.size * 1e-5)
-
-
-def edit(folder, change):
-    file = folder / "manifest.json"
-    manifest = json.loads(file.read_text())
-    change(manifest)
-    file.write_text(json.dumps(manifest))
 
 
 DAMAGE = {

@@ -21,6 +21,7 @@ from PIL import Image
 
 import fake_tensorrt
 import fastddim
+from damage import edit
 from fastddim import DDIMConfig
 from fastddim.cli import main
 from fastddim.export import (
@@ -43,7 +44,7 @@ from fastddim.export import (
 )
 from fastddim.export.bundle import FORMAT, sha256
 from fastddim.models.policy import ActionUNet1d
-from test_export import LABELS, XL, Tiny, conditional_unet, edit, export_tiny
+from test_export import LABELS, XL, Tiny, conditional_unet, export_tiny
 from test_export_pipelines import make as make_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

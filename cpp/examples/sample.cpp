@@ -1,5 +1,6 @@
 // sample BUNDLE [options]: pictures from an exported bundle, side by side in a PGM or PPM file, or their raw floats.
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <cstdint>
 #include <exception>
@@ -9,6 +10,8 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <system_error>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -24,14 +27,20 @@ struct Arguments {
     std::filesystem::path bundle;
     std::filesystem::path out = "samples.pgm";
     int threads = 0;
+    bool help = false;
     fastddim::Call call;
 };
 
 template <class T>
 T number(const std::string& option, const std::string& text) {
-    std::istringstream stream(text);
     T value{};
-    if (!(stream >> value) || !stream.eof()) throw std::invalid_argument(option + ": '" + text + "'; pass a number");
+    const char* end = text.data() + text.size();
+    const auto [last, error] = std::from_chars(text.data(), end, value);
+    if (error != std::errc{} || last != end)
+        throw std::invalid_argument(option + ": '" + text + "'; pass " +
+                                    (std::is_unsigned_v<T> ? "an integer in [0, 2**64)"
+                                     : std::is_integral_v<T> ? "an integer"
+                                                             : "a number"));
     return value;
 }
 
@@ -48,6 +57,10 @@ Arguments parse(const std::vector<std::string>& words) {
     call.seeds = 0;
     for (std::size_t k = 0; k < words.size(); ++k) {
         const std::string& option = words[k];
+        if (option == "--help" || option == "-h") {
+            arguments.help = true;
+            return arguments;
+        }
         if (option.rfind("--", 0) != 0) {
             if (!arguments.bundle.empty()) throw std::invalid_argument("'" + option + "': a second bundle; pass one");
             arguments.bundle = option;
@@ -138,7 +151,12 @@ void run(const Arguments& arguments) {
 
 int main(int count, char** words) {
     try {
-        run(parse({words + 1, words + count}));
+        const Arguments arguments = parse({words + 1, words + count});
+        if (arguments.help) {
+            std::cout << usage;
+        } else {
+            run(arguments);
+        }
     } catch (const std::exception& error) {
         std::cerr << "error: " << error.what() << "\n";
         return 2;

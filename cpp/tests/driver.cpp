@@ -1,18 +1,19 @@
 // An OrtSampler, an AotiSampler or a TrtSampler, for the Python tests and benchmarks: JSON requests on the standard input,
 // one a line; the answer to each is a line of JSON and, where it says so, `bytes` of raw floats.
 //   {"open": FOLDER, "check_hashes": BOOL}                  a bundle, opened alone
-//   {"load": FOLDER, "threads": N, "check_finite": BOOL}    the sampler of the requests that follow; with TensorRT
-//                                                           "cuda_graph" too
+//   {"load": FOLDER, "threads": N, "check_finite": BOOL}    the sampler of the requests that follow; with
+//                                                           "runtime": "tensorrt" also "cuda_graph" and "device"
 //   {"sample": CALL}, {"concurrent": [CALL, ...]}           a call; several at once, a thread each
 #include <array>
 #include <chrono>
 #include <cstdint>
 #include <exception>
+#include <functional>
 #include <future>
 #include <iostream>
 #include <map>
+#include <memory>
 #include <nlohmann/json.hpp>
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -21,10 +22,11 @@
 #include <ATen/Parallel.h>
 
 #include "fastddim/aoti_sampler.hpp"
-#elif defined(FASTDDIM_DRIVE_TENSORRT)
-#include "fastddim/trt_sampler.hpp"
 #else
 #include "fastddim/ort_sampler.hpp"
+#endif
+#ifdef FASTDDIM_DRIVE_TENSORRT
+#include "fastddim/trt_sampler.hpp"
 #endif
 
 namespace {
@@ -33,29 +35,38 @@ using Json = nlohmann::json;
 
 fastddim::Bundle requested(const Json& request) { return fastddim::open_bundle(request.at("load").get<std::string>()); }
 
-#ifdef FASTDDIM_DRIVE_AOTI
-using Sampler = fastddim::AotiSampler;
+using Sampler = std::function<fastddim::Array<float>(const fastddim::Call&)>;
 
-void load(std::optional<Sampler>& sampler, const Json& request) {
-    at::set_num_threads(request.value("threads", 1));
-    sampler.emplace(requested(request), c10::DeviceIndex{-1}, request.value("check_finite", false));
+/// A sampler of any runtime, as a function that several threads may call.
+template <class T, class... Arguments>
+Sampler make(Arguments&&... arguments) {
+    const auto sampler = std::make_shared<const T>(std::forward<Arguments>(arguments)...);
+    return [sampler](const fastddim::Call& call) { return (*sampler)(call); };
 }
-#elif defined(FASTDDIM_DRIVE_TENSORRT)
-using Sampler = fastddim::TrtSampler;
 
-void load(std::optional<Sampler>& sampler, const Json& request) {
-    fastddim::TrtOptions options;
-    options.check_finite = request.value("check_finite", false);
-    options.cuda_graph = request.value("cuda_graph", false);
-    sampler.emplace(requested(request), options);
+#ifdef FASTDDIM_DRIVE_AOTI
+Sampler load(const Json& request) {
+    at::set_num_threads(request.value("threads", 1));
+    return make<fastddim::AotiSampler>(requested(request), c10::DeviceIndex{-1}, request.value("check_finite", false));
 }
 #else
-using Sampler = fastddim::OrtSampler;
-
-void load(std::optional<Sampler>& sampler, const Json& request) {
+Sampler load(const Json& request) {
+    const bool check_finite = request.value("check_finite", false);
+#ifdef FASTDDIM_DRIVE_TENSORRT
+    if (request.value("runtime", "onnx") == "tensorrt") {
+        fastddim::TrtOptions options;
+        options.check_finite = check_finite;
+        options.cuda_graph = request.value("cuda_graph", false);
+        // Calls come with another GPU current than the one that it was made on.
+        cudaSetDevice(request.value("device", 0));
+        Sampler sampler = make<fastddim::TrtSampler>(requested(request), options);
+        cudaSetDevice(0);
+        return sampler;
+    }
+#endif
     Ort::SessionOptions options;
     options.SetIntraOpNumThreads(request.value("threads", 1));
-    sampler.emplace(requested(request), options, request.value("check_finite", false));
+    return make<fastddim::OrtSampler>(requested(request), options, check_finite);
 }
 #endif
 
@@ -117,10 +128,12 @@ class Driver {
                     {"components", components}};
         }
         if (request.contains("load")) {
-            load(sampler_, request);
+            // The old one's memory first.
+            sampler_ = nullptr;
+            sampler_ = load(request);
             return Json::object();
         }
-        const auto& sampler = sampler_.value();
+        const Sampler& sampler = sampler_;
         const auto start = std::chrono::steady_clock::now();
         std::vector<std::int64_t> shape;
         if (request.contains("sample")) {
@@ -143,7 +156,7 @@ class Driver {
     }
 
    private:
-    std::optional<Sampler> sampler_;
+    Sampler sampler_;
 };
 
 }  // namespace

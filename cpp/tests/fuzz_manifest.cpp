@@ -1,4 +1,5 @@
-// Any bytes as a manifest: it is read, or refused with a BundleError; its schedule gives a table, or says why not.
+// Any bytes as a manifest, or as a kernel.json: it is read, or refused with a BundleError; a manifest's schedule gives a
+// table, or says why not.
 #include <algorithm>
 #include <array>
 #include <cstddef>
@@ -11,6 +12,7 @@
 
 #include "fastddim/bundle.hpp"
 #include "fastddim/call.hpp"
+#include "fastddim/kernel_bundle.hpp"
 
 extern "C" {
 int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size);
@@ -21,8 +23,13 @@ std::size_t LLVMFuzzerMutate(std::uint8_t* data, std::size_t size, std::size_t m
 int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
     // Large schedules take long and show nothing new.
     constexpr std::int64_t most = 4096;
+    const std::string text(reinterpret_cast<const char*>(data), size);
     try {
-        const auto manifest = fastddim::parse_manifest({reinterpret_cast<const char*>(data), size});
+        if (text.find("fastddim-kernels") != std::string::npos) {
+            fastddim::parse_kernel_manifest(text);
+            return 0;
+        }
+        const auto manifest = fastddim::parse_manifest(text);
         if (manifest.schedule.num_train_timesteps > most) return 0;
         const fastddim::Schedule schedule(manifest.schedule);
         fastddim::Call call;

@@ -15,6 +15,7 @@
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -32,22 +33,11 @@ fastddim::DType dtype_of(const std::string& name) {
     throw std::runtime_error("no dtype " + name);
 }
 
-const std::map<std::string, DeviceArray StepArguments::*> members{
-    {"model_output", &StepArguments::model_output},
-    {"sample", &StepArguments::sample},
-    {"table", &StepArguments::table},
-    {"step", &StepArguments::step},
-    {"guidance_scale", &StepArguments::guidance_scale},
-    {"guidance_rescale", &StepArguments::guidance_rescale},
-    {"noise", &StepArguments::noise},
-    {"seeds", &StepArguments::seeds},
-    {"first_row", &StepArguments::first_row},
-    {"out", &StepArguments::out},
-    {"x0", &StepArguments::x0},
-    {"model_input", &StepArguments::model_input},
-    {"timesteps", &StepArguments::timesteps},
-    {"next_timestep", &StepArguments::next_timestep},
-};
+DeviceArray StepArguments::*member_of(const std::string& name) {
+    for (const auto& slot : fastddim::detail::step_slots)
+        if (name == slot.name) return slot.member;
+    throw std::runtime_error("no argument " + name);
+}
 
 class StepDriver {
    public:
@@ -69,13 +59,15 @@ class StepDriver {
    private:
     Json launch(const Json& request) {
         const fastddim::Schedule schedule;
-        const auto table = fastddim::StepTable::build(schedule, schedule.transitions(request.at("steps").get<std::int64_t>()),
-                                                      request.at("eta"));
+        const auto steps = request.at("steps").get<std::int64_t>();
+        std::vector<fastddim::Transition> transitions;
+        if (steps != 0) transitions = schedule.transitions(steps);
+        const auto table = fastddim::StepTable::build(schedule, transitions, request.at("eta"));
         const fastddim::DeviceTable rows(device_.value(), table);
         StepArguments arguments;
         std::map<std::string, fastddim::DeviceMemory> memory;
         for (const auto& [name, array] : request.at("launch").items()) {
-            DeviceArray& argument = arguments.*members.at(name);
+            DeviceArray& argument = arguments.*member_of(name);
             if (array.is_null()) {
                 argument = name == "table"  ? rows.columns()
                            : name == "step" ? rows.step(request.value("row", std::size_t{0}))
@@ -92,11 +84,11 @@ class StepDriver {
         }
         for (const auto& [name, array] : request.at("launch").items())
             if (array.is_object() && array.contains("same_as"))
-                (arguments.*members.at(name)).address =
-                    (arguments.*members.at(array.at("same_as"))).address + array.value("shift", 0U);
+                (arguments.*member_of(name)).address =
+                    (arguments.*member_of(array.at("same_as"))).address + array.value("shift", 0U);
         kernel_.value().launch(reinterpret_cast<CUstream>(request.value("stream", std::uintptr_t{0})), arguments);
         Json addresses;
-        for (const auto& [name, member] : members) addresses[name] = (arguments.*member).address;
+        for (const auto& [name, member] : fastddim::detail::step_slots) addresses[name] = (arguments.*member).address;
         for (const auto& [name, array] : request.at("launch").items()) {
             if (!array.is_object() || !array.contains("save")) continue;
             std::vector<char> content(memory.at(name).bytes());

@@ -222,7 +222,8 @@ def read_manifest(folder: Path, format: Format, check_hashes: bool = True) -> di
         raise BundleError(f"bundle: {str(file)!r} is missing; pass a folder that `fastddim export` wrote")
     try:
         manifest: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    except (ValueError, OSError) as error:
+    # Nested too deep is a RecursionError.
+    except (ValueError, OSError, RecursionError) as error:
         raise BundleError(f"bundle: {str(file)!r} cannot be read: {error}; export it again") from error
     _check_manifest(file, manifest, format)
     for name, expected in manifest["files"].items():

@@ -245,6 +245,8 @@ class Session : public std::enable_shared_from_this<Session> {
     };
 
     static constexpr std::uint32_t header_limit = 8192;
+    // Of what is read and not yet understood: a chunk's extensions and trailers count as neither header nor body.
+    static constexpr std::size_t buffer_limit = 65536;
     static constexpr std::chrono::seconds linger_time{2};
 
     void read() {
@@ -300,6 +302,9 @@ class Session : public std::enable_shared_from_this<Session> {
             return respond(too_long(http::status::payload_too_large, "body", server_.settings_.max_body), true);
         if (failed == http::error::header_limit)
             return respond(too_long(http::status::request_header_fields_too_large, "header", header_limit), true);
+        if (failed == http::error::buffer_overflow)
+            return respond(too_long(http::status::request_header_fields_too_large, "chunk extensions, trailers",
+                                    buffer_limit), true);
         respond(error_response(http::status::bad_request, "no HTTP request: " + failed.message()), true);
     }
 
@@ -453,7 +458,7 @@ class Session : public std::enable_shared_from_this<Session> {
     HttpServer& server_;
     beast::tcp_stream stream_;
     asio::steady_timer deadline_;
-    beast::flat_buffer buffer_;
+    beast::flat_buffer buffer_{buffer_limit};
     std::optional<http::request_parser<http::string_body>> parser_;
     Response response_;
     Clock::time_point arrived_;

@@ -104,7 +104,8 @@ class RequestReader {
                 request.guidance_rescale = static_cast<float>(value);
             });
         for (const fastddim::TensorInfo& info : manifest.inputs)
-            if (!fastddim::detail::is_own(info.name) && info.name.rfind("uncond_", 0) != 0) add_condition(bundle, info);
+            if (!fastddim::detail::is_own(info.name) && fastddim::detail::conditional_of(info.name).empty())
+                add_condition(bundle, info);
     }
 
     /// Throws BadRequest.

@@ -14,6 +14,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <variant>
@@ -112,20 +113,29 @@ class Workers {
     /// A job's id and its outcome; called by the worker, once for each job.
     using Done = std::function<void(std::uint64_t, Outcome)>;
 
+    /// Throws std::runtime_error: the system has no room for so many threads.
     Workers(Queue& queue, const fastddim::OrtSampler& sampler, int count, std::size_t max_batch, Done done)
         : queue_(queue), sampler_(sampler), format_(sampler.bundle()), max_batch_(max_batch), done_(std::move(done)) {
-        for (int k = 0; k < count; ++k) threads_.emplace_back([this] { work(); });
+        try {
+            for (int k = 0; k < count; ++k) threads_.emplace_back([this] { work(); });
+        } catch (const std::system_error& error) {
+            stop();
+            throw std::runtime_error("--workers: " + std::to_string(count) + " threads cannot be started (" +
+                                     error.what() + "); pass fewer");
+        }
     }
 
     Workers(const Workers&) = delete;
     Workers& operator=(const Workers&) = delete;
 
-    ~Workers() {
+    ~Workers() { stop(); }
+
+   private:
+    void stop() {
         queue_.close();
         for (std::thread& thread : threads_) thread.join();
     }
 
-   private:
     void work() {
         for (auto jobs = queue_.pop(max_batch_); !jobs.empty(); jobs = queue_.pop(max_batch_)) run(jobs);
     }

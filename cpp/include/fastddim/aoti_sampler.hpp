@@ -4,6 +4,8 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/from_blob.h>
 #include <c10/core/InferenceMode.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
 #include <algorithm>
@@ -15,6 +17,7 @@
 #include <optional>
 #include <set>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -41,8 +44,35 @@ inline std::set<std::string> cpu_features() {
     return {};
 }
 
+/// A GPU's compute capability, such as 9.0; empty where there is none. The driver's word, as asking libtorch for it takes
+/// CUDA's headers.
+inline std::string compute_capability(int ordinal) {
+    void* const driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+    if (driver == nullptr) return "";
+    const auto init = reinterpret_cast<int (*)(unsigned)>(dlsym(driver, "cuInit"));
+    const auto get = reinterpret_cast<int (*)(int*, int)>(dlsym(driver, "cuDeviceGet"));
+    const auto attribute = reinterpret_cast<int (*)(int*, int, int)>(dlsym(driver, "cuDeviceGetAttribute"));
+    // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+    constexpr int major_attribute = 75, minor_attribute = 76;
+    int device = 0, major = 0, minor = 0;
+    const bool found = init != nullptr && get != nullptr && attribute != nullptr && init(0) == 0 &&
+                       get(&device, ordinal) == 0 && attribute(&major, major_attribute, device) == 0 &&
+                       attribute(&minor, minor_attribute, device) == 0;
+    return found ? text(major, ".", minor) : "";
+}
+
+/// Where a package runs: on the GPU of an index, the current one for -1, or on the CPU.
+inline c10::Device pick_device(const Bundle& bundle, c10::DeviceIndex index) {
+    if (bundle.manifest.target.value().device != "cuda") return c10::Device(c10::kCPU);
+    if (index < 0 && c10::impl::hasDeviceGuardImpl(c10::kCUDA)) {
+        const auto* gpus = c10::impl::getDeviceGuardImpl(c10::kCUDA);
+        if (gpus->deviceCount() > 0) return gpus->getDevice();
+    }
+    return c10::Device(c10::kCUDA, std::max(index, c10::DeviceIndex{0}));
+}
+
 /// Checks that this machine runs a package's code: where it cannot, calling it would end the process.
-inline void require_target(const Bundle& bundle) {
+inline void require_target(const Bundle& bundle, const c10::Device& device) {
     const Manifest::Target& target = bundle.manifest.target.value();
     const std::string name = "bundle: '" + bundle.path.string() + "' is for ";
 #if defined(__x86_64__)
@@ -61,6 +91,14 @@ inline void require_target(const Bundle& bundle) {
         if (have.count(feature) == 0) missing += (missing.empty() ? "" : ", ") + feature;
     if (!missing.empty())
         throw BundleError(name + "a CPU with " + missing + ", which this one has not; export it here, or with avx2");
+    if (!device.is_cuda()) return;
+    const std::string here = compute_capability(device.index());
+    if (here.empty())
+        throw BundleError(name + "CUDA, and there is no GPU " + std::to_string(device.index()) +
+                          " here; export it for the CPU");
+    if (here != target.compute_capability)
+        throw BundleError(name + "compute capability " + target.compute_capability + ", this GPU has " + here +
+                          "; export it here");
 }
 
 }  // namespace detail
@@ -76,18 +114,20 @@ class AotiSampler : public detail::BundleSampler<AotiSampler, at::Tensor> {
     /// check_finite: look for NaN and infinities in results, and find the step at which they appeared.
     /// runners: how many calls may run at a time, each with memory of its own.
     ///
-    /// Throws BundleError: no AOTInductor bundle, one for another machine, one that libtorch cannot load, or with inputs
-    /// of a dtype that is not supported here. Calls throw c10::Error too.
+    /// Throws BundleError: no AOTInductor bundle, one for another machine or GPU, one that libtorch cannot load, or with
+    /// inputs of a dtype that is not supported here; std::invalid_argument: no runners. Calls throw c10::Error too.
     explicit AotiSampler(Bundle bundle, c10::DeviceIndex device_index = -1, bool check_finite = false,
                          std::size_t runners = 1)
         : Base(std::move(bundle), "aoti", check_finite),
-          device_(this->bundle().manifest.target->device == "cuda" ? c10::kCUDA : c10::kCPU, device_index) {
-        detail::require_target(this->bundle());
+          device_(detail::pick_device(this->bundle(), device_index)) {
+        if (runners == 0) throw std::invalid_argument("runners: 0; pass an integer >= 1");
+        detail::require_target(this->bundle(), device_);
         try {
             loader_ = std::make_unique<torch::inductor::AOTIModelPackageLoader>(
                 this->bundle().model_path().string(), "model", false, runners, device_.index());
         } catch (const std::exception& error) {
-            throw BundleError("bundle: '" + this->bundle().model_path().string() + "' cannot be loaded: " + error.what());
+            throw BundleError("bundle: '" + this->bundle().model_path().string() + "' cannot be loaded: " + error.what() +
+                              "; export it again, with this libtorch's version");
         }
     }
 

@@ -246,6 +246,56 @@ class Field {
     std::string path_;
 };
 
+/// The JSON of a manifest; throws BundleError unless it is of the format, and of a version that is known here.
+inline nlohmann::json parse_json(const std::string& text, const std::string& file, const char* format,
+                                 std::int64_t newest_version) {
+    // More than any manifest has; what is nested deeper would exhaust the stack where it is shown.
+    constexpr int most_nested = 32;
+    const auto fail = [&](const std::string& what) {
+        throw BundleError("bundle: '" + file + "' cannot be read: " + what + "; export it again");
+    };
+    const auto watch = [&](int depth, nlohmann::json::parse_event_t, const nlohmann::json&) {
+        if (depth > most_nested) fail("nested deeper than " + std::to_string(most_nested));
+        return true;
+    };
+    // The parser would end there.
+    if (text.find('\0') != std::string::npos) fail("a NUL byte");
+    nlohmann::json json;
+    try {
+        json = nlohmann::json::parse(text, watch);
+    } catch (const nlohmann::json::exception& error) {
+        fail(error.what());
+    }
+    const auto found = json.find("format");
+    if (found == json.end() || *found != format)
+        throw BundleError("bundle: '" + file + "' is no manifest of a fastddim bundle; pass what `fastddim export` wrote");
+    const std::int64_t version = Field(json, file).at("format_version").integer(1);
+    if (version > newest_version)
+        throw BundleError("bundle: '" + file + "' has format_version " + std::to_string(version) +
+                          ", this fastddim reads up to " + std::to_string(newest_version) + "; update it");
+    return json;
+}
+
+/// A file's path in a bundle, as the manifest names it; BundleError where it leads out.
+inline std::filesystem::path inside(const std::string& file, const std::string& name) {
+    const std::filesystem::path path(name);
+    bool leads_out = path.is_absolute() || name.find('\\') != std::string::npos || name.find('\0') != std::string::npos;
+    for (const std::filesystem::path& part : path) leads_out = leads_out || part == "..";
+    if (leads_out)
+        throw BundleError("bundle: '" + file + "' names '" + name.c_str() +
+                          "', which leads out of the folder; export it again");
+    return path;
+}
+
+inline std::map<std::string, Manifest::File> parse_files(const Field& field, const std::string& file) {
+    std::map<std::string, Manifest::File> files;
+    for (const auto& [name, entry] : field.members()) {
+        inside(file, name);
+        files[name] = {entry.at("sha256").string(), static_cast<std::uint64_t>(entry.at("bytes").integer(0))};
+    }
+    return files;
+}
+
 inline DDIMConfig parse_schedule(const Field& field) {
     DDIMConfig config;
     const auto integer = [](std::int64_t& to) { return [&to](const Field& f) { to = f.integer(0); }; };
@@ -415,42 +465,60 @@ inline void check_records(const Field& root) {
     }
 }
 
-/// That the graph has the inputs and outputs that its kind promises.
+/// Whether an input is the sampler's own, not one of the model's.
+inline bool is_own(std::string_view name) {
+    static constexpr std::array<std::string_view, 8> own{"sample", "timestep", "timesteps", "coefficients", "noise",
+                                                         "guidance_scale", "guidance_rescale", "num_inference_steps"};
+    return std::find(own.begin(), own.end(), name) != own.end();
+}
+
+/// The input that a conditioning input is the unconditional half of, or none.
+inline std::string conditional_of(const std::string& name) {
+    constexpr std::string_view prefix = "uncond_";
+    return name.rfind(prefix, 0) == 0 ? name.substr(prefix.size()) : "";
+}
+
+/// That the graph has the inputs and outputs that its kind promises, and no input that a call has nothing for.
 inline void check_interface(const Field& root, const Manifest& manifest) {
     const Manifest::Sampling& sampling = manifest.sampling;
     const bool loop = manifest.graph == "loop";
     if (sampling.baked_schedule && !loop) root.at("sampling").fail("a baked schedule in a graph of one step");
-    std::vector<std::string> needed{"sample"};
+    const std::size_t rank = manifest.sample.shape.size() + 1;
+    std::map<std::string, std::size_t> needed{{"sample", rank}};
     if (sampling.baked_schedule) {
-        needed.push_back("num_inference_steps");
+        needed["num_inference_steps"] = 0;
     } else {
-        needed.insert(needed.end(), {loop ? "timesteps" : "timestep", "coefficients"});
+        needed[loop ? "timesteps" : "timestep"] = 1;
+        needed["coefficients"] = 2;
     }
-    if (sampling.stochastic) needed.push_back("noise");
-    if (sampling.guided) needed.push_back("guidance_scale");
-    if (sampling.guidance_rescale) needed.push_back("guidance_rescale");
-    for (const std::string& name : needed)
-        if (manifest.find_input(name) == nullptr) root.at("inputs").fail("no '" + name + "'");
+    if (sampling.stochastic) needed["noise"] = loop ? rank + 1 : rank;
+    if (sampling.guided) needed["guidance_scale"] = 1;
+    if (sampling.guidance_rescale) needed["guidance_rescale"] = 1;
+    const Field inputs = root.at("inputs");
+    for (const auto& [name, dims] : needed)
+        if (manifest.find_input(name) == nullptr) inputs.fail("no '" + name + "'");
     const std::string result = loop ? "samples" : "next_sample";
     if (manifest.find_output(result) == nullptr) root.at("outputs").fail("no '" + result + "'");
 
     const std::vector<Dim>& state = manifest.find_input("sample")->shape;
     const std::vector<std::int64_t>& own = manifest.sample.shape;
-    bool fits = state.size() == own.size() + 1 && state[0].name == "batch";
+    bool fits = state.size() == rank && state[0].name == "batch";
     for (std::size_t k = 0; fits && k < own.size(); ++k)
         fits = !state[k + 1].fixed() || state[k + 1].size == own[k];
     if (!fits) root.at("sample").at("shape").fail("is not that of the input 'sample'");
-}
 
-/// A file's path in a bundle, as the manifest names it; BundleError where it leads out.
-inline std::filesystem::path inside(const std::string& file, const std::string& name) {
-    const std::filesystem::path path(name);
-    bool leads_out = path.is_absolute() || name.find('\\') != std::string::npos || name.find('\0') != std::string::npos;
-    for (const std::filesystem::path& part : path) leads_out = leads_out || part == "..";
-    if (leads_out)
-        throw BundleError("bundle: '" + file + "' names '" + name.c_str() +
-                          "', which leads out of the folder; export it again");
-    return path;
+    for (const TensorInfo& input : manifest.inputs) {
+        if (is_own(input.name)) {
+            const auto found = needed.find(input.name);
+            if (found == needed.end()) inputs.fail("'" + input.name + "', which 'sampling' has no use for");
+            if (input.shape.size() != found->second)
+                inputs.fail("'" + input.name + "' has not " + std::to_string(found->second) + " dimensions");
+        } else if (const std::string half = conditional_of(input.name); !half.empty()) {
+            const TensorInfo* other = manifest.find_input(half);
+            if (other == nullptr || other->shape.size() != input.shape.size())
+                inputs.fail("'" + input.name + "' without a '" + half + "' of as many dimensions");
+        }
+    }
 }
 
 }  // namespace detail
@@ -459,21 +527,8 @@ inline std::filesystem::path inside(const std::string& file, const std::string& 
 ///
 /// Throws BundleError: it is no manifest, one of a newer format, or one that lacks what the format promises.
 inline Manifest parse_manifest(const std::string& text, const std::string& file = "manifest.json") {
-    nlohmann::json json;
-    try {
-        json = nlohmann::json::parse(text);
-    } catch (const nlohmann::json::exception& error) {
-        throw BundleError("bundle: '" + file + "' cannot be read: " + error.what() + "; export it again");
-    }
-    const auto format = json.find("format");
-    if (!json.is_object() || format == json.end() || *format != "fastddim-bundle")
-        throw BundleError("bundle: '" + file + "' is no manifest of a fastddim bundle");
+    const nlohmann::json json = detail::parse_json(text, file, "fastddim-bundle", Manifest::newest_format_version);
     const detail::Field root(json, file);
-    const std::int64_t version = root.at("format_version").integer(1);
-    if (version > Manifest::newest_format_version)
-        throw BundleError("bundle: '" + file + "' has format_version " + std::to_string(version) +
-                          ", this fastddim reads up to " + std::to_string(Manifest::newest_format_version) +
-                          "; update it");
     Manifest manifest;
     manifest.graph = root.at("graph").choice({"loop", "step"}) == 0 ? "loop" : "step";
     if (const auto runtime = root.find("runtime")) {
@@ -485,10 +540,7 @@ inline Manifest parse_manifest(const std::string& text, const std::string& file 
     if (const auto engine = root.find("engine")) manifest.engine = detail::parse_engine(*engine);
     if (manifest.runtime == "tensorrt" && !manifest.engine) root.at("engine");
     manifest.model = root.at("model").string();
-    for (const auto& [name, entry] : root.at("files").members()) {
-        detail::inside(file, name);
-        manifest.files[name] = {entry.at("sha256").string(), static_cast<std::uint64_t>(entry.at("bytes").integer(0))};
-    }
+    manifest.files = detail::parse_files(root.at("files"), file);
     const auto check_listed = [&](const detail::Field& model) {
         if (manifest.files.count(model.string()) == 0) model.fail("no file " + model.shown() + " among 'files'");
     };
@@ -528,9 +580,12 @@ struct Bundle {
 namespace detail {
 
 inline std::string read_all(const std::filesystem::path& path) {
+    std::error_code failed;
+    const std::uintmax_t size = std::filesystem::file_size(path, failed);
     std::ifstream stream(path, std::ios::binary);
-    std::string content{std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()};
-    if (!stream) throw BundleError("bundle: '" + path.string() + "' cannot be read; export it again");
+    std::string content(failed ? 0 : size, '\0');
+    stream.read(content.data(), static_cast<std::streamsize>(content.size()));
+    if (failed || !stream) throw BundleError("bundle: '" + path.string() + "' cannot be read; export it again");
     return content;
 }
 

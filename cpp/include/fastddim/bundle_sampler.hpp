@@ -38,11 +38,14 @@ class BundleSampler {
 
     /// float `[B, ...]`.
     ///
-    /// Throws std::invalid_argument: arguments that the bundle does not take; NotFiniteError: with `check_finite`; and
-    /// what the runtime throws.
+    /// Throws std::invalid_argument: arguments that the bundle does not take; NotFiniteError: with `check_finite`;
+    /// BundleError: a file that returns something else than samples; and what the runtime throws.
     Array<float> operator()(const Call& call) const {
         PreparedCall ready = prepare(bundle_.manifest, schedule_, call);
         Array<float> result = run(ready, ready.table);
+        if (result.shape != ready.start.shape)
+            throw BundleError("bundle: '" + bundle_.model_path().string() + "' returns " + shown(result.shape) +
+                              " for a state " + shown(ready.start.shape) + "; export it again");
         if (check_finite_ && !is_finite(result)) throw NotFiniteError(blame(ready));
         return result;
     }
@@ -69,7 +72,7 @@ class BundleSampler {
         for (const TensorInfo& info : manifest.inputs)
             if (!Sampler::takes(info.dtype))
                 throw BundleError("bundle: '" + bundle_.model_path().string() + "' has an input '" + info.name +
-                                  "' of dtype " + info.dtype + ", which fastddim's C++ loader does not take");
+                                  "' of dtype " + info.dtype + ", which fastddim's C++ loader does not take; export it with another");
     }
 
    private:

@@ -110,11 +110,16 @@ inline std::size_t count_of(const char* name, const std::vector<std::int64_t>& s
 template <class T>
 bool has_shape(const Array<T>& array, const std::vector<Dim>& wanted, std::optional<std::int64_t> batch) {
     if (array.shape.size() != wanted.size()) return false;
+    std::size_t count = 1;
     for (std::size_t k = 0; k < wanted.size(); ++k) {
-        if (array.shape[k] < 1 || (wanted[k].fixed() && array.shape[k] != wanted[k].size)) return false;
-        if (wanted[k].name == "batch" && batch && array.shape[k] != *batch) return false;
+        const std::int64_t size = array.shape[k];
+        if (size < 1 || (wanted[k].fixed() && size != wanted[k].size)) return false;
+        if (wanted[k].name == "batch" && batch && size != *batch) return false;
+        // Without a product that overflows.
+        if (static_cast<std::size_t>(size) > array.values.size() / count) return false;
+        count *= static_cast<std::size_t>(size);
     }
-    return array.values.size() == count_of("array", array.shape);
+    return array.values.size() == count;
 }
 
 template <class T>
@@ -236,13 +241,6 @@ inline std::vector<std::int64_t> shape_of(const Manifest& manifest, const Call& 
     return shape;
 }
 
-/// Whether an input is the sampler's own, not one of the model's.
-inline bool is_own(const std::string& name) {
-    static constexpr std::array<const char*, 8> own{"sample", "timestep", "timesteps", "coefficients", "noise",
-                                                    "guidance_scale", "guidance_rescale", "num_inference_steps"};
-    return std::any_of(own.begin(), own.end(), [&](const char* one) { return name == one; });
-}
-
 inline std::vector<Feed> scales_of(const Manifest& manifest, const Call& call, std::int64_t batch) {
     std::vector<Feed> feeds;
     if (!manifest.sampling.guided && !call.guidance_scale.empty())
@@ -267,7 +265,7 @@ inline std::vector<Feed> conditions_of(const Manifest& manifest, const Call& cal
     std::string taken;
     std::vector<const TensorInfo*> conditions;
     for (const TensorInfo& info : manifest.inputs) {
-        if (is_own(info.name) || info.name.rfind("uncond_", 0) == 0) continue;
+        if (is_own(info.name) || !conditional_of(info.name).empty()) continue;
         conditions.push_back(&info);
         taken += (taken.empty() ? "" : ", ") + info.name;
     }

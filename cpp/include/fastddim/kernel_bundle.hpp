@@ -105,7 +105,10 @@ inline KernelManifest::Kernel parse_kernel(const Field& field, const KernelManif
                                                          "float64*", "int64*", "int32*", "uint8*"});
         parameter.pointer = type > 1;
         parameter.bytes = type == 0 ? 4 : 8;
-        parameter.divisible_by = item.at("divisible_by").integer(1);
+        const Field divisible_by = item.at("divisible_by");
+        parameter.divisible_by = divisible_by.integer(1);
+        if ((parameter.divisible_by & (parameter.divisible_by - 1)) != 0)
+            divisible_by.fail(divisible_by.shown() + " is no power of two");
         kernel.parameters.push_back(std::move(parameter));
     }
     for (const Field& item : field.at("images").items()) {
@@ -161,12 +164,15 @@ inline KernelManifest::Plan parse_plan(const Field& field, const KernelManifest&
     plan.tier = field.at("tier").string();
     for (const auto& [name, shape] : field.at("shapes").members()) {
         if (manifest.arguments.count(name) == 0) shape.fail("no '" + name + "' among 'arguments'");
-        std::uint64_t count = 1;
+        constexpr std::int64_t most = std::int64_t{1} << 40;
+        std::int64_t count = 1;
+        std::vector<Dim>& dims = plan.shapes[name];
         for (const Field& dim : shape.items()) {
             if (dim.is_string() && dim.string() != "num_steps") dim.fail(dim.shown() + " is not 'num_steps'");
-            plan.shapes[name].push_back(dim.is_string() ? Dim{0, "num_steps"} : Dim{dim.integer(1, 1LL << 40), ""});
-            count *= dim.is_string() ? 1 : static_cast<std::uint64_t>(plan.shapes[name].back().size);
-            if (count > 1ULL << 40) shape.fail("has more than 2**40 elements");
+            dims.push_back(dim.is_string() ? Dim{0, "num_steps"} : Dim{dim.integer(1), ""});
+            if (!dims.back().fixed()) continue;
+            if (dims.back().size > most / count) shape.fail("has more than 2**40 elements");
+            count *= dims.back().size;
         }
     }
     for (const char* name : {"table", "step", "model_output", "sample", "out"})
@@ -174,6 +180,7 @@ inline KernelManifest::Plan parse_plan(const Field& field, const KernelManifest&
     for (const auto& [name, bytes] : field.at("scratch").members())
         plan.scratch[name] = static_cast<std::size_t>(bytes.integer(1));
     for (const Field& item : field.at("launches").items()) plan.launches.push_back(parse_launch(item, manifest, plan));
+    if (plan.launches.empty()) field.at("launches").fail("no launch");
     return plan;
 }
 
@@ -183,26 +190,11 @@ inline KernelManifest::Plan parse_plan(const Field& field, const KernelManifest&
 ///
 /// Throws BundleError: it is none, one of a newer format, or one that lacks what the format promises.
 inline KernelManifest parse_kernel_manifest(const std::string& text, const std::string& file = "kernel.json") {
-    nlohmann::json json;
-    try {
-        json = nlohmann::json::parse(text);
-    } catch (const nlohmann::json::exception& error) {
-        throw BundleError("bundle: '" + file + "' cannot be read: " + error.what() + "; export it again");
-    }
-    const auto format = json.find("format");
-    if (!json.is_object() || format == json.end() || *format != "fastddim-kernels")
-        throw BundleError("bundle: '" + file + "' is no manifest of a fastddim bundle");
+    const nlohmann::json json =
+        detail::parse_json(text, file, "fastddim-kernels", KernelManifest::newest_format_version);
     const detail::Field root(json, file);
-    const std::int64_t version = root.at("format_version").integer(1);
-    if (version > KernelManifest::newest_format_version)
-        throw BundleError("bundle: '" + file + "' has format_version " + std::to_string(version) +
-                          ", this fastddim reads up to " + std::to_string(KernelManifest::newest_format_version) +
-                          "; update it");
     KernelManifest manifest;
-    for (const auto& [name, entry] : root.at("files").members()) {
-        detail::inside(file, name);
-        manifest.files[name] = {entry.at("sha256").string(), static_cast<std::uint64_t>(entry.at("bytes").integer(0))};
-    }
+    manifest.files = detail::parse_files(root.at("files"), file);
     for (const auto& [name, entry] : root.at("arguments").members())
         manifest.arguments[name] = {static_cast<DType>(entry.at("dtype").choice(
                                         {"float32", "float16", "bfloat16", "float64", "int64", "int32"})),

@@ -37,7 +37,8 @@ class OrtSampler : public detail::BundleSampler<OrtSampler, Ort::Value> {
         try {
             return Ort::Session(environment, bundle.model_path().c_str(), options);
         } catch (const Ort::Exception& error) {
-            throw BundleError("bundle: '" + bundle.model_path().string() + "' cannot be loaded: " + error.what());
+            throw BundleError("bundle: '" + bundle.model_path().string() + "' cannot be loaded: " + error.what() +
+                              "; export it again, or update ONNX Runtime");
         }
     }
 

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <locale>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -29,6 +30,7 @@ namespace detail {
 template <class... Parts>
 std::string text(const Parts&... parts) {
     std::ostringstream out;
+    out.imbue(std::locale::classic());
     out.precision(17);
     (out << ... << parts);
     return out.str();

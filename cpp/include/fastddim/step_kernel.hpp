@@ -5,6 +5,7 @@
 #include <cuda.h>
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -114,7 +115,7 @@ class Driver {
 class Device {
    public:
     explicit Device(int ordinal = 0, const Driver& driver = Driver::shared()) : driver_(&driver) {
-        driver.check("cuDeviceGet", driver.device_get(&device_, ordinal));
+        driver.check("cuDeviceGet of GPU " + std::to_string(ordinal), driver.device_get(&device_, ordinal));
         const auto attribute = [&](CUdevice_attribute which) {
             int value = 0;
             driver.check("cuDeviceGetAttribute", driver.device_get_attribute(&value, which, device_));
@@ -231,11 +232,39 @@ struct StepArguments {
         model_input, timesteps, next_timestep;
 };
 
+namespace detail {
+
+/// An argument of a step, by its name in `kernel.json`.
+struct StepSlot {
+    const char* name;
+    DeviceArray StepArguments::*member;
+};
+
+inline constexpr std::array<StepSlot, 14> step_slots{{
+    {"model_output", &StepArguments::model_output},
+    {"sample", &StepArguments::sample},
+    {"table", &StepArguments::table},
+    {"step", &StepArguments::step},
+    {"guidance_scale", &StepArguments::guidance_scale},
+    {"guidance_rescale", &StepArguments::guidance_rescale},
+    {"noise", &StepArguments::noise},
+    {"seeds", &StepArguments::seeds},
+    {"first_row", &StepArguments::first_row},
+    {"out", &StepArguments::out},
+    {"x0", &StepArguments::x0},
+    {"model_input", &StepArguments::model_input},
+    {"timesteps", &StepArguments::timesteps},
+    {"next_timestep", &StepArguments::next_timestep},
+}};
+
+}  // namespace detail
+
 /// A run's table of coefficients, its timesteps and the index of each row, on a device.
 class DeviceTable {
    public:
+    /// Throws std::invalid_argument: no steps; CudaError: what the driver says.
     DeviceTable(const Device& device, const StepTable& table)
-        : size_(table.size()),
+        : size_(require_steps(table)),
           columns_(device, size_ * sizeof(StepCoefficients)),
           timesteps_(device, size_ * sizeof(std::int64_t)),
           indices_(device, size_ * sizeof(std::int64_t)) {
@@ -258,6 +287,13 @@ class DeviceTable {
     }
 
    private:
+    static std::size_t require_steps(const StepTable& table) {
+        if (table.size() == 0 || table.timesteps.size() != table.size())
+            throw std::invalid_argument(detail::text("table: ", table.timesteps.size(), " timesteps and ", table.size(),
+                                                     " rows; pass as many of both, at least one"));
+        return table.size();
+    }
+
     std::size_t size_;
     DeviceMemory columns_, timesteps_, indices_;
 };
@@ -281,7 +317,7 @@ class StepKernel {
                 throw BundleError("bundle: '" + bundle.path.string() + "' has an argument '" + name +
                                   "' that this fastddim does not know; update it");
             const KernelManifest::Argument& argument = bundle.manifest.arguments.at(name);
-            Expected& expected = expected_[static_cast<std::size_t>(slot - slots().data())];
+            Expected& expected = expected_[static_cast<std::size_t>(slot - slots.data())];
             expected = {true, argument.written, argument.dtype, shape, static_cast<std::int64_t>(size_of(argument.dtype))};
         }
         std::map<std::string, CUfunction> functions;
@@ -312,7 +348,7 @@ class StepKernel {
             for (std::size_t k = 0; k < bound.parameters.size(); ++k) {
                 const Source& source = bound.parameters[k];
                 std::uint64_t value = source.value;
-                if (source.slot != no_slot) value = (arguments.*slots()[source.slot].member).address;
+                if (source.slot != no_slot) value = (arguments.*slots[source.slot].member).address;
                 if (source.num_steps) value = static_cast<std::uint64_t>(num_steps);
                 // The first bytes are the number's low ones on every machine that has CUDA.
                 values[k] = value;
@@ -328,15 +364,12 @@ class StepKernel {
 
    private:
     static constexpr std::size_t max_parameters = 32;
-    static constexpr std::size_t num_slots = 14;
+    using Slot = detail::StepSlot;
+    static constexpr const auto& slots = detail::step_slots;
+    static constexpr std::size_t num_slots = slots.size();
     static constexpr std::size_t no_slot = num_slots;
     // What a kernel may have without asking for more.
     static constexpr unsigned plain_shared_bytes = 48 * 1024;
-
-    struct Slot {
-        const char* name;
-        DeviceArray StepArguments::*member;
-    };
 
     /// What an argument has to be.
     struct Expected {
@@ -378,28 +411,8 @@ class StepKernel {
         CUmodule module_;
     };
 
-    static const std::array<Slot, num_slots>& slots() noexcept {
-        static constexpr std::array<Slot, num_slots> all{{
-            {"model_output", &StepArguments::model_output},
-            {"sample", &StepArguments::sample},
-            {"table", &StepArguments::table},
-            {"step", &StepArguments::step},
-            {"guidance_scale", &StepArguments::guidance_scale},
-            {"guidance_rescale", &StepArguments::guidance_rescale},
-            {"noise", &StepArguments::noise},
-            {"seeds", &StepArguments::seeds},
-            {"first_row", &StepArguments::first_row},
-            {"out", &StepArguments::out},
-            {"x0", &StepArguments::x0},
-            {"model_input", &StepArguments::model_input},
-            {"timesteps", &StepArguments::timesteps},
-            {"next_timestep", &StepArguments::next_timestep},
-        }};
-        return all;
-    }
-
     static const Slot* find_slot(const std::string& name) noexcept {
-        for (const Slot& slot : slots())
+        for (const Slot& slot : slots)
             if (name == slot.name) return &slot;
         return nullptr;
     }
@@ -425,7 +438,7 @@ class StepKernel {
         if (best == nullptr)
             throw BundleError(detail::text("bundle: '", bundle.path.string(), "' has kernels for ", targets,
                                            "; none runs on this GPU of compute capability ", device_->major(), ".",
-                                           device_->minor()));
+                                           device_->minor(), "; export it again, or pass another Device"));
         return *best;
     }
 
@@ -435,7 +448,8 @@ class StepKernel {
         const std::string file = "'" + (bundle.path / image.file).string() + "'";
         if (image.shared_bytes > static_cast<unsigned>(device_->largest_shared()))
             throw BundleError(detail::text("bundle: ", file, " needs ", image.shared_bytes,
-                                           " bytes of shared memory, this GPU has ", device_->largest_shared()));
+                                           " bytes of shared memory, this GPU has ", device_->largest_shared(),
+                                           "; export it again, or pass another Device"));
         CUmodule module = nullptr;
         driver.check("cuModuleLoadData of " + file, driver.module_load(&module, code.c_str()));
         modules_.emplace_back(*device_, module);
@@ -462,9 +476,10 @@ class StepKernel {
                 source.num_steps = parameter.name == "num_steps";
                 if (!source.num_steps) source.value = static_cast<std::uint64_t>(launch.numbers.at(parameter.name));
             } else if (slot != nullptr) {
-                source.slot = static_cast<std::size_t>(slot - slots().data());
+                source.slot = static_cast<std::size_t>(slot - slots.data());
+                // Both are powers of two.
                 std::int64_t& divisor = expected_[source.slot].divisible_by;
-                divisor = std::lcm(divisor, parameter.divisible_by);
+                divisor = std::max(divisor, parameter.divisible_by);
             } else if (scratch_.count(parameter.name) != 0) {
                 source.value = scratch_.at(parameter.name).address();
             }
@@ -482,17 +497,15 @@ class StepKernel {
         if (num_steps > static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max()))
             refuse("table", detail::text(num_steps, " steps; pass fewer than 2**31"));
         for (std::size_t k = 0; k < num_slots; ++k) {
-            const Slot& slot = slots()[k];
+            const Slot& slot = slots[k];
             const DeviceArray& array = arguments.*slot.member;
             const Expected& expected = expected_[k];
             if (!expected.given) {
                 if (array.address != 0) refuse(slot.name, "given, but these kernels do not take it; leave it out");
                 continue;
             }
-            std::size_t size = 1;
-            for (const Dim& dim : expected.shape) size *= dim.fixed() ? static_cast<std::size_t>(dim.size) : num_steps;
             if (array.address == 0) refuse(slot.name, "not given; pass " + wanted(expected));
-            if (array.dtype != expected.dtype || array.size != size || size == 0)
+            if (array.dtype != expected.dtype || !has_size(array, expected, num_steps))
                 refuse(slot.name, detail::text(array.size, " elements of ", name_of(array.dtype), "; pass ", wanted(expected)));
             if (array.address % static_cast<std::uint64_t>(expected.divisible_by) != 0)
                 refuse(slot.name, detail::text("its address is no multiple of ", expected.divisible_by,
@@ -502,16 +515,27 @@ class StepKernel {
             if (expected_[k].written) check_overlaps(arguments, k);
     }
 
+    /// Whether an array has as many elements as it has to, found without a product that overflows.
+    static bool has_size(const DeviceArray& array, const Expected& expected, std::size_t num_steps) noexcept {
+        std::size_t count = 1;
+        for (const Dim& dim : expected.shape) {
+            const std::size_t size = dim.fixed() ? static_cast<std::size_t>(dim.size) : num_steps;
+            if (size == 0 || size > array.size / count) return false;
+            count *= size;
+        }
+        return count == array.size;
+    }
+
     /// Refuses a result in memory that something else is in, but for `out` on a state that is read element for element.
     void check_overlaps(const StepArguments& arguments, std::size_t written) const {
-        const Slot& slot = slots()[written];
+        const Slot& slot = slots[written];
         const auto [start, end] = span(arguments.*slot.member);
         for (std::size_t k = 0; k < num_slots; ++k) {
-            const auto [other_start, other_end] = span(arguments.*slots()[k].member);
+            const auto [other_start, other_end] = span(arguments.*slots[k].member);
             if (k == written || start >= other_end || other_start >= end) continue;
-            const std::string name = slot.name, other = slots()[k].name;
+            const std::string name = slot.name, other = slots[k].name;
             const bool in_place = name == "out" && (other == "sample" || other == "model_output") &&
-                                  (arguments.*slot.member).size == (arguments.*slots()[k].member).size;
+                                  (arguments.*slot.member).size == (arguments.*slots[k].member).size;
             if (in_place && start == other_start && end == other_end) continue;
             refuse(slot.name, "shares memory with " + other + "; pass memory of its own");
         }

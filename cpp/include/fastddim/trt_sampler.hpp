@@ -9,11 +9,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <fstream>
-#include <iterator>
+#include <locale>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -31,6 +31,21 @@ namespace detail {
 inline void require_cuda(cudaError_t status, const char* what) {
     if (status != cudaSuccess) throw std::runtime_error(text(what, ": ", cudaGetErrorString(status)));
 }
+
+/// Makes a GPU the thread's current one, until it goes out of scope.
+class CurrentDevice {
+   public:
+    explicit CurrentDevice(int device) {
+        require_cuda(cudaGetDevice(&before_), "cudaGetDevice");
+        require_cuda(cudaSetDevice(device), "cudaSetDevice");
+    }
+    CurrentDevice(const CurrentDevice&) = delete;
+    CurrentDevice& operator=(const CurrentDevice&) = delete;
+    ~CurrentDevice() { cudaSetDevice(before_); }
+
+   private:
+    int before_ = 0;
+};
 
 /// Memory of the GPU that is current.
 class DeviceMemory {
@@ -75,13 +90,15 @@ class TrtLog : public nvinfer1::ILogger {
         last_ = message;
     }
 
-    std::string last() const {
+    /// The error since the last time that this was asked for.
+    std::string take() {
         const std::lock_guard<std::mutex> guard(mutex_);
-        return last_.empty() ? "it gives no reason" : last_;
+        const std::string taken = std::exchange(last_, {});
+        return taken.empty() ? "it gives no reason" : taken;
     }
 
    private:
-    mutable std::mutex mutex_;
+    std::mutex mutex_;
     std::string last_;
 };
 
@@ -96,7 +113,7 @@ struct TrtTensor {
 /// A context of one profile, its memory on the GPU, and the graph of its last sizes.
 class TrtExecution {
    public:
-    TrtExecution(nvinfer1::ICudaEngine& engine, int profile, cudaStream_t stream, bool cuda_graph, const TrtLog& log)
+    TrtExecution(nvinfer1::ICudaEngine& engine, int profile, cudaStream_t stream, bool cuda_graph, TrtLog& log)
         : context_(engine.createExecutionContext()), stream_(stream), cuda_graph_(cuda_graph), log_(log) {
         require(context_ != nullptr, "has no context");
         require(context_->setOptimizationProfileAsync(profile, stream), "refuses a profile");
@@ -114,15 +131,14 @@ class TrtExecution {
         resize(names, values, outputs);
         for (std::size_t k = 0; k < names.size(); ++k) load(names[k], values[k]);
         enqueue();
-        const auto& memory = memory_.at(output);
-        return {memory->data(), size_of(output, "float32"), shapes_.at(output), true};
+        return {memory_.at(output)->data(), size_of(output, "float32"), shapes_.at(output), true};
     }
 
    private:
     using Shapes = std::map<std::string, std::vector<std::int64_t>>;
 
     void require(bool holds, const std::string& what) const {
-        if (!holds) throw std::runtime_error("TensorRT " + what + ": " + log_.last());
+        if (!holds) throw std::runtime_error("TensorRT " + what + ": " + log_.take());
     }
 
     std::size_t size_of(const std::string& name, const std::string& dtype) const {
@@ -206,6 +222,8 @@ class TrtExecution {
         }
         if (graph_ == nullptr && !capture()) {
             cuda_graph_ = false;
+            // A failed capture must not look like the next call's failure.
+            cudaGetLastError();
             require(context_->enqueueV3(stream_), "does not run the engine");
             return;
         }
@@ -220,11 +238,7 @@ class TrtExecution {
         const bool ended = cudaStreamEndCapture(stream_, &graph) == cudaSuccess;
         const bool made = queued && ended && cudaGraphInstantiateWithFlags(&graph_, graph, 0) == cudaSuccess;
         if (graph != nullptr) cudaGraphDestroy(graph);
-        if (!made) {
-            graph_ = nullptr;
-            // A failed capture must not look like the next call's failure.
-            cudaGetLastError();
-        }
+        if (!made) graph_ = nullptr;
         return made;
     }
 
@@ -237,7 +251,7 @@ class TrtExecution {
     std::unique_ptr<nvinfer1::IExecutionContext> context_;
     cudaStream_t stream_;
     bool cuda_graph_;
-    const TrtLog& log_;
+    TrtLog& log_;
     std::map<std::string, std::unique_ptr<DeviceMemory>> memory_;
     std::map<std::string, bool> loaded_;
     /// Of the last call: its inputs' shapes, and those of inputs and outputs.
@@ -276,7 +290,7 @@ class TrtSampler : public detail::BundleSampler<TrtSampler, detail::TrtTensor> {
           cuda_graph_(options.cuda_graph),
           log_(std::make_unique<detail::TrtLog>()) {
         const std::string content = read_engine();
-        require_gpu();
+        device_ = require_gpu();
         stream_ = std::make_unique<detail::CudaStream>(options.stream);
         runtime_.reset(nvinfer1::createInferRuntime(*log_));
         if (runtime_ == nullptr) throw failed("has no runtime");
@@ -284,11 +298,13 @@ class TrtSampler : public detail::BundleSampler<TrtSampler, detail::TrtTensor> {
         runtime_->setEngineHostCodeAllowed(engine_info().version_compatible);
         engine_.reset(runtime_->deserializeCudaEngine(content.data(), content.size()));
         if (engine_ == nullptr) throw failed("does not load");
+        require_dtypes();
     }
 
     /// float `[B, ...]`, as `OrtSampler`'s.
     Array<float> operator()(const Call& call) const {
         const std::lock_guard<std::mutex> turn(*mutex_);
+        const detail::CurrentDevice current(device_);
         for (auto& [profile, execution] : executions_) execution->begin();
         return Base::operator()(call);
     }
@@ -305,7 +321,8 @@ class TrtSampler : public detail::BundleSampler<TrtSampler, detail::TrtTensor> {
     const Manifest::Engine& engine_info() const noexcept { return *bundle().manifest.engine; }
 
     BundleError failed(const std::string& what) const {
-        return BundleError("bundle: '" + bundle().model_path().string() + "' " + what + ": " + log_->last());
+        return BundleError("bundle: '" + bundle().model_path().string() + "' " + what + ": " + log_->take() +
+                           "; export it again, with the TensorRT that is here");
     }
 
     /// The engine's file, its first bytes and version checked.
@@ -318,8 +335,7 @@ class TrtSampler : public detail::BundleSampler<TrtSampler, detail::TrtTensor> {
         if (info.strip_plan)
             throw BundleError(named + "was built without its weights, which this loader does not fill in; build it without "
                                       "strip_plan");
-        std::ifstream stream(bundle().model_path(), std::ios::binary);
-        std::string content{std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()};
+        std::string content = detail::read_all(bundle().model_path());
         constexpr std::size_t header = 28, version = 24;
         if (content.size() < header || content.compare(0, 4, magic) != 0)
             throw BundleError(named + "is no engine of flavour '" + flavour + "'; export it again");
@@ -339,12 +355,14 @@ class TrtSampler : public detail::BundleSampler<TrtSampler, detail::TrtTensor> {
     static std::array<int, 4> numbers(const std::string& version) {
         std::array<int, 4> parts{};
         std::istringstream stream(version);
+        stream.imbue(std::locale::classic());
         char point = 0;
         for (int& part : parts) stream >> part >> point;
         return parts;
     }
 
-    void require_gpu() const {
+    /// The GPU that is current, one that the engine is for.
+    int require_gpu() const {
         int device = 0, major = 0, minor = 0;
         detail::require_cuda(cudaGetDevice(&device), "cudaGetDevice");
         detail::require_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
@@ -360,11 +378,29 @@ class TrtSampler : public detail::BundleSampler<TrtSampler, detail::TrtTensor> {
         if (!fits)
             throw BundleError("bundle: '" + bundle().path.string() + "' is for compute capability " + listed +
                               ", this GPU has " + here + "; export it for this one");
+        return device;
     }
 
-    static bool takes(const std::string& dtype) noexcept {
-        return dtype == "float32" || dtype == "int64" || dtype == "int32" || dtype == "bool" || dtype == "uint8" ||
-               dtype == "float16";
+    static std::optional<nvinfer1::DataType> type_of(const std::string& dtype) noexcept {
+        if (dtype == "float32") return nvinfer1::DataType::kFLOAT;
+        if (dtype == "int64") return nvinfer1::DataType::kINT64;
+        if (dtype == "int32") return nvinfer1::DataType::kINT32;
+        if (dtype == "uint8") return nvinfer1::DataType::kUINT8;
+        if (dtype == "bool") return nvinfer1::DataType::kBOOL;
+        if (dtype == "float16") return nvinfer1::DataType::kHALF;
+        return std::nullopt;
+    }
+
+    static bool takes(const std::string& dtype) noexcept { return type_of(dtype).has_value(); }
+
+    /// Memory is sized by the manifest, so the engine has to agree with it.
+    void require_dtypes() const {
+        const Manifest& manifest = bundle().manifest;
+        for (const auto* tensors : {&manifest.inputs, &manifest.outputs})
+            for (const TensorInfo& info : *tensors)
+                if (type_of(info.dtype) != engine_->getTensorDataType(info.name.c_str()))
+                    throw BundleError("bundle: '" + bundle().model_path().string() + "' has no '" + info.name +
+                                      "' of dtype " + info.dtype + " as the manifest says; export it again");
     }
 
     static detail::TrtTensor view(void* data, std::size_t bytes, const std::string&,
@@ -413,8 +449,6 @@ class TrtSampler : public detail::BundleSampler<TrtSampler, detail::TrtTensor> {
 
     Array<float> to_array(const detail::TrtTensor& tensor) const {
         Array<float> array{tensor.shape, std::vector<float>(detail::count_of("samples", tensor.shape))};
-        if (array.values.size() * sizeof(float) != tensor.bytes)
-            throw BundleError("bundle: '" + bundle().model_path().string() + "' returns no float32; export it again");
         detail::require_cuda(
             cudaMemcpyAsync(array.values.data(), tensor.data, tensor.bytes, cudaMemcpyDeviceToHost, stream_->get()),
             "cudaMemcpyAsync");
@@ -423,6 +457,7 @@ class TrtSampler : public detail::BundleSampler<TrtSampler, detail::TrtTensor> {
     }
 
     bool cuda_graph_;
+    int device_ = 0;
     std::unique_ptr<std::mutex> mutex_ = std::make_unique<std::mutex>();
     // In the order in which they are needed: what comes later goes first.
     std::unique_ptr<detail::TrtLog> log_;

@@ -16,6 +16,8 @@ struct Dims {
     std::int64_t d[MAX_DIMS];
 };
 
+enum class DataType : std::int32_t { kFLOAT = 0, kHALF = 1, kINT32 = 3, kBOOL = 4, kUINT8 = 5, kINT64 = 8 };
+
 class ILogger {
    public:
     enum class Severity : std::int32_t { kINTERNAL_ERROR = 0, kERROR = 1, kWARNING = 2, kINFO = 3, kVERBOSE = 4 };
@@ -46,6 +48,7 @@ class ICudaEngine {
    public:
     explicit ICudaEngine(ILogger& logger) : logger_(&logger) {}
     IExecutionContext* createExecutionContext() noexcept;
+    DataType getTensorDataType(const char* name) const noexcept;
 
    private:
     ILogger* logger_;

@@ -14,6 +14,7 @@
 using Work = std::vector<std::function<void()>>;
 
 struct FakeStream {
+    int device = 0;
     bool capturing = false;
     Work captured;
 };
@@ -44,6 +45,10 @@ bool told(const std::string& call) {
 
 cudaError_t status(const std::string& call) { return told(call) ? cudaSuccess : cudaErrorMemoryAllocation; }
 
+thread_local int current_device = 0;
+
+bool is_current(cudaStream_t stream) { return stream->device == current_device; }
+
 int version(int part) {
     int parts[3] = {10, 14, 1};
     std::sscanf(setting("FAKE_VERSION", "").c_str(), "%d.%d.%d", &parts[0], &parts[1], &parts[2]);
@@ -55,8 +60,12 @@ int version(int part) {
 const char* cudaGetErrorString(cudaError_t) { return "out of memory"; }
 cudaError_t cudaGetLastError() { return status("cudaGetLastError"); }
 cudaError_t cudaGetDevice(int* device) {
-    *device = 0;
+    *device = current_device;
     return status("cudaGetDevice");
+}
+cudaError_t cudaSetDevice(int device) {
+    current_device = device;
+    return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     const std::string capability = setting("FAKE_CAPABILITY", "8.9");
@@ -76,12 +85,14 @@ cudaError_t cudaFree(void* data) {
     std::free(data);
     return cudaSuccess;
 }
-cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream) {
+    if (!is_current(stream)) return cudaErrorInvalidResourceHandle;
     std::memcpy(to, from, bytes);
     return status("cudaMemcpyAsync " + std::to_string(kind) + " " + std::to_string(bytes));
 }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned int) {
-    *stream = new FakeStream;
+    *stream = new FakeStream{current_device, false, {}};
     return cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
@@ -141,6 +152,11 @@ IExecutionContext* ICudaEngine::createExecutionContext() noexcept {
     return ::told("createExecutionContext") ? new IExecutionContext(*logger_) : nullptr;
 }
 
+DataType ICudaEngine::getTensorDataType(const char* name) const noexcept {
+    const std::string integers = " labels uncond_labels timestep timesteps ";
+    return integers.find(" " + std::string(name) + " ") != std::string::npos ? DataType::kINT64 : DataType::kFLOAT;
+}
+
 bool IExecutionContext::told(const std::string& call) noexcept {
     if (::told(call)) return true;
     logger_->log(ILogger::Severity::kERROR, "no");
@@ -169,7 +185,7 @@ std::int32_t IExecutionContext::inferShapes(std::int32_t, const char** names) no
 Dims IExecutionContext::getTensorShape(const char*) const noexcept { return shapes_.at("sample"); }
 
 bool IExecutionContext::enqueueV3(cudaStream_t stream) noexcept {
-    if (!told("enqueueV3")) return false;
+    if (!is_current(stream) || !told("enqueueV3")) return false;
     if (stream->capturing) {
         stream->captured.emplace_back([this] { compute(); });
     } else {
