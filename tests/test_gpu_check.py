@@ -16,6 +16,8 @@ import pytest
 
 import fastddim
 from fastddim.bench import report
+from fastddim.bench.cases import BASELINES, Scope
+from fastddim.bench.suites import select_cases
 
 ROOT = Path(fastddim.__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -261,6 +263,29 @@ def test_a_suite_without_typer_rich_and_diffusers_is_summarised(
     assert "| step: size [1,4,32,32] | fastddim.ddim_step |" in (tmp_path / "gpu-check.md").read_text()
 
 
+def test_parts_choose_the_cases_that_they_mean() -> None:
+    scope = Scope(device="cuda")
+    usual = [case.name for case in select_cases("loop", scope, gpu_check.USUAL)]
+    assert usual == [
+        "policy [1,16,7] x10", "digits [1,1,16,16] x20", "cifar10 [1,3,32,32] x20", "lsun256 [1,3,256,256] x20",
+        "sd15 [1,4,64,64] x20", "sdxl [1,4,128,128] x20",
+    ]  # fmt: skip
+    sizes, options = (
+        {case.name for case in select_cases("step", scope, patterns)} for patterns in (["size*"], gpu_check.OPTIONS)
+    )
+    assert sizes | options == {case.name for case in select_cases("step", scope)} and not sizes & options
+    chosen = select_cases("all", scope, (*gpu_check.USUAL, *gpu_check.COMPILED_STEPS), gpu_check.COMPILED)
+    names = [case.name for case in chosen if case.suite == "loop"]
+    assert names == usual
+    assert [case.name for case in chosen if case.suite == "step"] == [
+        "default [1,4,64,64]", "default [8,3,256,256]", "threshold [8,3,256,256]", "threshold [16,3,64,64]",
+    ]  # fmt: skip
+    assert "digits [1,1,16,16] x20" in [case.name for case in chosen if case.suite == "export"]
+    baselines = {each.baseline for case in chosen for each in case.candidates}
+    assert baselines == {None, *gpu_check.COMPILED}
+    assert {*gpu_check.FEW, *gpu_check.COMPILED} == {*BASELINES} - {"onnxruntime", "import"}
+
+
 def test_a_profile_gives_the_last_launch() -> None:
     said, numbers = gpu_check._read_ncu(NCU, 0)
     assert numbers == {
@@ -269,7 +294,7 @@ def test_a_profile_gives_the_last_launch() -> None:
     }
     assert "4.25 Tbyte/second" in said
     assert gpu_check._read_ncu("nothing\n", 1) == ("nothing", {})
-    with pytest.raises(ValueError, match="no metrics of a step in .*No kernels were"):
+    with pytest.raises(ValueError, match=r"no metrics of a step in .*No kernels were"):
         gpu_check._read_ncu("==WARNING== No kernels were profiled.\n", 0)
 
 
