@@ -200,7 +200,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check(out: Path, minutes: float, site: str | None) -> int:
     path = os.pathsep.join(filter(None, (str(ROOT), site, os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"}
+    environment = {
+        **os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
     environment.pop("OMP_NUM_THREADS", None)
     end = time.monotonic() + 60 * minutes
     machine = _describe_machine(environment)

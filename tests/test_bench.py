@@ -725,6 +725,9 @@ def test_a_change_counts_beyond_tolerance_and_spread(now: float, low: float, hig
     first, second = compare.compare(old, [row(now, low, high)])
     assert (first.verdict, second.verdict) == (verdict, "not in this run")
     assert compare.has_regressed([first, second]) == (verdict == "worse")
+    # What a GPU makes of it says nothing of a CPU.
+    with pytest.raises(ValueError, match="device of the same kind"):
+        compare.compare([dataclasses.replace(old[0], device="cuda")], [row(now, low, high)])
     # The first format kept no spread.
     (change,) = compare.compare([row(4.0, None, None)], [row(3.0, 2.9, 3.1)])
     assert change.verdict == "worse"
