@@ -327,7 +327,7 @@ def _brief(row: Row) -> dict[str, Any]:
 def _read_tests(output: str, status: int | None) -> tuple[str, dict[str, Any]]:
     """The counts, and which tests and files were skipped for what reason."""
     skipped = [line for line in output.splitlines() if line.startswith("SKIPPED")]
-    return _last_line(output), {"skipped": skipped} if skipped else {}
+    return _last_line(output).strip("= "), {"skipped": skipped} if skipped else {}
 
 
 def _read_checker(output: str, status: int | None) -> tuple[str, dict[str, Any]]:
