@@ -227,8 +227,8 @@ def _check(out: Path, minutes: float, site: str | None) -> int:
                 _run(task, part, environment)
         finally:
             # Whatever ends this process, what the part has so far is kept.
-            print(f"{part.status:<8} {part.name}: {part.summary} ({part.seconds:.0f} s)", flush=True)
             _write(out, {**summary, "parts": [asdict(each) for each in parts]}, parts)
+            print(f"{part.status:<8} {part.name}: {part.summary} ({part.seconds:.0f} s)", flush=True)
     return int(any(part.status == FAILED for part in parts))
 
 
