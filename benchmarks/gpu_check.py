@@ -4,12 +4,15 @@
 
 Writes gpu-check.json and gpu-check.md, rewritten as each part ends, and the suites' own gpu-*.json. The status is 1 if a
 part failed. Needs torch, triton, numpy and pytest; diffusers, of which most baselines are, comes from a folder of wheels.
+Test files that import something else which is missing are named and left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import importlib.util
 import json
 import os
 import shutil
@@ -23,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fastddim.bench import report
 from fastddim.bench.run import OUT_OF_TIME
@@ -37,6 +40,9 @@ NO_DEVICE = "no GPU on this machine"
 SUMMARY_CHARACTERS, TAIL_CHARACTERS = 300, 4000
 # A part is not started with less.
 LEAST_SECONDS = 15
+# For what a killed part leaves behind to end.
+GRACE_SECONDS = 10
+MACHINE_SECONDS = 120
 
 PASSED, FAILED, SKIPPED, CUT = "passed", "failed", "skipped", "cut off"
 
@@ -50,6 +56,13 @@ NCU_METRICS = {
 USUAL = ("policy [1,*x10", "[1,1,16,16] x20", "cifar10 [1,*x20", "sd15 [1,*x20", "sdxl [1,*x20", "lsun256 [1,*x20")
 OPTIONS = ("default", "threshold", "v_prediction", "eta 1", "no limit", "guidance", "rescale", "all", "in place")
 FEW = ("diffusers", "cuda-graph", "eager")
+# What tools say where the machine does not let them work.
+REFUSALS = {
+    "ERR_NVGPUCTRPERM": "the driver gives performance counters to administrators only",
+    "LibraryNotLoaded": "the profiler cannot reach the driver's counters",
+    "Device not supported": "the checker does not support this machine's device",
+}
+COMPILED_STEPS = ("default [*", "threshold [*")
 COMPILED = (
     "compile-reduce-overhead",
     "compile-step",
@@ -58,6 +71,10 @@ COMPILED = (
     "tensorrt",
     "aotinductor",
 )
+
+
+class RefusedError(Exception):
+    """A tool says that this machine does not let it work."""
 
 
 @dataclass
@@ -88,31 +105,37 @@ class Task:
 
     Attributes:
         needs: says what is missing; None if nothing.
-        read: from output and exit status to a summary and numbers.
+        read: from output and exit status, None if cut off, to a summary and numbers; or raises `RefusedError`.
         file: a suite's results.
+        variables: of the environment, besides the others.
     """
 
     name: str
     limit_s: float
     command: Callable[[float], list[str]]
     needs: Callable[[], str | None] = lambda: None
-    read: Callable[[str, int], tuple[str, dict[str, Any]]] = lambda output, status: (_last_line(output), {})
+    read: Callable[[str, int | None], tuple[str, dict[str, Any]]] = lambda output, status: (_last_line(output), {})
     file: Path | None = None
+    variables: dict[str, str] = field(default_factory=dict)
 
 
 def make_tasks(out: Path) -> list[Task]:
     """The parts, the most important first."""
     python = sys.executable
 
-    def pytest(*arguments: str) -> Callable[[float], list[str]]:
-        return lambda _: [python, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", *arguments]
+    def tests(name: str, limit_s: float, *arguments: str) -> Task:
+        command = [python, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", *arguments]
+        return Task(name, limit_s, lambda _: command, read=_read_tests, variables={"FASTDDIM_SKIP_MISSING": "1"})
 
-    def sanitizer(tool: str) -> Task:
+    def sanitizer(tool: str, *arguments: str) -> Task:
         return Task(
             f"compute-sanitizer {tool}",
             60,
-            lambda _: ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", python, KERNELS],
+            lambda _: ["compute-sanitizer", "--tool", tool, *arguments, "--error-exitcode", "1", python, KERNELS],
             lambda: _program("compute-sanitizer"),
+            _read_checker,
+            # Out of one tensor's bounds is out of an allocation's.
+            variables={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         )
 
     def suite(name: str, file: str, limit_s: float, **options: Any) -> Task:
@@ -125,27 +148,32 @@ def make_tasks(out: Path) -> list[Task]:
             file=path,
         )
 
+    # The kernels' tests are compilation for the most part.
+    several = ["-n", "8"] if importlib.util.find_spec("xdist") else []
     return [
-        Task("gpu-marked tests", 120, pytest("-m", "gpu", *_files_with_gpu_marks())),
+        tests("gpu-marked tests", 120, "-vv", "-m", "gpu", *_files_with_gpu_marks()),
+        tests("kernel tests", 90, *several, "tests/test_kernels.py"),
         # Compiled here, the kernels are in Triton's cache for what follows.
         Task("kernels launched", 60, lambda _: [python, KERNELS]),
-        sanitizer("memcheck"),
+        # torch and Triton ask the driver for functions that it may not have, which is no error of theirs.
+        sanitizer("memcheck", "--report-api-errors", "no"),
         sanitizer("racecheck"),
         Task("ncu on the step kernel", 45, _ncu_command, lambda: _program("ncu"), _read_ncu),
         suite("step suite, sizes", "gpu-step.json", 75, suite="step", patterns=["size*"], baselines=FEW, budget_s=0.5),
+        suite("step suite, options", "gpu-step-options.json", 45, suite="step", patterns=OPTIONS, baselines=FEW,
+              budget_s=0.5),
         suite("loop suite, usual runs", "gpu-loop.json", 120, suite="loop", patterns=USUAL, baselines=FEW, budget_s=1.0),
-        suite("loop suite, compiled", "gpu-loop-compiled.json", 240, suite="loop", patterns=USUAL, baselines=COMPILED,
-              budget_s=1.0),
-        suite("step suite, options", "gpu-step-options.json", 60, suite="step", patterns=OPTIONS, budget_s=0.5),
-        Task("kernel, loop and graph tests", 150, pytest("tests/test_cuda_graph.py", "tests/test_loop.py",
-             "tests/test_kernels.py")),
+        # Of all suites: the compiled step too, and the exported files.
+        suite("compiled and exported", "gpu-compiled.json", 240, suite="all", patterns=(*USUAL, *COMPILED_STEPS),
+              baselines=COMPILED, budget_s=1.0),
+        tests("loop and graph tests", 90, "tests/test_cuda_graph.py", "tests/test_loop.py"),
     ]  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu_check.sh", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together; 9 by default")
-    parser.add_argument("--wheels", type=Path, metavar="DIR", help="pure Python wheels to use, such as diffusers'")
+    parser.add_argument("--wheels", type=Path, metavar="DIR", help="wheels to use, such as diffusers'")
     default = Path(os.environ.get("OUT") or RESULTS)
     parser.add_argument(
         "--out", type=Path, metavar="DIR", default=default, help="$OUT or benchmarks/results by default"
@@ -163,13 +191,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as site:
         if options.wheels is not None:
             for wheel in sorted(options.wheels.glob("*.whl")):
-                zipfile.ZipFile(wheel).extractall(site)
+                try:
+                    zipfile.ZipFile(wheel).extractall(site)
+                except (OSError, zipfile.BadZipFile) as error:
+                    parser.error(f"--wheels: {str(wheel)!r} cannot be unpacked ({error}); fetch it again")
         return _check(options.out, options.minutes, site if options.wheels else None)
 
 
 def _check(out: Path, minutes: float, site: str | None) -> int:
     path = os.pathsep.join(filter(None, (str(ROOT), site, os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"}
+    environment = {
+        **os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
     environment.pop("OMP_NUM_THREADS", None)
     end = time.monotonic() + 60 * minutes
     machine = _describe_machine(environment)
@@ -186,20 +219,28 @@ def _check(out: Path, minutes: float, site: str | None) -> int:
         missing = NO_DEVICE if machine["gpu"] is None else task.needs()
         if missing is None and part.limit_s < LEAST_SECONDS:
             missing = f"out of time: {minutes:g} minutes"
-        if missing is not None:
-            part.summary = missing
-        else:
-            _run(task, part, environment)
         parts.append(part)
-        print(f"{part.status:<8} {part.name}: {part.summary} ({part.seconds:.0f} s)", flush=True)
-        _write(out, {**summary, "parts": [asdict(each) for each in parts]}, parts)
+        try:
+            if missing is not None:
+                part.summary = missing
+            else:
+                _run(task, part, environment)
+        finally:
+            # Whatever ends this process, what the part has so far is kept.
+            _write(out, {**summary, "parts": [asdict(each) for each in parts]}, parts)
+            print(f"{part.status:<8} {part.name}: {part.summary} ({part.seconds:.0f} s)", flush=True)
     return int(any(part.status == FAILED for part in parts))
 
 
 def _describe_machine(environment: dict[str, str]) -> dict[str, Any]:
     """`report.environment()` of another process: in this one it would leave a context on the GPU."""
     code = "import json; from fastddim.bench.report import environment; print(json.dumps(environment()))"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=MACHINE_SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        raise SystemExit(f"error: torch did not find out about the GPU in {MACHINE_SECONDS} seconds") from error
     if done.returncode:
         raise SystemExit(f"error: torch or fastddim cannot be imported: {_last_line(done.stderr)}")
     known: dict[str, Any] = json.loads(_last_line(done.stdout))
@@ -211,25 +252,49 @@ def _run(task: Task, part: Part, environment: dict[str, str]) -> None:
         # What an earlier check left is not this one's.
         task.file.unlink(missing_ok=True)
     start = time.monotonic()
+    status = None
+    # No pipe, which what a killed part leaves behind would hold open.
+    with tempfile.TemporaryFile() as log:
+        try:
+            status = _call(task.command(part.limit_s), {**environment, **task.variables}, log, part.limit_s)
+        except OSError as error:
+            log.write(f"it could not be started: {error}".encode())
+            status = 127
+        finally:
+            part.seconds = time.monotonic() - start
+            log.seek(0)
+            _judge(task, part, log.read().decode(errors="replace"), status)
+
+
+def _call(command: list[str], environment: dict[str, str], log: IO[bytes], limit_s: float) -> int | None:
+    """The exit status of a command; None if it had to be killed at its limit, or because this process ends."""
     process = subprocess.Popen(
-        task.command(part.limit_s), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace", start_new_session=True,
+        command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+        start_new_session=True,
     )  # fmt: skip
     try:
-        output, _ = process.communicate(timeout=part.limit_s)
+        return process.wait(limit_s)
     except subprocess.TimeoutExpired:
-        # The checkers have children of their own.
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        part.status = CUT
-    part.seconds = time.monotonic() - start
-    said, part.numbers = task.read(output, process.returncode)
-    part.summary = said[:SUMMARY_CHARACTERS]
-    if part.status != CUT:
-        # pytest's 5: no test was chosen.
-        part.status = PASSED if process.returncode in (0, 5) else FAILED
-    if "ERR_NVGPUCTRPERM" in output:
-        part.status, part.summary = SKIPPED, "the driver gives performance counters to administrators only"
+        return None
+    finally:
+        # The checkers have children of their own, and one that waits for a lost device does not end.
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(GRACE_SECONDS)
+
+
+def _judge(task: Task, part: Part, output: str, status: int | None) -> None:
+    # pytest's 5: no test was chosen.
+    part.status = CUT if status is None else PASSED if status in (0, 5) else FAILED
+    try:
+        part.summary, part.numbers = task.read(output, status)
+    except RefusedError as error:
+        part.status, part.summary = SKIPPED, str(error)
+    except Exception as error:
+        # One part's odd output must not cost the others.
+        part.status = CUT if status is None else FAILED
+        part.summary = f"its results cannot be read: {type(error).__name__}: {error}"
+    part.summary = part.summary[:SUMMARY_CHARACTERS]
     if part.status != PASSED:
         part.tail = output[-TAIL_CHARACTERS:]
 
@@ -259,22 +324,44 @@ def _brief(row: Row) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _read_tests(output: str, status: int | None) -> tuple[str, dict[str, Any]]:
+    """The counts, and which tests and files were skipped for what reason."""
+    skipped = [line for line in output.splitlines() if line.startswith("SKIPPED")]
+    return _last_line(output).strip("= "), {"skipped": skipped} if skipped else {}
+
+
+def _read_checker(output: str, status: int | None) -> tuple[str, dict[str, Any]]:
+    _check_refusal(output)
+    return _last_line(output), {}
+
+
 def _ncu_command(_: float) -> list[str]:
     metrics = ",".join(NCU_METRICS)
     profiled = [sys.executable, KERNELS, "--elements", str(1 << 26)]
-    return ["ncu", "--csv", "--kernel-name", "regex:ddim_step", "--metrics", metrics, *profiled]
+    # The clocks are the machine owner's, and what users run at.
+    options = ["--clock-control", "none", "--kernel-name", "regex:ddim_step", "--metrics", metrics]
+    return ["ncu", "--csv", *options, *profiled]
 
 
-def _read_ncu(output: str, status: int) -> tuple[str, dict[str, Any]]:
+def _read_ncu(output: str, status: int | None) -> tuple[str, dict[str, Any]]:
     """The last launch's metrics: the first ones also fill caches."""
+    _check_refusal(output)
     table = [line for line in output.splitlines() if line.startswith('"')]
     numbers: dict[str, Any] = {}
     for row in csv.DictReader(table):
         name = NCU_METRICS.get(row.get("Metric Name", ""))
         if name:
             numbers[name] = {"value": float(row["Metric Value"].replace(",", "")), "unit": row["Metric Unit"]}
+    if not numbers and status == 0:
+        raise ValueError(f"no metrics of a step in {_last_line(output)!r}")
     said = ", ".join(f"{name} {each['value']:.4g} {each['unit']}" for name, each in numbers.items())
     return said or _last_line(output), numbers
+
+
+def _check_refusal(output: str) -> None:
+    for sign, reason in REFUSALS.items():
+        if sign in output:
+            raise RefusedError(reason)
 
 
 def _program(name: str) -> str | None:
@@ -318,5 +405,12 @@ def _markdown(out: Path, summary: dict[str, Any], parts: Sequence[Part]) -> str:
     return "\n".join([*lines, ""])
 
 
+def stop_when_told() -> None:
+    """Make exceptions of signals, so that the part under way is ended and what it has is kept."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
 if __name__ == "__main__":
+    stop_when_told()
     sys.exit(main())

@@ -26,8 +26,15 @@ LIMITS = (None, Clip(), DynamicThreshold(0.995, 2.0))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def launch(shape: tuple[int, ...], limit: object, guided: bool, noisy: bool, dtype: torch.dtype) -> None:
-    """One step, with noise from seeds, guidance and its rescale where asked for."""
+def launch(
+    shape: tuple[int, ...], limit: object, guided: bool, noisy: bool, dtype: torch.dtype, index: str = "number"
+) -> None:
+    """One step, with noise from seeds, guidance and its rescale where asked for.
+
+    Args:
+        index: `number`; or as captured loops have it, in place, with the next model input, and an index on the device
+            that moves on: `shared`, or one for each sample, `own`.
+    """
     schedule = Schedule(DDIMConfig())
     table = StepTable.build(schedule, schedule.pairs(10), eta=float(noisy))
     generator = torch.Generator().manual_seed(0)
@@ -35,7 +42,17 @@ def launch(shape: tuple[int, ...], limit: object, guided: bool, noisy: bool, dty
     sample = torch.randn(shape, generator=generator).to(DEVICE, dtype)
     options = {"guidance_scale": 3.0, "guidance_rescale": 0.7} if guided else {}
     seeds = seed_tensor(range(shape[0]), DEVICE) if noisy else None
-    x_next, _ = ddim_step(output, sample, table, 5, limit=limit, seeds=seeds, **options)
+    step: int | torch.Tensor = 5
+    if index != "number":
+        step = torch.full(shape[:1] if index == "own" else (), 5, device=DEVICE)
+        options |= {
+            "out": sample,
+            "model_input": torch.empty_like(output),
+            "advance": True,
+            "timesteps": torch.tensor(table.timesteps, device=DEVICE),
+            "next_timestep": torch.zeros(len(output), dtype=torch.int64, device=DEVICE),
+        }
+    x_next, _ = ddim_step(output, sample, table, step, limit=limit, seeds=seeds, **options)
     if not bool(torch.isfinite(x_next).all()):
         raise SystemExit(f"not finite: {shape}, {limit}, guided {guided}, noisy {noisy}, {dtype}")
 
@@ -57,8 +74,11 @@ def main() -> None:
     kinds = list(itertools.product(shapes, LIMITS, (False, True), (False, True)))
     for kind, dtype in zip(kinds, itertools.cycle(DTYPES)):
         launch(*kind, dtype)
+    loops = list(itertools.product(shapes, LIMITS, (True,), (True,), (torch.float32,), ("shared", "own")))
+    for kind in loops:
+        launch(*kind)
     draw_normal(seed_tensor(range(3), DEVICE), torch.empty(3, 5, 7, device=DEVICE), STREAM_INITIAL)
-    print(f"launched {len(kinds)} kinds of step")
+    print(f"launched {len(kinds) + len(loops)} kinds of step")
 
 
 if __name__ == "__main__":

@@ -113,7 +113,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.count < 100:
         parser.error(f"--count: {args.count}; pass at least 100, or the distance means nothing")
-    check_writable(args.json, "--json")
+    try:
+        check_writable(args.json, "--json")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     pipeline = load_pipeline()
     judge = Judge()
     rows = ways(pipeline)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -20,7 +22,7 @@ import pytest
 import torch
 
 import fastddim
-from fastddim.bench import compare, performance, plots, quality, report, run, timing
+from fastddim.bench import compare, gpu, performance, plots, quality, report, run, timing
 from fastddim.bench.cases import BASELINES, LEFT_OUT, NEEDS_GPU, Call, Candidate, Case, Scope, Work
 from fastddim.bench.import_suite import import_suite
 from fastddim.bench.loop_suite import LoopInputs, loop_case, loop_suite
@@ -578,6 +580,42 @@ def test_parts_and_facts_are_reported() -> None:
     assert turns
 
 
+def test_facts_are_asked_of_what_was_timed_and_their_error_is_the_rows(only: Callable[..., None]) -> None:
+    def make(good_calls: int, latencies: list[float]) -> Candidate:
+        call = broken("it", good_calls).make(None)
+        return Candidate(f"{good_calls} calls", lambda _: Work(call, lambda: {"p50": latencies[0]}))
+
+    # The first raises once it is warm: nobody asks for what it could not note.
+    only(toy_case(make(1, []), make(1 << 30, []), make(1 << 30, [0.5])))
+    made = run.run_suite("step", quick=True, budget_s=0.05)
+    assert [row["status"] for row in made["rows"]] == ["raised", "raised", "ok"]
+    first, second, third = made["rows"]
+    assert "planted" in first["message"] and "IndexError" in second["message"]
+    assert third["facts"] == {"p50": 0.5}
+
+
+def test_launches_are_told_from_what_else_the_profiler_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = {
+        "cudaLaunchKernel": 1, "cudaLaunchKernelExC_v11060": 2, "cuLaunchKernelEx": 4, "cudaGraphLaunch": 8,
+        "cudaMemcpyAsync": 16, "cuMemsetD32Async": 32,
+    }  # fmt: skip
+    others = (
+        "cudaDeviceSynchronize",
+        "cudaStreamSynchronize",
+        "aten::copy_",
+        "Memcpy HtoD",
+        "cutlass_gemm",
+        "cudaEventRecord",
+    )
+    events = [SimpleNamespace(key=key, count=count) for key, count in (counted | dict.fromkeys(others, 1000)).items()]
+    profiler = SimpleNamespace(key_averages=lambda: events)
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: contextlib.nullcontext(profiler))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert gpu.count_launches(lambda: None) == 63
+    events.clear()
+    assert gpu.count_launches(lambda: None) is None
+
+
 def test_a_run_out_of_time_says_so_and_keeps_what_it_has(tmp_path: Path, only: Callable[..., None]) -> None:
     path = tmp_path / "out.json"
     seen = []
@@ -687,6 +725,9 @@ def test_a_change_counts_beyond_tolerance_and_spread(now: float, low: float, hig
     first, second = compare.compare(old, [row(now, low, high)])
     assert (first.verdict, second.verdict) == (verdict, "not in this run")
     assert compare.has_regressed([first, second]) == (verdict == "worse")
+    # What a GPU makes of it says nothing of a CPU.
+    with pytest.raises(ValueError, match="device of the same kind"):
+        compare.compare([dataclasses.replace(old[0], device="cuda")], [row(now, low, high)])
     # The first format kept no spread.
     (change,) = compare.compare([row(4.0, None, None)], [row(3.0, 2.9, 3.1)])
     assert change.verdict == "worse"

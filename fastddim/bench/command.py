@@ -50,7 +50,8 @@ def bench(
         str, typer.Option(help="Memory of large CPU tensors: keep (reused), fresh (new from the kernel) or system.")
     ] = "keep",
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the results here, after every case.")
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the results here, after every case that is done."),
     ] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table here.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write plots into this folder.")] = None,

@@ -31,22 +31,23 @@ class Change:
 
 
 def compare(old: Sequence[Row], new: Sequence[Row], tolerance: float = TOLERANCE) -> list[Change]:
-    """The changes of all ratios of the older run, matched by suite, case and candidate.
+    """The changes of all ratios of the older run, matched by device, suite, case and candidate.
 
     Raises:
         ValueError: the runs have no ratio in common.
     """
-    measured = {_key(row): row for row in new if row.status == OK and row.ratio is not None}
+    measured = {(row.device, *_key(row)): row for row in new if row.status == OK and row.ratio is not None}
     changes = []
     for row in old:
         if row.status != OK or row.ratio is None:
             continue
-        now = measured.get(_key(row))
+        now = measured.get((row.device, *_key(row)))
         verdict = MISSING if now is None else _judge(row, now, tolerance)
         changes.append(Change(*_key(row), row.ratio, None if now is None else now.ratio, verdict))
     if all(change.verdict == MISSING for change in changes):
         raise ValueError(
-            "--compare: no case and candidate of that file has a ratio in this run; compare the same suite"
+            "--compare: no case and candidate of that file has a ratio in this run; compare the same suite on a"
+            " device of the same kind"
         )
     return changes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import time
 import warnings
@@ -12,16 +13,8 @@ from typing import Any
 _COPY_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30}
 _COPIES = 15
 
-# The runtime's and the driver's calls that put work on a device.
-_LAUNCHES = (
-    "cudaLaunchKernel",
-    "cudaLaunchKernelExC",
-    "cuLaunchKernel",
-    "cuLaunchKernelEx",
-    "cudaGraphLaunch",
-    "cudaMemcpyAsync",
-    "cudaMemsetAsync",
-)
+# The runtime's and the driver's calls that put work on a device, whatever their version and variant.
+_LAUNCH = re.compile(r"cu(da)?(Launch|GraphLaunch|Memcpy|Memset)")
 _QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.limit"
 
 
@@ -79,7 +72,7 @@ def count_launches(call: Callable[[], Any]) -> int | None:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
-    return sum(event.count for event in profiler.key_averages() if event.key in _LAUNCHES) or None
+    return sum(event.count for event in profiler.key_averages() if _LAUNCH.match(event.key)) or None
 
 
 def count_synchronizations(call: Callable[[], Any]) -> int:

@@ -66,11 +66,11 @@ def _cpu_fields(field: str) -> list[str]:
 
 
 def _commit() -> str | None:
-    """The commit, with `-dirty` after it where the checkout differs from it; None outside of one."""
+    """The commit, with `-dirty` after it where the checkout differs from it; outside of one $FASTDDIM_COMMIT, or None."""
     folder = Path(__file__).resolve().parent
     # An installed package may lie inside some other project's checkout.
     if _git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return None
+        return os.environ.get("FASTDDIM_COMMIT")
     return _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 

@@ -259,7 +259,8 @@ class CaseRun:
                 for runner in self._runners:
                     _count(runner)
         for runner in self._runners:
-            runner.row.facts = runner.work.facts()
+            if runner.row.status == OK:
+                _ask(runner)
         _compare(self._rows, self._runners, self.case.target)
         if self.case.nbytes is not None:
             _rate(self._rows, self.case.nbytes, copy_bandwidth)
@@ -352,6 +353,13 @@ def _time_calls(call: Callable[[], Any], count: int, device: str) -> float:
         call()
     synchronize(device)
     return (time.perf_counter() - start) / count
+
+
+def _ask(runner: _Runner) -> None:
+    try:
+        runner.row.facts = runner.work.facts()
+    except Exception as error:
+        runner.row.status, runner.row.message = RAISED, _describe(error)
 
 
 def _count(runner: _Runner) -> None:
