@@ -657,6 +657,13 @@ def test_a_quick_run_measures_all_cases_in_every_pass(only: Callable[..., None])
     assert [row["rounds"] >= settings.passes for row in made["rows"]] == [True, True]
 
 
+def test_the_faster_candidates_samples_are_a_share_of_the_slowest_ones() -> None:
+    rows = timing.run_case(toy_case(slow("ours", 1e-3), slow("theirs", 0.2), broken("bad", 1)), FAST)
+    # 5% of 200 ms.
+    assert 5 <= rows[0].calls <= 10 and rows[1].calls == 1
+    assert [row.status for row in rows] == ["ok", "ok", "raised"]
+
+
 def test_threads_are_torchs_and_in_the_report(only: Callable[..., None]) -> None:
     seen = []
 

@@ -22,6 +22,8 @@ ALLOCATORS = ("keep", "fresh", "system")
 
 # Long enough for the clock's own cost and resolution to vanish.
 _SAMPLE_S = 2e-3
+# Of the slowest candidate's call: a quotient is no steadier than its shorter time.
+_SAMPLE_SHARE = 0.05
 # A case's bar is that of what users have now.
 _WITH_A_BAR = (None, "diffusers", "import")
 _WARM_UP_CALLS = 3
@@ -39,7 +41,7 @@ class Settings:
 
 
 # Passes over all cases: a shared machine is slow for some seconds at a time, and no case's rounds should all be there.
-QUICK = Settings(min_rounds=1, max_rounds=60, budget_s=1.0, passes=4)
+QUICK = Settings(min_rounds=1, max_rounds=60, budget_s=0.8, passes=5)
 
 
 @dataclass
@@ -237,8 +239,10 @@ class CaseRun:
             verified = [verify(case, candidate, inputs, expected) for candidate in case.candidates]
             self._rows = [row for row, _ in verified]
             self._runners = [_Runner(row, work) for row, work in verified if work is not None]
-            for runner in self._runners:
-                _warm_up(runner, case.device)
+            warm = [(runner, _warm_up(runner, case.device)) for runner in self._runners]
+            sample_s = max([_SAMPLE_S, *(_SAMPLE_SHARE * seconds for _, seconds in warm)])
+            for runner, seconds in warm:
+                runner.row.calls = max(1, math.ceil(sample_s / seconds)) if seconds else 1
 
     def measure(self, settings: Settings) -> None:
         """Time the candidates for a pass."""
@@ -330,8 +334,8 @@ def _time(runners: list[_Runner], settings: Settings, device: str) -> None:
             gc.enable()
 
 
-def _warm_up(runner: _Runner, device: str) -> None:
-    """Call a few times and choose how many calls make a sample."""
+def _warm_up(runner: _Runner, device: str) -> float:
+    """Call a few times; the seconds of the last call, 0 if it raises."""
     start = time.perf_counter()
     try:
         for part in runner.work.parts.values():
@@ -342,8 +346,8 @@ def _warm_up(runner: _Runner, device: str) -> None:
                 break
     except Exception as error:
         runner.row.status, runner.row.message = RAISED, _describe(error)
-        return
-    runner.row.calls = max(1, math.ceil(_SAMPLE_S / seconds))
+        return 0.0
+    return seconds
 
 
 def _time_calls(call: Callable[[], Any], count: int, device: str) -> float:
