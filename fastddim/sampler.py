@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils import _pytree as pytree
@@ -21,6 +22,9 @@ from fastddim.interpolation import slerp
 from fastddim.loop import Guidance, Loop, Model, Run, pad
 from fastddim.noise import STREAM_INITIAL, check_seeds, normal
 from fastddim.schedule import Schedule
+
+# Of models' methods, without `self`.
+_SIGNATURES: WeakKeyDictionary[Any, inspect.Signature] = WeakKeyDictionary()
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -541,10 +545,17 @@ def _check_compile(compile: bool | str, graph: str) -> None:
 
 def _check_signature(model: Model, kwargs: Mapping[str, Any]) -> None:
     """Refuse keyword arguments that the model does not take, and missing ones that it needs."""
-    try:
-        signature = inspect.signature(model.forward if isinstance(model, torch.nn.Module) else model)
-    except (TypeError, ValueError):
-        return
+    forward = model.forward if isinstance(model, torch.nn.Module) else model
+    # Reading one takes longer than a short captured run's other work on the host.
+    method = getattr(forward, "__func__", None)
+    signature = None if method is None else _SIGNATURES.get(method)
+    if signature is None:
+        try:
+            signature = inspect.signature(forward)
+        except (TypeError, ValueError):
+            return
+        if method is not None:
+            _SIGNATURES[method] = signature
     try:
         signature.bind(None, None, **kwargs)
     except TypeError as error:
