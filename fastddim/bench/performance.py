@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastddim.bench import plots, quality, report
+from fastddim.bench.suites import SUITES
 from fastddim.bench.timing import OK
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,10 +24,12 @@ _CAPTIONS = {
 
 
 def load(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """The reports of the bench and the quality results in a folder, by file name: a GPU's first, then the newest."""
+    """The reports of the bench and the quality results in a folder, by file name: a GPU's first, then the newest day's."""
     read = {path.name: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))}
     reports = {name: value for name, value in read.items() if report.is_report(value)}
-    order = sorted(reports, key=lambda name: (_on_gpu(reports[name]), reports[name]["created"], name), reverse=True)
+    suites = {suite: index for index, suite in enumerate(SUITES)}
+    order = sorted(reports, key=lambda name: suites.get(reports[name]["suite"], len(suites)))
+    order.sort(key=lambda name: (_on_gpu(reports[name]), reports[name]["created"][:10]), reverse=True)
     qualities = {name: value for name, value in read.items() if quality.is_quality(value)}
     return {name: reports[name] for name in order}, qualities
 

@@ -178,7 +178,7 @@ def _draw_breakdown(axes: Axes, rows: Sequence[Row]) -> None:
         )
     axes.set_yticks(range(len(rows)), [row.candidate for row in rows], fontsize=8)
     axes.invert_yaxis()
-    axes.margins(x=0.12)
+    axes.set_xlim(0, 1.14 * max(scale * (row.median_s or 0) / row.num_steps for row in rows))
     axes.set_title(rows[0].case, fontsize=9, loc="left")
     axes.set_xlabel(f"{unit} per step", fontsize=8)
     axes.tick_params(axis="x", labelsize=8)
