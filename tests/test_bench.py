@@ -788,7 +788,7 @@ def test_the_performance_page_is_what_the_results_give() -> None:
     for name in re.findall(r"\]\(([^)]+)\)", made):
         assert (performance.DOCS / name).exists(), name
     reports, qualities = performance.load(performance.RESULTS)
-    assert reports
+    assert reports and qualities
     assert all(name in made for name in (*reports, *qualities))
     assert all(path.stat().st_size < 200_000 for path in performance.DOCS.glob("*.png"))
 
