@@ -548,13 +548,15 @@ def _check_signature(model: Model, kwargs: Mapping[str, Any]) -> None:
     forward = model.forward if isinstance(model, torch.nn.Module) else model
     # Reading one takes longer than a short captured run's other work on the host.
     method = getattr(forward, "__func__", None)
-    signature = None if method is None else _SIGNATURES.get(method)
+    # Any callable can be bound, but not all can be kept.
+    kept = inspect.isfunction(method)
+    signature = _SIGNATURES.get(method) if kept else None
     if signature is None:
         try:
             signature = inspect.signature(forward)
         except (TypeError, ValueError):
             return
-        if method is not None:
+        if kept:
             _SIGNATURES[method] = signature
     try:
         signature.bind(None, None, **kwargs)

@@ -1,3 +1,4 @@
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
@@ -286,3 +287,24 @@ def test_bad_calls_are_refused_before_the_model_runs(options, call, parts):
     with pytest.raises(ValueError) as caught:
         sampler(**call)
     assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_the_arguments_of_any_bound_callable_are_checked():
+    class Model:
+        # No weak reference to it can be made.
+        __slots__ = ()
+
+        def __call__(self, owner, x, t, scale):
+            return scale * x
+
+    module = torch.nn.Linear(1, 1)
+    sampler = Sampler(module, DDIMConfig(), 2, sample_shape=(3,))
+    module.forward = types.MethodType(Model(), module)
+    assert sampler(1, seeds=0, scale=0.5).shape == (1, 3)
+    with pytest.raises(ValueError, match="model_kwargs"):
+        sampler(1, seeds=0)
+    # Another one in its place is another signature.
+    module.forward = lambda x, t: 0.5 * x
+    assert sampler(1, seeds=0).shape == (1, 3)
+    with pytest.raises(ValueError, match="model_kwargs"):
+        sampler(1, seeds=0, scale=0.5)

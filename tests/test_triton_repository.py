@@ -41,7 +41,7 @@ from fastddim.export.schedule_module import ScheduleModule
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP, normal_numpy, split_bits
 from fastddim.pictures import make_grid
 from fastddim.schedule import Schedule
-from test_export import class_pipeline
+from test_export import Tiny, class_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -49,20 +49,6 @@ SHAPE = (2, 5, 3)
 LABELS = torch.tensor([1, 4, 2])
 SEEDS = [3, 2**64 - 1, 7]
 CONFIG = DDIMConfig(timestep_spacing="trailing", prediction_type="v_prediction")
-
-
-class Tiny(torch.nn.Module):
-    """Fast to export, and as nonlinear as a step needs."""
-
-    def __init__(self, channels=2):
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv = torch.nn.Conv2d(channels, channels, 3, padding=1)
-        self.embedding = torch.nn.Embedding(5, channels)
-
-    def forward(self, x, t, labels):
-        shift = torch.cos(t.to(x.dtype) / 200)[:, None] + self.embedding(labels)
-        return torch.tanh(self.conv(x)) + shift[:, :, None, None]
 
 
 def export_tiny(folder, **options):

@@ -162,6 +162,15 @@ DIGITS = Network(
     _label,
     schedule=(("num_train_timesteps", 1000), ("prediction_type", "v_prediction"), ("timestep_spacing", "trailing")),
 )
+# What the networks of DDPM share.
+_DDPM: dict[str, Any] = {
+    "layers_per_block": 2,
+    "attention_head_dim": None,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "norm_eps": 1e-6,
+}
 # google/ddpm-cifar10-32.
 CIFAR10 = Network(
     "cifar10",
@@ -171,12 +180,7 @@ CIFAR10 = Network(
         block_out_channels=(128, 256, 256, 256),
         down_block_types=(_DOWN, "AttnDownBlock2D", _DOWN, _DOWN),
         up_block_types=(_UP, _UP, "AttnUpBlock2D", _UP),
-        layers_per_block=2,
-        attention_head_dim=None,
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        norm_eps=1e-6,
+        **_DDPM,
     ),
     _no_kwargs,
 )
@@ -189,12 +193,7 @@ LSUN256 = Network(
         block_out_channels=(128, 128, 256, 256, 512, 512),
         down_block_types=(_DOWN, _DOWN, _DOWN, _DOWN, "AttnDownBlock2D", _DOWN),
         up_block_types=(_UP, "AttnUpBlock2D", _UP, _UP, _UP, _UP),
-        layers_per_block=2,
-        attention_head_dim=None,
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        norm_eps=1e-6,
+        **_DDPM,
     ),
     _no_kwargs,
     repeats=True,
