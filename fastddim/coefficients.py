@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from fastddim.config import PREDICTION_TYPES, VARIANCE_TYPES, require_choice
 from fastddim.schedule import FINAL, FloatArray, Schedule
@@ -140,31 +141,79 @@ def _check_transitions(
     return kind, alpha_bar, alpha_bar_next
 
 
+def _check_called(timesteps: Sequence[float] | npt.NDArray[Any]) -> tuple[int, ...] | tuple[float, ...]:
+    """Timesteps as Python integers, or as floating-point numbers if any of them is one."""
+    values = np.asarray(timesteps)
+    if values.ndim != 1 or not len(values) or values.dtype.kind not in "iuf":
+        raise ValueError(
+            f"timesteps: {values.dtype} of shape {values.shape}; pass a list of numbers, one for each step"
+        )
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+        raise ValueError(f"timesteps: row {bad[0]} is {values[bad[0]]}; pass finite numbers")
+    return tuple(values.tolist())
+
+
 @dataclass(frozen=True)
 class StepTable:
-    """Everything a run's steps need, immutable: threads and samplers share it freely.
+    """Everything that a run needs beside its model, immutable: threads and samplers share it freely.
+
+    A sampling method is a function that returns one, and `Sampler` takes it in place of a scheduler.
 
     Attributes:
-        timesteps: the training timestep of each step, what the model is called with.
+        timesteps: what the model is called with at each step: all integers, or all floating-point numbers.
         columns: `[num_steps, 6]` float64, read-only, in the order of `StepCoefficients`.
         rows: the same as Python numbers; each step implementation rounds them once, to its own precision.
+        start_scale: a run starts from standard normal noise times this number (diffusers' `init_noise_sigma`).
+        noising: `(from_x0, from_noise)`, which bring a clean state to the first step (diffusers' `add_noise`) as
+            `from_x0 * x0 + from_noise * noise`; None where the method has no such rule.
+        inverse: the table that encodes a clean state to the state from which this one samples it, or None.
     """
 
-    timesteps: tuple[int, ...]
-    columns: FloatArray
+    timesteps: tuple[int, ...] | tuple[float, ...]
+    columns: FloatArray = field(compare=False)
     rows: tuple[StepCoefficients, ...]
+    start_scale: float = 1.0
+    noising: tuple[float, float] | None = None
+    inverse: StepTable | None = None
     _on_device: dict[torch.device, tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
     @classmethod
-    def from_columns(cls, timesteps: Sequence[int], values: FloatArray) -> StepTable:
-        """Wrap `[n, 6]` columns and their `n` timesteps."""
+    def from_columns(
+        cls,
+        timesteps: Sequence[float] | npt.NDArray[Any],
+        values: npt.ArrayLike,
+        *,
+        start_scale: float = 1.0,
+        noising: tuple[float, float] | None = None,
+        inverse: StepTable | None = None,
+    ) -> StepTable:
+        """The table of `n` steps.
+
+        Args:
+            timesteps: `[n]`, in the order of the steps. Integers call the model with int64; if any is a floating-point
+                number, or the array has such a dtype, the model is called with float32. In which direction they go, and
+                whether they repeat, is up to the method.
+            values: `[n, 6]` numbers in the order of `StepCoefficients`.
+            start_scale, noising, inverse: as the attributes.
+
+        Raises:
+            ValueError: shapes that do not fit, or a timestep or scale that is not finite; the message names the row.
+        """
         owned = np.array(values, dtype=np.float64)
-        if owned.shape != (len(timesteps), NUM_COLUMNS):
-            raise ValueError(f"columns: shape {owned.shape}; pass ({len(timesteps)}, {NUM_COLUMNS})")
+        called = _check_called(timesteps)
+        if owned.shape != (len(called), NUM_COLUMNS):
+            raise ValueError(f"columns: shape {owned.shape}; pass ({len(called)}, {NUM_COLUMNS})")
+        if not 0 < start_scale < float("inf"):
+            raise ValueError(f"start_scale: {start_scale!r}; pass a finite number > 0")
+        if noising is not None and (len(noising) != 2 or not np.isfinite(noising).all()):
+            raise ValueError(f"noising: {noising!r}; pass two finite numbers, (from_x0, from_noise)")
         owned.setflags(write=False)
-        return cls(tuple(timesteps), owned, tuple(StepCoefficients(*row) for row in owned.tolist()))
+        rows = tuple(StepCoefficients(*row) for row in owned.tolist())
+        pair = None if noising is None else (float(noising[0]), float(noising[1]))
+        return cls(called, owned, rows, float(start_scale), pair, inverse)
 
     @classmethod
     def build(
@@ -199,6 +248,8 @@ class StepTable:
         return cls.from_columns(
             [t for t, _ in pairs],
             columns(signal, sigma, np.sqrt(alpha_bar_next), direction, noise_scale, kind, use_clipped_model_output),
+            noising=(float(signal[0]), float(sigma[0])),
+            inverse=None if noise_scale.any() else cls.build_inverse(schedule, pairs, prediction_type=kind),
         )
 
     @classmethod
@@ -236,6 +287,11 @@ class StepTable:
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    @property
+    def timestep_dtype(self) -> str:
+        """The dtype of the timesteps that the model is called with: `"int64"` or `"float32"`."""
+        return "float32" if isinstance(self.timesteps[0], float) else "int64"
 
     @property
     def stochastic(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -28,7 +27,7 @@ _SIGNATURES: WeakKeyDictionary[Any, inspect.Signature] = WeakKeyDictionary()
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
-Callback = Callable[[int, int, torch.Tensor, torch.Tensor], None]
+Callback = Callable[[int, float, torch.Tensor, torch.Tensor], None]
 
 
 def to_schedule(scheduler: Schedule | DDIMConfig | Any) -> Schedule:
@@ -315,8 +314,8 @@ class Sampler:
         self._check_state("x0", x0, "B")
         run = self._run(x0, None, model_kwargs, uncond_kwargs)
         guidance = None if run.guidance is None else _backwards(run.guidance, len(self.table))
-        inverse = StepTable.build_inverse(self.schedule, self.pairs)
-        run = self._pad(replace(run, table=inverse, limit=None, guidance=guidance))
+        assert self.table.inverse is not None
+        run = self._pad(replace(run, table=self.table.inverse, limit=None, guidance=guidance))
         return self._loop(run, _steps(run, progress), None)[: x0.shape[0]]
 
     def interpolate(
@@ -354,9 +353,10 @@ class Sampler:
 
         The noise is the starting state that the same seeds draw. Returns `[B, ...]` in the sampler's dtype.
         """
-        alpha_bar = float(self.schedule.alpha_bar(self.table.timesteps[:1])[0])
+        assert self.table.noising is not None
+        from_x0, from_noise = self.table.noising
         noise = normal(check_seeds(seeds, x0.shape[0]), 0, x0.shape[1:], STREAM_INITIAL, device=self.device)
-        noised = x0.to(self.device, noise.dtype) * math.sqrt(alpha_bar) + noise * math.sqrt(1 - alpha_bar)
+        noised = x0.to(self.device, noise.dtype) * from_x0 + noise * from_noise
         return noised.to(self.dtype)
 
     def _require_deterministic(self, what: str) -> None:
