@@ -126,7 +126,7 @@ def normal_numpy(
     Args:
         seeds: one per sample, each in [0, 2**64).
         step: the index of the step in its run.
-        shape: of one sample, without the batch dimension.
+        shape: the shape of one sample, without the batch dimension.
         stream: `STREAM_STEP` for a step's noise, `STREAM_INITIAL` for the starting state.
 
     Returns:

@@ -110,7 +110,7 @@ class GridLayout:
         rows: the image indices in each row.
         tile: width and height of a tile in pixels, scaled.
         scale: pixels per image pixel.
-        cell_width: of a tile, or of the widest tile label if that is wider.
+        cell_width: the width of a tile, or of the widest label if that is wider, in pixels.
         header: height above each tile, for its label.
         margin: width left of the rows, for their labels.
         top: height above the first row, for the columns' headings.

@@ -30,7 +30,7 @@ class ActionUNet1d(nn.Module):
     Args:
         action_dim: numbers in one action.
         obs_dim: numbers in the observation.
-        channels: of each level, from the full horizon to the shortest; multiples of 8, the groups of GroupNorm.
+        channels: how many each level has, from the full horizon to the shortest; multiples of 8, the groups of GroupNorm.
         horizon: actions in a chunk, divisible by `2 ** (len(channels) - 1)`.
 
     Attributes:
