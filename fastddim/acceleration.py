@@ -24,7 +24,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from fastddim.backends import check_backend
 from fastddim.coefficients import StepTable
 from fastddim.config import limit_from, require_choice, require_int
-from fastddim.loop import GRAPH_MODES, Guidance, Loop, Model, Run, call_model
+from fastddim.loop import GRAPH_MODES, Guidance, Loop, Model, Run, call_model, graph_mode
 from fastddim.scheduler import DDIMScheduler, DDIMSchedulerOutput
 
 _log = logging.getLogger("fastddim")
@@ -139,10 +139,6 @@ class _Acceleration:
         if self._loop is not None:
             self._loop.graphs.clear()
             self._loop = None
-
-    def captures_on(self, device: torch.device) -> bool:
-        """Whether the loop is made of graphs on a device."""
-        return self.options.graph != "off" and (self.options.graph != "auto" or device.type == "cuda")
 
     def log_once(self, name: str, reason: str) -> None:
         """Say why a call runs the pipeline's own loop, once for each reason."""
@@ -263,7 +259,7 @@ class _Call:
         self._pipe, self._pipeline, self._kind, self._arguments = pipe, pipeline, kind, arguments
         self._acceleration: _Acceleration = pipe._acceleration
         self._denoiser: Any = getattr(pipe, kind.denoiser)
-        self._timesteps: list[int] = []
+        self._timesteps: list[float] = []
         self._progress: _Progress | None = None
         self._inner = _view(pipe, pipeline)
         self._slices_timesteps = hasattr(pipeline, "get_timesteps")
@@ -402,7 +398,7 @@ def _reason_against(pipe: Any, pipeline: type, base: type, kind: _Kind, argument
     device = torch.device("cpu") if parameter is None else parameter.device
     if torch.is_autocast_enabled(device.type):
         return "torch.autocast is on"
-    captures = pipe._acceleration.captures_on(device)
+    captures = graph_mode(pipe._acceleration.options.graph, device) != "off"
     for part in _parts(denoiser):
         members = vars(part)
         if "_hf_hook" in members or "_diffusers_hook" in members:
