@@ -320,10 +320,9 @@ class StaticLoop:
         self._seeds, self._index = words[at["seeds"]], words[at["index"]][0]
         self._scales, self._limit_values = numbers[at["guidance"]], numbers[at["limit"]]
         self._start_scale, self._table = numbers[at["start_scale"]][0], numbers[at["table"]].view(-1, NUM_COLUMNS)
-        self._called_with_floats = run.table.timestep_dtype == "float32"
-        self._timesteps = (numbers if self._called_with_floats else words)[at["timesteps"]]
         t_dtype = getattr(torch, run.table.timestep_dtype)
         self._t = torch.zeros(run.copies * run.shape[0], dtype=t_dtype, device=run.device)
+        self._timesteps = (numbers if t_dtype.is_floating_point else words)[at["timesteps"]]
         noise_steps = () if run.noise is None else ((len(run.table),) if whole else ())
         self._noise = None if run.noise is None else self.x.new_zeros((*noise_steps, *run.shape))
         self._workspace = None
@@ -362,7 +361,7 @@ class StaticLoop:
             numbers[at["guidance"]] = run.guidance.scale, run.guidance.rescale
         numbers[at["limit"]] = limit_numbers(run.limit)
         numbers[at["start_scale"]] = run.table.start_scale
-        (numbers if self._called_with_floats else words)[at["timesteps"]][:steps] = run.table.timesteps
+        (numbers if self._t.is_floating_point() else words)[at["timesteps"]][:steps] = run.table.timesteps
         numbers[at["table"]][: steps * NUM_COLUMNS] = run.table.columns.reshape(-1)
         upload(words, self._words)
         for mine, given in zip(self._leaves, pytree.tree_leaves(dict(run.kwargs)), strict=True):
@@ -394,7 +393,7 @@ class StaticLoop:
     def _begin(self) -> None:
         run = self._run
         if run.start is None:
-            draw_start(run.backend, self._seeds, self.x, self._start_scale if _is_scaled(run.table) else 1.0)
+            draw_start(run.backend, self._seeds, self.x, 1.0 if run.table.start_scale == 1 else self._start_scale)
         self._buffers.fill_input()
         self._t.copy_(self._timesteps[0])
 
@@ -452,10 +451,6 @@ def _capacity(table: StepTable) -> int:
     return max(_LEAST_CAPACITY, 1 << (len(table) - 1).bit_length())
 
 
-def _is_scaled(table: StepTable) -> bool:
-    return table.start_scale != 1
-
-
 def _layout(run: Run) -> dict[str, slice]:
     """Where a captured run's numbers lie among its 64-bit words on the device."""
     capacity = _capacity(run.table)
@@ -485,7 +480,7 @@ def _capture_key(run: Run, mode: str) -> Hashable:
         (len(run.table), guided) if mode == "loop" else frozenset(guided),
         _capacity(run.table),
         run.table.timestep_dtype,
-        _is_scaled(run.table),
+        run.table.start_scale == 1,
         run.shape,
         run.dtype,
         run.model_dtype,

@@ -55,8 +55,8 @@ class Warmup(NamedTuple):
     """What `Sampler.warmup` measured.
 
     Attributes:
-        cold_seconds: of the first run: compilation, capture, the first allocations.
-        warm_seconds: of one after it, until the result is there.
+        cold_seconds: time of the first run, with compilation, capture and the first allocations.
+        warm_seconds: time of a run after it, until the result is there.
         graph_bytes: device memory that the sampler's captured graphs hold.
     """
 
@@ -255,7 +255,7 @@ class Sampler:
                 callback(step, self.table.timesteps[step], x[:batch], x0[:batch])
 
         if return_trajectory:
-            first = self._draw(run.seeds or [], run.shape) if run.start is None else run.start
+            first = self._first_state(run.start, run.shape, run.seeds)
             run = dataclasses.replace(run, start=first)
             trajectory.append(first[:batch].clone())
         on_step = observe if return_trajectory or callback is not None else None
@@ -300,8 +300,8 @@ class Sampler:
             uncond_kwargs, progress, **model_kwargs: as for sampling.
 
         Returns:
-            `[B, ...]` states in the sampler's dtype, at its first timestep: of a whole run x_T, with `strength < 1` the
-            noised state there.
+            `[B, ...]` states in the sampler's dtype, at its first timestep: x_T for a whole run, the noised state there
+            with `strength < 1`.
 
         Raises:
             TypeError: no tensor.
@@ -368,26 +368,25 @@ class Sampler:
         return noised.to(self.options.dtype)
 
     def _require_deterministic(self, what: str) -> None:
-        if not self.table.stochastic:
-            return
-        if self.schedule is None:
+        if self.table.stochastic:
             raise ValueError(
-                f"table: its rows add noise, and {what} needs a noise_scale of 0 in all; pass such a table"
+                f"eta: this sampler adds noise, and {what} needs eta 0; pass eta=0.0 to Sampler, or a table without noise"
             )
-        raise ValueError(f"eta: this sampler adds noise, and {what} needs eta 0; pass eta=0.0 to Sampler")
 
     def _state_of(self, name: str, end: int | torch.Tensor) -> torch.Tensor:
         """One starting state `[...]`: a given one, checked, or a seed's."""
-        if isinstance(end, torch.Tensor):
-            self._check_state(name, end)
-            return end.to(self.device, self.options.dtype)
-        _, shape, seeds = self._start(1, [end])
-        return self._draw(seeds or [], shape)[0]
+        if not isinstance(end, torch.Tensor):
+            return self._first_state(*self._start(1, [end]))[0]
+        self._check_state(name, end)
+        return end.to(self.device, self.options.dtype)
 
-    def _draw(self, seeds: list[int], shape: tuple[int, ...]) -> torch.Tensor:
-        """The starting states of seeds."""
-        out = torch.empty(shape, dtype=self.options.dtype, device=self.device)
-        return draw_start(self.options.backend, upload_new(seed_words(seeds), self.device), out, self.table.start_scale)
+    def _first_state(self, start: torch.Tensor | None, shape: tuple[int, ...], seeds: list[int] | None) -> torch.Tensor:
+        """A given start, or what the seeds draw."""
+        if start is not None:
+            return start
+        words = upload_new(seed_words(seeds or ()), self.device)
+        drawn = torch.empty(shape, dtype=self.options.dtype, device=self.device)
+        return draw_start(self.options.backend, words, drawn, self.table.start_scale)
 
     def _check_observers(self, callback: Callback | None, progress: bool, return_trajectory: bool) -> None:
         if graph_mode(self.options.graph, self.device) != "loop":
@@ -441,21 +440,19 @@ class Sampler:
         self, start: int | torch.Tensor, seeds: int | Sequence[int] | None
     ) -> tuple[torch.Tensor | None, tuple[int, ...], list[int] | None]:
         """The given state, or None to draw one; its shape; the seeds."""
-        if not isinstance(start, torch.Tensor):
-            if isinstance(start, bool) or not isinstance(start, int) or start < 1:
-                raise ValueError(f"start: {start!r}; pass a batch size >= 1, or a state [B, ...]")
-            if self.sample_shape is None:
-                raise ValueError("sample_shape: the model's configuration has none; pass sample_shape= to Sampler")
-        else:
-            self._check_state("start", start, "B")
-        if seeds is None and (not isinstance(start, torch.Tensor) or self.table.stochastic):
-            raise ValueError("seeds: None; pass one integer per sample, or one integer s for s, s + 1, ...")
-        batch_size = start.shape[0] if isinstance(start, torch.Tensor) else start
-        seed_list = None if seeds is None else check_seeds(seeds, batch_size)
+        state: torch.Tensor | None = None
         if isinstance(start, torch.Tensor):
-            return start, tuple(start.shape), seed_list
-        assert self.sample_shape is not None
-        return None, (start, *self.sample_shape), seed_list
+            self._check_state("start", start, "B")
+            state, shape = start, tuple(start.shape)
+        elif isinstance(start, bool) or not isinstance(start, int) or start < 1:
+            raise ValueError(f"start: {start!r}; pass a batch size >= 1, or a state [B, ...]")
+        elif self.sample_shape is None:
+            raise ValueError("sample_shape: the model's configuration has none; pass sample_shape= to Sampler")
+        else:
+            shape = (start, *self.sample_shape)
+        if seeds is None and (state is None or self.table.stochastic):
+            raise ValueError("seeds: None; pass one integer per sample, or one integer s for s, s + 1, ...")
+        return state, shape, None if seeds is None else check_seeds(seeds, shape[0])
 
     def _check_state(self, name: str, state: Any, *batch: str) -> None:
         """Refuse what is no state of the sampler's; `batch` names the dimensions before a sample's own."""
@@ -531,9 +528,9 @@ def _steps(run: Run, progress: bool) -> Iterable[int]:
 
 
 def _backwards(guidance: Guidance, table: StepTable, inverse: StepTable) -> Guidance:
-    """The guidance of an inverse: on where the model is called between timesteps at which sampling has it on."""
-    on = table.timesteps[guidance.first : guidance.stop]
-    rows = [k for k, t in enumerate(inverse.timesteps) if on and min(on) <= t <= max(on)]
+    """The guidance of an inverse: on at the timesteps from the lowest to the highest at which sampling has it on."""
+    on = sorted(table.timesteps[guidance.first : guidance.stop])
+    rows = [k for k, t in enumerate(inverse.timesteps) if on and on[0] <= t <= on[-1]]
     return dataclasses.replace(guidance, first=min(rows, default=0), stop=max(rows, default=-1) + 1)
 
 
