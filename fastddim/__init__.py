@@ -15,6 +15,7 @@ _ROOMS = {
     "backends": ("ddim_step",),
     "scheduler": ("DDIMInverseScheduler", "DDIMScheduler", "DDIMSchedulerOutput"),
     "sampler": ("Sampler",),
+    "sampler_options": ("SamplerOptions",),
     "pipeline": ("DDIMPipeline", "load_pipeline"),
     "acceleration": ("accelerate", "unaccelerate"),
 }
@@ -29,6 +30,7 @@ __all__ = [
     "DDIMSchedulerOutput",
     "DynamicThreshold",
     "Sampler",
+    "SamplerOptions",
     "Schedule",
     "StepTable",
     "accelerate",
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from fastddim.interpolation import slerp
     from fastddim.pipeline import DDIMPipeline, load_pipeline
     from fastddim.sampler import Sampler
+    from fastddim.sampler_options import SamplerOptions
     from fastddim.schedule import Schedule
     from fastddim.scheduler import DDIMInverseScheduler, DDIMScheduler, DDIMSchedulerOutput
 

@@ -12,7 +12,6 @@ import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,10 +20,10 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
-from fastddim.backends import check_backend
 from fastddim.coefficients import StepTable
-from fastddim.config import limit_from, require_choice, require_int
-from fastddim.loop import GRAPH_MODES, Guidance, Loop, Model, Run, call_model
+from fastddim.config import limit_from
+from fastddim.loop import Guidance, Loop, Model, Run, call_model, graph_mode
+from fastddim.sampler_options import SamplerOptions
 from fastddim.scheduler import DDIMScheduler, DDIMSchedulerOutput
 
 _log = logging.getLogger("fastddim")
@@ -71,7 +70,7 @@ class _Kind(NamedTuple):
 
     Attributes:
         denoiser: the component that the loop calls.
-        guidance: of a call, from the pipeline as its `__call__` has set it up and from the arguments.
+        guidance: finds a call's guidance, from the pipeline as its `__call__` has set it up and from the arguments.
         learned_variance: the prediction may be followed by channels that are no part of the step.
     """
 
@@ -101,19 +100,10 @@ def _find_kind(pipeline: type) -> tuple[type, _Kind] | None:
     return None
 
 
-@dataclass(frozen=True)
-class _Options:
-    """`accelerate`'s, as it says them."""
-
-    graph: str
-    backend: str
-    max_graphs: int
-
-
 class _Acceleration:
     """What an accelerated pipeline keeps between calls: its loop with the captured graphs, and what has been logged."""
 
-    def __init__(self, options: _Options) -> None:
+    def __init__(self, options: SamplerOptions) -> None:
         self.options = options
         self._lock = threading.Lock()
         self._logged: set[str] = set()
@@ -139,10 +129,6 @@ class _Acceleration:
         if self._loop is not None:
             self._loop.graphs.clear()
             self._loop = None
-
-    def captures_on(self, device: torch.device) -> bool:
-        """Whether the loop is made of graphs on a device."""
-        return self.options.graph != "off" and (self.options.graph != "auto" or device.type == "cuda")
 
     def log_once(self, name: str, reason: str) -> None:
         """Say why a call runs the pipeline's own loop, once for each reason."""
@@ -254,8 +240,8 @@ class _Call:
     Args:
         pipe: the accelerated pipeline.
         pipeline: its own class.
-        kind: of the pipeline.
-        arguments: of the call, by name.
+        kind: what differs between its class and the other supported ones.
+        arguments: the call's arguments by name.
     """
 
     def __init__(self, pipe: Any, pipeline: Any, kind: _Kind, arguments: Mapping[str, Any]) -> None:
@@ -263,7 +249,7 @@ class _Call:
         self._pipe, self._pipeline, self._kind, self._arguments = pipe, pipeline, kind, arguments
         self._acceleration: _Acceleration = pipe._acceleration
         self._denoiser: Any = getattr(pipe, kind.denoiser)
-        self._timesteps: list[int] = []
+        self._timesteps: list[float] = []
         self._progress: _Progress | None = None
         self._inner = _view(pipe, pipeline)
         self._slices_timesteps = hasattr(pipeline, "get_timesteps")
@@ -326,8 +312,8 @@ class _Call:
         """The final state of all steps from `sample`, of its shape.
 
         Args:
-            scheduler: whose rows they are.
-            model_output: of the shape and dtype that the pipeline hands to a step.
+            scheduler: the scheduler whose rows the steps take.
+            model_output: a tensor of the shape and dtype that the pipeline hands to a step.
             sample: the starting state `[B, ...]`, or, as DiT has it, the same one twice.
             eta, use_clipped_model_output, generator: as a step's.
         """
@@ -402,7 +388,7 @@ def _reason_against(pipe: Any, pipeline: type, base: type, kind: _Kind, argument
     device = torch.device("cpu") if parameter is None else parameter.device
     if torch.is_autocast_enabled(device.type):
         return "torch.autocast is on"
-    captures = pipe._acceleration.captures_on(device)
+    captures = graph_mode(pipe._acceleration.options.graph, device) != "off"
     for part in _parts(denoiser):
         members = vars(part)
         if "_hf_hook" in members or "_diffusers_hook" in members:
@@ -450,7 +436,7 @@ def _accelerated(pipeline: Any) -> type:
     )
 
 
-def _attach(pipe: P, options: _Options) -> P:
+def _attach(pipe: P, options: SamplerOptions) -> P:
     """Accelerate a pipeline that was checked; a copied or unpickled one gets graphs of its own."""
     vars(pipe)["_acceleration"] = _Acceleration(options)
     own: Any = type(pipe)
@@ -472,7 +458,7 @@ def accelerate(pipe: P, *, graph: str = "auto", backend: str = "auto", max_graph
             `StableDiffusionXLPipeline`, `StableDiffusionXLImg2ImgPipeline` or `DiTPipeline` with a `DDIMScheduler`.
             Accelerated already, it keeps its captured graphs if the options are the same.
         graph, max_graphs: as `fastddim.Sampler`'s.
-        backend: of the step, as `fastddim.ddim_step`'s.
+        backend: implementation of the step, as `fastddim.ddim_step`'s.
 
     Returns:
         `pipe`.
@@ -481,10 +467,7 @@ def accelerate(pipe: P, *, graph: str = "auto", backend: str = "auto", max_graph
         TypeError: another pipeline.
         ValueError: another scheduler, or an option that is not one of its choices.
     """
-    require_choice("graph", graph, GRAPH_MODES)
-    check_backend(backend)
-    require_int("max_graphs", max_graphs, 1)
-    options = _Options(graph, backend, max_graphs)
+    options = SamplerOptions(graph=graph, backend=backend, max_graphs=max_graphs)
     if isinstance(pipe, type) or _find_kind(type(pipe)) is None:
         raise TypeError(f"pipe: {type(pipe).__name__}; pass one of {', '.join(_KINDS)}")
     if not _is_ddim(pipe.scheduler):

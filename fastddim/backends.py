@@ -88,13 +88,21 @@ def prepare_step(
         return None
 
 
-def draw_start(backend: str, seeds: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Fill `out` `[B, ...]` with the starting states of seeds `[B]` (`noise.seed_tensor`), without reading them on the host."""
-    if takes_kernel(backend, (out,)):
+def draw_start(backend: str, seeds: torch.Tensor, out: torch.Tensor, scale: float | torch.Tensor = 1.0) -> torch.Tensor:
+    """Fill `out` `[B, ...]` with the starting states of seeds `[B]` (`noise.seed_tensor`), without reading them on the host.
+
+    The states are standard normal noise times `scale`, a number or a tensor `[]` on the device.
+    """
+    scaled = isinstance(scale, torch.Tensor) or scale != 1
+    # A scaled start is rounded to half precision once, after the product.
+    drawn = torch.empty_like(out, dtype=torch.float32) if scaled and out.dtype.itemsize < 4 else out
+    if takes_kernel(backend, (drawn,)):
         from fastddim.kernels import draw_normal
 
-        return draw_normal(seeds, out, STREAM_INITIAL)
-    return out.copy_(normal_for(seeds, 0, out.shape[1:], STREAM_INITIAL))
+        draw_normal(seeds, drawn, STREAM_INITIAL)
+    else:
+        drawn.copy_(normal_for(seeds, 0, drawn.shape[1:], STREAM_INITIAL))
+    return torch.mul(drawn, scale, out=out) if scaled else out
 
 
 def takes_kernel(backend: str, tensors: tuple[Any, ...]) -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastddim.config import PREDICTION_TYPES, VARIANCE_TYPES, require_choice
-from fastddim.schedule import FINAL, FloatArray, Schedule
+from fastddim.schedule import FloatArray, Pair, Schedule
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +119,7 @@ def _check_eta(eta: float | Sequence[float], num_steps: int, variance_type: str)
 
 
 def _check_transitions(
-    schedule: Schedule, pairs: Sequence[tuple[int, int]], prediction_type: str | None
+    schedule: Schedule, pairs: Sequence[Pair], prediction_type: str | None
 ) -> tuple[str, FloatArray, FloatArray]:
     """The prediction type, and alpha_bar on both sides of each pair, float64 `[n]`."""
     kind = schedule.config.prediction_type if prediction_type is None else prediction_type
@@ -128,8 +128,10 @@ def _check_transitions(
         raise ValueError("pairs: empty; pass at least one (t, t_next)")
     n_train = schedule.config.num_train_timesteps
     for t, t_next in pairs:
-        if not FINAL <= t_next < t < n_train:
-            raise ValueError(f"pairs: ({t}, {t_next}); pass {FINAL} <= t_next < t < {n_train}")
+        if not (0 <= t < n_train and (t_next is None or 0 <= t_next < t)):
+            raise ValueError(
+                f"pairs: ({t}, {t_next}); pass 0 <= t_next < t < {n_train}, or None as t_next for the clean end"
+            )
     timesteps, following = zip(*pairs, strict=True)
     alpha_bar, alpha_bar_next = schedule.alpha_bar(timesteps), schedule.alpha_bar(following)
     if kind == "epsilon" and alpha_bar.min() == 0:
@@ -219,7 +221,7 @@ class StepTable:
     def build(
         cls,
         schedule: Schedule,
-        pairs: Sequence[tuple[int, int]],
+        pairs: Sequence[Pair],
         *,
         eta: float | Sequence[float] = 0.0,
         variance_type: str = "fixed_small",
@@ -230,7 +232,7 @@ class StepTable:
 
         Args:
             schedule: where alpha_bar comes from.
-            pairs: `(t, t_next)` in sampling order, e.g. `schedule.pairs(50)`.
+            pairs: `(t, t_next)` in sampling order, e.g. `schedule.pairs(50)`; None is the clean end.
             eta: in [0, 1], one for all steps or one per step; 0 is DDIM, 1 is DDPM.
             variance_type: `"fixed_small"`, or `"fixed_large"` for the paper's sigma-hat (needs eta 1).
             prediction_type: what the model predicts; the schedule's own by default.
@@ -254,13 +256,13 @@ class StepTable:
 
     @classmethod
     def build_inverse(
-        cls, schedule: Schedule, pairs: Sequence[tuple[int, int]], *, prediction_type: str | None = None
+        cls, schedule: Schedule, pairs: Sequence[Pair], *, prediction_type: str | None = None
     ) -> StepTable:
         """The table that encodes a clean state to the state from which `pairs`, at eta 0 and without a limit, sample it.
 
-        The reverse of the ODE of arXiv:2010.02502, section 4.3: row k solves a sampling step for the state it left,
-        with epsilon at the state it reached, where sampling calls the model next. The clean state is behind the last
-        timestep, so there the model is called with that one.
+        The reverse of the ODE of arXiv:2010.02502, section 4.3: each row inverts one sampling step, with epsilon
+        predicted at the step's end, which is where sampling calls the model next. The clean state has no timestep of
+        its own, so there the model is called with the last one of sampling.
 
         Args:
             schedule: where alpha_bar comes from.
@@ -277,7 +279,7 @@ class StepTable:
         timesteps = [t for t, _ in pairs]
         called = [*timesteps[1:], timesteps[-1]]
         called_alpha_bar = schedule.alpha_bar(called)
-        # The output means epsilon by its own timestep's alpha_bar, which the clean state does not have.
+        # The output becomes epsilon with alpha_bar at the timestep that the model was called with.
         eps_x, eps_output = _epsilon_factors(np.sqrt(called_alpha_bar), np.sqrt(1 - called_alpha_bar), kind)
         signal, sigma = np.sqrt(alpha_bar_next), np.sqrt(1 - alpha_bar_next)
         noisier, direction = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
@@ -305,7 +307,7 @@ class StepTable:
         return torch.tensor(self.columns, dtype=torch.float64 if dtype is None else dtype, device=device)
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Kept on a device, not to write to: the float64 columns `[num_steps, 6]`, and each row's number as int64 `[]`."""
+        """The float64 columns `[num_steps, 6]` and each row's number as int64 `[]`, kept on a device; do not write to them."""
         kept = self._on_device.get(device)
         if kept is None:
             import torch

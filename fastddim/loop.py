@@ -11,6 +11,8 @@ import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from fastddim.backends import ddim_step, draw_start, prepare_step, takes_kernel
 from fastddim.coefficients import NUM_COLUMNS, StepTable
-from fastddim.config import Limit, limit_kind, limit_numbers, require_choice, require_int
+from fastddim.config import Limit, limit_kind, limit_numbers
 from fastddim.cuda_graph import CaptureError, Graph, GraphCache, ModuleState
 from fastddim.reference import ddim_step as reference_step
 
@@ -31,6 +33,13 @@ GRAPH_MODES = ("auto", "loop", "step", "off")
 # Rows that a captured step has room for; runs of more steps get the next power of two.
 _LEAST_CAPACITY = 64
 _MAX_FAILURES = 256
+
+
+def graph_mode(graph: str, device: torch.device) -> str:
+    """What one of `GRAPH_MODES` comes to on a device: `"auto"` is `"step"` on a GPU and `"off"` elsewhere."""
+    if graph != "auto":
+        return graph
+    return "step" if device.type == "cuda" else "off"
 
 
 @dataclass(frozen=True)
@@ -60,17 +69,17 @@ class Run:
     """One run, checked.
 
     Attributes:
-        table: its steps.
-        shape: of the state, `[B, ...]`.
-        dtype, model_dtype, device: of the state, of what the model takes, and where.
+        table: the steps, and the scale of a drawn start.
+        shape: shape of the state, `[B, ...]`.
+        dtype, model_dtype, device: dtype of the state, dtype of the model's input, and where both are.
         start: the state to start from, on any device; None draws it from the seeds.
         seeds: one per sample, or None.
         noise: `[num_steps, B, ...]` to add instead of what the seeds give.
-        limit: of x0.
-        guidance: None without.
+        limit: limit applied to x0.
+        guidance: None without guidance.
         kwargs: the model's keyword arguments, nested as it takes them, on the device; with guidance its halves stacked.
-        channels_last: the memory format of the model's input.
-        backend: of the step.
+        channels_last: whether the model's input is in channels-last memory format.
+        backend: implementation of the step, as in `fastddim.ddim_step`.
     """
 
     table: StepTable
@@ -97,7 +106,7 @@ class Run:
         return self.guidance is not None and self.guidance.at(step)
 
     def walk(self, steps: Iterable[int]) -> Iterator[tuple[int, bool, bool]]:
-        """Each step, whether it is guided, and whether it is the first one that is so again."""
+        """Each step, whether it is guided, and whether guidance resumes at it."""
         before = True
         for step in steps:
             guided = self.guided(step)
@@ -233,11 +242,10 @@ class EagerLoop:
             self.x.copy_(run.start)
         else:
             assert seeds is not None
-            draw_start(run.backend, seeds, self.x)
+            draw_start(run.backend, seeds, self.x, run.table.start_scale)
         buffers.fill_input()
-        timesteps = upload_new(
-            np.repeat(np.array(run.table.timesteps, dtype=np.int64)[:, None], run.copies * run.shape[0], 1), run.device
-        )
+        called = np.array(run.table.timesteps, dtype=run.table.timestep_dtype)
+        timesteps = upload_new(np.repeat(called[:, None], run.copies * run.shape[0], 1), run.device)
         for step, guided, again in run.walk(steps):
             if again:
                 buffers.rejoin()
@@ -306,16 +314,15 @@ class StaticLoop:
         self.x = self._buffers.x
         # Of the guided step and of the other one; a graph's own memory.
         self._x0: dict[bool, torch.Tensor] = {}
-        batch, capacity = run.shape[0], _capacity(run.table)
-        self._capacity = capacity
-        # Seeds, guidance scale and rescale, the limit's two numbers, index, timesteps, table.
-        sizes = [batch, 2, 2, 1, capacity, capacity * NUM_COLUMNS]
-        self._words = torch.zeros(sum(sizes), dtype=torch.int64, device=run.device)
-        seeds, scales, limit, index, timesteps, table = torch.split(self._words, sizes)
-        self._seeds, self._timesteps, self._index = seeds, timesteps, index[0]
-        self._scales, self._limit_values = scales.view(torch.float64), limit.view(torch.float64)
-        self._table = table.view(torch.float64).view(capacity, NUM_COLUMNS)
-        self._t = torch.zeros(run.copies * batch, dtype=torch.int64, device=run.device)
+        at = self._at = _layout(run)
+        words = self._words = torch.zeros(at["table"].stop, dtype=torch.int64, device=run.device)
+        numbers = words.view(torch.float64)
+        self._seeds, self._index = words[at["seeds"]], words[at["index"]][0]
+        self._scales, self._limit_values = numbers[at["guidance"]], numbers[at["limit"]]
+        self._start_scale, self._table = numbers[at["start_scale"]][0], numbers[at["table"]].view(-1, NUM_COLUMNS)
+        t_dtype = getattr(torch, run.table.timestep_dtype)
+        self._t = torch.zeros(run.copies * run.shape[0], dtype=t_dtype, device=run.device)
+        self._timesteps = (numbers if t_dtype.is_floating_point else words)[at["timesteps"]]
         noise_steps = () if run.noise is None else ((len(run.table),) if whole else ())
         self._noise = None if run.noise is None else self.x.new_zeros((*noise_steps, *run.shape))
         self._workspace = None
@@ -332,8 +339,8 @@ class StaticLoop:
             bodies["loop"] = self._loop
         else:
             bodies["begin"] = self._begin
-            guided = {run.guided(step) for step in range(len(run.table))}
-            bodies |= {name: body for flag, name, body in self._step_bodies() if flag in guided}
+            for guided in {run.guided(step) for step in range(len(run.table))}:
+                bodies["guided" if guided else "step"] = partial(self._step, guided)
         for name, body in bodies.items():
             graph = self._graphs[name] = Graph(body, run.device, pool)
             self.nbytes += graph.nbytes
@@ -343,23 +350,19 @@ class StaticLoop:
             if isinstance(tensor, torch.Tensor)
         )
 
-    def _step_bodies(self) -> list[tuple[bool, str, Callable[[], None]]]:
-        return [(True, "guided", lambda: self._step(True)), (False, "step", lambda: self._step(False))]
-
     def load(self, run: Run) -> None:
         """Put a run's numbers, start and keyword arguments where the graphs read them."""
+        at, steps = self._at, len(run.table)
         words = np.zeros(len(self._words), dtype=np.int64)
         numbers = words.view(np.float64)
-        batch, steps, capacity = self._run.shape[0], len(run.table), self._capacity
         if run.seeds is not None:
-            words[:batch] = seed_words(run.seeds)
+            words[at["seeds"]] = seed_words(run.seeds)
         if run.guidance is not None:
-            numbers[batch : batch + 2] = run.guidance.scale, run.guidance.rescale
-        numbers[batch + 2 : batch + 4] = limit_numbers(run.limit)
-        timesteps = batch + 5
-        words[timesteps : timesteps + steps] = run.table.timesteps
-        table = timesteps + capacity
-        numbers[table : table + steps * NUM_COLUMNS] = run.table.columns.reshape(-1)
+            numbers[at["guidance"]] = run.guidance.scale, run.guidance.rescale
+        numbers[at["limit"]] = limit_numbers(run.limit)
+        numbers[at["start_scale"]] = run.table.start_scale
+        (numbers if self._t.is_floating_point() else words)[at["timesteps"]][:steps] = run.table.timesteps
+        numbers[at["table"]][: steps * NUM_COLUMNS] = run.table.columns.reshape(-1)
         upload(words, self._words)
         for mine, given in zip(self._leaves, pytree.tree_leaves(dict(run.kwargs)), strict=True):
             if isinstance(mine, torch.Tensor):
@@ -388,8 +391,9 @@ class StaticLoop:
         return self.x
 
     def _begin(self) -> None:
-        if self._run.start is None:
-            draw_start(self._run.backend, self._seeds, self.x)
+        run = self._run
+        if run.start is None:
+            draw_start(run.backend, self._seeds, self.x, 1.0 if run.table.start_scale == 1 else self._start_scale)
         self._buffers.fill_input()
         self._t.copy_(self._timesteps[0])
 
@@ -447,6 +451,22 @@ def _capacity(table: StepTable) -> int:
     return max(_LEAST_CAPACITY, 1 << (len(table) - 1).bit_length())
 
 
+def _layout(run: Run) -> dict[str, slice]:
+    """Where a captured run's numbers lie among its 64-bit words on the device."""
+    capacity = _capacity(run.table)
+    sizes = {
+        "seeds": run.shape[0],
+        "guidance": 2,
+        "limit": 2,
+        "start_scale": 1,
+        "index": 1,
+        "timesteps": capacity,
+        "table": capacity * NUM_COLUMNS,
+    }
+    ends = accumulate(sizes.values())
+    return {name: slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
+
+
 def _capture_key(run: Run, mode: str) -> Hashable:
     """What a capture is of: all that `StaticLoop.load` cannot change."""
     leaves, structure = pytree.tree_flatten(dict(run.kwargs))
@@ -454,11 +474,13 @@ def _capture_key(run: Run, mode: str) -> Hashable:
         (leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else (type(leaf), leaf) for leaf in leaves
     )
     guidance = run.guidance
-    steps = [run.guided(step) for step in range(len(run.table))]
+    guided = () if guidance is None else tuple(map(guidance.at, range(len(run.table))))
     key = (
         mode,
-        tuple(steps) if mode == "loop" else frozenset(steps),
+        (len(run.table), guided) if mode == "loop" else frozenset(guided),
         _capacity(run.table),
+        run.table.timestep_dtype,
+        run.table.start_scale == 1,
         run.shape,
         run.dtype,
         run.model_dtype,
@@ -510,16 +532,14 @@ class Loop:
 
     Args:
         model: `model(x, t, **kwargs)`.
-        graph: `"loop"`, one graph of all steps; `"step"`, one of a step, replayed; `"off"`; `"auto"`, `"step"` on a GPU.
-        max_graphs: captures that are kept.
-        module: whose replaced weights make the captures stale; the model itself by default.
+        graph: one of `GRAPH_MODES`; see `SamplerOptions`.
+        max_graphs: how many captures are kept, at least 1.
+        module: the module whose replaced weights make the captures stale; the model itself by default.
     """
 
     def __init__(
         self, model: Model, graph: str = "auto", max_graphs: int = 8, module: torch.nn.Module | None = None
     ) -> None:
-        require_choice("graph", graph, GRAPH_MODES)
-        require_int("max_graphs", max_graphs, 1)
         self.model = model
         self.graph = graph
         self.graphs: GraphCache[StaticLoop] = GraphCache(max_graphs)
@@ -528,11 +548,9 @@ class Loop:
         self._failed: dict[Hashable, str] = {}
         self._runs = threading.local()
 
-    def mode_on(self, device: torch.device) -> str:
-        """What `graph` comes to on a device."""
-        if self.graph == "auto":
-            return "step" if device.type == "cuda" else "off"
-        return self.graph
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copied or unpickled loop captures anew.
+        return Loop, (self.model, self.graph, self.graphs.max_entries, self._module)
 
     @torch.no_grad()
     def __call__(self, run: Run, steps: Iterable[int] | None = None, on_step: OnStep | None = None) -> torch.Tensor:
@@ -544,7 +562,7 @@ class Loop:
             on_step: called after each step; not with `"loop"`. The next step writes over what it gets.
         """
         steps = range(len(run.table)) if steps is None else steps
-        mode = self.mode_on(run.device)
+        mode = graph_mode(self.graph, run.device)
         # A run within a callback of another one of this thread must not take its buffers.
         if mode != "off" and not getattr(self._runs, "inside", False):
             try:

@@ -1,31 +1,33 @@
-"""`Sampler`: the DDIM loop as an object. It owns the transitions, the noise and guidance; the model is any callable."""
+"""`Sampler`: the sampling loop as an object. It owns the table, the noise and guidance; the model is any callable."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import inspect
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils import _pytree as pytree
 
-from fastddim.backends import check_backend
+from fastddim.backends import draw_start
 from fastddim.coefficients import StepTable
-from fastddim.config import DDIMConfig, Limit, require_choice, require_int, require_number
+from fastddim.config import DDIMConfig, Limit
 from fastddim.cuda_graph import GraphCache
 from fastddim.interpolation import slerp
-from fastddim.loop import Guidance, Loop, Model, Run, pad
+from fastddim.loop import Guidance, Loop, Model, Run, graph_mode, pad, seed_words, upload_new
 from fastddim.noise import STREAM_INITIAL, check_seeds, normal
-from fastddim.schedule import Schedule
+from fastddim.sampler_options import FIXED_BY_A_TABLE, SamplerOptions
+from fastddim.schedule import Pair, Schedule
 
-# Of models' methods, without `self`.
+# Signatures of models' methods, without `self`.
 _SIGNATURES: WeakKeyDictionary[Any, inspect.Signature] = WeakKeyDictionary()
 
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+_OPTIONS = {field.name: field for field in dataclasses.fields(SamplerOptions)}
 
 Callback = Callable[[int, float, torch.Tensor, torch.Tensor], None]
 
@@ -53,8 +55,8 @@ class Warmup(NamedTuple):
     """What `Sampler.warmup` measured.
 
     Attributes:
-        cold_seconds: of the first run: compilation, capture, the first allocations.
-        warm_seconds: of one after it, until the result is there.
+        cold_seconds: time of the first run, with compilation, capture and the first allocations.
+        warm_seconds: time of a run after it, until the result is there.
         graph_bytes: device memory that the sampler's captured graphs hold.
     """
 
@@ -63,152 +65,146 @@ class Warmup(NamedTuple):
     graph_bytes: int
 
 
+F = TypeVar("F", bound=Callable[..., None])
+
+
+def _naming_options(init: F) -> F:
+    """Have `help` and `inspect.signature` show the fields of `SamplerOptions` in place of `**options`."""
+    own = list(inspect.signature(init).parameters.values())[:-1]
+    names = [parameter.name for parameter in own]
+    options = inspect.signature(SamplerOptions).parameters.values()
+    named: Any = init
+    named.__signature__ = inspect.Signature([*own, *(option for option in options if option.name not in names)])
+    return init
+
+
 class Sampler:
-    """Samples a model with DDIM, on the exact `(t, t_next)` pairs of its timestep list.
+    """Samples a model with DDIM, on the exact `(t, t_next)` pairs of its timestep list, or by the rows of any table.
+
+    A sampler does not change: `replace` makes another one that shares its captured graphs.
 
     Args:
-        model: `model(x, t, **kwargs)` with x `[B, ...]` and t `[B]` int64; returns the prediction `[B, ...]`, a tuple
-            that starts with it, or an object with `.sample` (diffusers models). Called with `[2 * B, ...]` when guided.
-        scheduler: a `Schedule`, a `DDIMConfig`, or a diffusers scheduler, of which the configuration is taken.
-        num_inference_steps: number of model calls; timesteps spaced by the configuration's `timestep_spacing`.
-        timesteps: an explicit descending list of training timesteps instead of `num_inference_steps`.
-        eta: in [0, 1], one number or one per step; 0 is DDIM, 1 is DDPM.
-        variance_type: `"fixed_large"` with eta 1 is DDPM with the paper's sigma-hat.
-        guidance_scale: classifier-free guidance; None calls the model without it, once per step on `[B, ...]`.
-        guidance_rescale: in [0, 1]; arXiv:2305.08891, section 3.4.
-        use_clipped_model_output: derive epsilon from the limited x0. True by default where x0 is limited: with the raw
-            epsilon, guidance and a limit drift the state away from any picture.
-        strength: in (0, 1]; below 1 the run starts that far into the chain, from a noised state (image-to-image).
-        transitions: `"exact"`, or `"diffusers"` to reproduce its recomputed neighbours (see `Schedule.pairs`).
-        sample_shape: of one sample, without the batch; read from a diffusers model's configuration by default.
-        dtype: of the state; the model is called in its own parameters' dtype.
-        device: where to sample; the model's own by default.
-        backend: of the step, `"auto"`, `"triton"` or `"reference"`; see `fastddim.ddim_step`.
-        graph: `"loop"`, one CUDA graph of all steps; `"step"`, one of a step, which runs of any number of steps, eta,
-            spacing, guidance scale, threshold and seeds replay (`replace`); `"off"`; `"auto"`, `"step"` on a GPU. On a CPU
-            the same code runs without a capture. Where a model cannot be captured, it is called step by step, with one
-            warning that says why.
-        compile: a mode of `torch.compile` for the model, True for its default.
-        channels_last: hand the model channels-last inputs; its weights are converted in place.
-        guidance_interval: from and to which fraction of the steps guidance is on (arXiv:2404.07724); at the others the
-            model is called with the conditional half alone.
-        batched_guidance: one model call for both halves, or, with less memory, one for each.
-        batch_buckets: batch sizes to pad to, so that a few captures serve all of them.
-        max_graphs: captured graphs that are kept, the most recently used.
+        model: `model(x, t, **kwargs)` with x `[B, ...]` and t `[B]`, int64 or, where the table's timesteps are
+            floating-point numbers, float32; returns the prediction `[B, ...]`, a tuple that starts with it, or an object
+            with `.sample` (diffusers models). Called with `[2 * B, ...]` when guided.
+        scheduler: a `Schedule`, a `DDIMConfig`, or a diffusers scheduler, of which the configuration is taken; or a
+            `StepTable`, which is used as it is and fixes steps, eta and strength.
+        num_inference_steps, options: fields of `SamplerOptions`, which says what they are.
 
     Attributes:
+        options: the `SamplerOptions`; each can be read as an attribute of the sampler too.
+        table: the `StepTable` of a run.
+        schedule, pairs: where the table comes from, a `Schedule` and its `(t, t_next)` pairs; None for a given table.
+        limit: limit applied to x0.
+        sample_shape: shape of one sample, None where it is not known.
+        model_dtype, device: dtype of the model's input, and where it is called.
         graphs: the captured graphs, a `cuda_graph.GraphCache`: `len`, `nbytes`, `keys()`, `clear()`.
 
     Raises:
-        ValueError: any value out of range, before any work; the message names it and what is valid.
+        TypeError: a model that cannot be called, something that is no scheduler, or an unknown option.
+        ValueError: any value out of range, or an option that the table fixes, before any work; the message names it and
+            what is valid.
     """
 
+    @_naming_options
     def __init__(
         self,
         model: Model,
-        scheduler: Schedule | DDIMConfig | Any,
+        scheduler: Schedule | DDIMConfig | StepTable | Any,
         num_inference_steps: int | None = None,
-        *,
-        timesteps: Iterable[int] | None = None,
-        eta: float | Sequence[float] = 0.0,
-        variance_type: str = "fixed_small",
-        guidance_scale: float | None = None,
-        guidance_rescale: float = 0.0,
-        use_clipped_model_output: bool | None = None,
-        strength: float = 1.0,
-        transitions: str = "exact",
-        sample_shape: Sequence[int] | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-        backend: str = "auto",
-        graph: str = "auto",
-        compile: bool | str = False,
-        channels_last: bool = False,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        batched_guidance: bool = True,
-        batch_buckets: Sequence[int] | None = None,
-        max_graphs: int = 8,
+        **options: Any,
     ) -> None:
-        self._options = {name: value for name, value in locals().items() if name not in ("self", "model")}
+        if num_inference_steps is not None:
+            options["num_inference_steps"] = num_inference_steps
+        _check_names(options, scheduler)
+        self._set_up(model, scheduler, SamplerOptions(**options), None)
+
+    def _set_up(self, model: Model, scheduler: Any, options: SamplerOptions, loop: Loop | None) -> None:
         if not callable(model):
             raise TypeError(f"model: {type(model).__name__} is not callable; pass model(x, t, **kwargs)")
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype: {dtype}; pass a floating-point dtype")
-        require_number("guidance_rescale", guidance_rescale, 0.0, 1.0)
-        if guidance_scale is not None:
-            require_number("guidance_scale", guidance_scale, -1e4, 1e4)
-        elif guidance_rescale:
-            raise ValueError(f"guidance_rescale: {guidance_rescale!r} without guidance_scale; pass both")
-        check_backend(backend)
-        _check_compile(compile, graph)
-        first, stop = guidance_interval
-        require_number("guidance_interval", first, 0.0, 1.0)
-        require_number("guidance_interval", stop, first, 1.0)
-        for bucket in batch_buckets or ():
-            require_int("batch_buckets", bucket, 1)
-        self.backend = backend
-        self.model = model
-        self.schedule = to_schedule(scheduler)
-        self.limit: Limit = self.schedule.config.limit
-        if use_clipped_model_output is None:
-            use_clipped_model_output = self.limit is not None
-        self.pairs = self.schedule.pairs(
-            num_inference_steps, timesteps=timesteps, strength=strength, transitions=transitions
-        )
-        self.table = StepTable.build(
-            self.schedule,
-            self.pairs,
-            eta=eta,
-            variance_type=variance_type,
-            use_clipped_model_output=use_clipped_model_output,
-        )
-        self.guidance_scale = guidance_scale
-        self.guidance_rescale = guidance_rescale
-        self.guidance_interval = (first, stop)
-        self.batched_guidance = batched_guidance
-        self.batch_buckets = tuple(sorted(batch_buckets or ()))
-        self.channels_last = channels_last
-        self.sample_shape = _model_sample_shape(model) if sample_shape is None else tuple(sample_shape)
+        self.model, self.options = model, options
+        for name in _OPTIONS:
+            setattr(self, name, getattr(options, name))
+        self.schedule = None if isinstance(scheduler, StepTable) else to_schedule(scheduler)
+        configured = None if self.schedule is None else self.schedule.config.limit
+        self.limit: Limit = configured if isinstance(options.limit, str) else options.limit
+        self.pairs: tuple[Pair, ...] | None = None
+        self.table: StepTable = scheduler
+        if self.schedule is not None:
+            rederive = options.use_clipped_model_output
+            self.pairs = self.schedule.pairs(
+                options.num_inference_steps,
+                timesteps=options.timesteps,
+                strength=options.strength,
+                transitions=options.transitions,
+            )
+            self.table = StepTable.build(
+                self.schedule,
+                self.pairs,
+                eta=options.eta,
+                variance_type=options.variance_type,
+                use_clipped_model_output=self.limit is not None if rederive is None else rederive,
+            )
+        self._guidance = None
+        if options.guidance_scale is not None:
+            first, stop = (int(fraction * len(self.table)) for fraction in options.guidance_interval)
+            self._guidance = Guidance(
+                float(options.guidance_scale), options.guidance_rescale, False, options.batched_guidance, first, stop
+            )
+        self.sample_shape = _model_sample_shape(model) if options.sample_shape is None else options.sample_shape
         module = model if isinstance(model, torch.nn.Module) else None
         parameter = None if module is None else next(iter(module.parameters()), None)
-        self.dtype = dtype
-        self.model_dtype = dtype if parameter is None or not parameter.is_floating_point() else parameter.dtype
-        self.device = torch.device(device or ("cpu" if parameter is None else parameter.device))
+        self.model_dtype = parameter.dtype if parameter is not None and parameter.is_floating_point() else options.dtype
+        self.device = torch.device(options.device or ("cpu" if parameter is None else parameter.device))
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        if channels_last and module is not None:
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if compile:
-            model = torch.compile(model, mode=None if compile is True else compile)
-        self._loop = Loop(model, graph, max_graphs, module)
+        if loop is None:
+            if options.channels_last and module is not None:
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            if options.compile:
+                model = torch.compile(model, mode=None if options.compile is True else options.compile)
+            loop = Loop(model, options.graph, options.max_graphs, module)
+        self._loop = loop
 
-    @property
-    def graph(self) -> str:
-        return self._loop.graph
+    if TYPE_CHECKING:
+        # Options are attributes. At run time this method would slow down every access to one.
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not hasattr(self, "_loop"):
+            object.__setattr__(self, name, value)
+            return
+        change = f"{name}={value!r}" if name in _OPTIONS else "scheduler=..."
+        replaceable = name in _OPTIONS or name in ("table", "schedule")
+        fix = f"use sampler.replace({change})" if replaceable else "make another Sampler"
+        raise AttributeError(f"{name}: a Sampler does not change; {fix}")
 
     @property
     def graphs(self) -> GraphCache[Any]:
         return self._loop.graphs
 
-    def replace(self, **changes: Any) -> Sampler:
-        """This sampler with other options (`scheduler` or any keyword of the constructor), on the same captured graphs.
+    def replace(self, *, scheduler: Any = None, **changes: Any) -> Sampler:
+        """This sampler with another scheduler or table, or other options, on the same captured graphs.
 
-        The table is built anew, which is cheap; nothing is captured again as long as only the number of steps (up to the
-        next power of two from 64), timesteps, eta, guidance scale or the limit's numbers differ.
+        A table is built anew, which is cheap; nothing is captured again as long as only the number of steps (up to the
+        next power of two from 64), timesteps, eta, guidance scale or the limit's numbers differ. Other values of `graph`,
+        `compile`, `channels_last` or `max_graphs` are captured apart. A table in place of a scheduler takes none of the
+        options that it fixes.
 
         Raises:
             TypeError, ValueError: as the constructor.
         """
-        options = {**self._options, **changes}
+        if scheduler is None:
+            scheduler = self.table if self.schedule is None else self.schedule
+        _check_names(changes, scheduler)
+        kept = {name: _OPTIONS[name].default for name in FIXED_BY_A_TABLE if isinstance(scheduler, StepTable)}
         for given, other in (("num_inference_steps", "timesteps"), ("timesteps", "num_inference_steps")):
-            if given in changes and other not in changes:
-                options[other] = None
-        fresh = {"graph", "compile", "channels_last", "max_graphs"} & changes.keys()
-        changed = Sampler(self.model, **(options if fresh else {**options, "compile": False, "channels_last": False}))
-        if not fresh:
-            changed._options = options
-            changed.channels_last = self.channels_last
-            changed._loop = self._loop
+            if given in changes:
+                kept[other] = None
+        options = dataclasses.replace(self.options, **{**kept, **changes})
+        apart = {"graph", "compile", "channels_last", "max_graphs"} & changes.keys()
+        changed = object.__new__(Sampler)
+        changed._set_up(self.model, scheduler, options, None if apart else self._loop)
         return changed
 
     @torch.no_grad()
@@ -226,7 +222,8 @@ class Sampler:
         """Run the loop.
 
         Args:
-            start: how many samples to draw from `seeds`, or the starting state `[B, ...]` itself.
+            start: how many samples to draw from `seeds` (standard normal noise times `table.start_scale`), or the starting
+                state `[B, ...]` itself, which is taken as it is.
             seeds: one per sample, or an integer s for s, s + 1, ...; sample k depends on its own seed alone, whatever
                 the batch. Needed unless a state is given and no step adds noise.
             uncond_kwargs: with guidance, the model keyword arguments of the unconditional half, for those that differ
@@ -258,9 +255,9 @@ class Sampler:
                 callback(step, self.table.timesteps[step], x[:batch], x0[:batch])
 
         if return_trajectory:
-            run = replace(run, start=self._first_state(run))
-            assert run.start is not None
-            trajectory.append(run.start[:batch].clone())
+            first = self._first_state(run.start, run.shape, run.seeds)
+            run = dataclasses.replace(run, start=first)
+            trajectory.append(first[:batch].clone())
         on_step = observe if return_trajectory or callback is not None else None
         x = self._loop(run, _steps(run, progress), on_step)[:batch]
         return (x, torch.stack(trajectory)) if return_trajectory else x
@@ -294,28 +291,32 @@ class Sampler:
     ) -> torch.Tensor:
         """Encode clean samples: the starting states from which this sampler, with the same arguments, gives them back.
 
-        The ODE of arXiv:2010.02502, section 4.3, backwards in the sampler's own steps (`StepTable.build_inverse`) and
-        without a limit; more steps bring the reconstruction closer. Guidance is undone too, but less exactly.
+        The table's `inverse`, without a limit; a schedule's is the ODE of arXiv:2010.02502, section 4.3, backwards in the
+        sampler's own steps (`StepTable.build_inverse`). More steps bring the reconstruction closer. Guidance is undone
+        too, but less exactly.
 
         Args:
             x0: clean samples `[B, ...]`, floating-point.
             uncond_kwargs, progress, **model_kwargs: as for sampling.
 
         Returns:
-            `[B, ...]` states in the sampler's dtype, at its first timestep: of a whole run x_T, with `strength < 1` the
-            noised state there.
+            `[B, ...]` states in the sampler's dtype, at its first timestep: x_T for a whole run, the noised state there
+            with `strength < 1`.
 
         Raises:
             TypeError: no tensor.
-            ValueError: a sampler that adds noise (eta > 0), another shape or dtype, `uncond_kwargs` without guidance.
+            ValueError: a sampler that adds noise (eta > 0), a table without an inverse, another shape or dtype,
+                `uncond_kwargs` without guidance.
         """
         self._require_deterministic("inversion")
+        inverse = self.table.inverse
+        if inverse is None:
+            raise ValueError("table: it has no inverse; pass inverse= to StepTable.from_columns")
         self._check_observers(None, progress, False)
         self._check_state("x0", x0, "B")
         run = self._run(x0, None, model_kwargs, uncond_kwargs)
-        guidance = None if run.guidance is None else _backwards(run.guidance, len(self.table))
-        assert self.table.inverse is not None
-        run = self._pad(replace(run, table=self.table.inverse, limit=None, guidance=guidance))
+        guidance = None if run.guidance is None else _backwards(run.guidance, self.table, inverse)
+        run = self._pad(dataclasses.replace(run, table=inverse, limit=None, guidance=guidance))
         return self._loop(run, _steps(run, progress), None)[: x0.shape[0]]
 
     def interpolate(
@@ -351,29 +352,44 @@ class Sampler:
     def add_noise(self, x0: torch.Tensor, seeds: int | Sequence[int]) -> torch.Tensor:
         """A clean `x0` `[B, ...]` noised to where this run starts: the state to call a sampler of `strength < 1` with.
 
-        The noise is the starting state that the same seeds draw. Returns `[B, ...]` in the sampler's dtype.
+        The noise is the standard normal noise from which the same seeds draw a start. Returns `[B, ...]` in the sampler's
+        dtype.
+
+        Raises:
+            ValueError: a table without a noising rule.
         """
-        assert self.table.noising is not None
+        if self.table.noising is None:
+            raise ValueError(
+                "table: it has no noising rule; pass noising=(from_x0, from_noise) to StepTable.from_columns"
+            )
         from_x0, from_noise = self.table.noising
         noise = normal(check_seeds(seeds, x0.shape[0]), 0, x0.shape[1:], STREAM_INITIAL, device=self.device)
         noised = x0.to(self.device, noise.dtype) * from_x0 + noise * from_noise
-        return noised.to(self.dtype)
+        return noised.to(self.options.dtype)
 
     def _require_deterministic(self, what: str) -> None:
         if self.table.stochastic:
-            raise ValueError(f"eta: this sampler adds noise, and {what} needs eta 0; pass eta=0.0 to Sampler")
+            raise ValueError(
+                f"eta: this sampler adds noise, and {what} needs eta 0; pass eta=0.0 to Sampler, or a table without noise"
+            )
 
     def _state_of(self, name: str, end: int | torch.Tensor) -> torch.Tensor:
         """One starting state `[...]`: a given one, checked, or a seed's."""
-        if isinstance(end, torch.Tensor):
-            self._check_state(name, end)
-            return end.to(self.device, self.dtype)
-        _, shape, seeds = self._start(1, [end])
-        assert seeds is not None
-        return normal(seeds, 0, shape[1:], STREAM_INITIAL, device=self.device, dtype=self.dtype)[0]
+        if not isinstance(end, torch.Tensor):
+            return self._first_state(*self._start(1, [end]))[0]
+        self._check_state(name, end)
+        return end.to(self.device, self.options.dtype)
+
+    def _first_state(self, start: torch.Tensor | None, shape: tuple[int, ...], seeds: list[int] | None) -> torch.Tensor:
+        """A given start, or what the seeds draw."""
+        if start is not None:
+            return start
+        words = upload_new(seed_words(seeds or ()), self.device)
+        drawn = torch.empty(shape, dtype=self.options.dtype, device=self.device)
+        return draw_start(self.options.backend, words, drawn, self.table.start_scale)
 
     def _check_observers(self, callback: Callback | None, progress: bool, return_trajectory: bool) -> None:
-        if self._loop.mode_on(self.device) != "loop":
+        if graph_mode(self.options.graph, self.device) != "loop":
             return
         for name, given in (("callback", callback), ("progress", progress), ("return_trajectory", return_trajectory)):
             if given:
@@ -389,68 +405,54 @@ class Sampler:
         uncond_kwargs: Mapping[str, Any] | None,
     ) -> Run:
         """The checked run of a call."""
+        options = self.options
         state, shape, seed_list = self._start(start, seeds)
-        if self.channels_last and len(shape) != 4:
+        if options.channels_last and len(shape) != 4:
             raise ValueError(
                 f"channels_last: True for a state of shape {shape}; pass states [B, C, H, W], or leave it out"
-            )
-        guidance = None
-        if self.guidance_scale is not None:
-            first, stop = (int(fraction * len(self.table)) for fraction in self.guidance_interval)
-            guidance = Guidance(
-                float(self.guidance_scale), self.guidance_rescale, False, self.batched_guidance, first, stop
             )
         return Run(
             table=self.table,
             shape=shape,
-            dtype=self.dtype,
+            dtype=options.dtype,
             model_dtype=self.model_dtype,
             device=self.device,
             start=state,
             seeds=seed_list,
             limit=self.limit,
-            guidance=guidance,
+            guidance=self._guidance,
             kwargs=self._model_kwargs(shape[0], model_kwargs, uncond_kwargs),
-            channels_last=self.channels_last,
-            backend=self.backend,
+            channels_last=options.channels_last,
+            backend=options.backend,
         )
 
     def _pad(self, run: Run) -> Run:
         """The run with its batch padded to a bucket, where samples are captured."""
-        if not self.batch_buckets or self._loop.mode_on(self.device) == "off":
+        buckets = self.options.batch_buckets
+        if not buckets or graph_mode(self.options.graph, self.device) == "off":
             return run
-        batch = next((bucket for bucket in self.batch_buckets if bucket >= run.shape[0]), None)
+        batch = next((bucket for bucket in buckets if bucket >= run.shape[0]), None)
         if batch is None:
-            raise ValueError(
-                f"start: a batch of {run.shape[0]}; the largest of batch_buckets is {self.batch_buckets[-1]}"
-            )
+            raise ValueError(f"start: a batch of {run.shape[0]}; the largest of batch_buckets is {buckets[-1]}")
         return pad(run, batch)
-
-    def _first_state(self, run: Run) -> torch.Tensor:
-        if run.start is not None:
-            return run.start
-        assert run.seeds is not None
-        return normal(run.seeds, 0, run.shape[1:], STREAM_INITIAL, device=run.device, dtype=run.dtype)
 
     def _start(
         self, start: int | torch.Tensor, seeds: int | Sequence[int] | None
     ) -> tuple[torch.Tensor | None, tuple[int, ...], list[int] | None]:
         """The given state, or None to draw one; its shape; the seeds."""
-        if not isinstance(start, torch.Tensor):
-            if isinstance(start, bool) or not isinstance(start, int) or start < 1:
-                raise ValueError(f"start: {start!r}; pass a batch size >= 1, or a state [B, ...]")
-            if self.sample_shape is None:
-                raise ValueError("sample_shape: the model's configuration has none; pass sample_shape= to Sampler")
-        else:
-            self._check_state("start", start, "B")
-        if seeds is None and (not isinstance(start, torch.Tensor) or self.table.stochastic):
-            raise ValueError("seeds: None; pass one integer per sample, or one integer s for s, s + 1, ...")
-        batch_size = start.shape[0] if isinstance(start, torch.Tensor) else start
-        seed_list = None if seeds is None else check_seeds(seeds, batch_size)
+        state: torch.Tensor | None = None
         if isinstance(start, torch.Tensor):
-            return start, tuple(start.shape), seed_list
-        assert self.sample_shape is not None
-        return None, (start, *self.sample_shape), seed_list
+            self._check_state("start", start, "B")
+            state, shape = start, tuple(start.shape)
+        elif isinstance(start, bool) or not isinstance(start, int) or start < 1:
+            raise ValueError(f"start: {start!r}; pass a batch size >= 1, or a state [B, ...]")
+        elif self.sample_shape is None:
+            raise ValueError("sample_shape: the model's configuration has none; pass sample_shape= to Sampler")
+        else:
+            shape = (start, *self.sample_shape)
+        if seeds is None and (state is None or self.table.stochastic):
+            raise ValueError("seeds: None; pass one integer per sample, or one integer s for s, s + 1, ...")
+        return state, shape, None if seeds is None else check_seeds(seeds, shape[0])
 
     def _check_state(self, name: str, state: Any, *batch: str) -> None:
         """Refuse what is no state of the sampler's; `batch` names the dimensions before a sample's own."""
@@ -471,7 +473,7 @@ class Sampler:
     ) -> dict[str, Any]:
         """The model's keyword arguments on the device; with guidance, unconditional and conditional rows stacked."""
         _check_signature(self.model, kwargs)
-        if self.guidance_scale is None:
+        if self._guidance is None:
             if uncond_kwargs:
                 raise ValueError("uncond_kwargs: given without guidance; pass guidance_scale= to Sampler")
             return {name: pytree.tree_map(partial(self._place, name), value) for name, value in kwargs.items()}
@@ -525,22 +527,22 @@ def _steps(run: Run, progress: bool) -> Iterable[int]:
     return track(steps, description="sampling", console=Console(stderr=True))
 
 
-def _backwards(guidance: Guidance, num_steps: int) -> Guidance:
-    """The guidance of an inverse: on where the model is called with a timestep at which sampling has it on."""
-    # Row k has the timestep of sampling's step num_steps - k, but the first has the last step's, as the second.
-    first, stop = num_steps - guidance.stop + 1, num_steps - guidance.first + 1
-    return replace(guidance, first=0 if first == 1 < stop else first, stop=stop)
+def _backwards(guidance: Guidance, table: StepTable, inverse: StepTable) -> Guidance:
+    """The guidance of an inverse: on at the timesteps from the lowest to the highest at which sampling has it on."""
+    on = sorted(table.timesteps[guidance.first : guidance.stop])
+    rows = [k for k, t in enumerate(inverse.timesteps) if on and on[0] <= t <= on[-1]]
+    return dataclasses.replace(guidance, first=min(rows, default=0), stop=max(rows, default=-1) + 1)
 
 
-def _check_compile(compile: bool | str, graph: str) -> None:
-    if isinstance(compile, bool):
-        return
-    require_choice("compile", compile, COMPILE_MODES)
-    if graph != "off" and compile in ("reduce-overhead", "max-autotune"):
-        raise ValueError(
-            f"compile: {compile!r} captures CUDA graphs of its own; pass 'default' or 'max-autotune-no-cudagraphs', or"
-            " graph='off'"
-        )
+def _check_names(options: Mapping[str, Any], scheduler: Any) -> None:
+    """Refuse what is no option, and what is none with a table."""
+    for name, value in options.items():
+        if name not in _OPTIONS:
+            close = difflib.get_close_matches(name, _OPTIONS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"pass any of {', '.join(_OPTIONS)}"
+            raise TypeError(f"{name}: no option of Sampler; {hint}")
+        if name in FIXED_BY_A_TABLE and isinstance(scheduler, StepTable):
+            raise ValueError(f"{name}: {value!r} with a StepTable, which fixes it; leave it out, or pass a scheduler")
 
 
 def _check_signature(model: Model, kwargs: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Noise schedules and timestep spacings: a configuration becomes `alphas_cumprod` and explicit `(t, t_next)` pairs.
 
-All maths is float64 on the CPU. `t_next == FINAL` stands for the clean end of the chain, behind timestep 0.
+All maths is float64 on the CPU. `t_next` is None where a transition leads to the clean end of the chain, behind timestep 0.
 """
 
 from __future__ import annotations
@@ -8,16 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from fastddim.config import TRANSITIONS, DDIMConfig, require_choice, require_int
 
-FINAL = -1
-
 FloatArray = npt.NDArray[np.float64]
+Pair: TypeAlias = "tuple[int, int | None]"
 
 
 def make_betas(config: DDIMConfig) -> FloatArray:
@@ -118,10 +117,18 @@ class Schedule:
         """The alpha_bar behind timestep 0: 1 with `set_alpha_to_one`, else timestep 0's own."""
         return 1.0 if self.config.set_alpha_to_one else float(self.alphas_cumprod[0])
 
-    def alpha_bar(self, timesteps: Sequence[int]) -> FloatArray:
-        """float64 alpha_bar of each timestep, `FINAL` included."""
-        t = np.asarray(timesteps, dtype=np.int64)
-        return np.where(t < 0, self.final_alpha_cumprod, self.alphas_cumprod[np.maximum(t, 0)])
+    def alpha_bar(self, timesteps: Sequence[int | None]) -> FloatArray:
+        """The alpha_bar at each training timestep, float64; None stands for the clean end behind timestep 0.
+
+        Raises:
+            ValueError: a negative timestep, which would count from the end.
+            IndexError: a timestep past the end of training.
+        """
+        lowest = min((t for t in timesteps if t is not None), default=0)
+        if lowest < 0:
+            raise ValueError(f"timesteps: {lowest}; pass training timesteps >= 0, or None for the clean end")
+        bars = [self.final_alpha_cumprod if t is None else self.alphas_cumprod[t] for t in timesteps]
+        return np.array(bars, dtype=np.float64)
 
     def pairs(
         self,
@@ -130,8 +137,8 @@ class Schedule:
         timesteps: Iterable[int] | None = None,
         strength: float = 1.0,
         transitions: str = "exact",
-    ) -> tuple[tuple[int, int], ...]:
-        """The `(t, t_next)` transitions of a run, in sampling order; the last `t_next` is `FINAL`.
+    ) -> tuple[Pair, ...]:
+        """The `(t, t_next)` transitions of a run, in sampling order; `t_next` is None where one leads to the clean end.
 
         Args:
             num_inference_steps: how many steps, spaced by `config.timestep_spacing`.
@@ -161,7 +168,8 @@ class Schedule:
         first = n - int(n * strength)
         if first == n:
             raise ValueError(f"strength: {strength!r} of {n} steps leaves none; pass at least {1 / n:.4g}")
-        following = [*current[1:], FINAL]
+        following: list[int | None] = [*current[1:], None]
         if transitions == "diffusers":
-            following = [max(t - n_train // n, FINAL) for t in current]
+            stride = n_train // n
+            following = [t - stride if t >= stride else None for t in current]
         return tuple(zip(current, following, strict=True))[first:]

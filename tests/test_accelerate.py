@@ -282,6 +282,38 @@ def test_the_extra_timestep_of_trailing_spacing_is_taken_too(name, caplog):
     assert len(pipe.scheduler.timesteps) == 62
 
 
+@pytest.mark.parametrize("name", ["ddim", "sd"])
+def test_timesteps_that_are_no_integers_reach_the_denoiser_as_they_are(name, monkeypatch, caplog):
+    """DDIM's own rows, at timesteps a fraction higher, as schedulers of other methods have them."""
+    theirs, ours = diffusers.DDIMScheduler, fastddim.DDIMScheduler
+    set_timesteps, step, columns = theirs.set_timesteps, theirs.step, ours._columns
+
+    def set_fractions(self, *args, **kwargs):
+        set_timesteps(self, *args, **kwargs)
+        self.timesteps = self.timesteps.float() + 0.6
+
+    monkeypatch.setattr(theirs, "set_timesteps", set_fractions)
+    monkeypatch.setattr(
+        theirs, "step", lambda self, output, t, *args, **kwargs: step(self, output, t.long(), *args, **kwargs)
+    )
+    monkeypatch.setattr(ours, "_columns", lambda self, t, *args: columns(self, t.long(), *args))
+    called = []
+    pipe, call = make(name)
+    handle = denoiser(pipe).register_forward_pre_hook(
+        lambda module, args, kwargs: called.append(args[1] if len(args) > 1 else kwargs["timestep"]), with_kwargs=True
+    )
+    expected, _ = run(pipe, call)
+    accelerate(pipe, graph="off")
+    images, _ = run(pipe, call)
+    handle.remove()
+    torch.testing.assert_close(images, expected, rtol=1e-9, atol=1e-9)
+    own, accelerated = called[:4], called[4:]
+    assert all(t.dtype == torch.float32 and t.flatten()[0] % 1 != 0 for t in called)
+    assert [t.flatten()[0] for t in accelerated] == [t.flatten()[0] for t in own] and len(accelerated) == 4
+    unaccelerate(pipe)
+    check_same(pipe, call, caplog)
+
+
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("output_type", ["np", "pil", "pt"])
 def test_outputs_are_of_every_type(name, output_type):

@@ -111,19 +111,26 @@ def test_where_it_does_not_compile_the_reference_steps_in(monkeypatch, caplog):
         fastddim.ddim_step(draw(2, 3), draw(2, 3), TABLE, 1, backend="triton")
 
 
+class Halved(torch.nn.Linear):
+    """Half of its input, in the dtype of its weights."""
+
+    def __init__(self):
+        super().__init__(6, 6, bias=False)
+        torch.nn.init.eye_(self.weight).mul_(0.5)
+
+    def forward(self, x, t):
+        return super().forward(x)
+
+
 @pytest.mark.parametrize("guidance_scale", [None, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("eta", [0.0, 0.6])
 def test_the_sampler_gives_the_same_samples_with_the_kernel(guidance_scale, dtype, eta):
     def sample(backend):
-        model = torch.nn.Linear(6, 6, bias=False)
-        torch.nn.init.eye_(model.weight)
-        model.to(dtype)
         sampler = Sampler(
-            lambda x, t: model(x) * 0.7, DDIMConfig(thresholding=True, sample_max_value=2.0), 4, eta=eta,
+            Halved().to(dtype), DDIMConfig(thresholding=True, sample_max_value=2.0), 4, eta=eta,
             guidance_scale=guidance_scale, sample_shape=(6,), backend=backend,
         )  # fmt: skip
-        sampler.model_dtype = dtype
         return sampler(3, seeds=5, return_trajectory=True)[1]
 
     launch._ENTRIES.clear()

@@ -424,9 +424,8 @@ def test_auto_is_a_graph_of_a_step_on_a_gpu_and_none_on_a_cpu(model):
     sampler = make(model)
     sampler(1, seeds=0)
     assert len(sampler.graphs) == (DEVICE == "cuda")
-    runner = loop.Loop(model)
-    assert runner.mode_on(torch.device("cuda", 0)) == "step"
-    assert runner.mode_on(torch.device("cpu")) == "off"
+    assert loop.graph_mode("auto", torch.device("cuda", 0)) == "step"
+    assert loop.graph_mode("auto", torch.device("cpu")) == "off"
 
 
 @pytest.mark.slow

@@ -1,3 +1,7 @@
+import copy
+import dataclasses
+import inspect
+import pickle
 import types
 from concurrent.futures import ThreadPoolExecutor
 
@@ -6,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastddim import DDIMConfig, DDIMScheduler, Sampler, Schedule, load_pipeline
+from fastddim import DDIMConfig, DDIMScheduler, Sampler, SamplerOptions, Schedule, load_pipeline
 from fastddim.noise import STREAM_INITIAL, normal_numpy
 from oracle import ddim, guide
 
@@ -215,6 +219,65 @@ def test_add_noise_is_the_forward_process_at_the_first_timestep():
     t = torch.tensor([sampler.table.timesteps[0]] * 2)
     assert t[0] == 300
     torch.testing.assert_close(sampler.add_noise(x0, 5), diffusers.DDIMScheduler().add_noise(x0, noise, t))
+
+
+def test_the_options_are_one_frozen_record_that_the_signature_shows():
+    sampler = Sampler(torch_model, DDIMConfig(), 4, timesteps=None, eta=np.array([0, 0.5, 1, 0]), batch_buckets=[8, 2])
+    options = sampler.options
+    assert options == SamplerOptions(num_inference_steps=4, eta=(0.0, 0.5, 1.0, 0.0), batch_buckets=(2, 8))
+    assert hash(options) == hash(dataclasses.replace(options))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.eta = 1.0
+    shown = inspect.signature(Sampler).parameters
+    fields = {field.name: field for field in dataclasses.fields(SamplerOptions)}
+    assert list(shown) == ["model", "scheduler", *fields]
+    for name, field in fields.items():
+        assert shown[name].default == field.default and (name == "num_inference_steps" or shown[name].kind.value == 3)
+        assert getattr(sampler, name) == getattr(options, name) or name in ("sample_shape", "device", "limit")
+    assert "seeds" in inspect.signature(sampler).parameters
+    assert sampler.replace(eta=0.0).options == dataclasses.replace(options, eta=0.0)
+    # An iterator would be empty the second time.
+    by_iterator = Sampler(torch_model, DDIMConfig(), timesteps=iter([900, 5]), sample_shape=iter(SHAPE))
+    assert by_iterator.replace(eta=1.0).table.timesteps == (900, 5) and by_iterator.sample_shape == SHAPE
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("guidance_scale", r"use sampler\.replace\(guidance_scale=3\)"),
+        ("device", r"use sampler\.replace\(device=3\)"),
+        ("table", r"use sampler\.replace\(scheduler=\.\.\.\)"),
+        ("schedule", r"use sampler\.replace\(scheduler=\.\.\.\)"),
+        ("model", "make another Sampler"),
+        ("guidence", "make another Sampler"),
+    ],
+)
+def test_nothing_that_is_assigned_is_ignored(name, fix):
+    sampler = Sampler(torch_model, DDIMConfig(), 4, sample_shape=SHAPE)
+    with pytest.raises(AttributeError, match=f"{name}: a Sampler does not change; {fix}"):
+        setattr(sampler, name, 3)
+    assert not hasattr(sampler, "guidence")
+
+
+def test_an_unknown_option_is_named_with_the_nearest_one():
+    with pytest.raises(TypeError, match=r"guidence_scale: no option of Sampler; did you mean 'guidance_scale'\?"):
+        Sampler(torch_model, DDIMConfig(), 4, guidence_scale=2.0)
+    with pytest.raises(TypeError, match="zzz: no option of Sampler; pass any of num_inference_steps, "):
+        Sampler(torch_model, DDIMConfig(), 4).replace(zzz=2.0)
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda sampler: pickle.loads(pickle.dumps(sampler))])
+def test_a_copy_samples_the_same(again):
+    pipe = load_pipeline()
+    sampler = Sampler(pipe.unet, pipe.scheduler, 2, graph="step", eta=0.5)
+    label = {"class_labels": torch.tensor([3])}
+    expected = sampler(1, seeds=0, **label)
+    copied = again(sampler)
+    assert torch.equal(copied(1, seeds=0, **label), expected) and copied.options == sampler.options
+    assert (copied.model is sampler.model) == (copied.graphs is sampler.graphs) == (again is copy.copy)
+    assert len(copied.graphs) == len(sampler.graphs) == 1
+    with pytest.raises(AttributeError, match="does not change"):
+        copied.eta = 0.0
 
 
 def test_threads_may_share_a_sampler():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastddim.config import TIMESTEP_SPACINGS, Clip, DDIMConfig, DynamicThreshold
-from fastddim.schedule import FINAL, Schedule, make_timesteps
+from fastddim.schedule import Schedule, make_timesteps
 
 BETA_OPTIONS = [
     {"beta_schedule": "linear"},
@@ -74,14 +74,14 @@ def test_quadratic_is_the_papers_tau():
 def test_pairs_chain_through_the_list_and_end_clean():
     pairs = Schedule(DDIMConfig(timestep_spacing="trailing")).pairs(30)
     assert all(t_next == t for (_, t_next), (t, _) in pairwise(pairs))
-    assert pairs[-1][1] == FINAL
+    assert pairs[-1][1] is None
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("n", [7, 30, 50])
 def test_diffusers_transitions_step_back_by_the_integer_ratio(spacing, n):
     pairs = Schedule(DDIMConfig(timestep_spacing=spacing)).pairs(n, transitions="diffusers")
-    assert all(t_next == (t - 1000 // n if t - 1000 // n >= 0 else FINAL) for t, t_next in pairs)
+    assert all(t_next == (t - 1000 // n if t - 1000 // n >= 0 else None) for t, t_next in pairs)
 
 
 def test_the_two_transitions_differ_where_the_count_does_not_divide():
@@ -98,13 +98,15 @@ def test_strength_keeps_the_last_steps_as_image_to_image_pipelines_do(strength):
 
 
 def test_explicit_timesteps_are_used_as_they_are():
-    assert Schedule().pairs(timesteps=[900, 500, 3]) == ((900, 500), (500, 3), (3, FINAL))
+    assert Schedule().pairs(timesteps=[900, 500, 3]) == ((900, 500), (500, 3), (3, None))
 
 
 def test_final_alpha_is_one_or_the_first_timesteps():
     assert Schedule(DDIMConfig()).final_alpha_cumprod == 1.0
     schedule = Schedule(DDIMConfig(set_alpha_to_one=False))
-    assert schedule.alpha_bar([FINAL])[0] == schedule.alphas_cumprod[0] == pytest.approx(1 - 0.0001)
+    assert schedule.alpha_bar([None])[0] == schedule.alphas_cumprod[0] == pytest.approx(1 - 0.0001)
+    with pytest.raises(ValueError, match="timesteps: -1; pass training timesteps >= 0, or None"):
+        schedule.alpha_bar([5, -1])
 
 
 def test_a_schedule_cannot_be_changed_and_survives_pickling():

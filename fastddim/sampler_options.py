@@ -1,0 +1,118 @@
+"""`SamplerOptions`: what a `Sampler` can be told beside its model and its schedule or table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fastddim.backends import check_backend
+from fastddim.config import Clip, DynamicThreshold, Limit, require_choice, require_int, require_number
+from fastddim.loop import GRAPH_MODES
+
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+# What a StepTable fixes, so that nothing of it can be asked for beside one.
+FIXED_BY_A_TABLE = (
+    "num_inference_steps", "timesteps", "eta", "variance_type", "use_clipped_model_output", "strength", "transitions",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerOptions:
+    """Options of a `Sampler`, checked, with sequences as tuples.
+
+    Attributes:
+        num_inference_steps: number of model calls; timesteps spaced by the configuration's `timestep_spacing`.
+        timesteps: an explicit descending list of training timesteps instead of `num_inference_steps`.
+        eta: in [0, 1], one number or one per step; 0 is DDIM, 1 is DDPM.
+        variance_type: `"fixed_large"` with eta 1 is DDPM with the paper's sigma-hat.
+        guidance_scale: classifier-free guidance; None calls the model without it, once per step on `[B, ...]`.
+        guidance_rescale: in [0, 1]; arXiv:2305.08891, section 3.4.
+        limit: limit applied to x0, a `Clip`, a `DynamicThreshold` or None; by default (`"auto"`) the configuration's, and
+            none where a table is given.
+        use_clipped_model_output: derive epsilon from the limited x0. True by default where x0 is limited: with the raw
+            epsilon, guidance and a limit drift the state away from any picture.
+        strength: in (0, 1]; below 1 the run starts that far into the chain, from a noised state (image-to-image).
+        transitions: `"exact"`, or `"diffusers"` to reproduce its recomputed neighbours (see `Schedule.pairs`).
+        sample_shape: shape of one sample, without the batch; read from a diffusers model's configuration by default.
+        dtype: floating-point dtype of the state; the model is called in its own parameters' dtype.
+        device: where to sample; the model's own by default.
+        backend: implementation of the step, `"auto"`, `"triton"` or `"reference"`; see `fastddim.ddim_step`.
+        graph: `"loop"`, one CUDA graph of all steps; `"step"`, one of a step, which runs of any number of steps, eta,
+            spacing, guidance scale, threshold and seeds replay (`replace`); `"off"`; `"auto"`, `"step"` on a GPU. On a CPU
+            the same code runs without a capture. Where a model cannot be captured, it is called step by step, with one
+            warning that says why.
+        compile: a mode of `torch.compile` for the model, True for its default.
+        channels_last: hand the model channels-last inputs; its weights are converted in place.
+        guidance_interval: from and to which fraction of the steps guidance is on (arXiv:2404.07724); at the others the
+            model is called with the conditional half alone.
+        batched_guidance: one model call for both halves, or, with less memory, one for each.
+        batch_buckets: batch sizes to pad to, so that a few captures serve all of them.
+        max_graphs: how many captured graphs are kept, the most recently used.
+
+    Raises:
+        ValueError: a value out of range; the message names it and what is valid.
+    """
+
+    num_inference_steps: int | None = None
+    timesteps: Sequence[int] | None = None
+    eta: float | Sequence[float] = 0.0
+    variance_type: str = "fixed_small"
+    guidance_scale: float | None = None
+    guidance_rescale: float = 0.0
+    limit: Limit | str = "auto"
+    use_clipped_model_output: bool | None = None
+    strength: float = 1.0
+    transitions: str = "exact"
+    sample_shape: Sequence[int] | None = None
+    dtype: torch.dtype = torch.float32
+    device: torch.device | str | None = None
+    backend: str = "auto"
+    graph: str = "auto"
+    compile: bool | str = False
+    channels_last: bool = False
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    batched_guidance: bool = True
+    batch_buckets: Sequence[int] = ()
+    max_graphs: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.dtype.is_floating_point:
+            raise ValueError(f"dtype: {self.dtype}; pass a floating-point dtype")
+        require_number("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
+        if self.guidance_scale is not None:
+            require_number("guidance_scale", self.guidance_scale, -1e4, 1e4)
+        elif self.guidance_rescale:
+            raise ValueError(f"guidance_rescale: {self.guidance_rescale!r} without guidance_scale; pass both")
+        if self.limit != "auto" and not isinstance(self.limit, (Clip, DynamicThreshold, type(None))):
+            raise ValueError(f"limit: {self.limit!r}; pass a Clip, a DynamicThreshold, None, or 'auto'")
+        check_backend(self.backend)
+        require_choice("graph", self.graph, GRAPH_MODES)
+        self._check_compile()
+        first, stop = self.guidance_interval
+        require_number("guidance_interval", first, 0.0, 1.0)
+        require_number("guidance_interval", stop, first, 1.0)
+        for bucket in self.batch_buckets or ():
+            require_int("batch_buckets", bucket, 1)
+        require_int("max_graphs", self.max_graphs, 1)
+        etas = np.asarray(self.eta, dtype=np.float64).tolist()
+        for name, value in (
+            ("guidance_interval", (first, stop)),
+            ("batch_buckets", tuple(sorted(self.batch_buckets or ()))),
+            ("timesteps", None if self.timesteps is None else tuple(self.timesteps)),
+            ("sample_shape", None if self.sample_shape is None else tuple(self.sample_shape)),
+            ("eta", tuple(etas) if isinstance(etas, list) else etas),
+        ):
+            object.__setattr__(self, name, value)
+
+    def _check_compile(self) -> None:
+        if isinstance(self.compile, bool):
+            return
+        require_choice("compile", self.compile, COMPILE_MODES)
+        if self.graph != "off" and self.compile in ("reduce-overhead", "max-autotune"):
+            raise ValueError(
+                f"compile: {self.compile!r} captures CUDA graphs of its own; pass 'default' or"
+                " 'max-autotune-no-cudagraphs', or graph='off'"
+            )
