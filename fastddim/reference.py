@@ -6,10 +6,10 @@ import math
 
 import torch
 
-from fastddim.arguments import check_step_arguments
 from fastddim.coefficients import Coefficient, StepCoefficients, StepTable
 from fastddim.config import Clip, DynamicThreshold, Limit
 from fastddim.noise import normal_for
+from fastddim.step import check_step_arguments
 
 # Above this many elements float32 no longer counts them one by one.
 EXACT_FLOAT32_COUNT = 1 << 24

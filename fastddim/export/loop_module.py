@@ -8,7 +8,7 @@ import torch
 from torch._higher_order_ops.while_loop import while_loop
 
 from fastddim.coefficients import NUM_COLUMNS
-from fastddim.export.modules import StepModule
+from fastddim.export.denoisers import StepModule
 from fastddim.export.schedule_module import ScheduleModule
 
 _EXAMPLE_STEPS = 3

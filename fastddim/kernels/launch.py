@@ -15,10 +15,10 @@ import torch
 import triton
 from triton.runtime import driver
 
-from fastddim.arguments import check_step_arguments, num_rows
 from fastddim.coefficients import Coefficient, StepTable
 from fastddim.config import DynamicThreshold, Limit
 from fastddim.kernels.plan import ARGUMENT_OF, STEP_POINTERS, KernelCall, Plan, StepShape, make_plan
+from fastddim.step import check_step_arguments, num_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TABLE_DTYPES = (torch.float64, torch.float32)

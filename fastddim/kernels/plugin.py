@@ -24,7 +24,7 @@ _PTX_VERSIONS = {range(80, 100): 80, range(100, 103): 87, range(120, 121): 87}
 
 
 @triton.jit(do_not_specialize=["batch"])
-def ddim_step_in_engine(
+def ddim_step_in_plugin(
     model_output,
     sample,
     coefficients,
@@ -54,7 +54,7 @@ def ddim_step_in_engine(
 
 
 @dataclass(frozen=True)
-class EngineStep:
+class PluginStep:
     """How the step is launched for any batch.
 
     Attributes:
@@ -76,7 +76,7 @@ class EngineStep:
         return (self.blocks, batch) if self.constants["SAMPLE_AXIS"] else (batch, self.blocks)
 
 
-def plan_engine_step(shape: StepShape, noise: bool, largest_batch: int) -> EngineStep | None:
+def plan_plugin_step(shape: StepShape, noise: bool, largest_batch: int) -> PluginStep | None:
     """Choose the constants, which are the same for every batch.
 
     Args:
@@ -92,15 +92,15 @@ def plan_engine_step(shape: StepShape, noise: bool, largest_batch: int) -> Engin
         return None
     (call,) = plan.calls
     asked = {"noise": noise, "guidance_scale": shape.guided, "guidance_rescale": shape.rescale}
-    constants = {name: value for name, value in call.constants.items() if name in ddim_step_in_engine.arg_names}
+    constants = {name: value for name, value in call.constants.items() if name in ddim_step_in_plugin.arg_names}
     blocks = triton.cdiv(shape.elements, constants["BLOCK"])
     constants["SAMPLE_AXIS"], _ = make_grid(largest_batch, blocks)
     inputs = tuple(name for name in INPUTS if asked.get(name, True))
-    return EngineStep(inputs, shape.elements, constants, blocks, call.num_warps)
+    return PluginStep(inputs, shape.elements, constants, blocks, call.num_warps)
 
 
 @dataclass(frozen=True)
-class EngineKernel:
+class PluginKernel:
     """A compiled step.
 
     Attributes:
@@ -113,7 +113,7 @@ class EngineKernel:
         shared_bytes: of a block.
     """
 
-    step: EngineStep
+    step: PluginStep
     model_dtype: str
     target: str
     entry: str
@@ -122,7 +122,7 @@ class EngineKernel:
     shared_bytes: int
 
 
-def compile_engine_step(step: EngineStep, model_dtype: str, capability: int) -> EngineKernel:
+def compile_plugin_step(step: PluginStep, model_dtype: str, capability: int) -> PluginKernel:
     """Compile a step, no GPU needed.
 
     Args:
@@ -138,14 +138,14 @@ def compile_engine_step(step: EngineStep, model_dtype: str, capability: int) -> 
     ptx = drop_scratch(compiled.asm["ptx"], _parameters(step))
     (target,) = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)
     metadata = compiled.metadata
-    return EngineKernel(step, model_dtype, target, metadata.name, ptx, metadata.num_warps * 32, metadata.shared)
+    return PluginKernel(step, model_dtype, target, metadata.name, ptx, metadata.num_warps * 32, metadata.shared)
 
 
-def _source(step: EngineStep, model_dtype: str) -> ASTSource:
+def _source(step: PluginStep, model_dtype: str) -> ASTSource:
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int], Any] = {}
-    for i, name in enumerate(ddim_step_in_engine.arg_names):
+    for i, name in enumerate(ddim_step_in_plugin.arg_names):
         aligned = True
         if name in (*step.inputs, *OUTPUTS):
             # TensorRT's tensors begin at multiples of 256 bytes.
@@ -158,10 +158,10 @@ def _source(step: EngineStep, model_dtype: str) -> ASTSource:
             continue
         if aligned:
             attributes[(i,)] = [["tt.divisibility", ALIGNMENT]]
-    return ASTSource(ddim_step_in_engine, signature, constants, attributes)
+    return ASTSource(ddim_step_in_plugin, signature, constants, attributes)
 
 
-def _parameters(step: EngineStep) -> list[str]:
+def _parameters(step: PluginStep) -> list[str]:
     """The PTX types of what TensorRT passes."""
     return [*["u64"] * len(step.inputs), *["u32"] * len(NUMBERS), *["u64"] * len(OUTPUTS)]
 
