@@ -24,8 +24,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from fastddim.backends import check_backend
 from fastddim.coefficients import StepTable
 from fastddim.config import limit_from, require_choice, require_int
-from fastddim.loop import GRAPH_MODES, Guidance, Loop, Model, Run, call_model
+from fastddim.loop import GRAPH_MODES, Loop, Model, Run, call_model
 from fastddim.scheduler import DDIMScheduler, DDIMSchedulerOutput
+from fastddim.step import Guidance
 
 _log = logging.getLogger("fastddim")
 

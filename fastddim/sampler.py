@@ -18,9 +18,10 @@ from fastddim.coefficients import StepTable
 from fastddim.config import DDIMConfig, Limit, require_choice, require_int, require_number
 from fastddim.cuda_graph import GraphCache
 from fastddim.interpolation import slerp
-from fastddim.loop import Guidance, Loop, Model, Run, pad
+from fastddim.loop import Loop, Model, Run, pad
 from fastddim.noise import STREAM_INITIAL, check_seeds, normal
 from fastddim.schedule import Schedule
+from fastddim.step import Guidance
 
 # Of models' methods, without `self`.
 _SIGNATURES: WeakKeyDictionary[Any, inspect.Signature] = WeakKeyDictionary()
@@ -313,9 +314,9 @@ class Sampler:
         self._check_observers(None, progress, False)
         self._check_state("x0", x0, "B")
         run = self._run(x0, None, model_kwargs, uncond_kwargs)
-        guidance = None if run.guidance is None else _backwards(run.guidance, len(self.table))
+        guided_steps = _backwards(run.guided_steps, len(self.table))
         assert self.table.inverse is not None
-        run = self._pad(replace(run, table=self.table.inverse, limit=None, guidance=guidance))
+        run = self._pad(replace(run, table=self.table.inverse, limit=None, guided_steps=guided_steps))
         return self._loop(run, _steps(run, progress), None)[: x0.shape[0]]
 
     def interpolate(
@@ -396,10 +397,7 @@ class Sampler:
             )
         guidance = None
         if self.guidance_scale is not None:
-            first, stop = (int(fraction * len(self.table)) for fraction in self.guidance_interval)
-            guidance = Guidance(
-                float(self.guidance_scale), self.guidance_rescale, False, self.batched_guidance, first, stop
-            )
+            guidance = Guidance(float(self.guidance_scale), self.guidance_rescale)
         return Run(
             table=self.table,
             shape=shape,
@@ -410,6 +408,8 @@ class Sampler:
             seeds=seed_list,
             limit=self.limit,
             guidance=guidance,
+            guided_steps=range(*(int(fraction * len(self.table)) for fraction in self.guidance_interval)),
+            batched=self.batched_guidance,
             kwargs=self._model_kwargs(shape[0], model_kwargs, uncond_kwargs),
             channels_last=self.channels_last,
             backend=self.backend,
@@ -525,11 +525,11 @@ def _steps(run: Run, progress: bool) -> Iterable[int]:
     return track(steps, description="sampling", console=Console(stderr=True))
 
 
-def _backwards(guidance: Guidance, num_steps: int) -> Guidance:
-    """The guidance of an inverse: on where the model is called with a timestep at which sampling has it on."""
+def _backwards(guided_steps: range, num_steps: int) -> range:
+    """The guided steps of an inverse: those that call the model with a timestep at which sampling is guided."""
     # Row k has the timestep of sampling's step num_steps - k, but the first has the last step's, as the second.
-    first, stop = num_steps - guidance.stop + 1, num_steps - guidance.first + 1
-    return replace(guidance, first=0 if first == 1 < stop else first, stop=stop)
+    first, stop = num_steps - guided_steps.stop + 1, num_steps - guided_steps.start + 1
+    return range(0 if first == 1 < stop else first, stop)
 
 
 def _check_compile(compile: bool | str, graph: str) -> None:

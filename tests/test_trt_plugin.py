@@ -39,8 +39,8 @@ from fastddim.export.bundle import FORMAT
 from fastddim.export.graph import find_model_output
 from fastddim.export.trt_library import Library
 from fastddim.kernels import plugin
-from fastddim.kernels.plan import StepShape
 from fastddim.kernels.plugin import INPUTS, PluginKernel, ddim_step_in_plugin, drop_scratch, plan_plugin_step
+from fastddim.step import Guidance, StepOptions
 from oracle import ddim, guide
 from test_cubin import TOOLS, parameter_sizes
 from test_export import LABELS, Tiny
@@ -108,11 +108,9 @@ def test_the_step_is_the_oracles(shape, limit, guided, rescale, noise):
     tensors |= {"noise": draw(shape)} if noise else {}
     tensors |= {"guidance_scale": torch.linspace(1.5, 7.5, batch)} if guided else {}
     tensors |= {"guidance_rescale": torch.linspace(0.3, 0.9, batch)} if rescale else {}
-    options = StepShape(
-        batch, int(np.prod(shape[1:])), guided=guided, scale_per_sample=guided, rescale=rescale,
-        rescale_per_sample=rescale, row_per_sample=True, limit=LIMITS[limit],
-    )  # fmt: skip
-    step = plan_plugin_step(options, noise, batch)
+    guidance = Guidance(tensors["guidance_scale"], tensors.get("guidance_rescale", 0.0)) if guided else None
+    options = StepOptions(guidance=guidance, limit=LIMITS[limit], noise=tensors.get("noise"))
+    step = plan_plugin_step(batch, int(np.prod(shape[1:])), options, batch)
     assert step.constants["WHOLE"] == (limit == "threshold" or rescale)
     actual = launch(step, tensors, output)
 
@@ -136,15 +134,15 @@ def test_the_step_is_the_oracles(shape, limit, guided, rescale, noise):
 
 
 def test_blocks_are_the_first_profiles_and_the_grid_holds_any_batch():
-    shape = StepShape(4, 5000, row_per_sample=True, limit=Clip())
-    step = plan_plugin_step(shape, False, 70_000)
+    plan = functools.partial(plan_plugin_step, 4, 5000, StepOptions(limit=Clip()))
+    step = plan(70_000)
     block = step.constants["BLOCK"]
     assert step.constants["SAMPLE_AXIS"] == 0 and step.grid(70_000) == (70_000, -(-5000 // block))
-    assert plan_plugin_step(shape, False, 9).grid(9) == (-(-5000 // block), 9)
+    assert plan(9).grid(9) == (-(-5000 // block), 9)
     sample = torch.randn(2, 5000)
     tensors = {"sample": sample, "coefficients": torch.tensor([[0.0, 1.0, 0.0, 0.0, 1.0, 0.0]] * 2)}
     for largest in (9, 70_000):
-        result, x0 = launch(plan_plugin_step(shape, False, largest), tensors, 2 * sample)
+        result, x0 = launch(plan(largest), tensors, 2 * sample)
         assert torch.equal(result, (2 * sample).clamp(-1, 1)) and torch.equal(result, x0)
 
 

@@ -83,8 +83,8 @@ def fuse(
     """Compile a bundle's step, register it with TensorRT and put it in its operations' place.
 
     Args:
-        bundle: of ONNX, which `require_fusible` has checked.
-        ranges: of the dimensions, for each profile; the kernel's blocks are those for the first one's usual batch.
+        bundle: an ONNX bundle, which `require_fusible` has checked.
+        ranges: the dimensions' ranges, for each profile; the kernel's blocks are those for the first one's usual batch.
         capability: the GPU's compute capability, such as `"9.0"`.
 
     Returns:
@@ -129,21 +129,19 @@ def fuse(
 
 
 def _plan(manifest: Mapping[str, Any], batch: int, largest_batch: int) -> PluginStep | None:
-    from fastddim.kernels.plan import StepShape
+    import torch
+
     from fastddim.kernels.plugin import plan_plugin_step
+    from fastddim.step import Guidance, StepOptions
 
     sampling = manifest["sampling"]
-    shape = StepShape(
-        batch,
-        math.prod(manifest["sample"]["shape"]),
-        guided=sampling["guided"],
-        scale_per_sample=sampling["guided"],
-        rescale=sampling["guidance_rescale"],
-        rescale_per_sample=sampling["guidance_rescale"],
-        row_per_sample=True,
+    each = torch.empty(batch, device="meta")
+    options = StepOptions(
+        guidance=Guidance(each, each if sampling["guidance_rescale"] else 0.0) if sampling["guided"] else None,
         limit=DDIMConfig.from_dict(manifest["schedule"]).limit,
+        noise=each if sampling["stochastic"] else None,
     )
-    return plan_plugin_step(shape, sampling["stochastic"], largest_batch)
+    return plan_plugin_step(batch, math.prod(manifest["sample"]["shape"]), options, largest_batch)
 
 
 def _model_output(model: onnx.ModelProto, inputs: Sequence[str], sample_shape: Sequence[int]) -> tuple[str, str]:
