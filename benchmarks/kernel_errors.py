@@ -16,8 +16,6 @@ import torch
 
 import fastddim
 from fastddim.bench.textbook import StepProblem, draw_inputs, textbook_step
-from fastddim.kernels import ddim_step
-from fastddim.reference import ddim_step as reference_step
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 SHAPE = (2, 3, 64, 64)
@@ -32,7 +30,7 @@ PROBLEMS = {
 }
 
 
-def measure(step, problem: StepProblem, state: torch.dtype, model: torch.dtype) -> tuple[str, str]:
+def measure(backend: str, problem: StepProblem, state: torch.dtype, model: torch.dtype) -> tuple[str, str]:
     """The error of `x_next` and of x0, as a cell each."""
     rounded = [
         torch.from_numpy(array).to(dtype)
@@ -46,9 +44,9 @@ def measure(step, problem: StepProblem, state: torch.dtype, model: torch.dtype) 
     limit = (
         fastddim.Clip() if problem.threshold is None else fastddim.DynamicThreshold(problem.ratio, problem.threshold)
     )
-    results = step(
+    results = fastddim.ddim_step(
         output, sample, table, problem.index, limit=limit, noise=noise if problem.eta else None,
-        guidance_scale=problem.guidance_scale,
+        guidance=problem.guidance_scale, backend=backend,
     )  # fmt: skip
     row = table.rows[problem.index]
     # Where x0 is a difference, its terms are what was rounded.
@@ -82,8 +80,8 @@ def main() -> None:
         # Every pair of dtypes for one case, equal ones for the others.
         if state != model and name != "clip, guidance 7.5":
             continue
-        cells = [*measure(ddim_step, problem, DTYPES[state], DTYPES[model])]
-        cells += measure(reference_step, problem, DTYPES[state], DTYPES[model])
+        dtypes = DTYPES[state], DTYPES[model]
+        cells = [cell for backend in ("triton", "reference") for cell in measure(backend, problem, *dtypes)]
         print(f"| {name} | {state} | {model} | {' | '.join(cells)} |")
 
 

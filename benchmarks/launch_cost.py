@@ -8,6 +8,7 @@ Tensors are on the CPU, so torch's own share is its CPU allocator's, and asking 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -21,12 +22,12 @@ import torch
 import triton
 
 import fastddim
-from fastddim import kernels
 from fastddim.bench.timing import set_allocator
 from fastddim.config import Clip
-from fastddim.kernels import launch
+from fastddim.kernels import PreparedStep, launch
 from fastddim.kernels.plan import StepShape, make_plan
 from fastddim.kernels.step import ddim_step_kernel
+from fastddim.step import Guidance, StepOptions
 
 CALLS = 2000
 BATCH, CHANNELS, SIZE = 2, 4, 64
@@ -41,7 +42,8 @@ def make_candidates() -> tuple[tuple[int, int], dict[str, Callable[[], Any]], di
     output, model_input = (torch.randn(2 * BATCH, CHANNELS, SIZE, SIZE) for _ in range(2))
     schedule = fastddim.Schedule(fastddim.DDIMConfig())
     table = fastddim.StepTable.build(schedule, schedule.pairs(50))
-    options: dict[str, Any] = {"limit": Clip(), "guidance_scale": 7.5, "out": sample}
+    options: dict[str, Any] = {"guidance": Guidance(7.5), "limit": Clip(), "out": sample}
+    step = functools.partial(fastddim.ddim_step, output, sample, table, STEP, backend="triton", **options)
 
     shape = StepShape(BATCH, CHANNELS * SIZE * SIZE, len(table), CHANNELS, guided=True, limit=Clip())
     (call,) = make_plan(shape).calls
@@ -64,17 +66,13 @@ def make_candidates() -> tuple[tuple[int, int], dict[str, Callable[[], Any]], di
         *addresses, *call.numbers, *call.constants.values(),
     )  # fmt: skip
     run = compiled.run
-    prepared = kernels.PreparedStep(output, sample, table, **options, model_input=model_input)
+    prepared = PreparedStep(output, sample, table, StepOptions(**options, model_input=model_input))
     steps = {
         DRIVER: lambda: run(*arguments),
         "plain Triton launch": plain,
-        "ddim_step, in place": lambda: kernels.ddim_step(output, sample, table, STEP, **options),
-        "ddim_step, in place, no x0": lambda: kernels.ddim_step(
-            output, sample, table, STEP, **options, return_x0=False
-        ),
-        "ddim_step, in place, model_input": lambda: kernels.ddim_step(
-            output, sample, table, STEP, **options, model_input=model_input
-        ),
+        "ddim_step, in place": step,
+        "ddim_step, in place, no x0": functools.partial(step, return_x0=False),
+        "ddim_step, in place, model_input": functools.partial(step, model_input=model_input),
     }
     steps["PreparedStep, in place, model_input"] = lambda: prepared(output, STEP)
     others = {"torch.empty_like, twice": lambda: (torch.empty_like(sample), torch.empty_like(sample))}

@@ -14,8 +14,8 @@ import os
 
 import torch
 
-from fastddim import Clip, DDIMConfig, DynamicThreshold, Schedule, StepTable
-from fastddim.kernels import ddim_step, draw_normal, plan
+from fastddim import Clip, DDIMConfig, DynamicThreshold, Guidance, Schedule, StepTable, ddim_step
+from fastddim.kernels import draw_normal, plan
 from fastddim.noise import STREAM_INITIAL, seed_tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -40,7 +40,7 @@ def launch(
     generator = torch.Generator().manual_seed(0)
     output = torch.randn(((1 + guided) * shape[0], *shape[1:]), generator=generator).to(DEVICE, dtype)
     sample = torch.randn(shape, generator=generator).to(DEVICE, dtype)
-    options = {"guidance_scale": 3.0, "guidance_rescale": 0.7} if guided else {}
+    options = {"guidance": Guidance(3.0, 0.7)} if guided else {}
     seeds = seed_tensor(range(shape[0]), DEVICE) if noisy else None
     step: int | torch.Tensor = 5
     if index != "number":
@@ -52,7 +52,7 @@ def launch(
             "timesteps": torch.tensor(table.timesteps, device=DEVICE),
             "next_timestep": torch.zeros(len(output), dtype=torch.int64, device=DEVICE),
         }
-    x_next, _ = ddim_step(output, sample, table, step, limit=limit, seeds=seeds, **options)
+    x_next, _ = ddim_step(output, sample, table, step, limit=limit, seeds=seeds, backend="triton", **options)
     if not bool(torch.isfinite(x_next).all()):
         raise SystemExit(f"not finite: {shape}, {limit}, guided {guided}, noisy {noisy}, {dtype}")
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_ROOMS = {
+_MODULES = {
     "config": ("Clip", "DDIMConfig", "DynamicThreshold"),
     "schedule": ("Schedule",),
     "coefficients": ("StepTable",),
+    "step": ("Guidance",),
     "interpolation": ("slerp",),
     "backends": ("ddim_step",),
     "scheduler": ("DDIMInverseScheduler", "DDIMScheduler", "DDIMSchedulerOutput"),
@@ -19,7 +20,7 @@ _ROOMS = {
     "pipeline": ("DDIMPipeline", "load_pipeline"),
     "acceleration": ("accelerate", "unaccelerate"),
 }
-_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Clip",
@@ -29,6 +30,7 @@ __all__ = [
     "DDIMScheduler",
     "DDIMSchedulerOutput",
     "DynamicThreshold",
+    "Guidance",
     "Sampler",
     "SamplerOptions",
     "Schedule",
@@ -51,12 +53,13 @@ if TYPE_CHECKING:
     from fastddim.sampler_options import SamplerOptions
     from fastddim.schedule import Schedule
     from fastddim.scheduler import DDIMInverseScheduler, DDIMScheduler, DDIMSchedulerOutput
+    from fastddim.step import Guidance
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOM_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'fastddim' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"fastddim.{_ROOM_OF[name]}"), name)
+    value = getattr(importlib.import_module(f"fastddim.{_MODULE_OF[name]}"), name)
     globals()[name] = value
     return value
 

@@ -22,9 +22,10 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from fastddim.coefficients import StepTable
 from fastddim.config import limit_from
-from fastddim.loop import Guidance, Loop, Model, Run, call_model, graph_mode
+from fastddim.loop import Loop, Model, Run, call_model, graph_mode
 from fastddim.sampler_options import SamplerOptions
 from fastddim.scheduler import DDIMScheduler, DDIMSchedulerOutput
+from fastddim.step import Guidance
 
 _log = logging.getLogger("fastddim")
 

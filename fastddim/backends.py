@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastddim.coefficients import StepTable
-from fastddim.config import require_choice
+from fastddim import reference
+from fastddim.coefficients import Coefficient, StepTable
+from fastddim.config import Limit, require_choice
 from fastddim.noise import STREAM_INITIAL, normal_for
-from fastddim.reference import ddim_step as reference_step
+from fastddim.step import Guidance, StepOptions
 
 if TYPE_CHECKING:
-    from fastddim.kernels import PreparedStep
+    from fastddim.kernels import PreparedStep, Workspace
 
 BACKENDS = ("auto", "reference", "triton")
 VARIABLE = "FASTDDIM_BACKEND"
@@ -35,7 +36,9 @@ def check_backend(backend: str) -> str:
     require_choice("backend", backend, BACKENDS)
     if backend != "auto":
         return backend
-    switched = os.environ.get(VARIABLE) or "auto"
+    switched = os.environ.get(VARIABLE)
+    if not switched:
+        return backend
     require_choice(VARIABLE, switched, ("auto", "reference"))
     return switched
 
@@ -46,43 +49,55 @@ def try_fused(
     sample: torch.Tensor,
     table: StepTable | torch.Tensor,
     step: int | torch.Tensor,
-    **arguments: Any,
+    options: StepOptions,
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """The fused step's result, or None where the reference has to take the step.
 
-    A reason that the owner of a GPU would not expect is logged, once.
+    Where a GPU is left unused for a reason that its owner would not expect, that is logged, once.
 
     Args:
-        backend: as `ddim_step`'s.
-        model_output, sample, table, step, arguments: `fastddim.reference.ddim_step`'s.
+        backend: as in `ddim_step`.
+        model_output, sample, table, step, options: as in `fastddim.reference.ddim_step`.
     """
-    tensors = (sample, model_output, *(arguments.get(name) for name in ("noise", "out", "model_input")))
-    if not takes_kernel(backend, tensors):
+    if not takes_kernel(backend, (sample, model_output, options.noise, options.out, options.model_input)):
         return None
     from fastddim.kernels import launch
 
     if torch.compiler.is_compiling():
         from fastddim.kernels import operator
 
-        return operator.ddim_step(model_output, sample, table, step, **arguments)
+        return operator.ddim_step(model_output, sample, table, step, options)
     try:
-        return launch.ddim_step(model_output, sample, table, step, **arguments)
+        return launch.ddim_step(model_output, sample, table, step, options)
     except launch.KernelUnavailableError as error:
         _give_up(backend, sample.device, error)
         return None
 
 
+def take_step(
+    backend: str,
+    model_output: torch.Tensor,
+    sample: torch.Tensor,
+    table: StepTable | torch.Tensor,
+    step: int | torch.Tensor,
+    options: StepOptions,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`ddim_step` with its options as they are handed down."""
+    fused = try_fused(backend, model_output, sample, table, step, options)
+    return reference.ddim_step(model_output, sample, table, step, options) if fused is None else fused
+
+
 def prepare_step(
-    backend: str, model_output: torch.Tensor, sample: torch.Tensor, table: StepTable, **arguments: Any
+    backend: str, model_output: torch.Tensor, sample: torch.Tensor, table: StepTable, options: StepOptions
 ) -> PreparedStep | None:
-    """A `fastddim.kernels.PreparedStep` of these arguments, or None where the reference has to take the steps."""
-    tensors = (sample, model_output, *(arguments.get(name) for name in ("out", "model_input")))
+    """A `fastddim.kernels.PreparedStep` for these arguments, or None where the reference has to take the steps."""
+    tensors = (sample, model_output, options.noise, options.out, options.model_input)
     if torch.compiler.is_compiling() or not takes_kernel(backend, tensors):
         return None
     from fastddim.kernels import KernelUnavailableError, PreparedStep
 
     try:
-        return PreparedStep(model_output, sample, table, **arguments)
+        return PreparedStep(model_output, sample, table, options)
     except KernelUnavailableError as error:
         _give_up(backend, sample.device, error)
         return None
@@ -106,7 +121,7 @@ def draw_start(backend: str, seeds: torch.Tensor, out: torch.Tensor, scale: floa
 
 
 def takes_kernel(backend: str, tensors: tuple[Any, ...]) -> bool:
-    """Whether the kernel takes a step over `tensors`, the state first; why not is logged where a GPU's owner would ask."""
+    """Whether the kernel takes a step over `tensors`, the state first; where a GPU is left unused, the reason is logged."""
     chosen = check_backend(backend)
     if chosen != "auto":
         return chosen == "triton"
@@ -157,23 +172,72 @@ def ddim_step(
     table: StepTable | torch.Tensor,
     step: int | torch.Tensor,
     *,
+    guidance: Guidance | Coefficient | None = None,
+    limit: Limit = None,
+    limit_values: torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
+    seeds: torch.Tensor | None = None,
+    first_row: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    return_x0: bool = True,
+    model_input: torch.Tensor | None = None,
+    advance: bool = False,
+    timesteps: torch.Tensor | None = None,
+    next_timestep: torch.Tensor | None = None,
+    workspace: Workspace | None = None,
     backend: str = "auto",
-    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One DDIM step for a batch, by the fused kernel on a GPU and by plain torch elsewhere.
+    """One DDIM step (arXiv:2010.02502, equation 12) for a batch, by the fused kernel on a GPU and by plain torch elsewhere.
+
+    Arithmetic is float32, or in plain torch float64 where a tensor is. In plain torch the step is differentiable, unless
+    `out` or `model_input` is given; what the kernel does differently is listed at `fastddim.kernels.launch.ddim_step`.
 
     Args:
+        model_output: the model's output `[B, ...]`, or with guidance `[2 * B, ...]`, both halves stacked; any float dtype.
+        sample: the current state `[B, ...]`, any rank, any float dtype.
+        table: the run's `StepTable`, or its `[num_steps, 6]` tensor on the state's device.
+        step: the row for all samples, or an integer tensor `[]` or `[B]` with each sample's own row; in a tensor,
+            negative numbers count from the end.
+        guidance: a `Guidance`, or its scale alone, a number or a tensor `[B]`; None for an unguided step.
+        limit, limit_values, noise, seeds, first_row, out, return_x0, model_input, advance, timesteps, next_timestep,
+            workspace: as the attributes of `fastddim.step.StepOptions`.
         backend: `"reference"` or `"triton"` to choose; `"auto"` takes the kernel wherever it can run, and can be
             switched off with the environment variable `FASTDDIM_BACKEND=reference`.
-        model_output, sample, table, step, options: `fastddim.reference.ddim_step`'s, whose results these are. What the
-            kernel does differently is listed at `fastddim.kernels.ddim_step`.
 
     Returns:
-        `(x_next, x0)`.
+        `(x_next, x0)`, the next state and the limited prediction of x0, both of the state's shape and dtype.
 
     Raises:
-        TypeError, ValueError, IndexError: as the implementation.
+        TypeError: something that is not a tensor, a guidance or a limit where one is needed.
+        ValueError: shapes, dtypes or devices that do not fit, arguments that exclude each other, or a row that adds noise
+            without noise or seeds.
+        IndexError: an integer `step` outside the table.
         KernelUnavailableError: `backend="triton"` where the kernel does not compile.
+
+    Example:
+        >>> import fastddim, torch
+        >>> schedule = fastddim.Schedule(fastddim.DDIMConfig())
+        >>> table = fastddim.StepTable.build(schedule, schedule.pairs(50))
+        >>> x, output = torch.randn(2, 4, 64, 64), torch.randn(4, 4, 64, 64)
+        >>> x_next, x0 = fastddim.ddim_step(output, x, table, 0, guidance=7.5, limit=fastddim.Clip())
+        >>> x_next.shape, bool(x0.abs().max() <= 1)
+        (torch.Size([2, 4, 64, 64]), True)
     """
-    fused = try_fused(backend, model_output, sample, table, step, **options)
-    return reference_step(model_output, sample, table, step, **options) if fused is None else fused
+    if guidance is not None and not isinstance(guidance, Guidance):
+        guidance = Guidance(guidance)
+    options = StepOptions(
+        guidance=guidance,
+        limit=limit,
+        limit_values=limit_values,
+        noise=noise,
+        seeds=seeds,
+        first_row=first_row,
+        out=out,
+        return_x0=return_x0,
+        model_input=model_input,
+        advance=advance,
+        timesteps=timesteps,
+        next_timestep=next_timestep,
+        workspace=workspace,
+    )
+    return take_step(backend, model_output, sample, table, step, options)

@@ -79,7 +79,7 @@ def limit_from(config: Any) -> Limit:
 
 
 def limit_kind(limit: Limit, *, numbers_change: bool = False) -> tuple[str, int]:
-    """What of a limit a compiled step cannot change: its name there, and the binary magnitude of a threshold.
+    """The parts of a limit that are fixed when a step is compiled: its name, and the binary magnitude of a threshold.
 
     `"none"`; `"clip"`; `"threshold"`; `"fixed"`, a threshold that is always `max_value`, as that is below 1. The magnitude
     is the number of bits that count the float32 numbers in (1, max_value]; where the limit's numbers may change, it has

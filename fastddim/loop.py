@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from fastddim.backends import ddim_step, draw_start, prepare_step, takes_kernel
+from fastddim import reference
+from fastddim.backends import draw_start, prepare_step, take_step, takes_kernel
 from fastddim.coefficients import NUM_COLUMNS, StepTable
 from fastddim.config import Limit, limit_kind, limit_numbers
 from fastddim.cuda_graph import CaptureError, Graph, GraphCache, ModuleState
-from fastddim.reference import ddim_step as reference_step
+from fastddim.step import Guidance, StepOptions
 
 Model = Callable[..., Any]
 # Called after each step with its number, the state and x0.
@@ -43,28 +44,6 @@ def graph_mode(graph: str, device: torch.device) -> str:
 
 
 @dataclass(frozen=True)
-class Guidance:
-    """Classifier-free guidance of a run.
-
-    Attributes:
-        scale, rescale, cond_first: as in `ddim_step`.
-        batched: one model call for both halves, or one for each.
-        first, stop: the steps with guidance; at the others the model is called with the conditional half alone.
-    """
-
-    scale: float
-    rescale: float = 0.0
-    cond_first: bool = False
-    batched: bool = True
-    first: int = 0
-    stop: int = 1 << 30
-
-    def at(self, step: int) -> bool:
-        """Whether a step is guided."""
-        return self.first <= step < self.stop
-
-
-@dataclass(frozen=True)
 class Run:
     """One run, checked.
 
@@ -76,7 +55,9 @@ class Run:
         seeds: one per sample, or None.
         noise: `[num_steps, B, ...]` to add instead of what the seeds give.
         limit: limit applied to x0.
-        guidance: None without guidance.
+        guidance: its values are numbers; None for a run without guidance.
+        guided_steps: the steps with guidance; at the others the model is called with the conditional half alone.
+        batched: one model call for both halves, or one for each.
         kwargs: the model's keyword arguments, nested as it takes them, on the device; with guidance its halves stacked.
         channels_last: whether the model's input is in channels-last memory format.
         backend: implementation of the step, as in `fastddim.ddim_step`.
@@ -92,6 +73,8 @@ class Run:
     noise: torch.Tensor | None = None
     limit: Limit = None
     guidance: Guidance | None = None
+    guided_steps: range = range(1 << 30)
+    batched: bool = True
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     channels_last: bool = False
     backend: str = "auto"
@@ -103,7 +86,7 @@ class Run:
 
     def guided(self, step: int) -> bool:
         """Whether a step's model call has both halves."""
-        return self.guidance is not None and self.guidance.at(step)
+        return self.guidance is not None and step in self.guided_steps
 
     def walk(self, steps: Iterable[int]) -> Iterator[tuple[int, bool, bool]]:
         """Each step, whether it is guided, and whether guidance resumes at it."""
@@ -133,18 +116,22 @@ def seed_words(seeds: Iterable[int]) -> np.ndarray[Any, Any]:
     return np.array(list(seeds), dtype=np.uint64).view(np.int64)
 
 
-def call_model(model: Model, x: torch.Tensor, t: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
-    """The prediction of `model(x, t, **kwargs)`: a tensor, the first of a tuple, or `.sample`.
+def prediction_of(output: Any) -> torch.Tensor:
+    """The prediction in what a model returned: a tensor, the first of a tuple, or `.sample`.
 
     Raises:
-        TypeError: the model returned something else.
+        TypeError: something else.
     """
-    output = model(x, t, **kwargs)
     output = getattr(output, "sample", output)
     first = output[0] if isinstance(output, (tuple, list)) else output
     if not isinstance(first, torch.Tensor):
         raise TypeError(f"model: returned {type(first).__name__}; it must return a tensor, a tuple, or `.sample`")
-    tensor: torch.Tensor = first
+    return first
+
+
+def call_model(model: Model, x: torch.Tensor, t: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The prediction of `model(x, t, **kwargs)`, in memory of its own; raises as `prediction_of`."""
+    tensor = prediction_of(model(x, t, **kwargs))
     if tensor.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
         # A view of its input, over which the step writes while it reads the output.
         tensor = tensor.clone()
@@ -168,7 +155,7 @@ class _Buffers:
                 memory_format=torch.channels_last if run.channels_last else torch.contiguous_format,
             )
         self.kwargs: Mapping[str, Any] = run.kwargs
-        self.guidance = run.guidance
+        self.guidance, self.batched = run.guidance, run.batched
         # The half of the model's input that is left where a guided run has no guidance.
         cond_first = run.guidance is not None and run.guidance.cond_first
         self._cond, self._uncond = self._halves()[:: 1 if cond_first else -1]
@@ -209,7 +196,7 @@ class _Buffers:
             if self._cond_kwargs is None:
                 self._cond_kwargs = self._half_of(self.kwargs, self._cond)
             return call_model(self.model, given, t, self._cond_kwargs)
-        if self.guidance.batched:
+        if self.batched:
             return call_model(self.model, given, t, self.kwargs)
         halves = [
             call_model(self.model, given[half], t[half], self._half_of(self.kwargs, half)) for half in self._halves()
@@ -232,6 +219,7 @@ class EagerLoop:
         self._run = run
         self._buffers = _Buffers(model, run)
         self.x = self._buffers.x
+        self._options: dict[bool, StepOptions] = {}
         self._prepared: dict[bool, Any] = {}
 
     def __call__(self, steps: Iterable[int], on_step: OnStep | None) -> torch.Tensor:
@@ -257,39 +245,29 @@ class EagerLoop:
 
     def _step(self, step: int, guided: bool, output: torch.Tensor, seeds: torch.Tensor | None) -> torch.Tensor:
         run = self._run
-        options: dict[str, Any] = {
-            "limit": run.limit,
-            "out": self.x,
-            "model_input": self._buffers.input_of(guided),
-            **_guidance_options(run.guidance if guided else None),
-        }
-        drawn = seeds if run.noise is None and run.table.stochastic else None
+        if guided not in self._options or run.noise is not None:
+            self._options[guided] = StepOptions(
+                guidance=run.guidance if guided else None,
+                limit=run.limit,
+                noise=None if run.noise is None else run.noise[step],
+                seeds=seeds if run.noise is None and run.table.stochastic else None,
+                out=self.x,
+                model_input=self._buffers.input_of(guided),
+            )
+        options = self._options[guided]
         if run.noise is not None:
-            _, x0 = ddim_step(output, self.x, run.table, step, noise=run.noise[step], backend=run.backend, **options)
+            _, x0 = take_step(run.backend, output, self.x, run.table, step, options)
         else:
             prepared = self._prepared.get(guided)
             tried = guided in self._prepared
             if not tried or (prepared is not None and not prepared.fits(output)):
-                prepared = prepare_step(run.backend, output, self.x, run.table, seeds=drawn, **options)
-                self._prepared[guided] = prepared
+                prepared = self._prepared[guided] = prepare_step(run.backend, output, self.x, run.table, options)
             if prepared is not None:
                 _, x0 = prepared(output, step)
             else:
-                if run.table.rows[step].noise_scale == 0:
-                    drawn = None
-                _, x0 = reference_step(output, self.x, run.table, step, seeds=drawn, **options)
+                _, x0 = reference.ddim_step(output, self.x, run.table, step, options)
         assert x0 is not None
         return x0
-
-
-def _guidance_options(guidance: Guidance | None) -> dict[str, Any]:
-    if guidance is None:
-        return {}
-    return {
-        "guidance_scale": guidance.scale,
-        "guidance_rescale": guidance.rescale,
-        "cond_first": guidance.cond_first,
-    }
 
 
 class StaticLoop:
@@ -410,19 +388,13 @@ class StaticLoop:
         run, buffers = self._run, self._buffers
         t = buffers.rows_of(guided, self._t)
         output = buffers.predict(guided, t)
-        options: dict[str, Any] = {}
-        if guided:
-            assert run.guidance is not None
-            options = _guidance_options(run.guidance)
-            options["guidance_scale"] = self._scales[0]
-            if run.guidance.rescale:
-                options["guidance_rescale"] = self._scales[1]
+        guidance = run.guidance if guided else None
+        if guidance is not None:
+            rescale = self._scales[1] if guidance.rescaled else 0.0
+            guidance = Guidance(self._scales[0], rescale, guidance.cond_first)
         noise = self._noise if noise is None else noise
-        _, x0 = ddim_step(
-            output,
-            self.x,
-            self._table,
-            self._index,
+        options = StepOptions(
+            guidance=guidance,
             limit=run.limit,
             limit_values=self._limit_values if self._loads_limit else None,
             noise=noise,
@@ -433,9 +405,8 @@ class StaticLoop:
             timesteps=self._timesteps,
             next_timestep=t,
             workspace=self._workspace,
-            backend=run.backend,
-            **options,
         )
+        _, x0 = take_step(run.backend, output, self.x, self._table, self._index, options)
         assert x0 is not None
         self._x0[guided] = x0
 
@@ -474,7 +445,7 @@ def _capture_key(run: Run, mode: str) -> Hashable:
         (leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else (type(leaf), leaf) for leaf in leaves
     )
     guidance = run.guidance
-    guided = () if guidance is None else tuple(map(guidance.at, range(len(run.table))))
+    guided = () if guidance is None else tuple(map(run.guided, range(len(run.table))))
     key = (
         mode,
         (len(run.table), guided) if mode == "loop" else frozenset(guided),
@@ -489,7 +460,7 @@ def _capture_key(run: Run, mode: str) -> Hashable:
         run.seeds is None,
         run.noise is None,
         limit_kind(run.limit, numbers_change=True) if _loads_limit(run) else run.limit,
-        guidance and (guidance.rescale != 0, guidance.cond_first, guidance.batched),
+        guidance and (guidance.rescaled, guidance.cond_first, run.batched),
         described,
         structure,
         run.channels_last,

@@ -15,6 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from fastddim.reference import combine_guidance
 from fastddim.scheduler import DDIMScheduler
+from fastddim.step import Guidance
 
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "digits"
 
@@ -96,7 +97,7 @@ class DDIMPipeline(diffusers.DDIMPipeline):  # type: ignore[misc]
             model_input = torch.cat([image, image]) if guided else image
             output = self.unet(model_input, t, **label_kwargs).sample
             if guided:
-                output = combine_guidance(output, guidance_scale)
+                output = combine_guidance(output, Guidance(guidance_scale))
             image = self.scheduler.step(
                 output, t, image, eta=eta, use_clipped_model_output=use_clipped_model_output, generator=generator
             ).prev_sample

@@ -6,10 +6,10 @@ import math
 
 import torch
 
-from fastddim.arguments import check_step_arguments
 from fastddim.coefficients import Coefficient, StepCoefficients, StepTable
 from fastddim.config import Clip, DynamicThreshold, Limit
 from fastddim.noise import normal_for
+from fastddim.step import Guidance, StepOptions, check_step
 
 # Above this many elements float32 no longer counts them one by one.
 EXACT_FLOAT32_COUNT = 1 << 24
@@ -56,20 +56,12 @@ def apply_limit(x0: torch.Tensor, limit: Limit) -> torch.Tensor:
     return torch.clamp(x0, -scale, scale).div_(scale)
 
 
-def combine_guidance(
-    model_output: torch.Tensor,
-    guidance_scale: Coefficient,
-    guidance_rescale: Coefficient = 0.0,
-    *,
-    cond_first: bool = False,
-) -> torch.Tensor:
-    """Classifier-free guidance (arXiv:2207.12598) with the rescale of arXiv:2305.08891, section 3.4.
+def combine_guidance(model_output: torch.Tensor, guidance: Guidance) -> torch.Tensor:
+    """The guided output of a stacked one, as `Guidance` describes it.
 
     Args:
-        model_output: `[2 * B, ...]`, unconditional half first, as diffusers stacks them.
-        guidance_scale: `uncond + guidance_scale * (cond - uncond)`; a number, or `[B]`.
-        guidance_rescale: phi in [0, 1]; how far to pull each sample's standard deviation back to the conditional one's.
-        cond_first: the conditional half comes first, as in DiT.
+        model_output: `[2 * B, ...]`, unconditional half first (unless `cond_first`), as diffusers stacks them.
+        guidance: how to combine the halves.
 
     Returns:
         `[B, ...]`, the dtype of `model_output`.
@@ -81,14 +73,14 @@ def combine_guidance(
     if odd:
         raise ValueError(f"model_output: {model_output.shape[0]} rows; pass two halves of one batch, [2 * B, ...]")
     first, second = model_output[:batch], model_output[batch:]
-    uncond, cond = (second, first) if cond_first else (first, second)
-    guided = torch.lerp(uncond, cond, _per_sample(guidance_scale, cond))
-    if isinstance(guidance_rescale, (int, float)) and guidance_rescale == 0:
+    uncond, cond = (second, first) if guidance.cond_first else (first, second)
+    guided = torch.lerp(uncond, cond, _per_sample(guidance.scale, cond))
+    if not guidance.rescaled:
         return guided
     # One row per sample: over no dimension at all, as a state [B] would have it, torch reduces the whole batch.
     ratio = cond.reshape(batch, -1).std(1) / guided.reshape(batch, -1).std(1)
     ratio = ratio.view(-1, *[1] * (cond.ndim - 1))
-    phi = _per_sample(guidance_rescale, cond)
+    phi = _per_sample(guidance.rescale, cond)
     return guided * (phi * ratio + (1 - phi))
 
 
@@ -97,115 +89,58 @@ def ddim_step(
     sample: torch.Tensor,
     table: StepTable | torch.Tensor,
     step: int | torch.Tensor,
-    *,
-    limit: Limit = None,
-    limit_values: torch.Tensor | None = None,
-    noise: torch.Tensor | None = None,
-    seeds: torch.Tensor | None = None,
-    first_row: torch.Tensor | None = None,
-    guidance_scale: Coefficient | None = None,
-    guidance_rescale: Coefficient = 0.0,
-    cond_first: bool = False,
-    out: torch.Tensor | None = None,
-    return_x0: bool = True,
-    model_input: torch.Tensor | None = None,
-    advance: bool = False,
-    timesteps: torch.Tensor | None = None,
-    next_timestep: torch.Tensor | None = None,
-    workspace: object = None,
+    options: StepOptions,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One DDIM step for a batch: guidance, x0, limit, direction, noise, and the next model input.
+    """`fastddim.ddim_step` in plain torch: guidance, x0, limit, direction, noise, and the next model input.
 
     Arithmetic is float64 where a tensor is, float32 otherwise. Differentiable, unless `out` or `model_input` is given.
 
-    Args:
-        model_output: `[B, ...]`, or `[2 * B, ...]` stacked with guidance; any float dtype.
-        sample: the current state `[B, ...]`, any rank, any float dtype.
-        table: the run's `StepTable`, or its `[num_steps, 6]` tensor on the state's device.
-        step: the row for all samples, or an integer tensor `[]` or `[B]` with each sample's own row; in a tensor,
-            negative numbers count from the end.
-        limit: `Clip`, `DynamicThreshold` or None.
-        limit_values: `[2]` float64, `(range, any)` or `(max_value, ratio)`, to limit with instead of the numbers in
-            `limit`, which then says the kind alone (`config.limit_kind`): a captured step can change them. Read on the
-            host here, on the device by the fused step.
-        noise: `[B, ...]` standard normal; noise or seeds are needed where the row's `noise_scale` is not 0 (not checked
-            for rows on a GPU).
-        seeds: `[B]` int64, the 64 bits of each sample's seed (`noise.seed_tensor`): the noise is `noise.normal`'s.
-        first_row: `[B]`, the row at which each sample's run starts; its noise counts its steps from there. The table's
-            first row by default.
-        guidance_scale: None for an unguided step, else a number or `[B]`.
-        guidance_rescale: phi in [0, 1], a number or `[B]`.
-        cond_first: the conditional half of `model_output` comes first.
-        out: `[B, ...]` to write the next state to; may be `sample` itself. Its dtype is the result's.
-        return_x0: whether x0 is wanted; without, None is returned for it.
-        model_input: `[B, ...]`, or `[2 * B, ...]` with guidance, to write the next state to as well, in its own dtype
-            and for both halves.
-        advance: add one to the tensor `step` after the step.
-        timesteps: `[num_steps]`, with `next_timestep`: what the model is called with at each row.
-        next_timestep: `[B]`, or `[2 * B]` with guidance, which gets the timestep of the row advanced to; kept as it is
-            after the last row.
-        workspace: scratch memory of the fused kernel; not needed here.
-
-    Returns:
-        `(x_next, x0)`, both of the state's shape and dtype: the next state and the limited prediction of x0.
-
     Raises:
-        TypeError: something that is not a tensor where one is needed.
-        ValueError: shapes, devices or dtypes that do not fit; a stochastic row without noise.
-        IndexError: a `step` outside the table.
+        TypeError, ValueError, IndexError: as `fastddim.ddim_step`.
     """
-    check_step_arguments(
-        model_output,
-        sample,
-        table,
-        step,
-        limit=limit,
-        limit_values=limit_values,
-        noise=noise,
-        seeds=seeds,
-        first_row=first_row,
-        guidance_scale=guidance_scale,
-        guidance_rescale=guidance_rescale,
-        out=out,
-        model_input=model_input,
-        advance=advance,
-        timesteps=timesteps,
-        next_timestep=next_timestep,
-    )
+    check_step(model_output, sample, table, step, options)
+    limit, noise, seeds, out = options.limit, options.noise, options.seeds, options.out
     if out is not None and noise is not None and out.data_ptr() == noise.data_ptr():
         raise ValueError("out: the same memory as noise, which is read last; pass the state or another tensor")
-    if limit_values is not None:
-        limit = _with_values(limit, *limit_values.tolist())
-    tensors = (model_output, sample) if noise is None else (model_output, sample, noise)
-    compute = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    if options.limit_values is not None:
+        limit = _with_values(limit, *options.limit_values.tolist())
+    wide = torch.float64 in (model_output.dtype, sample.dtype, None if noise is None else noise.dtype)
+    compute = torch.float64 if wide else torch.float32
     row = _look_up(table, step, sample, compute)
     if noise is None and seeds is None and _is_stochastic(row):
         raise ValueError(
             f"noise: None, but step {step} adds noise; pass a standard normal tensor like the state, or seeds"
         )
     if seeds is not None and not _is_zero(row.noise_scale):
-        rows = torch.as_tensor(step, device=sample.device) if first_row is None else step - first_row
+        first = options.first_row
+        rows = torch.as_tensor(step, device=sample.device) if first is None else step - first
         noise = normal_for(seeds, rows, sample.shape[1:])
-    output = model_output.to(compute)
-    if guidance_scale is not None:
-        output = combine_guidance(output, guidance_scale, guidance_rescale, cond_first=cond_first)
+    output = _cast(model_output, compute)
+    if options.guidance is not None:
+        output = combine_guidance(output, options.guidance)
     state_dtype = sample.dtype if out is None else out.dtype
     direct_out = out if out is not None and out.dtype == compute else None
     x_next, x0 = step_with_row(
-        output, sample.to(compute), row, limit, None if noise is None else noise.to(compute), direct_out
+        output, _cast(sample, compute), row, limit, None if noise is None else _cast(noise, compute), direct_out
     )
-    if model_input is not None:
-        model_input.view(-1, *sample.shape).copy_(x_next)
-    if advance:
+    if options.model_input is not None:
+        options.model_input.view(-1, *sample.shape).copy_(x_next)
+    if options.advance:
         assert isinstance(step, torch.Tensor)
         step.add_(1)
+        timesteps, next_timestep = options.timesteps, options.next_timestep
         if timesteps is not None and next_timestep is not None:
             following = timesteps[step.clamp_max(len(timesteps) - 1).reshape(-1)].to(next_timestep.dtype)
             kept = next_timestep.view(-1, sample.shape[0])
             kept.copy_(torch.where(step < len(timesteps), following, kept))
     if direct_out is None:
-        x_next = x_next.to(state_dtype) if out is None else out.copy_(x_next)
-    return x_next, x0.to(state_dtype) if return_x0 else None
+        x_next = _cast(x_next, state_dtype) if out is None else out.copy_(x_next)
+    return x_next, _cast(x0, state_dtype) if options.return_x0 else None
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor.to(dtype)`, which costs as much as a small operation where there is nothing to do."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def _with_values(limit: Limit, limit_range: float, ratio: float) -> Limit:

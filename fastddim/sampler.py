@@ -19,15 +19,18 @@ from fastddim.coefficients import StepTable
 from fastddim.config import DDIMConfig, Limit
 from fastddim.cuda_graph import GraphCache
 from fastddim.interpolation import slerp
-from fastddim.loop import Guidance, Loop, Model, Run, graph_mode, pad, seed_words, upload_new
+from fastddim.loop import Loop, Model, Run, graph_mode, pad, seed_words, upload_new
 from fastddim.noise import STREAM_INITIAL, check_seeds, normal
 from fastddim.sampler_options import FIXED_BY_A_TABLE, SamplerOptions
 from fastddim.schedule import Pair, Schedule
+from fastddim.step import Guidance
 
 # Signatures of models' methods, without `self`.
 _SIGNATURES: WeakKeyDictionary[Any, inspect.Signature] = WeakKeyDictionary()
 
 _OPTIONS = {field.name: field for field in dataclasses.fields(SamplerOptions)}
+# A subclass may keep what it likes beside these.
+_FIXED = {*_OPTIONS, "options", "table", "schedule", "pairs", "model", "model_dtype"}
 
 Callback = Callable[[int, float, torch.Tensor, torch.Tensor], None]
 
@@ -147,10 +150,8 @@ class Sampler:
             )
         self._guidance = None
         if options.guidance_scale is not None:
-            first, stop = (int(fraction * len(self.table)) for fraction in options.guidance_interval)
-            self._guidance = Guidance(
-                float(options.guidance_scale), options.guidance_rescale, False, options.batched_guidance, first, stop
-            )
+            self._guidance = Guidance(float(options.guidance_scale), options.guidance_rescale)
+        self._guided_steps = range(*(int(fraction * len(self.table)) for fraction in options.guidance_interval))
         self.sample_shape = _model_sample_shape(model) if options.sample_shape is None else options.sample_shape
         module = model if isinstance(model, torch.nn.Module) else None
         parameter = None if module is None else next(iter(module.parameters()), None)
@@ -171,7 +172,7 @@ class Sampler:
         def __getattr__(self, name: str) -> Any: ...
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not hasattr(self, "_loop"):
+        if name not in _FIXED or not hasattr(self, "_loop"):
             object.__setattr__(self, name, value)
             return
         change = f"{name}={value!r}" if name in _OPTIONS else "scheduler=..."
@@ -203,7 +204,7 @@ class Sampler:
                 kept[other] = None
         options = dataclasses.replace(self.options, **{**kept, **changes})
         apart = {"graph", "compile", "channels_last", "max_graphs"} & changes.keys()
-        changed = object.__new__(Sampler)
+        changed = object.__new__(type(self))
         changed._set_up(self.model, scheduler, options, None if apart else self._loop)
         return changed
 
@@ -315,8 +316,8 @@ class Sampler:
         self._check_observers(None, progress, False)
         self._check_state("x0", x0, "B")
         run = self._run(x0, None, model_kwargs, uncond_kwargs)
-        guidance = None if run.guidance is None else _backwards(run.guidance, self.table, inverse)
-        run = self._pad(dataclasses.replace(run, table=inverse, limit=None, guidance=guidance))
+        guided_steps = _backwards(run.guided_steps, self.table, inverse)
+        run = self._pad(dataclasses.replace(run, table=inverse, limit=None, guided_steps=guided_steps))
         return self._loop(run, _steps(run, progress), None)[: x0.shape[0]]
 
     def interpolate(
@@ -421,6 +422,8 @@ class Sampler:
             seeds=seed_list,
             limit=self.limit,
             guidance=self._guidance,
+            guided_steps=self._guided_steps,
+            batched=options.batched_guidance,
             kwargs=self._model_kwargs(shape[0], model_kwargs, uncond_kwargs),
             channels_last=options.channels_last,
             backend=options.backend,
@@ -527,11 +530,11 @@ def _steps(run: Run, progress: bool) -> Iterable[int]:
     return track(steps, description="sampling", console=Console(stderr=True))
 
 
-def _backwards(guidance: Guidance, table: StepTable, inverse: StepTable) -> Guidance:
-    """The guidance of an inverse: on at the timesteps from the lowest to the highest at which sampling has it on."""
-    on = sorted(table.timesteps[guidance.first : guidance.stop])
+def _backwards(guided_steps: range, table: StepTable, inverse: StepTable) -> range:
+    """The guided steps of an inverse: those whose timesteps lie between the ones at which sampling is guided."""
+    on = sorted(table.timesteps[guided_steps.start : guided_steps.stop])
     rows = [k for k, t in enumerate(inverse.timesteps) if on and on[0] <= t <= on[-1]]
-    return dataclasses.replace(guidance, first=min(rows, default=0), stop=max(rows, default=-1) + 1)
+    return range(min(rows, default=0), max(rows, default=-1) + 1)
 
 
 def _check_names(options: Mapping[str, Any], scheduler: Any) -> None:

@@ -27,6 +27,7 @@ from fastddim.coefficients import StepCoefficients, columns
 from fastddim.config import PREDICTION_TYPES, Limit, limit_from, require_choice
 from fastddim.reference import step_with_row
 from fastddim.schedule import FloatArray
+from fastddim.step import StepOptions
 
 _KEPT_TABLES = 16
 _LEAST_SIGNAL = 1e-30
@@ -206,7 +207,8 @@ class _TableStep:
         out = None
         if model_output.dtype != sample.dtype:
             out = torch.empty_like(sample, dtype=torch.promote_types(sample.dtype, model_output.dtype))
-        fused = try_fused(self.backend, model_output, sample, rows, index, limit=self._limit, noise=noise, out=out)
+        options = StepOptions(limit=self._limit, noise=noise, out=out)
+        fused = try_fused(self.backend, model_output, sample, rows, index, options)
         if fused is None:
             return None
         prev_sample, pred_original_sample = fused

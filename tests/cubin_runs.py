@@ -17,6 +17,7 @@ import torch
 from fastddim import DDIMConfig, Schedule, StepTable
 from fastddim.config import Clip, DynamicThreshold
 from fastddim.noise import seed_tensor
+from fastddim.step import Guidance, StepOptions
 
 STEPS, ROW = 5, 2
 THRESHOLD = DynamicThreshold(0.97, 1.5)
@@ -70,21 +71,21 @@ def make_request(name, batch, device="cpu"):
         sample=torch.randn(shape).to(device, state),
         table=table,
         step=index.to(device) if own_index else ROW,
-        limit=options["limit"],
-        limit_values=None,
-        noise=torch.randn(shape).to(device, state) if options["noise"] == "given" else None,
-        seeds=seed_tensor(range(5, 5 + batch), device) if drawn else None,
-        first_row=torch.arange(batch, device=device) // 2 if drawn and options["per_sample"] else None,
-        guidance_scale=scale if options["guided"] else None,
-        guidance_rescale=phi if options.get("guidance_rescale") else 0.0,
-        cond_first=False,
-        out=torch.full(shape, math.nan, device=device, dtype=state),
-        return_x0=options.get("x0", False),
-        model_input=torch.full(stacked, math.nan, device=device, dtype=model) if options.get("model_input") else None,
-        advance=advance,
-        timesteps=torch.tensor(table.timesteps, device=device) if advance else None,
-        next_timestep=torch.full(stacked[:1], -7, device=device) if advance else None,
-        workspace=None,
+        options=StepOptions(
+            guidance=Guidance(scale, phi if options.get("guidance_rescale") else 0.0) if options["guided"] else None,
+            limit=options["limit"],
+            noise=torch.randn(shape).to(device, state) if options["noise"] == "given" else None,
+            seeds=seed_tensor(range(5, 5 + batch), device) if drawn else None,
+            first_row=torch.arange(batch, device=device) // 2 if drawn and options["per_sample"] else None,
+            out=torch.full(shape, math.nan, device=device, dtype=state),
+            return_x0=options.get("x0", False),
+            model_input=torch.full(stacked, math.nan, device=device, dtype=model)
+            if options.get("model_input")
+            else None,
+            advance=advance,
+            timesteps=torch.tensor(table.timesteps, device=device) if advance else None,
+            next_timestep=torch.full(stacked[:1], -7, device=device) if advance else None,
+        ),
     )
     slots = zip(STEP_POINTERS, request.tensors, strict=True)
     tensors = {ARGUMENT_OF.get(slot, slot): tensor for slot, tensor in slots if tensor is not None}

@@ -1,4 +1,6 @@
 import contextlib
+import doctest
+import functools
 import logging
 import os
 import subprocess
@@ -9,12 +11,13 @@ import pytest
 import torch
 
 import fastddim
-from fastddim import Clip, DDIMConfig, DDIMScheduler, DynamicThreshold, Sampler, Schedule, StepTable, backends
+from fastddim import Clip, DDIMConfig, DDIMScheduler, DynamicThreshold, Guidance, Sampler, Schedule, StepTable, backends
 from fastddim.kernels import KernelUnavailableError, PreparedStep, launch
 from fastddim.noise import seed_tensor
-from fastddim.reference import ddim_step as reference_step
+from fastddim.step import StepOptions
 from oracle import ddim
 
+reference_step = functools.partial(fastddim.ddim_step, backend="reference")
 SCHEDULE = Schedule(DDIMConfig())
 TABLE = StepTable.build(SCHEDULE, SCHEDULE.pairs(10))
 
@@ -62,6 +65,10 @@ def test_the_reference_by_argument_or_by_environment(monkeypatch):
     assert not kernel_ran()
     fastddim.ddim_step(draw(2, 3), draw(2, 3), TABLE, 1, backend="triton")
     assert kernel_ran()
+
+
+def test_the_documented_example_runs():
+    assert doctest.testmod(backends) == (0, 6)
 
 
 def test_unknown_backends_are_named(monkeypatch):
@@ -186,12 +193,11 @@ def test_the_drop_in_promotes_and_broadcasts_as_before():
 
 
 class TestPreparedStep:
-    def make(self, **options):
+    def make(self):
         self.x, self.output = draw(2, 6), draw(4, 6, seed=1)
         self.model_input = torch.empty(4, 6)
-        return PreparedStep(
-            self.output, self.x, TABLE, limit=Clip(), guidance_scale=2.0, out=self.x, model_input=self.model_input, **options
-        )  # fmt: skip
+        options = StepOptions(guidance=Guidance(2.0), limit=Clip(), out=self.x, model_input=self.model_input)
+        return PreparedStep(self.output, self.x, TABLE, options)
 
     def test_it_steps_as_ddim_step_does(self):
         prepared = self.make()
@@ -199,7 +205,7 @@ class TestPreparedStep:
         for step in range(10):
             output = draw(4, 6, seed=step)
             x_next, x0 = prepared(output, step)
-            expected, expected_x0 = reference_step(output, expected, TABLE, step, limit=Clip(), guidance_scale=2.0)
+            expected, expected_x0 = reference_step(output, expected, TABLE, step, limit=Clip(), guidance=2.0)
             assert x_next is self.x and x0 is prepared.x0
             torch.testing.assert_close(x_next, expected, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(x0, expected_x0, rtol=1e-4, atol=1e-4)
@@ -217,10 +223,12 @@ class TestPreparedStep:
         with pytest.raises(ValueError, match=r"^model_output: shares memory with model_input"):
             prepared(self.model_input, 0)
         with pytest.raises(TypeError, match=r"^table: Tensor; pass a StepTable"):
-            PreparedStep(self.output, self.x, TABLE.tensor(), guidance_scale=2.0)
+            PreparedStep(self.output, self.x, TABLE.tensor(), StepOptions(guidance=Guidance(2.0)))
         stochastic = StepTable.build(SCHEDULE, SCHEDULE.pairs(10), eta=1.0)
         with pytest.raises(ValueError, match=r"^noise: None, but the table adds noise"):
-            PreparedStep(self.output, self.x, stochastic, guidance_scale=2.0)
+            PreparedStep(self.output, self.x, stochastic, StepOptions(guidance=Guidance(2.0)))
+        with pytest.raises(ValueError, match=r"^advance: True, but step is the number"):
+            PreparedStep(self.output, self.x, TABLE, StepOptions(guidance=Guidance(2.0), advance=True))
 
 
 def traced(function, *inputs):
@@ -253,7 +261,7 @@ def test_the_drop_ins_step_compiles_without_a_break_on_a_cpu(index):
 # Triton's kernels cannot be traced where its interpreter has replaced them.
 TRACE = """
 import torch, fastddim
-from fastddim import Clip, DynamicThreshold
+from fastddim import Clip, DynamicThreshold, Guidance
 from fastddim.kernels import launch
 from test_backends import TABLE, SCHEDULE, traced
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -271,10 +279,10 @@ class Step(torch.nn.Module):
     def forward(self, output, x, seeds, step):
         return fastddim.ddim_step(output, x, TABLE, step, seeds=seeds, **self.options)
 
-guided = dict(guidance_scale=3.0)
 for options, size in (
-    (dict(limit=Clip(), **guided), 8), (dict(limit=DynamicThreshold(0.9, 2.0), guidance_rescale=0.5, **guided), 8),
-    (dict(limit=DynamicThreshold(0.9, 2.0), guidance_rescale=0.5, **guided), 128),
+    (dict(limit=Clip(), guidance=3.0), 8),
+    (dict(limit=DynamicThreshold(0.9, 2.0), guidance=Guidance(3.0, 0.5)), 8),
+    (dict(limit=DynamicThreshold(0.9, 2.0), guidance=Guidance(3.0, 0.5)), 128),
 ):
     for dynamic in (False, True):
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -305,7 +313,7 @@ def test_the_operator_refuses_what_a_graph_has_no_place_for():
     from fastddim.kernels.operator import ddim_step
 
     with pytest.raises(ValueError, match=r"^advance: True under torch.compile"):
-        ddim_step(draw(2, 3), draw(2, 3), TABLE, torch.tensor(0), advance=True)
+        ddim_step(draw(2, 3), draw(2, 3), TABLE, torch.tensor(0), StepOptions(advance=True))
 
 
 def test_the_operator_runs_eagerly_too():
@@ -316,7 +324,7 @@ def test_the_operator_runs_eagerly_too():
     seeds = seed_tensor([1, 2])
     for limit in (None, Clip(1.0), DynamicThreshold(0.9, 1.5)):
         table = StepTable.build(SCHEDULE, SCHEDULE.pairs(10), use_clipped_model_output=limit is not None)
-        x_next, _ = ddim_step(output, x, table, 6, limit=limit, seeds=seeds, guidance_scale=2.5)
+        x_next, _ = ddim_step(output, x, table, 6, StepOptions(limit=limit, seeds=seeds, guidance=Guidance(2.5)))
         t, t_next = SCHEDULE.pairs(10)[6]
         bars = SCHEDULE.alpha_bar([t, t_next])
         uncond, cond = output.double().numpy().reshape(2, 2, 50)

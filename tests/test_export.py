@@ -28,8 +28,8 @@ from fastddim.export import (
     NotFiniteError,
     OrtSampler,
     ParityError,
+    denoisers,
     export_onnx,
-    modules,
     open_bundle,
     to_onnx,
     validate,
@@ -240,18 +240,20 @@ def test_a_file_with_a_baked_schedule_needs_a_number_of_steps_alone(tmp_path):
     assert os.listdir(tmp_path) == ["bundle"]
 
 
-@pytest.mark.parametrize("largest_topk", [modules.LARGEST_TOPK, 0], ids=["topk", "bisection"])
+@pytest.mark.parametrize("largest_topk", [denoisers.LARGEST_TOPK, 0], ids=["topk", "bisection"])
 @pytest.mark.parametrize("n", [2, 7, 100, 3000])
 def test_thresholds_are_torchs_quantile(largest_topk, n, monkeypatch):
-    monkeypatch.setattr(modules, "LARGEST_TOPK", largest_topk)
+    monkeypatch.setattr(denoisers, "LARGEST_TOPK", largest_topk)
     for ratio, maximum, spread in itertools.product((0.0, 0.5, 0.995, 1.0), (1.2, 2.0, 9.0), (0.3, 1.0, 5.0)):
         x0 = spread * torch.randn(3, n, generator=torch.Generator().manual_seed(n))
         # Ties at the quantile.
         x0[0] = x0[0].round()
         limit = DynamicThreshold(ratio, maximum)
-        rank = modules.find_rank(limit, n)
+        rank = denoisers.find_rank(limit, n)
         assert (rank is None) == (largest_topk == 0)
-        torch.testing.assert_close(modules.limit_x0(x0, limit, rank), apply_limit(x0.clone(), limit), rtol=0, atol=2e-7)
+        torch.testing.assert_close(
+            denoisers.limit_x0(x0, limit, rank), apply_limit(x0.clone(), limit), rtol=0, atol=2e-7
+        )
 
 
 def node_kinds(graphs):
@@ -264,7 +266,7 @@ def node_kinds(graphs):
 
 
 def test_large_samples_threshold_by_bisection_in_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(modules, "LARGEST_TOPK", 0)
+    monkeypatch.setattr(denoisers, "LARGEST_TOPK", 0)
     config = DDIMConfig(thresholding=True, sample_max_value=1.5, dynamic_thresholding_ratio=0.8)
     bundle = export_tiny(tmp_path / "bundle", config)
     assert "TopK" not in node_kinds([onnx.load(bundle.model_path).graph])

@@ -1,5 +1,7 @@
 """The fused step in Triton's interpreter (on the GPU where there is one) against the oracle and the reference."""
 
+import dataclasses
+import functools
 import inspect
 import itertools
 import os
@@ -11,14 +13,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastddim import Clip, DDIMConfig, DynamicThreshold, Schedule, StepTable
+import fastddim
+from fastddim import Clip, DDIMConfig, DynamicThreshold, Guidance, Schedule, StepTable
 from fastddim.config import limit_kind
-from fastddim.kernels import Workspace, ddim_step, draw_normal, launch, plan
+from fastddim.kernels import Workspace, draw_normal, launch, plan
 from fastddim.noise import STREAM_INITIAL, normal, normal_numpy, seed_tensor
 from fastddim.reference import abs_quantile
-from fastddim.reference import ddim_step as reference_step
+from fastddim.step import StepOptions
 from oracle import ddim, guide
 
+ddim_step, reference_step = (functools.partial(fastddim.ddim_step, backend=name) for name in ("triton", "reference"))
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SCHEDULE = Schedule(DDIMConfig())
@@ -98,7 +102,7 @@ LIMITS = {"none": None, "clip": Clip(1.0), "fixed": DynamicThreshold(0.9, 0.5), 
 def test_float32_is_within_2_ulp_of_the_oracle(shape, limit, guided, noise):
     batch, row = shape[0], 6
     x, output = draw(shape), draw((batch * (1 + guided), *shape[1:]), seed=1)
-    kwargs = {"limit": LIMITS[limit], "guidance_scale": 2.5 if guided else None}
+    kwargs = {"limit": LIMITS[limit], "guidance": 2.5 if guided else None}
     z = None
     if noise == "given":
         kwargs["noise"] = z = draw(shape, seed=2)
@@ -107,7 +111,7 @@ def test_float32_is_within_2_ulp_of_the_oracle(shape, limit, guided, noise):
         z = torch.from_numpy(normal_numpy(range(5, 5 + batch), row, shape[1:]))
     steps = table(0.0 if noise == "none" else 1.0, rederive=LIMITS[limit] is not None)
     x_next, x0 = ddim_step(output, x, steps, row, out=poisoned(shape), **kwargs)
-    expected = float64_step(output, x, row, limit=LIMITS[limit], noise=z, scale=kwargs["guidance_scale"])
+    expected = float64_step(output, x, row, limit=LIMITS[limit], noise=z, scale=kwargs["guidance"])
     # x0 is a difference of what it is made of, and its error theirs.
     t = PAIRS[row][0]
     terms = np.abs(output.double().cpu().numpy()).max() * (4 if guided else 1) / np.sqrt(SCHEDULE.alpha_bar([t])[0])
@@ -128,7 +132,7 @@ def test_every_pair_of_dtypes_rounds_the_oracle_once(state, model, limit):
     x, output = draw(shape, state), draw((4, *shape[1:]), model, seed=1)
     out, model_input = poisoned(shape, state), poisoned((4, *shape[1:]), model)
     x_next, x0 = ddim_step(
-        output, x, table(rederive=True), row, limit=LIMITS[limit], guidance_scale=2.5, out=out, model_input=model_input
+        output, x, table(rederive=True), row, limit=LIMITS[limit], guidance=2.5, out=out, model_input=model_input
     )
     assert x_next is out
     assert x0.dtype == state
@@ -212,9 +216,9 @@ def test_any_shape_and_option_is_the_references(data):
     kwargs = {"limit": limit}
     if guided:
         scale = data.draw(st.sampled_from([0.0, 0.4, 1.0, 7.5, "tensor"]))
-        kwargs["guidance_scale"] = draw((batch,), seed=3).abs() if scale == "tensor" else scale
-        kwargs["guidance_rescale"] = data.draw(st.sampled_from([0.0, 0.7])) if elements > 1 else 0.0
-        kwargs["cond_first"] = data.draw(st.booleans())
+        scale = draw((batch,), seed=3).abs() if scale == "tensor" else scale
+        rescale = data.draw(st.sampled_from([0.0, 0.7])) if elements > 1 else 0.0
+        kwargs["guidance"] = Guidance(scale, rescale, data.draw(st.booleans()))
     if noise == "given":
         kwargs["noise"] = draw(shape, data.draw(st.sampled_from(DTYPES)), seed=2)
     elif noise == "drawn":
@@ -355,8 +359,8 @@ def test_large_samples_rescale_as_the_oracle(cond_first, limit):
     workspace = Workspace()
     for _ in range(2):
         x_next, _ = ddim_step(
-            stacked, x, table(rederive=LIMITS[limit] is not None), row, limit=LIMITS[limit], guidance_scale=scales,
-            guidance_rescale=0.6, cond_first=cond_first, workspace=workspace,
+            stacked, x, table(rederive=LIMITS[limit] is not None), row, limit=LIMITS[limit],
+            guidance=Guidance(scales, 0.6, cond_first), workspace=workspace,
         )  # fmt: skip
         assert (last_plan().tier, len(last_plan().calls)) == ("statistics", 4 if limit == "threshold" else 2)
         for k, scale in enumerate(scales.tolist()):
@@ -375,7 +379,7 @@ def test_nan_and_infinity_in_the_model_output_end_as_in_the_reference(value, gui
     x, output = draw(shape), draw((2 * (1 + guided), *shape[1:]), seed=1)
     output[0, 1, 2] = output[-1, 0, 0] = value
     for scale in (0.3, 1.0, 7.5) if guided else (None,):
-        kwargs = {"limit": LIMITS[limit], "guidance_scale": scale}
+        kwargs = {"limit": LIMITS[limit], "guidance": scale}
         ours = ddim_step(output, x, table(rederive=rederive), 4, **kwargs)
         theirs = reference_step(output, x, table(rederive=rederive), 4, **kwargs)
         rows = torch.full((2,), 4, device=DEVICE)
@@ -443,12 +447,12 @@ def test_the_index_advances_on_the_device(shared, elements, guided):
         output = draw((batch * copies, elements), seed=k)
         before = step.clone()
         x, _ = ddim_step(
-            output, x, steps, step, seeds=seeds, guidance_scale=2.0 if guided else None, advance=True,
+            output, x, steps, step, seeds=seeds, guidance=2.0 if guided else None, advance=True,
             timesteps=timesteps, next_timestep=next_timestep, workspace=workspace,
         )  # fmt: skip
         reference_index, reference_timestep = before.clone(), torch.full_like(next_timestep, -5.0)
         y, _ = reference_step(
-            output, y, steps, reference_index, seeds=seeds, guidance_scale=2.0 if guided else None, advance=True,
+            output, y, steps, reference_index, seeds=seeds, guidance=2.0 if guided else None, advance=True,
             timesteps=timesteps, next_timestep=reference_timestep,
         )  # fmt: skip
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
@@ -476,7 +480,7 @@ def test_a_channels_last_model_beside_a_contiguous_state():
     model_input = poisoned((4, *shape[1:]), torch.bfloat16).contiguous(memory_format=torch.channels_last)
     steps, seeds = table(1.0), seed_tensor([1, 2], DEVICE)
     for limit in (Clip(), DynamicThreshold(0.8, 2.0)):
-        kwargs = {"limit": limit, "guidance_scale": 3.0, "seeds": seeds}
+        kwargs = {"limit": limit, "guidance": 3.0, "seeds": seeds}
         expected = ddim_step(output, x, steps, 3, **kwargs)
         strided = output.contiguous(memory_format=torch.channels_last)
         actual = ddim_step(strided, x, steps, 3, model_input=model_input, **kwargs)
@@ -560,7 +564,7 @@ BAD = {
     "sample: list; pass a tensor": {"sample": [1.0]},
     "model_output: NoneType; pass a tensor": {"model_output": None},
     "model_output: shape (2, 4); for a state of (2, 5) pass (2, 5)": {"model_output": torch.zeros(2, 4)},
-    "model_output: shape (2, 5); for a state of (2, 5) pass (4, 5) (unconditional and": {"guidance_scale": 2.0},
+    "model_output: shape (2, 5); for a state of (2, 5) pass (4, 5) (unconditional and": {"guidance": 2.0},
     "noise: shape (5,)": {"noise": torch.zeros(5)},
     "noise, seeds: both given": {"noise": torch.zeros(2, 5), "seeds": torch.zeros(2, dtype=torch.int64)},
     "out: dtype torch.int64": {"out": torch.zeros(2, 5, dtype=torch.int64)},
@@ -580,9 +584,14 @@ BAD = {
     "seeds: shape (1,)": {"seeds": torch.zeros(1, dtype=torch.int64)},
     "seeds: list": {"seeds": [1, 2]},
     "first_row: given without seeds": {"first_row": torch.zeros(2, dtype=torch.int64)},
-    "guidance_rescale: 0.5 without guidance_scale": {"guidance_rescale": 0.5},
-    "guidance_scale: str": {"guidance_scale": "2", "model_output": torch.zeros(4, 5)},
-    "guidance_scale: shape (3,)": {"guidance_scale": torch.ones(3), "model_output": torch.zeros(4, 5)},
+    "limit: float; pass a Clip, a DynamicThreshold or None": {"limit": 1.0},
+    "guidance.scale: str; pass a number or a tensor [2]": {"guidance": "2", "model_output": torch.zeros(4, 5)},
+    "guidance.scale: shape (3,)": {"guidance": torch.ones(3), "model_output": torch.zeros(4, 5)},
+    "guidance.rescale: bool": {"guidance": Guidance(2.0, True), "model_output": torch.zeros(4, 5)},
+    "guidance.rescale: dtype torch.int64": {
+        "guidance": Guidance(2.0, torch.ones(2, dtype=torch.int64)),
+        "model_output": torch.zeros(4, 5),
+    },
     "model_input: shape (4, 5); for a state of (2, 5) pass (2, 5)": {"model_input": torch.zeros(4, 5)},
     "out: strides (1, 2); pass a contiguous tensor": {"out": torch.zeros(5, 2).T},
     "model_input: strides (1, 2)": {"model_input": torch.zeros(5, 2).T},
@@ -617,7 +626,7 @@ def test_memory_that_is_shared_is_refused():
             "out: shares memory with model_output",
             {
                 "model_output": storage[:16].view(torch.float16).view(4, 8),
-                "guidance_scale": 2.0,
+                "guidance": 2.0,
                 "out": storage[:16].view(2, 8),
             },
         ),
@@ -640,11 +649,11 @@ def test_gradients_are_refused():
         ddim_step(draw((2, 5)), x, table(), 3)
 
 
-def test_the_signature_is_the_references():
-    ours, theirs = (inspect.signature(function) for function in (ddim_step, reference_step))
-    assert list(ours.parameters) == list(theirs.parameters)
-    defaults = {name: parameter.default for name, parameter in theirs.parameters.items()}
-    assert {name: parameter.default for name, parameter in ours.parameters.items()} == defaults
+def test_the_public_keywords_are_the_options_of_a_step():
+    public = inspect.signature(fastddim.ddim_step).parameters.values()
+    keywords = {each.name: each.default for each in public if each.kind == inspect.Parameter.KEYWORD_ONLY}
+    assert keywords.pop("backend") == "auto"
+    assert keywords == {field.name: field.default for field in dataclasses.fields(StepOptions)}
 
 
 def test_threads_share_the_plans():

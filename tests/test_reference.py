@@ -1,3 +1,5 @@
+import functools
+
 import diffusers
 import numpy as np
 import pytest
@@ -5,13 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fastddim
 from fastddim.coefficients import StepTable
 from fastddim.config import Clip, DDIMConfig, DynamicThreshold
-from fastddim.reference import abs_quantile, combine_guidance, ddim_step
+from fastddim.reference import abs_quantile, combine_guidance
 from fastddim.schedule import Schedule
+from fastddim.step import Guidance
 from oracle import ddim, guide
 from test_coefficients import pairs_of, runs, table_of
 
+ddim_step = functools.partial(fastddim.ddim_step, backend="reference")
 FLOAT32_ULP = 2.0**-23
 LIMITS = [None, Clip(1.0), Clip(0.4), DynamicThreshold(0.9, 3.0), DynamicThreshold(0.995, 1.0)]
 SHARED = torch.zeros(2, 3, 4, 4)
@@ -134,9 +139,9 @@ def test_guidance_is_the_textbook_combination(cond_first, rescale):
     uncond, cond = randn((3, 4, 6, 6), 0, torch.float64), randn((3, 4, 6, 6), 1, torch.float64)
     stacked = torch.cat([cond, uncond] if cond_first else [uncond, cond])
     expected = guide(uncond.numpy(), cond.numpy(), 3.5, rescale)
-    np.testing.assert_allclose(combine_guidance(stacked, 3.5, rescale, cond_first=cond_first), expected, atol=1e-12)
+    np.testing.assert_allclose(combine_guidance(stacked, Guidance(3.5, rescale, cond_first)), expected, atol=1e-12)
     scales = torch.tensor([1.0, 3.5, 7.5])
-    combined = combine_guidance(stacked, scales, rescale, cond_first=cond_first)
+    combined = combine_guidance(stacked, Guidance(scales, rescale, cond_first))
     for k, scale in enumerate(scales.tolist()):
         one = guide(uncond.numpy()[k : k + 1], cond.numpy()[k : k + 1], scale, rescale)
         np.testing.assert_allclose(combined[k : k + 1], one, atol=1e-12)
@@ -158,8 +163,9 @@ def run_step(**changes):
 
 def test_guidance_in_the_step_is_guidance_before_it():
     stacked = randn((4, 3, 4, 4), 5)
-    together = run_step(model_output=stacked, guidance_scale=3.0, guidance_rescale=0.5)
-    apart = run_step(model_output=combine_guidance(stacked, 3.0, 0.5))
+    guidance = Guidance(3.0, 0.5)
+    together = run_step(model_output=stacked, guidance=guidance)
+    apart = run_step(model_output=combine_guidance(stacked, guidance))
     assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
 
 
@@ -239,7 +245,7 @@ def test_the_step_is_differentiable(prediction_type):
     for limit in (None, DynamicThreshold(0.9, 3.0)):
 
         def step(x, stacked, limit=limit):
-            return ddim_step(stacked, x, table, 5, limit=limit, noise=noise, guidance_scale=2.0, guidance_rescale=0.3)
+            return ddim_step(stacked, x, table, 5, limit=limit, noise=noise, guidance=Guidance(2.0, 0.3))
 
         assert torch.autograd.gradcheck(step, (x, stacked))
 
@@ -248,7 +254,7 @@ def test_the_step_is_differentiable(prediction_type):
     ("changes", "error", "parts"),
     [
         ({"model_output": torch.zeros(2, 3, 4)}, ValueError, ["model_output", "(2, 3, 4)", "(2, 3, 4, 4)"]),
-        ({"guidance_scale": 2.0}, ValueError, ["model_output", "(2, 3, 4, 4)", "(4, 3, 4, 4)", "stacked"]),
+        ({"guidance": 2.0}, ValueError, ["model_output", "(2, 3, 4, 4)", "(4, 3, 4, 4)", "stacked"]),
         ({"noise": torch.zeros(1, 3, 4, 4)}, ValueError, ["noise", "(1, 3, 4, 4)"]),
         ({"out": torch.zeros(2)}, ValueError, ["out", "(2,)"]),
         ({"sample": torch.zeros(())}, ValueError, ["sample", "[B, ...]"]),

@@ -1,3 +1,5 @@
+import functools
+
 import diffusers
 import numpy as np
 import pytest
@@ -5,12 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fastddim
 from fastddim.coefficients import StepTable
 from fastddim.config import BETA_SCHEDULES, PREDICTION_TYPES, TIMESTEP_SPACINGS, Clip, DDIMConfig, DynamicThreshold
-from fastddim.reference import abs_quantile, combine_guidance, ddim_step
+from fastddim.reference import abs_quantile, combine_guidance
 from fastddim.schedule import Schedule
+from fastddim.step import Guidance
 from oracle import ddim, guide
 
+ddim_step = functools.partial(fastddim.ddim_step, backend="reference")
 ULP = 2.0**-23
 LIMITS = [None, Clip(1.0), Clip(0.4), DynamicThreshold(0.9, 3.0), DynamicThreshold(0.995, 1.0)]
 SHAPES = [(3,), (2, 7), (2, 3, 5), (1, 3, 4, 4), (2, 2, 3, 2, 3)]
@@ -108,8 +113,7 @@ def test_a_step_is_the_oracles_for_any_dtype_rank_guidance_and_rows(
         torch.tensor(rows) if by_row else rows[0],
         limit=limit,
         noise=noise,
-        guidance_scale=2.5 if guided else None,
-        guidance_rescale=rescale if guided and x[0].numel() > 1 else 0.0,
+        guidance=Guidance(2.5, rescale if x[0].numel() > 1 else 0.0) if guided else None,
     )
     assert x_next.dtype == x0.dtype == dtype and x_next.shape == x0.shape == x.shape
     assert all(torch.equal(a, b) for a, b in zip((x, noise, stacked), kept, strict=True))
@@ -244,7 +248,7 @@ def test_guidance_sends_both_halves_their_gradient():
     table = StepTable.build(schedule, schedule.pairs(10))
     stacked = randn((2, 6), 0, torch.float64).requires_grad_()
     x = randn((1, 6), 1, torch.float64)
-    ddim_step(stacked, x, table, 3, guidance_scale=4.0)[0].sum().backward()
+    ddim_step(stacked, x, table, 3, guidance=4.0)[0].sum().backward()
     # d guided / d uncond = 1 - s, d guided / d cond = s.
     torch.testing.assert_close(stacked.grad[0] / stacked.grad[1], torch.full((6,), -0.75, dtype=torch.float64))
 
@@ -278,7 +282,7 @@ def test_a_stochastic_row_without_noise_is_refused(form):
 
 def test_an_odd_batch_cannot_be_two_halves():
     with pytest.raises(ValueError, match="model_output"):
-        combine_guidance(randn((3, 4), 0), 2.0)
+        combine_guidance(randn((3, 4), 0), Guidance(2.0))
 
 
 @pytest.mark.parametrize("limit", LIMITS)

@@ -38,9 +38,9 @@ from fastddim.export import (
 from fastddim.export.bundle import FORMAT
 from fastddim.export.graph import find_model_output
 from fastddim.export.trt_library import Library
-from fastddim.kernels import engine
-from fastddim.kernels.engine import INPUTS, EngineKernel, ddim_step_in_engine, drop_scratch, plan_engine_step
-from fastddim.kernels.plan import StepShape
+from fastddim.kernels import plugin
+from fastddim.kernels.plugin import INPUTS, PluginKernel, ddim_step_in_plugin, drop_scratch, plan_plugin_step
+from fastddim.step import Guidance, StepOptions
 from oracle import ddim, guide
 from test_cubin import TOOLS, parameter_sizes
 from test_export import LABELS, Tiny
@@ -63,7 +63,7 @@ def launch(step, tensors, model_output, grid=None, numbers=None):
     outputs = [torch.full_like(sample, float("nan"), device=DEVICE) for _ in range(2)]
     numbers = [step.elements, len(sample)] if numbers is None else numbers
     grid = step.grid(len(sample)) if grid is None else grid
-    ddim_step_in_engine[grid](
+    ddim_step_in_plugin[grid](
         *inputs, *numbers, *outputs, **step.constants, num_warps=step.num_warps, enable_fp_fusion=False
     )
     return [output.cpu() for output in outputs]
@@ -108,11 +108,9 @@ def test_the_step_is_the_oracles(shape, limit, guided, rescale, noise):
     tensors |= {"noise": draw(shape)} if noise else {}
     tensors |= {"guidance_scale": torch.linspace(1.5, 7.5, batch)} if guided else {}
     tensors |= {"guidance_rescale": torch.linspace(0.3, 0.9, batch)} if rescale else {}
-    options = StepShape(
-        batch, int(np.prod(shape[1:])), guided=guided, scale_per_sample=guided, rescale=rescale,
-        rescale_per_sample=rescale, row_per_sample=True, limit=LIMITS[limit],
-    )  # fmt: skip
-    step = plan_engine_step(options, noise, batch)
+    guidance = Guidance(tensors["guidance_scale"], tensors.get("guidance_rescale", 0.0)) if guided else None
+    options = StepOptions(guidance=guidance, limit=LIMITS[limit], noise=tensors.get("noise"))
+    step = plan_plugin_step(batch, int(np.prod(shape[1:])), options, batch)
     assert step.constants["WHOLE"] == (limit == "threshold" or rescale)
     actual = launch(step, tensors, output)
 
@@ -136,15 +134,15 @@ def test_the_step_is_the_oracles(shape, limit, guided, rescale, noise):
 
 
 def test_blocks_are_the_first_profiles_and_the_grid_holds_any_batch():
-    shape = StepShape(4, 5000, row_per_sample=True, limit=Clip())
-    step = plan_engine_step(shape, False, 70_000)
+    plan = functools.partial(plan_plugin_step, 4, 5000, StepOptions(limit=Clip()))
+    step = plan(70_000)
     block = step.constants["BLOCK"]
     assert step.constants["SAMPLE_AXIS"] == 0 and step.grid(70_000) == (70_000, -(-5000 // block))
-    assert plan_engine_step(shape, False, 9).grid(9) == (-(-5000 // block), 9)
+    assert plan(9).grid(9) == (-(-5000 // block), 9)
     sample = torch.randn(2, 5000)
     tensors = {"sample": sample, "coefficients": torch.tensor([[0.0, 1.0, 0.0, 0.0, 1.0, 0.0]] * 2)}
     for largest in (9, 70_000):
-        result, x0 = launch(plan_engine_step(shape, False, largest), tensors, 2 * sample)
+        result, x0 = launch(plan(largest), tensors, 2 * sample)
         assert torch.equal(result, (2 * sample).clamp(-1, 1)) and torch.equal(result, x0)
 
 
@@ -239,9 +237,9 @@ def compiled(monkeypatch):
 
     def compile_step(step, dtype, capability):
         asked.append((dtype, capability))
-        return EngineKernel(step, dtype, "sm_90a", "entry", f"// {dtype}", 32 * step.num_warps, 0)
+        return PluginKernel(step, dtype, "sm_90a", "entry", f"// {dtype}", 32 * step.num_warps, 0)
 
-    monkeypatch.setattr(engine, "compile_engine_step", compile_step)
+    monkeypatch.setattr(plugin, "compile_plugin_step", compile_step)
     return asked
 
 
@@ -340,7 +338,7 @@ def test_tensorrts_own_classes_take_the_plugin(bundles, driven, name):
     assert found["outputs"] == ["FLOAT", "FLOAT"] and found["scalar_types"] == ["INT32"]
     dtype = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}[sampling["dtype"]]
     assert found["supported"] == [[kind, "LINEAR"] for kind in (dtype, *["FLOAT"] * (len(found["inputs"]) + 1))]
-    assert found["entry"] == "ddim_step_in_engine" and f".entry {found['entry']}(" in found["ptx"]
+    assert found["entry"] == "ddim_step_in_plugin" and f".entry {found['entry']}(" in found["ptx"]
     assert found["identity"]["target"] == "sm_90a"
     (threads,) = re.findall(r"^\.reqntid (\d+)", found["ptx"], re.MULTILINE)
     block = found["constants"]["BLOCK"]
@@ -374,7 +372,7 @@ def test_the_ptx_has_the_parameters_that_tensorrt_passes(driven, tmp_path, name,
         command = [TOOLS / "ptxas-blackwell", "-v", f"--gpu-name={TARGETS[target]}", file, "-o", cubin]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert "0 bytes spill stores, 0 bytes spill loads" in done.stderr
-        assert parameter_sizes(cubin, "ddim_step_in_engine") == expected
+        assert parameter_sizes(cubin, "ddim_step_in_plugin") == expected
         sass = subprocess.run([TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
         codes.append([line.strip() for line in sass.splitlines() if re.match(r"\s+/\*[0-9a-f]{4,}\*/", line)])
     assert codes[0] == codes[1] and len(codes[0]) > 50
@@ -443,7 +441,7 @@ def test_reuse_asks_for_the_same_kernel(bundles, fake, tmp_path, monkeypatch):
     assert builds(TensorRTOptions(flavour="standard")) and builds(FUSED) and not builds(FUSED)
     # Tuned for another batch it may have other blocks; another version of kernel or compiler has other PTX.
     monkeypatch.setattr(
-        engine, "compile_engine_step", lambda *_: EngineKernel(*_[:2], "sm_90a", "entry", "// new", 64, 0)
+        plugin, "compile_plugin_step", lambda *_: PluginKernel(*_[:2], "sm_90a", "entry", "// new", 64, 0)
     )
     assert builds(FUSED)
 
@@ -493,7 +491,7 @@ def test_a_kernel_that_does_not_compile_is_an_error(bundles, fake, tmp_path, mon
     def fail(*arguments):
         raise RuntimeError("a trace\nptxas: no such target")
 
-    monkeypatch.setattr(engine, "compile_engine_step", fail)
+    monkeypatch.setattr(plugin, "compile_plugin_step", fail)
     with pytest.raises(
         ExportError, match=r"fused_step: the step does not compile for 9.0: RuntimeError: ptxas: no such"
     ):

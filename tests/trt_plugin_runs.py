@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 
 from fastddim.export import open_bundle, trt_plugin
 from fastddim.export.trt_library import Library
-from fastddim.kernels import engine
+from fastddim.kernels import plugin
 from fastddim.kernels.aot import compile_source
 
 # A grid's second axis holds 65,535 programs.
@@ -182,9 +182,9 @@ def drive(registry, bundle, capability):
 def compile_targets(folder, kernel):
     """The PTX for every target, as TensorRT gets it and as Triton made it."""
     for target in TARGETS:
-        compiled = engine.compile_engine_step(kernel.step, kernel.model_dtype, target)
+        compiled = plugin.compile_plugin_step(kernel.step, kernel.model_dtype, target)
         (folder / f"sm_{target}.ptx").write_text(compiled.ptx)
-        source = engine._source(kernel.step, kernel.model_dtype)
+        source = plugin._source(kernel.step, kernel.model_dtype)
         version = int(compiled.ptx.partition(".version ")[2][:3].replace(".", ""))
         raw = compile_source(source, kernel.step.num_warps, GPUTarget("cuda", target, 32), ptx_version=version)
         (folder / f"sm_{target}.raw.ptx").write_text(raw.asm["ptx"])

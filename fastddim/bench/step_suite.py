@@ -174,8 +174,7 @@ def _ddim_step_call(inputs: StepInputs, in_place: bool = False, backend: str = "
             problem.index,
             limit=_limit(problem),
             noise=inputs.noise,
-            guidance_scale=problem.guidance_scale,
-            guidance_rescale=problem.guidance_rescale,
+            guidance=_guidance(problem),
             out=sample if in_place else None,
             backend=backend,
         )
@@ -186,17 +185,11 @@ def _ddim_step_call(inputs: StepInputs, in_place: bool = False, backend: str = "
 def _prepared_call(inputs: StepInputs) -> Call:
     """The step as `Sampler`'s loop takes it: bound to its buffers."""
     from fastddim.kernels import PreparedStep
+    from fastddim.step import StepOptions
 
     problem = inputs.problem
-    step = PreparedStep(
-        inputs.model_output,
-        inputs.sample,
-        _table(problem),
-        limit=_limit(problem),
-        noise=inputs.noise,
-        guidance_scale=problem.guidance_scale,
-        guidance_rescale=problem.guidance_rescale,
-    )
+    options = StepOptions(guidance=_guidance(problem), limit=_limit(problem), noise=inputs.noise)
+    step = PreparedStep(inputs.model_output, inputs.sample, _table(problem), options)
     return lambda: step(inputs.model_output, problem.index)
 
 
@@ -205,6 +198,13 @@ def _table(problem: StepProblem) -> Any:
 
     schedule = fastddim.Schedule(fastddim.DDIMConfig(prediction_type=problem.prediction_type))
     return fastddim.StepTable.build(schedule, schedule.pairs(problem.num_steps), eta=problem.eta)
+
+
+def _guidance(problem: StepProblem) -> Any:
+    import fastddim
+
+    scale = problem.guidance_scale
+    return None if scale is None else fastddim.Guidance(scale, problem.guidance_rescale)
 
 
 def _limit(problem: StepProblem) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch._higher_order_ops.while_loop import while_loop
 
 from fastddim.coefficients import NUM_COLUMNS
-from fastddim.export.modules import StepModule
+from fastddim.export.denoisers import StepModule
 from fastddim.export.schedule_module import ScheduleModule
 
 _EXAMPLE_STEPS = 3
@@ -27,16 +27,7 @@ class FusedStepModule(StepModule):
         step = (
             torch.zeros((), dtype=torch.int64, device=x.device) if shared else torch.arange(x.shape[0], device=x.device)
         )
-        x_next, x0 = ddim_step(
-            output,
-            x,
-            rows,
-            step,
-            limit=self.limit,
-            noise=inputs.get("noise"),
-            guidance_scale=inputs.get("guidance_scale"),
-            guidance_rescale=inputs.get("guidance_rescale", 0.0),
-        )
+        x_next, x0 = ddim_step(output, x, rows, step, self.options(inputs))
         assert x0 is not None
         return x_next, x0
 

@@ -11,9 +11,9 @@ import diffusers
 import torch
 
 from fastddim.export.bundle import Bundle, check_destination, write_bundle
+from fastddim.export.denoisers import DTYPES, TOKENS, prepared
 from fastddim.export.graph import name_dims, symbolic_dims
 from fastddim.export.manifest import NOTE_FILE, note
-from fastddim.export.modules import DTYPES, TOKENS, prepared
 from fastddim.export.plan import ExportOptions, plan_sampler
 from fastddim.export.to_onnx import describe_values, save, to_graph, write_sampler
 from fastddim.export.validate import LARGEST_BATCH, PARITY_STEPS, measure_component, verify_bundle

@@ -10,7 +10,7 @@ import torch
 
 from fastddim.coefficients import StepTable
 from fastddim.config import DDIMConfig, require_choice, require_int
-from fastddim.export.modules import DTYPES, Denoiser, describe
+from fastddim.export.denoisers import DTYPES, Denoiser, describe
 from fastddim.sampler import to_schedule
 from fastddim.schedule import Schedule
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -22,6 +23,7 @@ from fastddim.export.manifest import limit_text
 from fastddim.export.plan import ExportError
 from fastddim.kernels.aot import ALIGNMENT, compile_call, make_source, pointer_types
 from fastddim.kernels.plan import ARGUMENT_OF, KernelCall, Plan, StepShape, make_plan
+from fastddim.step import Guidance, StepOptions
 
 # Compute capabilities, times ten, of the cubins.
 TARGETS = (80, 90, 100, 120)
@@ -108,19 +110,16 @@ class KernelOptions:
 
     def step_shape(self, batch: int) -> StepShape:
         """What the plan of a batch depends on."""
-        return StepShape(
-            batch,
-            math.prod(self.shape),
-            channels=self.shape[0],
-            guided=self.guided,
-            scale_per_sample=self.guided and self.per_sample,
-            rescale=self.guidance_rescale,
-            rescale_per_sample=self.guidance_rescale and self.per_sample,
-            row_per_sample=self.per_sample,
+        each = torch.empty(batch, device="meta")
+        own = each if self.per_sample else 1.0
+        options = StepOptions(
+            guidance=Guidance(own, own if self.guidance_rescale else 0.0) if self.guided else None,
             limit=self.limit,
-            drawn=self.noise == "drawn",
+            seeds=each if self.noise == "drawn" else None,
             advance=self.advance,
         )
+        shape = StepShape(batch, math.prod(self.shape), channels=self.shape[0], row_per_sample=self.per_sample)
+        return shape.with_options(options)
 
     def pointer_types(self, batch: int) -> dict[str, str]:
         """The dtype of every pointer that the kernels of a batch get, by its name in the plan."""

@@ -20,14 +20,14 @@ from fastddim.export.trt_library import PLUGIN_FLAG, Library
 from fastddim.export.trt_options import Range
 
 if TYPE_CHECKING:
-    from fastddim.kernels.engine import EngineKernel, EngineStep
+    from fastddim.kernels.plugin import PluginKernel, PluginStep
 
 NAMESPACE = "fastddim"
 _OPERATOR = "ddim_step"
 _TRITON_DTYPES = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
 _DATA_TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
 # The compiled steps that nodes name: all that a plugin's attribute holds is the key.
-_KERNELS: dict[str, EngineKernel] = {}
+_KERNELS: dict[str, PluginKernel] = {}
 
 
 def require_plugins(library: Library) -> None:
@@ -83,8 +83,8 @@ def fuse(
     """Compile a bundle's step, register it with TensorRT and put it in its operations' place.
 
     Args:
-        bundle: of ONNX, which `require_fusible` has checked.
-        ranges: of the dimensions, for each profile; the kernel's blocks are those for the first one's usual batch.
+        bundle: an ONNX bundle, which `require_fusible` has checked.
+        ranges: the dimensions' ranges, for each profile; the kernel's blocks are those for the first one's usual batch.
         capability: the GPU's compute capability, such as `"9.0"`.
 
     Returns:
@@ -95,7 +95,7 @@ def fuse(
     """
     import triton
 
-    from fastddim.kernels.engine import OUTPUTS, compile_engine_step
+    from fastddim.kernels.plugin import OUTPUTS, compile_plugin_step
 
     manifest = bundle.manifest
     model = onnx.load(bundle.model_path, load_external_data=False)
@@ -103,7 +103,7 @@ def fuse(
     assert step is not None
     output, dtype = _model_output(model, step.inputs, manifest["sample"]["shape"])
     try:
-        kernel = compile_engine_step(step, dtype, round(10 * float(capability)))
+        kernel = compile_plugin_step(step, dtype, round(10 * float(capability)))
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[-1]
         raise ExportError(
@@ -128,22 +128,20 @@ def fuse(
     return with_fused_step(model, node), identity
 
 
-def _plan(manifest: Mapping[str, Any], batch: int, largest_batch: int) -> EngineStep | None:
-    from fastddim.kernels.engine import plan_engine_step
-    from fastddim.kernels.plan import StepShape
+def _plan(manifest: Mapping[str, Any], batch: int, largest_batch: int) -> PluginStep | None:
+    import torch
+
+    from fastddim.kernels.plugin import plan_plugin_step
+    from fastddim.step import Guidance, StepOptions
 
     sampling = manifest["sampling"]
-    shape = StepShape(
-        batch,
-        math.prod(manifest["sample"]["shape"]),
-        guided=sampling["guided"],
-        scale_per_sample=sampling["guided"],
-        rescale=sampling["guidance_rescale"],
-        rescale_per_sample=sampling["guidance_rescale"],
-        row_per_sample=True,
+    each = torch.empty(batch, device="meta")
+    options = StepOptions(
+        guidance=Guidance(each, each if sampling["guidance_rescale"] else 0.0) if sampling["guided"] else None,
         limit=DDIMConfig.from_dict(manifest["schedule"]).limit,
+        noise=each if sampling["stochastic"] else None,
     )
-    return plan_engine_step(shape, sampling["stochastic"], largest_batch)
+    return plan_plugin_step(batch, math.prod(manifest["sample"]["shape"]), options, largest_batch)
 
 
 def _model_output(model: onnx.ModelProto, inputs: Sequence[str], sample_shape: Sequence[int]) -> tuple[str, str]:
@@ -203,6 +201,6 @@ def _register(trt: Any, operator: str, inputs: Sequence[str]) -> None:
     plugin.aot_impl(name)(launch)
 
 
-def _find_kernel(key: str) -> EngineKernel:
+def _find_kernel(key: str) -> PluginKernel:
     # As a C string it may end in a zero.
     return _KERNELS[key.rstrip("\0")]

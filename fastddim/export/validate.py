@@ -16,7 +16,7 @@ import torch
 from fastddim.config import DDIMConfig
 from fastddim.export.bundle import Bundle
 from fastddim.export.bundle_sampler import BundleSampler, open_sampler
-from fastddim.export.modules import DTYPES, Denoiser, describe, prepared
+from fastddim.export.denoisers import DTYPES, Denoiser, describe, prepared
 from fastddim.noise import STREAM_INITIAL, normal
 from fastddim.sampler import Sampler
 from fastddim.schedule import Schedule

@@ -1,7 +1,7 @@
-"""The DDIM step as one fused Triton kernel, with the reference step's signature."""
+"""The DDIM step as one fused Triton kernel: what `fastddim.ddim_step` launches on a GPU."""
 
 from fastddim.kernels.draw import draw_normal
-from fastddim.kernels.launch import KernelUnavailableError, Workspace, ddim_step
+from fastddim.kernels.launch import KernelUnavailableError, Workspace
 from fastddim.kernels.prepared import PreparedStep
 
-__all__ = ["KernelUnavailableError", "PreparedStep", "Workspace", "ddim_step", "draw_normal"]
+__all__ = ["KernelUnavailableError", "PreparedStep", "Workspace", "draw_normal"]

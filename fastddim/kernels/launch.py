@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.runtime import driver
 
-from fastddim.arguments import check_step_arguments, num_rows
 from fastddim.coefficients import Coefficient, StepTable
-from fastddim.config import DynamicThreshold, Limit
+from fastddim.config import DynamicThreshold
 from fastddim.kernels.plan import ARGUMENT_OF, STEP_POINTERS, KernelCall, Plan, StepShape, make_plan
+from fastddim.step import StepOptions, check_step, num_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TABLE_DTYPES = (torch.float64, torch.float32)
@@ -113,17 +113,18 @@ class Entry:
 
     Attributes:
         plan: the launches.
-        memory_format: of the results.
+        memory_format: the results' layout.
         copied: which of `output`, `sample` and `noise` have strides that the kernel does not take.
-        rescale: whether there is a guidance rescale.
         launchers: the plan's calls with their compiled code.
+        apart: the places in `STEP_POINTERS` and the sizes in bytes of a tensor that is written and of one that must not
+            share its memory, and whether they may all the same be one and the same.
     """
 
     plan: Plan
     memory_format: torch.memory_format
     copied: tuple[bool, bool, bool]
-    rescale: bool
     launchers: tuple[_Launcher, ...]
+    apart: tuple[tuple[int, int, int, int, bool], ...] = ()
 
 
 _ENTRIES: dict[Any, Entry] = {}
@@ -135,22 +136,7 @@ def ddim_step(
     sample: torch.Tensor,
     table: StepTable | torch.Tensor,
     step: int | torch.Tensor,
-    *,
-    limit: Limit = None,
-    limit_values: torch.Tensor | None = None,
-    noise: torch.Tensor | None = None,
-    seeds: torch.Tensor | None = None,
-    first_row: torch.Tensor | None = None,
-    guidance_scale: Coefficient | None = None,
-    guidance_rescale: Coefficient = 0.0,
-    cond_first: bool = False,
-    out: torch.Tensor | None = None,
-    return_x0: bool = True,
-    model_input: torch.Tensor | None = None,
-    advance: bool = False,
-    timesteps: torch.Tensor | None = None,
-    next_timestep: torch.Tensor | None = None,
-    workspace: Workspace | None = None,
+    options: StepOptions,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`fastddim.reference.ddim_step` fused: the same arguments, results and errors, in one launch.
 
@@ -163,20 +149,14 @@ def ddim_step(
         - `out`, `model_input` and what moves on may not share memory with anything else, except `out` with `sample`, or
           with an unguided `model_output`.
         - An index tensor is not read on the host: a row outside the table gives NaN.
-        - Samples of more than 16,384 elements take two more launches with dynamic thresholding, and one more with
-          `guidance_rescale`.
-
-    Args:
-        workspace: scratch memory for the steps of one stream; allocated and cleared for each call by default.
+        - Samples of more than 16,384 elements take two more launches with dynamic thresholding, and one more with a
+          guidance rescale.
 
     Raises:
         TypeError, ValueError, IndexError: as the reference, and for what differs.
         KernelUnavailableError: the kernel does not compile for this device.
     """
-    request = assemble(
-        model_output, sample, table, step, limit, limit_values, noise, seeds, first_row, guidance_scale,
-        guidance_rescale, cond_first, out, return_x0, model_input, advance, timesteps, next_timestep, workspace,
-    )  # fmt: skip
+    request = assemble(model_output, sample, table, step, options)
     if sample.numel():
         request.run()
     return request.x_next, request.x0
@@ -187,7 +167,7 @@ class Request(NamedTuple):
 
     Attributes:
         entry: the plan and its compiled code.
-        tensors: of `STEP_POINTERS`.
+        tensors: what `STEP_POINTERS` point to, in their order.
         counters: scratch memory of the launches before the step.
         x_next, x0: the results.
     """
@@ -221,55 +201,29 @@ def assemble(
     sample: torch.Tensor,
     table: StepTable | torch.Tensor,
     step: int | torch.Tensor,
-    limit: Limit,
-    limit_values: torch.Tensor | None,
-    noise: torch.Tensor | None,
-    seeds: torch.Tensor | None,
-    first_row: torch.Tensor | None,
-    guidance_scale: Coefficient | None,
-    guidance_rescale: Coefficient,
-    cond_first: bool,
-    out: torch.Tensor | None,
-    return_x0: bool,
-    model_input: torch.Tensor | None,
-    advance: bool,
-    timesteps: torch.Tensor | None,
-    next_timestep: torch.Tensor | None,
-    workspace: Workspace | None,
+    options: StepOptions,
 ) -> Request:
     """Check `ddim_step`'s arguments, allocate its results and gather what its kernels take."""
+    guidance, noise, seeds, out = options.guidance, options.noise, options.seeds, options.out
     try:
-        key = (
-            _spec(model_output), _spec(sample), _spec(noise), _spec(seeds), _spec(first_row), _spec(out),
-            _spec(model_input), _spec(timesteps), _spec(next_timestep),
-            _spec(table) if isinstance(table, torch.Tensor) else len(table),
-            _spec(step) if isinstance(step, torch.Tensor) else type(step),
-            _spec(guidance_scale) if isinstance(guidance_scale, torch.Tensor) else type(guidance_scale),
-            _spec(guidance_rescale)
-            if isinstance(guidance_rescale, torch.Tensor)
-            else (type(guidance_rescale), guidance_rescale != 0),
-            limit, _spec(limit_values), cond_first, advance,
-        )  # fmt: skip
+        key = _key(model_output, sample, table, step, options)
         entry = _ENTRIES.get(key)
     except (AttributeError, TypeError):
         # Something is no tensor: the check below says which argument.
         key, entry = None, None
     if entry is None:
-        entry = make_entry(
-            model_output, sample, table, step, limit=limit, limit_values=limit_values, noise=noise, seeds=seeds,
-            first_row=first_row, guidance_scale=guidance_scale, guidance_rescale=guidance_rescale,
-            cond_first=cond_first, out=out, model_input=model_input, advance=advance, timesteps=timesteps,
-            next_timestep=next_timestep,
-        )  # fmt: skip
+        entry = make_entry(model_output, sample, table, step, options)
+        # Not there: traced tensors have no size in bytes.
+        entry = replace(entry, apart=_find_apart(model_output, sample, table, step, options))
         if len(_ENTRIES) >= _MAX_KEPT:
             _ENTRIES.clear()
         _ENTRIES[key] = entry
-    _check_values(model_output, sample, table, step, noise, seeds)
+    _check_values(model_output, sample, table, step, options)
 
     device = sample.device
     copy_output, copy_sample, copy_noise = entry.copied
     x_next = torch.empty_like(sample, memory_format=entry.memory_format) if out is None else out
-    x0 = torch.empty_like(x_next) if return_x0 else None
+    x0 = torch.empty_like(x_next) if options.return_x0 else None
     if isinstance(table, StepTable):
         table, index = table.on(device)
     else:
@@ -279,34 +233,68 @@ def assemble(
     plan = entry.plan
     tickets = statistics = counters = None
     if plan.tickets or plan.statistics:
-        scratch = Workspace() if workspace is None else workspace
+        scratch = Workspace() if options.workspace is None else options.workspace
         if plan.tickets:
             tickets = scratch.zeros("tickets", plan.tickets, torch.int32, device)
         if plan.statistics:
             statistics = scratch.zeros("statistics", plan.statistics, torch.float32, device)
             counters = scratch.zeros("counters", plan.counters, torch.int32, device)
+    first_row = options.first_row
     tensors = (
         model_output.contiguous() if copy_output else model_output,
         sample.contiguous() if copy_sample else sample,
         table,
         step,
-        None if guidance_scale is None else _scalar_tensor(guidance_scale, device),
-        _scalar_tensor(guidance_rescale, device) if entry.rescale else None,
-        limit_values,
+        None if guidance is None else scalar_tensor(guidance.scale, device),
+        scalar_tensor(guidance.rescale, device) if guidance is not None and guidance.rescaled else None,
+        options.limit_values,
         statistics,
         noise.contiguous() if copy_noise and noise is not None else noise,
         None if seeds is None else seeds.contiguous(),
         None if first_row is None else first_row.contiguous(),
         x_next,
         x0,
-        model_input,
-        timesteps,
-        next_timestep,
+        options.model_input,
+        options.timesteps,
+        options.next_timestep,
         tickets,
     )
-    if out is not None or model_input is not None or advance:
-        _check_overlaps(tensors, advance)
+    _check_overlaps(tensors, entry)
     return Request(entry, tensors, counters, x_next, x0)
+
+
+def _key(model_output: Any, sample: Any, table: Any, step: Any, options: StepOptions) -> tuple[Any, ...]:
+    """All that an entry depends on, as something to look it up by."""
+    guidance, noise, out, model_input = options.guidance, options.noise, options.out, options.model_input
+    limit_values, seeds, first_row = options.limit_values, options.seeds, options.first_row
+    timesteps, next_timestep = options.timesteps, options.next_timestep
+    guided: Any = None
+    if guidance is not None:
+        scale, rescale = guidance.scale, guidance.rescale
+        guided = (
+            _spec(scale) if isinstance(scale, torch.Tensor) else type(scale),
+            _spec(rescale) if isinstance(rescale, torch.Tensor) else (type(rescale), rescale != 0),
+            guidance.cond_first,
+        )
+    rest: Any = None
+    # One comparison for what most steps do not have.
+    if not (limit_values is seeds is first_row is timesteps is next_timestep is None):
+        rest = tuple(
+            [None if t is None else _spec(t) for t in (limit_values, seeds, first_row, timesteps, next_timestep)]
+        )
+    return (
+        _spec(model_output),
+        _spec(sample),
+        None if noise is None else _spec(noise),
+        None if out is None else out is sample or _spec(out),
+        None if model_input is None else _spec(model_input),
+        _spec(table) if isinstance(table, torch.Tensor) else len(table),
+        _spec(step) if isinstance(step, torch.Tensor) else type(step),
+        guided,
+        options.limit,
+        options.advance,
+        rest,
+    )
 
 
 def make_entry(
@@ -314,19 +302,15 @@ def make_entry(
     sample: torch.Tensor,
     table: StepTable | torch.Tensor,
     step: int | torch.Tensor,
-    *,
-    limit: Limit,
-    cond_first: bool,
-    **optional: Any,
+    options: StepOptions,
 ) -> Entry:
-    """Check the arguments of `ddim_step` (`optional` has its other tensors and numbers), and plan.
+    """Check the arguments of `ddim_step`, and plan.
 
     Raises:
         TypeError, ValueError, IndexError: as `ddim_step`.
     """
-    check_step_arguments(model_output, sample, table, step, limit=limit, **optional)
-    noise, seeds, out, model_input = (optional[name] for name in ("noise", "seeds", "out", "model_input"))
-    guidance_scale, guidance_rescale = optional["guidance_scale"], optional["guidance_rescale"]
+    check_step(model_output, sample, table, step, options)
+    noise, out, model_input = options.noise, options.out, options.model_input
     if sample.device.type not in _DEVICE_TYPES and not _interpreted():
         raise ValueError(
             f"sample: on {sample.device}; the fused step needs a GPU: move it, or pass backend='reference'"
@@ -344,24 +328,23 @@ def make_entry(
             " StepTable.tensor(device) has them"
         )
     # One layout for all, whatever it is, needs no index arithmetic. Drawn noise counts elements in C order.
-    shared_layout = seeds is None and all(t is None or _is_channels_last(t) for t in states.values())
+    shared_layout = options.seeds is None and all(t is None or _is_channels_last(t) for t in states.values())
     for name, tensor in (("out", out), ("model_input", model_input)):
         if tensor is None or tensor.is_contiguous() or shared_layout:
             continue
         if name == "out" or not _is_channels_last(tensor):
             kinds = "contiguous" if name == "out" else "contiguous or channels-last"
             raise ValueError(f"{name}: strides {tensor.stride()}; pass a {kinds} tensor, as it is written in place")
-    for name, tensor in (("step", step), *((name, optional[name]) for name in ("timesteps", "next_timestep"))):
-        if isinstance(tensor, torch.Tensor) and not tensor.is_contiguous():
-            raise ValueError(f"{name}: strides {tensor.stride()}; pass a contiguous tensor")
+    if isinstance(step, torch.Tensor) and not step.is_contiguous():
+        raise ValueError(f"step: strides {step.stride()}; pass a contiguous tensor")
     output_channels_last = not shared_layout and _is_channels_last(model_output)
     input_channels_last = not shared_layout and model_input is not None and _is_channels_last(model_input)
-    rescale = isinstance(guidance_rescale, torch.Tensor) or guidance_rescale != 0
     elements = math.prod(sample.shape[1:])
-    indexed = output_channels_last or input_channels_last or rescale
-    if elements >= _INT32_RANGE and (indexed or isinstance(limit, DynamicThreshold)):
+    rescaled = options.guidance is not None and options.guidance.rescaled
+    indexed = output_channels_last or input_channels_last or rescaled
+    if elements >= _INT32_RANGE and (indexed or isinstance(options.limit, DynamicThreshold)):
         raise ValueError(
-            f"sample: {elements} elements each; with channels-last tensors, guidance_rescale or dynamic thresholding pass"
+            f"sample: {elements} elements each; with channels-last tensors, a guidance rescale or dynamic thresholding pass"
             " fewer than 2**31"
         )
     shape = StepShape(
@@ -369,19 +352,10 @@ def make_entry(
         elements=elements,
         num_steps=num_rows(table),
         channels=sample.shape[1] if sample.ndim > 1 else 1,
-        guided=guidance_scale is not None,
-        cond_first=bool(cond_first),
-        scale_per_sample=_is_per_sample(guidance_scale),
-        rescale=rescale,
-        rescale_per_sample=_is_per_sample(guidance_rescale),
-        row_per_sample=_is_per_sample(step),
-        limit=limit,
-        limit_on_device=optional["limit_values"] is not None,
-        drawn=seeds is not None,
+        row_per_sample=isinstance(step, torch.Tensor) and step.ndim == 1,
         output_channels_last=output_channels_last,
         input_channels_last=input_channels_last,
-        advance=bool(optional["advance"]),
-    )
+    ).with_options(options)
     plan = make_plan(shape)
     copied = tuple(
         tensor is not None
@@ -393,17 +367,12 @@ def make_entry(
         plan=plan,
         memory_format=torch.preserve_format if shared_layout else torch.contiguous_format,
         copied=(copied[0], copied[1], copied[2]),
-        rescale=rescale,
         launchers=tuple(_Launcher(call) for call in plan.calls),
     )
 
 
-def _spec(tensor: torch.Tensor | None) -> Any:
-    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.stride(), tensor.device)
-
-
-def _is_per_sample(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim == 1
+def _spec(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.stride(), tensor.device
 
 
 def _is_channels_last(tensor: torch.Tensor) -> bool:
@@ -414,19 +383,18 @@ def _is_channels_last(tensor: torch.Tensor) -> bool:
     return tensor.is_contiguous(memory_format=formats[tensor.ndim])
 
 
-def _check_values(
-    model_output: torch.Tensor,
-    sample: torch.Tensor,
-    table: StepTable | torch.Tensor,
-    step: int | torch.Tensor,
-    noise: torch.Tensor | None,
-    seeds: torch.Tensor | None,
-) -> None:
+def _check_values(model_output: Any, sample: Any, table: Any, step: Any, options: StepOptions) -> None:
     """What a kept entry says nothing of: the number of the step, and whether gradients are wanted."""
+    noise = options.noise
     if not isinstance(step, torch.Tensor):
         if not 0 <= step < len(table):
             raise IndexError(f"step: {step} is outside the table of {len(table)} steps")
-        if noise is None and seeds is None and isinstance(table, StepTable) and table.rows[step].noise_scale != 0:
+        if (
+            noise is None
+            and options.seeds is None
+            and isinstance(table, StepTable)
+            and table.rows[step].noise_scale != 0
+        ):
             raise ValueError(f"noise: None, but step {step} adds noise; pass a standard normal tensor, or seeds")
     if torch.is_grad_enabled() and (
         sample.requires_grad or model_output.requires_grad or (noise is not None and noise.requires_grad)
@@ -437,39 +405,53 @@ def _check_values(
         )
 
 
-def _scalar_tensor(value: Coefficient, device: torch.device) -> torch.Tensor:
-    """A number as a kept `[1]` tensor: copying one to a device is a transfer, which a graph could not hold."""
+def scalar_tensor(value: Coefficient, device: torch.device) -> torch.Tensor:
+    """A number as a kept tensor `[]`: copying one to a device is a transfer, which a graph could not hold."""
     if isinstance(value, torch.Tensor):
         return value.contiguous()
+    if torch.compiler.is_compiling():
+        return torch.full((), value, dtype=torch.float32, device=device)
     kept = _SCALARS.get((value, device))
     if kept is None:
         if len(_SCALARS) >= _MAX_KEPT:
             _SCALARS.clear()
         with torch.inference_mode(False):
-            kept = _SCALARS[value, device] = torch.tensor([value], dtype=torch.float32, device=device)
+            kept = _SCALARS[value, device] = torch.tensor(value, dtype=torch.float32, device=device)
     return kept
 
 
-_WRITTEN = ("next", "input", "step", "next_timestep")
+def _find_apart(
+    model_output: Any, sample: Any, table: Any, step: Any, options: StepOptions
+) -> tuple[tuple[int, int, int, int, bool], ...]:
+    """`Entry.apart`."""
+    given = {"output": model_output, "sample": sample, "table": table, "step": step}
+    if options.guidance is not None:
+        given |= {"guidance": options.guidance.scale, "rescale": options.guidance.rescale}
+    names = ("limit", "noise", "seeds", "first_row", "next", "input", "timesteps", "next_timestep")
+    given |= {name: getattr(options, ARGUMENT_OF.get(name, name)) for name in names}
+    # Size in bytes and in elements: guided, there are two halves of outputs to one of results; of half the precision they
+    # have as many bytes.
+    sizes = {name: (value.nbytes, value.numel()) for name, value in given.items() if isinstance(value, torch.Tensor)}
+    written = ("next", "input", "step", "next_timestep") if options.advance else ("next", "input")
+    return tuple(
+        (
+            STEP_POINTERS.index(name),
+            STEP_POINTERS.index(other),
+            sizes[name][0],
+            sizes[other][0],
+            name == "next" and other in ("sample", "output") and sizes[name] == sizes[other],
+        )
+        for name in written
+        for other in sizes
+        if name in sizes and other != name
+    )
 
 
-def _check_overlaps(tensors: Sequence[torch.Tensor | None], advance: bool) -> None:
+def _check_overlaps(tensors: Sequence[torch.Tensor | None], entry: Entry) -> None:
     """Refuse results that share memory with something else, but for `out` on a state that is read element for element."""
-    spans = [
-        (name, start := tensor.data_ptr(), start + tensor.nbytes, tensor.numel())
-        for name, tensor in zip(STEP_POINTERS, tensors, strict=True)
-        if tensor is not None
-    ]
-    for name, start, end, size in spans:
-        if name not in _WRITTEN or (name == "step" and not advance):
+    for written, other, written_size, other_size, same in entry.apart:
+        start, other_start = tensors[written].data_ptr(), tensors[other].data_ptr()  # type: ignore[union-attr]
+        if start >= other_start + other_size or other_start >= start + written_size or (same and start == other_start):
             continue
-        for other, other_start, other_end, other_size in spans:
-            if start >= other_end or other_start >= end or other == name:
-                continue
-            # Guided, there are two halves of outputs to one of results; of half the precision they have the same span.
-            if name == "next" and other in ("sample", "output") and (start, end, size) == (
-                other_start, other_end, other_size,
-            ):  # fmt: skip
-                continue
-            first, second = ARGUMENT_OF.get(name, name), ARGUMENT_OF.get(other, other)
-            raise ValueError(f"{first}: shares memory with {second}; pass memory of its own")
+        first, second = (ARGUMENT_OF.get(name, name) for name in (STEP_POINTERS[written], STEP_POINTERS[other]))
+        raise ValueError(f"{first}: shares memory with {second}; pass memory of its own")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
 
+from fastddim.coefficients import Coefficient
 from fastddim.config import Limit, limit_kind, limit_numbers
 from fastddim.kernels.statistics import BINS, SLOTS, histogram_kernel, rescale_kernel
 from fastddim.kernels.step import ddim_step_kernel
+from fastddim.step import StepOptions
 
 STEP_POINTERS = (
     "output", "sample", "table", "step", "guidance", "rescale", "limit", "statistics", "noise", "seeds", "first_row",
@@ -44,10 +46,13 @@ class StepShape:
     Attributes:
         batch, elements: samples, and elements of each.
         num_steps: rows of the table.
-        channels: of the samples, for channels-last tensors.
-        guided, cond_first, scale_per_sample, rescale, rescale_per_sample, row_per_sample: as in `ddim_step`.
-        limit: of x0.
-        limit_on_device: whether its numbers come from memory; what is left of `limit` is its `config.limit_kind`.
+        channels: the samples' channels, for channels-last tensors.
+        row_per_sample: whether each sample has a row of its own.
+        guided, cond_first: whether there is guidance, and whether the conditional half comes first.
+        scale_per_sample, rescale_per_sample: whether each sample has a guidance scale, and a rescale, of its own.
+        rescale: whether there is a guidance rescale.
+        limit: the limit applied to x0.
+        limit_on_device: whether its numbers come from memory; `config.limit_kind` alone is fixed then.
         drawn: whether the kernel draws the noise.
         output_channels_last, input_channels_last: the layout of the model's output and of its next input.
         advance: whether the index moves on.
@@ -70,6 +75,31 @@ class StepShape:
     input_channels_last: bool = False
     advance: bool = False
 
+    def with_options(self, options: StepOptions) -> StepShape:
+        """This shape with all that a step's options fix; of their tensors only the number of dimensions is looked at."""
+        guidance = options.guidance
+        guided = {}
+        if guidance is not None:
+            guided = {
+                "cond_first": bool(guidance.cond_first),
+                "scale_per_sample": _is_per_sample(guidance.scale),
+                "rescale": guidance.rescaled,
+                "rescale_per_sample": _is_per_sample(guidance.rescale),
+            }
+        return replace(
+            self,
+            guided=guidance is not None,
+            **guided,
+            limit=options.limit,
+            limit_on_device=options.limit_values is not None,
+            drawn=options.seeds is not None,
+            advance=bool(options.advance),
+        )
+
+
+def _is_per_sample(value: Coefficient) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim == 1
+
 
 @dataclass(frozen=True)
 class KernelCall:
@@ -81,7 +111,7 @@ class KernelCall:
         numbers: its other run-time arguments, in order.
         constants: its compile-time arguments, in order.
         grid: programs in two dimensions.
-        num_warps: of a program.
+        num_warps: warps of a program.
     """
 
     kernel: Any

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
 from triton.runtime import driver
 
-from fastddim.coefficients import Coefficient, StepTable
-from fastddim.config import Limit
+from fastddim.coefficients import StepTable
 from fastddim.kernels.launch import Workspace, assemble
 from fastddim.kernels.plan import STEP_POINTERS
+from fastddim.step import StepOptions
 
 # Places in the list of arguments of Triton's launch function.
 _STREAM, _ENTER, _EXIT = 3, 7, 8
@@ -22,8 +23,8 @@ _ROW = 9 + STEP_POINTERS.index("step")
 class PreparedStep:
     """`ddim_step` with everything but `model_output` and `step` given already, at the cost of a bare launch.
 
-    What it was made with stays alive with it, and must keep its place in memory. Each call overwrites `x_next` and `x0`;
-    as its buffers, it belongs to one thread.
+    It holds references to the tensors it was made with; do not move or resize them. Each call overwrites `x_next` and
+    `x0`, so use it from one thread.
 
     Attributes:
         x_next: `[B, ...]` the next state; `out`, where that was given.
@@ -35,45 +36,33 @@ class PreparedStep:
         model_output: torch.Tensor,
         sample: torch.Tensor,
         table: StepTable,
-        *,
-        limit: Limit = None,
-        noise: torch.Tensor | None = None,
-        seeds: torch.Tensor | None = None,
-        first_row: torch.Tensor | None = None,
-        guidance_scale: Coefficient | None = None,
-        guidance_rescale: Coefficient = 0.0,
-        cond_first: bool = False,
-        out: torch.Tensor | None = None,
-        return_x0: bool = True,
-        model_input: torch.Tensor | None = None,
-        workspace: Workspace | None = None,
+        options: StepOptions,
     ) -> None:
-        """Check and plan. Arguments as `fastddim.kernels.ddim_step`'s; nothing is launched.
+        """Check and plan. Arguments as `fastddim.kernels.launch.ddim_step`'s; nothing is launched.
 
         Args:
-            model_output: of the shape, dtype and strides that all calls' will have.
+            model_output: with the shape, dtype and strides that all calls' will have.
+            options: without `advance`; the row is given to each call.
 
         Raises:
             TypeError, ValueError: as `ddim_step`; a stochastic table without noise or seeds.
         """
         if not isinstance(table, StepTable):
             raise TypeError(f"table: {type(table).__name__}; pass a StepTable")
-        if noise is None and seeds is None and table.stochastic:
+        if options.noise is None and options.seeds is None and table.stochastic:
             raise ValueError("noise: None, but the table adds noise; pass a standard normal tensor, or seeds")
-        workspace = Workspace() if workspace is None else workspace
+        if options.workspace is None:
+            options = replace(options, workspace=Workspace())
         # The last row adds the least noise; which row this is does not matter to the plan.
         step = next((k for k, row in enumerate(table.rows) if row.noise_scale == 0), 0)
-        self._request = assemble(
-            model_output, sample, table, step, limit, None, noise, seeds, first_row, guidance_scale, guidance_rescale,
-            cond_first, out, return_x0, model_input, False, None, None, workspace,
-        )  # fmt: skip
+        self._request = assemble(model_output, sample, table, step, options)
         self.x_next, self.x0 = self._request.x_next, self._request.x0
         self._spec = (model_output.shape, model_output.dtype, model_output.stride(), model_output.device)
         self._rows = table.on(sample.device)[1]
-        self._guided = guidance_scale is not None
+        self._guided = options.guidance is not None
         self._contiguous = model_output.is_contiguous()
         self._out, self._out_end = _span(self.x_next)
-        self._input, self._input_end = (0, 0) if model_input is None else _span(model_input)
+        self._input, self._input_end = (0, 0) if options.model_input is None else _span(options.model_input)
         self._nbytes = model_output.nbytes
         self._fast = self._bind() if self._can_bind() else None
 

@@ -441,7 +441,7 @@ def ddim_step_kernel(
     columns = table_ptr + inside.to(tl.int32) * NUM_COLUMNS
     x0_columns = load_x0_columns(columns, poison, sample_ptr.dtype.element_ty)
 
-    # Two scalars sum up a whole sample; what they were found from is read again, as registers hold it only once.
+    # A whole sample is reduced to two scalars; then the inputs are read again, as registers cannot hold both.
     factor = tl.full([], 1.0, tl.float32)
     scale = tl.full([], 1.0, tl.float32)
     limit_range, ratio = load_limit(limit_ptr, RANGE, RATIO)

@@ -17,6 +17,7 @@ import torch
 
 from fastddim.coefficients import NUM_COLUMNS
 from fastddim.config import Clip, DynamicThreshold, Limit
+from fastddim.step import Guidance, StepOptions
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What CLIP's text encoders take.
@@ -33,7 +34,7 @@ class Condition:
     Attributes:
         example: `[B, ...]`, what the export traces with.
         null: the value of the unconditional half, where the model has one (a label for "no class").
-        meaning: for the manifest.
+        meaning: its description in the manifest.
     """
 
     example: torch.Tensor
@@ -48,7 +49,7 @@ class Denoiser:
     Attributes:
         model: the module whose weights are exported.
         call: `call(x, t, conditions)` with x `[B, ...]`, t `[B]` int64, conditions by name; the prediction `[B, ...]`.
-        sample_shape: of one sample.
+        sample_shape: the shape of one sample.
         conditions: its other inputs by name, in order.
         resizable: whether it takes other heights and widths.
     """
@@ -70,7 +71,7 @@ def describe(
     Args:
         model: `UNet2DModel`, `UNet2DConditionModel`, `DiTTransformer2DModel`, or any module called as
             `model(x, t, **kwargs)` that returns the prediction, a tuple that starts with it, or `.sample`.
-        sample_shape: of one sample, where the configuration does not say.
+        sample_shape: the shape of one sample, where the configuration does not say.
         example_kwargs: the keyword tensors `[B, ...]` that any other module takes, B equal for all.
 
     Raises:
@@ -272,6 +273,13 @@ class StepModule(torch.nn.Module):
 
     def forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         return self.update(self._predict(inputs["sample"], inputs), inputs)
+
+    def options(self, inputs: Mapping[str, torch.Tensor]) -> StepOptions:
+        """What `forward`'s inputs ask of the step."""
+        guidance = None
+        if self.guided:
+            guidance = Guidance(inputs["guidance_scale"], inputs["guidance_rescale"] if self.rescale else 0.0)
+        return StepOptions(guidance=guidance, limit=self.limit, noise=inputs.get("noise"))
 
     def update(self, output: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The step from the model's output `[B, ...]`, or `[2B, ...]` with guidance; results as `forward`'s."""

@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 from fastddim.kernels.aot import ALIGNMENT, compile_source
 from fastddim.kernels.plan import StepShape, make_grid, make_plan
 from fastddim.kernels.step import ddim_step_kernel
+from fastddim.step import StepOptions
 
 INPUTS = ("model_output", "sample", "coefficients", "noise", "guidance_scale", "guidance_rescale")
 NUMBERS = ("n", "batch")
@@ -24,7 +25,7 @@ _PTX_VERSIONS = {range(80, 100): 80, range(100, 103): 87, range(120, 121): 87}
 
 
 @triton.jit(do_not_specialize=["batch"])
-def ddim_step_in_engine(
+def ddim_step_in_plugin(
     model_output,
     sample,
     coefficients,
@@ -47,22 +48,26 @@ def ddim_step_in_engine(
 ):
     """`ddim_step_kernel` with a row of coefficients, a scale and a rescale for each sample."""
     ddim_step_kernel(
-        model_output, sample, coefficients, None, guidance_scale, guidance_rescale, None, None, noise, None, None,
-        next_sample, pred_original_sample, None, None, None, None, n, batch, batch, 1, batch,
-        GUIDED, False, True, True, True, LIMIT, RANGE, RATIO, WHOLE, SAMPLE_AXIS, False, False, False, EVEN, BLOCK, CHUNK,
+        output_ptr=model_output, sample_ptr=sample, table_ptr=coefficients, step_ptr=None, guidance_ptr=guidance_scale,
+        rescale_ptr=guidance_rescale, limit_ptr=None, statistics_ptr=None, noise_ptr=noise, seeds_ptr=None,
+        first_row_ptr=None, next_ptr=next_sample, x0_ptr=pred_original_sample, input_ptr=None, timesteps_ptr=None,
+        next_timestep_ptr=None, tickets_ptr=None, n=n, batch=batch, num_steps=batch, channels=1, rows=batch,
+        GUIDED=GUIDED, COND_FIRST=False, SCALE_PER_SAMPLE=True, RESCALE_PER_SAMPLE=True, ROW_PER_SAMPLE=True,
+        LIMIT=LIMIT, RANGE=RANGE, RATIO=RATIO, WHOLE=WHOLE, SAMPLE_AXIS=SAMPLE_AXIS, OUTPUT_CHANNELS_LAST=False,
+        INPUT_CHANNELS_LAST=False, ADVANCE=False, EVEN=EVEN, BLOCK=BLOCK, CHUNK=CHUNK,
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class EngineStep:
+class PluginStep:
     """How the step is launched for any batch.
 
     Attributes:
-        inputs: of the kernel, in order.
-        elements: of a sample.
+        inputs: the kernel's inputs, in order.
+        elements: the size of one sample.
         constants: the kernel's compile-time arguments.
         blocks: programs for each sample.
-        num_warps: of a program.
+        num_warps: warps of a program.
     """
 
     inputs: tuple[str, ...]
@@ -76,44 +81,46 @@ class EngineStep:
         return (self.blocks, batch) if self.constants["SAMPLE_AXIS"] else (batch, self.blocks)
 
 
-def plan_engine_step(shape: StepShape, noise: bool, largest_batch: int) -> EngineStep | None:
+def plan_plugin_step(batch: int, elements: int, options: StepOptions, largest_batch: int) -> PluginStep | None:
     """Choose the constants, which are the same for every batch.
 
     Args:
-        shape: sizes and options, each sample with a row of its own; its batch is the usual one.
-        noise: whether it is an input.
-        largest_batch: of all calls.
+        batch: the usual batch size.
+        elements: the size of one sample.
+        options: a limit, and noise and guidance with values for each sample; their tensors may be on the meta device.
+        largest_batch: the largest batch size of all calls.
 
     Returns:
         None where the step takes several launches: a threshold or rescale of samples too large for one program.
     """
+    shape = StepShape(batch, elements, row_per_sample=True).with_options(options)
     plan = make_plan(shape)
     if len(plan.calls) > 1:
         return None
     (call,) = plan.calls
-    asked = {"noise": noise, "guidance_scale": shape.guided, "guidance_rescale": shape.rescale}
-    constants = {name: value for name, value in call.constants.items() if name in ddim_step_in_engine.arg_names}
-    blocks = triton.cdiv(shape.elements, constants["BLOCK"])
+    asked = {"noise": options.noise is not None, "guidance_scale": shape.guided, "guidance_rescale": shape.rescale}
+    constants = {name: value for name, value in call.constants.items() if name in ddim_step_in_plugin.arg_names}
+    blocks = triton.cdiv(elements, constants["BLOCK"])
     constants["SAMPLE_AXIS"], _ = make_grid(largest_batch, blocks)
     inputs = tuple(name for name in INPUTS if asked.get(name, True))
-    return EngineStep(inputs, shape.elements, constants, blocks, call.num_warps)
+    return PluginStep(inputs, elements, constants, blocks, call.num_warps)
 
 
 @dataclass(frozen=True)
-class EngineKernel:
+class PluginKernel:
     """A compiled step.
 
     Attributes:
         step: what was compiled.
-        model_dtype: Triton's, of the model's output; the other tensors are float32.
-        target: such as `"sm_90a"`.
+        model_dtype: Triton's dtype of the model's output; the other tensors are float32.
+        target: the GPU's architecture, such as `"sm_90a"`.
         entry: the kernel's name in the PTX.
-        ptx: whose parameters are the step's inputs, `NUMBERS` and `OUTPUTS`.
-        threads: of a block.
-        shared_bytes: of a block.
+        ptx: the code, whose parameters are the step's inputs, `NUMBERS` and `OUTPUTS`.
+        threads: threads of a block.
+        shared_bytes: shared memory of a block.
     """
 
-    step: EngineStep
+    step: PluginStep
     model_dtype: str
     target: str
     entry: str
@@ -122,11 +129,11 @@ class EngineKernel:
     shared_bytes: int
 
 
-def compile_engine_step(step: EngineStep, model_dtype: str, capability: int) -> EngineKernel:
+def compile_plugin_step(step: PluginStep, model_dtype: str, capability: int) -> PluginKernel:
     """Compile a step, no GPU needed.
 
     Args:
-        model_dtype: Triton's, of the model's output.
+        model_dtype: Triton's dtype of the model's output.
         capability: the GPU's compute capability, times ten.
 
     Raises:
@@ -138,14 +145,14 @@ def compile_engine_step(step: EngineStep, model_dtype: str, capability: int) -> 
     ptx = drop_scratch(compiled.asm["ptx"], _parameters(step))
     (target,) = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)
     metadata = compiled.metadata
-    return EngineKernel(step, model_dtype, target, metadata.name, ptx, metadata.num_warps * 32, metadata.shared)
+    return PluginKernel(step, model_dtype, target, metadata.name, ptx, metadata.num_warps * 32, metadata.shared)
 
 
-def _source(step: EngineStep, model_dtype: str) -> ASTSource:
+def _source(step: PluginStep, model_dtype: str) -> ASTSource:
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int], Any] = {}
-    for i, name in enumerate(ddim_step_in_engine.arg_names):
+    for i, name in enumerate(ddim_step_in_plugin.arg_names):
         aligned = True
         if name in (*step.inputs, *OUTPUTS):
             # TensorRT's tensors begin at multiples of 256 bytes.
@@ -158,10 +165,10 @@ def _source(step: EngineStep, model_dtype: str) -> ASTSource:
             continue
         if aligned:
             attributes[(i,)] = [["tt.divisibility", ALIGNMENT]]
-    return ASTSource(ddim_step_in_engine, signature, constants, attributes)
+    return ASTSource(ddim_step_in_plugin, signature, constants, attributes)
 
 
-def _parameters(step: EngineStep) -> list[str]:
+def _parameters(step: PluginStep) -> list[str]:
     """The PTX types of what TensorRT passes."""
     return [*["u64"] * len(step.inputs), *["u32"] * len(NUMBERS), *["u64"] * len(OUTPUTS)]
 
@@ -170,8 +177,8 @@ def drop_scratch(ptx: str, parameters: Sequence[str]) -> str:
     """PTX without the pointers to scratch memory that Triton appends to a kernel's parameters, and that nothing reads.
 
     Args:
-        ptx: of one kernel.
-        parameters: the types of those that stay, such as `"u64"`.
+        ptx: the code of one kernel.
+        parameters: the types of the parameters that stay, such as `"u64"`.
 
     Raises:
         ValueError: others are declared, or the kernel reads the pointers.

@@ -1,0 +1,236 @@
+"""What a step is asked for, described once, and the checks that every implementation makes before any work.
+
+Each message names the argument, its value and the fix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastddim.coefficients import NUM_COLUMNS, Coefficient, StepTable
+from fastddim.config import Clip, DynamicThreshold, Limit
+
+if TYPE_CHECKING:
+    from fastddim.kernels import Workspace
+
+_INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Guidance:
+    """Classifier-free guidance (arXiv:2207.12598) with the rescale of arXiv:2305.08891, section 3.4.
+
+    Attributes:
+        scale: in `uncond + scale * (cond - uncond)`, a number or a floating-point tensor `[B]`.
+        rescale: phi in [0, 1], a number or `[B]`: how far to pull each sample's standard deviation back to the conditional
+            half's.
+        cond_first: whether the conditional half of the model's output comes first, as in DiT.
+    """
+
+    scale: Coefficient
+    rescale: Coefficient = 0.0
+    cond_first: bool = False
+
+    @property
+    def rescaled(self) -> bool:
+        """Whether there is a rescale: anything but the number 0."""
+        return isinstance(self.rescale, torch.Tensor) or self.rescale != 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepOptions:
+    """What a step is asked for beside the model's output, the state and its row: the options of `fastddim.ddim_step`.
+
+    Attributes:
+        guidance: None for an unguided step; otherwise the model's output has two halves, `[2 * B, ...]`.
+        limit: the limit applied to x0, a `Clip` or a `DynamicThreshold`, or None.
+        limit_values: `[2]` float64, `(range, any)` or `(max_value, ratio)`, to limit with instead of the numbers in
+            `limit`, which then gives the kind alone (`config.limit_kind`): a captured step can change them. The reference
+            reads them on the host, the fused step on the device.
+        noise: `[B, ...]` standard normal. Noise or seeds are needed where the row's `noise_scale` is not 0, which is not
+            checked for rows on a GPU.
+        seeds: `[B]` int64, the 64 bits of each sample's seed (`noise.seed_tensor`), to draw `noise.normal`'s noise from.
+        first_row: `[B]` integers, the row at which each sample's run starts, from which its noise counts the steps. The
+            table's first row by default.
+        out: `[B, ...]` to write the next state to; may be the state itself. Its dtype is the result's.
+        return_x0: whether x0 is wanted; without, None is returned for it.
+        model_input: `[B, ...]`, or `[2 * B, ...]` with guidance, to write the next state to as well, in its own dtype and
+            for both halves.
+        advance: whether one is added to the tensor `step` after the step.
+        timesteps: `[num_steps]`, with `next_timestep`: what the model is called with at each row.
+        next_timestep: `[B]`, or `[2 * B]` with guidance, which gets the timestep of the row advanced to, and is kept as it
+            is after the last row.
+        workspace: scratch memory of the fused steps on one stream; by default it is allocated and cleared for each step.
+    """
+
+    guidance: Guidance | None = None
+    limit: Limit = None
+    limit_values: torch.Tensor | None = None
+    noise: torch.Tensor | None = None
+    seeds: torch.Tensor | None = None
+    first_row: torch.Tensor | None = None
+    out: torch.Tensor | None = None
+    return_x0: bool = True
+    model_input: torch.Tensor | None = None
+    advance: bool = False
+    timesteps: torch.Tensor | None = None
+    next_timestep: torch.Tensor | None = None
+    workspace: Workspace | None = None
+
+
+def check_step(model_output: Any, sample: Any, table: Any, step: Any, options: StepOptions) -> None:
+    """Check the arguments of `fastddim.ddim_step`.
+
+    Raises:
+        TypeError: something that is not a tensor, a guidance or a limit where one is needed.
+        ValueError: shapes, dtypes or devices that do not fit, or arguments that exclude each other.
+        IndexError: an integer `step` outside the table.
+    """
+    _check_float_tensor("sample", sample)
+    shape = sample.shape
+    if not shape:
+        raise ValueError("sample: a scalar; pass a state [B, ...]")
+    guidance, noise, seeds, first_row = options.guidance, options.noise, options.seeds, options.first_row
+    if guidance is not None:
+        _check_guidance(guidance, sample)
+    batch = shape[0]
+    stacked = shape if guidance is None else (2 * batch, *shape[1:])
+    states: tuple[tuple[str, Any, tuple[int, ...]], ...] = (
+        ("model_output", model_output, stacked),
+        ("noise", noise, shape),
+        ("out", options.out, shape),
+        ("model_input", options.model_input, stacked),
+    )
+    for name, tensor, wanted in states:
+        if tensor is None and name != "model_output":
+            continue
+        _check_float_tensor(name, tensor)
+        if tensor.shape != wanted:
+            halves = " (unconditional and conditional halves stacked)" if wanted is not shape else ""
+            raise ValueError(
+                f"{name}: shape {tuple(tensor.shape)}; for a state of {tuple(shape)} pass {tuple(wanted)}{halves}"
+            )
+        _check_device(name, tensor, sample)
+    _check_limit(options.limit, options.limit_values, sample)
+    if noise is not None and seeds is not None:
+        raise ValueError("noise, seeds: both given; pass the noise, or the seeds to draw it from")
+    if first_row is not None and seeds is None:
+        raise ValueError("first_row: given without seeds; it only counts the steps of the noise that seeds draw")
+    for name, tensor in (("seeds", seeds), ("first_row", first_row)):
+        if tensor is not None:
+            _check_index(name, tensor, sample, ((batch,),))
+    if seeds is not None and seeds.dtype != torch.int64:
+        raise ValueError(f"seeds: dtype {seeds.dtype}; pass an int64 tensor, e.g. fastddim.noise.seed_tensor(...)")
+    _check_table(table, sample)
+    if isinstance(step, torch.Tensor):
+        _check_index("step", step, sample, ((), (batch,)))
+    elif isinstance(step, bool) or not isinstance(step, int):
+        raise TypeError(f"step: {type(step).__name__}; pass an integer, or an integer tensor [] or [{batch}]")
+    elif not 0 <= step < len(table):
+        raise IndexError(f"step: {step} is outside the table of {len(table)} steps")
+    _check_advance(step, sample, num_rows(table), options)
+    inputs = (sample, model_output, noise)
+    written = options.out is not None or options.model_input is not None
+    if written and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        raise ValueError("out, model_input: not differentiable; leave them out, or call under torch.no_grad()")
+
+
+def num_rows(table: StepTable | torch.Tensor) -> int:
+    """Steps of a table; of a traced tensor a symbol, where `len` would fix the number."""
+    return table.shape[0] if isinstance(table, torch.Tensor) else len(table)
+
+
+def _check_guidance(guidance: Any, sample: torch.Tensor) -> None:
+    batch = sample.shape[0]
+    if not isinstance(guidance, Guidance):
+        raise TypeError(f"guidance: {type(guidance).__name__}; pass a Guidance")
+    for name, value in (("guidance.scale", guidance.scale), ("guidance.rescale", guidance.rescale)):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            continue
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name}: {type(value).__name__}; pass a number or a tensor [{batch}]")
+        if tuple(value.shape) not in ((), (batch,)):
+            raise ValueError(f"{name}: shape {tuple(value.shape)}; pass a number or a tensor [{batch}]")
+        if not value.is_floating_point():
+            raise ValueError(f"{name}: dtype {value.dtype}; pass a floating-point tensor")
+        _check_device(name, value, sample)
+
+
+def _check_limit(limit: Any, limit_values: Any, sample: torch.Tensor) -> None:
+    if limit is not None and not isinstance(limit, (Clip, DynamicThreshold)):
+        raise TypeError(f"limit: {type(limit).__name__}; pass a Clip, a DynamicThreshold or None")
+    if limit_values is None:
+        return
+    if limit is None:
+        raise ValueError(
+            "limit_values: given without a limit; pass a Clip or a DynamicThreshold for them, or leave them out"
+        )
+    if not isinstance(limit_values, torch.Tensor):
+        raise TypeError(f"limit_values: {type(limit_values).__name__}; pass a float64 tensor [2]")
+    if limit_values.dtype != torch.float64 or tuple(limit_values.shape) != (2,) or not limit_values.is_contiguous():
+        raise ValueError(
+            f"limit_values: {limit_values.dtype} of shape {tuple(limit_values.shape)}; pass a contiguous float64 tensor [2]"
+        )
+    _check_device("limit_values", limit_values, sample)
+
+
+def _check_advance(step: Any, sample: torch.Tensor, num_steps: int, options: StepOptions) -> None:
+    timesteps, next_timestep = options.timesteps, options.next_timestep
+    if options.advance and not isinstance(step, torch.Tensor):
+        raise ValueError(f"advance: True, but step is the number {step}; pass an integer tensor that can move on")
+    if (timesteps is None) != (next_timestep is None):
+        raise ValueError("timesteps, next_timestep: one without the other; pass both, or neither")
+    if timesteps is None:
+        return
+    if not options.advance:
+        raise ValueError("next_timestep: given without advance; pass advance=True with a tensor step")
+    for name, tensor, wanted in (
+        ("timesteps", timesteps, num_steps),
+        ("next_timestep", next_timestep, sample.shape[0] * (1 if options.guidance is None else 2)),
+    ):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: {type(tensor).__name__}; pass a tensor [{wanted}]")
+        if tuple(tensor.shape) != (wanted,) or not tensor.is_contiguous():
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)}; pass a contiguous tensor [{wanted}]")
+        _check_device(name, tensor, sample)
+
+
+def _check_float_tensor(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: {type(tensor).__name__}; pass a tensor")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name}: dtype {tensor.dtype}; pass a floating-point tensor")
+
+
+def _check_device(name: str, tensor: torch.Tensor, sample: torch.Tensor) -> None:
+    if tensor.device != sample.device:
+        raise ValueError(f"{name}: on {tensor.device}, but the state is on {sample.device}; move one of them")
+
+
+def _check_index(name: str, tensor: Any, sample: torch.Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
+    wanted = " or ".join(f"[{', '.join(map(str, shape))}]" for shape in shapes)
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: {type(tensor).__name__}; pass an integer tensor {wanted}")
+    if tensor.dtype not in _INDEX_DTYPES:
+        raise ValueError(f"{name}: dtype {tensor.dtype}; pass int64 (or int32)")
+    if tuple(tensor.shape) not in shapes:
+        raise ValueError(f"{name}: shape {tuple(tensor.shape)}; for a state of {tuple(sample.shape)} pass {wanted}")
+    _check_device(name, tensor, sample)
+
+
+def _check_table(table: Any, sample: torch.Tensor) -> None:
+    if isinstance(table, StepTable):
+        return
+    if not isinstance(table, torch.Tensor):
+        raise TypeError(f"table: {type(table).__name__}; pass a StepTable, or its tensor [num_steps, {NUM_COLUMNS}]")
+    if table.ndim != 2 or table.shape[1] != NUM_COLUMNS or not table.shape[0] or not table.is_floating_point():
+        raise ValueError(
+            f"table: {table.dtype} of shape {tuple(table.shape)}; pass a floating-point [num_steps, {NUM_COLUMNS}]"
+        )
+    if table.device != sample.device:
+        raise ValueError(
+            f"table: on {table.device}, but the state is on {sample.device}; pass table.to({str(sample.device)!r})"
+        )
