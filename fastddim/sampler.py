@@ -172,7 +172,8 @@ class Sampler:
         def __getattr__(self, name: str) -> Any: ...
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _FIXED or not hasattr(self, "_loop"):
+        own = name not in _FIXED and type(self) is not Sampler
+        if own or not hasattr(self, "_loop"):
             object.__setattr__(self, name, value)
             return
         change = f"{name}={value!r}" if name in _OPTIONS else "scheduler=..."

@@ -371,3 +371,15 @@ def test_the_arguments_of_any_bound_callable_are_checked():
     assert sampler(1, seeds=0).shape == (1, 3)
     with pytest.raises(ValueError, match="model_kwargs"):
         sampler(1, seeds=0, scale=0.5)
+
+
+def test_a_subclass_keeps_attributes_of_its_own_and_its_class():
+    class Named(Sampler):
+        def __init__(self, *args, name, **options):
+            super().__init__(*args, **options)
+            self.name = name
+
+    sampler = Named(torch_model, DDIMConfig(), 4, name="eight", sample_shape=SHAPE)
+    assert sampler.name == "eight" and type(sampler.replace(num_inference_steps=8)) is Named
+    with pytest.raises(AttributeError, match="eta: a Sampler does not change"):
+        sampler.eta = 1.0
