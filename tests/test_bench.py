@@ -18,11 +18,13 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import performance
 import pytest
+import quality
 import torch
 
 import fastddim
-from fastddim.bench import compare, gpu, performance, plots, quality, report, run, timing
+from fastddim.bench import compare, gpu, plots, report, run, timing
 from fastddim.bench.cases import BASELINES, LEFT_OUT, NEEDS_GPU, Call, Candidate, Case, Scope, Work
 from fastddim.bench.import_suite import import_suite
 from fastddim.bench.loop_suite import LoopInputs, loop_case, loop_suite
