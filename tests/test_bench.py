@@ -27,17 +27,18 @@ import fastddim
 from fastddim.bench import compare, gpu, plots, report, run, timing
 from fastddim.bench.cases import BASELINES, LEFT_OUT, NEEDS_GPU, Call, Candidate, Case, Scope, Work
 from fastddim.bench.import_suite import import_suite
-from fastddim.bench.loop_suite import LoopInputs, loop_case, loop_suite
+from fastddim.bench.loop_case import LoopInputs, loop_case
+from fastddim.bench.loop_suite import DIFFUSERS_LOOP, FASTDDIM_SAMPLER, loop_suite
 from fastddim.bench.networks import DIGITS, POLICY
-from fastddim.bench.step_suite import StepInputs, step_case, step_suite
+from fastddim.bench.step_suite import DIFFUSERS_SCHEDULER, FASTDDIM_SCHEDULER, StepInputs, step_case, step_suite
 from fastddim.bench.suites import SUITES
 from fastddim.bench.textbook import StepProblem, draw_inputs, textbook_loop, textbook_step
 from fastddim.cli import main
 
 FAST = timing.Settings(min_rounds=1, max_rounds=10, budget_s=0.05)
-QUICK = Scope(quick=True)
+CPU, QUICK = Scope(), Scope(quick=True)
 TINY = (2, 3, 8, 8)
-LOOPS = [loop_case(POLICY, 1, 10), loop_case(DIGITS, 1, 20)]
+LOOPS = [loop_case(*run, CPU, (FASTDDIM_SAMPLER, DIFFUSERS_LOOP)) for run in ((POLICY, 1, 10), (DIGITS, 1, 20))]
 PROBLEMS = {
     "epsilon": StepProblem(shape=TINY),
     "v_prediction": StepProblem(shape=TINY, prediction_type="v_prediction"),
@@ -210,7 +211,7 @@ def test_registered_candidates_are_right_far_within_the_tolerance(case: Case) ->
 )
 def test_a_coefficient_off_by_a_thousandth_is_wrong(name: str, column: str, offset: float) -> None:
     wrong, right = planted(column, offset), planted(column, 0.0)
-    rows = timing.run_case(step_case(name, PROBLEMS[name], None, (wrong, right)), FAST)
+    rows = timing.run_case(step_case(name, PROBLEMS[name], CPU, (wrong, right, DIFFUSERS_SCHEDULER)), FAST)
     assert [row.status for row in rows] == ["wrong", "ok", "ok"]
     assert rows[0].median_s is rows[0].cold_s is None
     assert "relative error" in rows[0].message
@@ -332,14 +333,14 @@ def test_allocator_modes_decide_whether_large_tensors_cost_page_faults() -> None
 
 
 def test_suites_have_the_bars() -> None:
-    bars = {case.name: case.target for case in step_suite() if case.target}
+    bars = {case.name: case.target for case in step_suite(CPU) if case.target}
     assert bars == {"default [1,4,64,64]": 4.0, "default [8,3,256,256]": 5.0, "threshold [8,3,256,256]": 5.0}
-    assert import_suite()[0].target == pytest.approx(1 / 1.5)
+    assert import_suite(CPU)[0].target == pytest.approx(1 / 1.5)
     assert not any(case.target for case in step_suite(QUICK))
-    assert not any(case.target for case in loop_suite())
+    assert not any(case.target for case in loop_suite(CPU))
 
 
-@pytest.mark.parametrize("scope", [Scope(), QUICK, Scope(device="cuda")], ids=str)
+@pytest.mark.parametrize("scope", [CPU, QUICK, Scope(device="cuda")], ids=str)
 def test_suites_list_what_the_issue_asks_for_whatever_the_machine(scope: Scope) -> None:
     for make_cases in SUITES.values():
         cases = make_cases(scope)
@@ -365,7 +366,7 @@ def test_suites_list_what_the_issue_asks_for_whatever_the_machine(scope: Scope) 
 
 
 def test_a_failing_import_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = import_suite()[0]
+    case = import_suite(CPU)[0]
     call = case.candidates[0].make(None)
     np.testing.assert_array_equal(call(), case.reference(None))
     monkeypatch.setattr(sys, "executable", "/bin/false")
@@ -558,7 +559,8 @@ def test_repeated_blocks_are_all_judged(rows: int, status: str) -> None:
 
 def test_a_large_step_repeats_its_block_in_both_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastddim.bench.step_suite._BLOCK", 2 * 3 * 8 * 8)
-    case = step_case("guided", StepProblem(shape=(6, 3, 8, 8), guidance_scale=3.0, eta=1.0))
+    problem = StepProblem(shape=(6, 3, 8, 8), guidance_scale=3.0, eta=1.0)
+    case = step_case("guided", problem, CPU, (FASTDDIM_SCHEDULER, DIFFUSERS_SCHEDULER))
     assert case.blocks == 3
     inputs = case.inputs()
     assert inputs.model_output.shape == (12, 3, 8, 8)
