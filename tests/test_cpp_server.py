@@ -99,7 +99,7 @@ class Server:
 
     def __init__(self, program, bundle, folder, *options):
         self.log = folder / "log"
-        command = [program, bundle, "--port", "0", "--threads", "1", *map(str, options)]
+        command = [program, bundle, "--port", "0", "--threads", "1", "--timeout", str(WAIT_S), *map(str, options)]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         line = self.process.stdout.readline()
@@ -388,7 +388,7 @@ def test_digits_with_guidance_noise_and_rescale(serve, bundles):
 
 
 def test_a_class_that_the_model_lacks_spoils_no_other_request(serve, bundles):
-    server = serve("tiny", "--max-batch", 8, "--max-steps", LONG, "--timeout", WAIT_S)
+    server = serve("tiny", "--max-batch", 8, "--max-steps", LONG)
     busy = server.occupy()
     requests = [{"seed": k, "class_labels": k} for k in range(6)]
     with ThreadPoolExecutor(6) as pool:
@@ -721,7 +721,7 @@ def test_clients_that_leave_are_not_sampled_for(serve):
 
 
 def test_a_full_queue(serve):
-    server = serve("tiny", "--queue", 2, "--max-batch", 1, "--max-steps", LONG, "--timeout", WAIT_S)
+    server = serve("tiny", "--queue", 2, "--max-batch", 1, "--max-steps", LONG)
     busy = server.occupy()
     with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(server.sample, {"seed": k, "class_labels": 0}) for k in range(2)]
