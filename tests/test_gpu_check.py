@@ -33,7 +33,9 @@ NCU = """==PROF== Connected
 
 def summary(out: Path) -> dict[str, tuple[str, str]]:
     """Status and line of each part, as the summary has them."""
-    rows = re.findall(r"^\| (.+?) \| (.+?) \| +(\d+) \| (.*) \|$", (out / gpu_check.SUMMARY).read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| ([^|]+) \| ([^|]+) \| +(\d+) \| ([^|]*) \|$", (out / gpu_check.SUMMARY).read_text(), re.MULTILINE
+    )
     return {name: (status, said) for name, status, _, said in rows}
 
 
