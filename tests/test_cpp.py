@@ -12,7 +12,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import onnx
 import pytest
@@ -26,6 +25,7 @@ from fastddim import DDIMConfig, Schedule, StepTable
 from fastddim.config import BETA_SCHEDULES, PREDICTION_TYPES, TIMESTEP_SPACINGS
 from fastddim.export import ExportOptions, OrtSampler, export_onnx
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP, normal_numpy
+from unets import small_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -236,10 +236,7 @@ def export_digits(path, **options):
 
 def export_resizable(path):
     torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), add_attention=False,
-    )  # fmt: skip
+    unet = small_unet(add_attention=False)
     config = DDIMConfig(thresholding=True, sample_max_value=1.5)
     return export_onnx(unet, config, path, ExportOptions(dynamic_size=True), parity_steps=()).path
 

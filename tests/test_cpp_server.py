@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
-import diffusers
 import numpy as np
 import PIL.Image
 import pytest
@@ -25,6 +24,7 @@ from cpp_driver import build
 import fastddim
 from fastddim import DDIMConfig
 from fastddim.export import ExportOptions, OrtSampler, export_onnx
+from unets import small_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -53,11 +53,7 @@ class Shaded(torch.nn.Module):
 
 def export_tiny(path):
     torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(
-        sample_size=(8, 12), in_channels=3, out_channels=3, block_out_channels=(8, 16), layers_per_block=1,
-        norm_num_groups=4, down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
-        add_attention=False, num_class_embeds=5,
-    )  # fmt: skip
+    unet = small_unet(sample_size=(8, 12), in_channels=3, out_channels=3, add_attention=False, num_class_embeds=5)
     options = ExportOptions(num_inference_steps=3)
     return export_onnx(unet, DDIMConfig(num_train_timesteps=LONG), path, options, parity_steps=()).path
 
