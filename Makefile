@@ -63,7 +63,7 @@ quality: setup
 	$(BIN)/python examples/quality_time.py --json benchmarks/results/quality-digits.json $(ARGS)
 
 performance: setup
-	$(BIN)/python -m fastddim.bench.performance
+	$(BIN)/python benchmarks/performance.py
 
 budget: setup
 	$(BIN)/python benchmarks/kernel_budget.py $(ARGS)

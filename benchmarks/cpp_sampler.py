@@ -23,7 +23,7 @@ from cpp_driver import CppSampler, build
 from rich.console import Console
 
 import fastddim
-from fastddim.bench import report
+from fastddim.bench import report, table
 from fastddim.bench.cases import TOLERANCE, Candidate, Case
 from fastddim.bench.timing import OK, QUICK, Settings, run_case
 from fastddim.export import ExportOptions, OrtSampler, export_onnx
@@ -110,7 +110,7 @@ def main() -> int:
                 case = Case("cpp", f"{name} [1,1,16,16]", (ours, theirs), lambda: None, lambda _: expected, target,
                             TOLERANCE)  # fmt: skip
                 rows += run_case(case, QUICK if arguments.quick else SETTINGS)
-    Console(width=160).print(report.make_table(rows))
+    table.print_rows(rows, Console())
     started = next(row for row in rows if row.case.startswith("start"))
     if started.median_s is not None:
         print(f"start to first picture: {started.median_s:.3f} s, the bar is {START_S} s")

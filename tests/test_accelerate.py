@@ -17,6 +17,7 @@ from diffusers.models.attention_processor import AttnProcessor
 
 import fastddim
 from fastddim import accelerate, unaccelerate
+from unets import small_unet
 
 GRAPHS = ("off", "step", "loop")
 ODDLY_SPACED = {"num_inference_steps": 7}
@@ -47,16 +48,7 @@ def tamed(model, last):
 @functools.cache
 def image_unet(num_class_embeds=None):
     torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=8,
-        num_class_embeds=num_class_embeds,
-    )
+    unet = small_unet(True, in_channels=3, out_channels=3, attention_head_dim=8, num_class_embeds=num_class_embeds)
     return tamed(unet, lambda model: model.conv_out)
 
 

@@ -16,29 +16,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DModel
 from PIL import Image
 
 import fastddim
 from fastddim.cli import main
 from fastddim.pictures import GridLayout
+from unets import small_unet
 
 ROOT = Path(__file__).parent.parent
 
 
 def tiny_pipeline(classes: int | None = 4, channels: int = 1) -> fastddim.DDIMPipeline:
     torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=channels,
-        out_channels=channels,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        num_class_embeds=classes,
-    )
+    unet = small_unet(in_channels=channels, out_channels=channels, num_class_embeds=classes)
     return fastddim.DDIMPipeline(unet, fastddim.DDIMScheduler(num_train_timesteps=1000))
 
 

@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
-import diffusers
 import numpy as np
 import PIL.Image
 import pytest
@@ -25,12 +24,14 @@ from cpp_driver import build
 import fastddim
 from fastddim import DDIMConfig
 from fastddim.export import ExportOptions, OrtSampler, export_onnx
+from unets import small_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
-WAIT_S = 60
-# Steps of a run that outlasts what the tests do meanwhile.
-LONG = 3000
+# Only ends a test that hangs.
+WAIT_S = 240
+# Steps of a run that outlasts what the tests do meanwhile: seconds on an idle machine.
+LONG = 10_000
 
 
 @pytest.fixture(scope="session")
@@ -52,11 +53,7 @@ class Shaded(torch.nn.Module):
 
 def export_tiny(path):
     torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(
-        sample_size=(8, 12), in_channels=3, out_channels=3, block_out_channels=(8, 16), layers_per_block=1,
-        norm_num_groups=4, down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
-        add_attention=False, num_class_embeds=5,
-    )  # fmt: skip
+    unet = small_unet(sample_size=(8, 12), in_channels=3, out_channels=3, add_attention=False, num_class_embeds=5)
     options = ExportOptions(num_inference_steps=3)
     return export_onnx(unet, DDIMConfig(num_train_timesteps=LONG), path, options, parity_steps=()).path
 
@@ -98,7 +95,7 @@ class Server:
 
     def __init__(self, program, bundle, folder, *options):
         self.log = folder / "log"
-        command = [program, bundle, "--port", "0", "--threads", "1", *map(str, options)]
+        command = [program, bundle, "--port", "0", "--threads", "1", "--timeout", str(WAIT_S), *map(str, options)]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         line = self.process.stdout.readline()
@@ -139,15 +136,24 @@ class Server:
 
     def wait_for(self, **wanted):
         """Until gauges or counters have these values."""
-        deadline = time.monotonic() + WAIT_S
-        while any(self.metrics()[f"fastddim_{name}"] != value for name, value in wanted.items()):
-            assert time.monotonic() < deadline, (wanted, self.metrics())
-            time.sleep(0.02)
+        wait_until(lambda: all(self.metrics()[f"fastddim_{name}"] == value for name, value in wanted.items()))
+
+    def count_log(self, text):
+        """How often the log says it."""
+        return self.log.read_text().count(text)
 
     def stop(self, which=signal.SIGTERM):
         """The exit status, which a sanitizer would change."""
         self.process.send_signal(which)
         return self.process.wait(WAIT_S)
+
+
+def wait_until(done):
+    """Ask until the answer is yes."""
+    deadline = time.monotonic() + WAIT_S
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def exchange(connection, method, path, body=None, headers=None):
@@ -264,7 +270,7 @@ def drive(server, requests, threads=16, stop=None):
 
     with ThreadPoolExecutor(threads) as pool:
         for done in [pool.submit(client) for _ in range(threads)]:
-            done.result(timeout=10 * WAIT_S)
+            done.result()
     return answers
 
 
@@ -300,9 +306,7 @@ def test_pictures_of_other_requests_would_be_noticed(bundles):
 def test_a_thousand_requests_by_sixteen_clients(serve, bundles):
     server = serve("tiny", "--workers", 2)
     requests = draw_requests(1000)
-    start = time.monotonic()
     answers = drive(server, requests)
-    print(f"{len(requests) / (time.monotonic() - start):.0f} requests a second")
     assert check_answers(answers, requests, bundles("tiny")) == {200: 1000}
     server.wait_for(in_flight=0, connections=1)
     values = server.metrics()
@@ -310,7 +314,7 @@ def test_a_thousand_requests_by_sixteen_clients(serve, bundles):
     assert values["fastddim_latency_seconds_count"] == 1000
     assert values["fastddim_queue_length"] == values["fastddim_abandoned_total"] == 0
     assert server.stop() == 0
-    assert server.log.read_text().count(" 200 POST /v1/sample ") == 1000
+    assert server.count_log(" 200 POST /v1/sample ") == 1000
 
 
 def test_a_small_queue_refuses_and_loses_nothing(serve, bundles):
@@ -327,16 +331,22 @@ def test_a_small_queue_refuses_and_loses_nothing(serve, bundles):
 def test_a_signal_lets_what_was_accepted_end(serve, bundles, which):
     server = serve("tiny", "--workers", 2)
     requests = draw_requests(5000, seed=2)
-    timer = threading.Timer(0.7, server.process.send_signal, [which])
-    timer.start()
-    # An answer that does not come, or half of one, is an exception.
-    answers = drive(server, requests)
+
+    def interrupt():
+        wait_until(lambda: server.count_log(" 200 POST /v1/sample ") > 50)
+        server.process.send_signal(which)
+
+    with ThreadPoolExecutor(1) as pool:
+        interrupted = pool.submit(interrupt)
+        # An answer that does not come, or half of one, is an exception.
+        answers = drive(server, requests)
+        interrupted.result()
     assert server.process.wait(WAIT_S) == 0
     counts = check_answers(answers, requests, bundles("tiny"))
     assert counts[200] > 50 and counts.total() < 5000
     # Each client's last answer, and no other, came with the end of its connection.
     assert sum(headers["Connection"] == "close" for _, headers, _ in answers.values()) == 16
-    assert server.log.read_text().count(" 200 POST /v1/sample ") == counts[200]
+    assert server.count_log(" 200 POST /v1/sample ") == counts[200]
     with pytest.raises(ConnectionRefusedError):
         server.ask("GET", "/healthz")
 
@@ -347,9 +357,7 @@ def test_a_stopping_server_says_so_and_a_second_signal_ends_it(serve):
     assert exchange(idle, "GET", "/healthz")[0] == 200
     busy = server.occupy()
     server.process.send_signal(signal.SIGTERM)
-    deadline = time.monotonic() + WAIT_S
-    while "stopping: 1 requests" not in server.log.read_text():
-        assert time.monotonic() < deadline
+    wait_until(lambda: server.count_log("stopping: 1 requests"))
     status, headers, _ = exchange(idle, "GET", "/healthz")
     assert (status, headers["Connection"]) == (503, "close")
     assert server.stop() == 128 + signal.SIGTERM
@@ -639,6 +647,16 @@ def test_connections_are_kept_and_answer_in_order(serve, bundles):
 
 
 def test_slow_and_silent_clients_block_nobody_and_are_closed(serve):
+    patient = serve("tiny", "--read-timeout", 600, "--idle-timeout", 600)
+    held = [patient.open_socket(b"P" * (k % 2)) for k in range(120)]
+    patient.wait_for(connections=121)
+    for k in range(20):
+        assert patient.sample({"seed": k, "class_labels": 0})[0] == 200
+    # All of them still hang there.
+    patient.wait_for(connections=121)
+    for connection in held:
+        connection.close()
+
     server = serve("tiny", "--read-timeout", 1, "--idle-timeout", 1.5)
     started = time.monotonic()
     slow = [server.open_socket(b"P") for _ in range(100)]
@@ -657,16 +675,12 @@ def test_slow_and_silent_clients_block_nobody_and_are_closed(serve):
 
     dripping = threading.Thread(target=drip)
     dripping.start()
-    for k in range(20):
-        asked = time.monotonic()
-        assert server.sample({"seed": k, "class_labels": 0})[0] == 200
-        assert time.monotonic() - asked < 5
     for connection in (*slow, *silent):
         try:
             assert connection.recv(100) == b""
         except ConnectionResetError:
             continue
-    assert 0.9 < time.monotonic() - started < 20
+    assert time.monotonic() - started > 0.9
     ended.set()
     dripping.join()
     for connection in (*slow, *silent):
@@ -716,7 +730,7 @@ def test_a_full_queue(serve):
 
 
 def test_time_outs(serve):
-    server = serve("tiny", "--max-batch", 1, "--timeout", 0.2, "--max-steps", LONG)
+    server = serve("tiny", "--max-batch", 1, "--timeout", 1, "--max-steps", LONG)
     with ThreadPoolExecutor(2) as pool:
         sampled = pool.submit(server.sample, {"seed": 1, "class_labels": 0, "num_inference_steps": LONG})
         server.wait_for(in_flight=1)

@@ -8,22 +8,12 @@ import pytest
 import torch
 
 from fastddim import DDIMPipeline, DDIMScheduler, load_pipeline
+from unets import small_unet
 
 
-def small_unet(num_class_embeds=None):
+def image_unet(**options):
     torch.manual_seed(0)
-    return diffusers.UNet2DModel(
-        sample_size=8,
-        in_channels=3,
-        out_channels=3,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=8,
-        num_class_embeds=num_class_embeds,
-    ).eval()
+    return small_unet(True, in_channels=3, out_channels=3, attention_head_dim=8, **options).eval()
 
 
 def quiet(pipe):
@@ -42,7 +32,7 @@ def no_network(monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"eta": 1.0}, {"num_inference_steps": 7, "use_clipped_model_output": True}])
 @pytest.mark.parametrize("output_type", ["np", "pt", "pil"])
 def test_the_pictures_are_diffusers(options, output_type):
-    unet, scheduler = small_unet(), diffusers.DDIMScheduler(beta_schedule="scaled_linear")
+    unet, scheduler = image_unet(), diffusers.DDIMScheduler(beta_schedule="scaled_linear")
     images = []
     for pipeline in (DDIMPipeline, diffusers.DDIMPipeline):
         generators = [torch.Generator().manual_seed(k) for k in range(2)]
@@ -62,7 +52,7 @@ def test_the_pictures_are_diffusers(options, output_type):
 
 def test_a_tuple_is_returned_on_request_and_any_ddim_configuration_is_taken():
     scheduler = diffusers.DDPMScheduler(prediction_type="v_prediction")
-    pipe = quiet(DDIMPipeline(small_unet(), scheduler))
+    pipe = quiet(DDIMPipeline(image_unet(), scheduler))
     assert isinstance(pipe.scheduler, DDIMScheduler)
     assert pipe.scheduler.config.prediction_type == "v_prediction"
     result = pipe(num_inference_steps=2, output_type="pt", return_dict=False, generator=torch.Generator())
@@ -71,7 +61,7 @@ def test_a_tuple_is_returned_on_request_and_any_ddim_configuration_is_taken():
 
 
 def test_class_labels_with_guidance_are_the_written_out_loop():
-    unet = small_unet(num_class_embeds=5)
+    unet = image_unet(num_class_embeds=5)
     scheduler = diffusers.DDIMScheduler(clip_sample=False)
     pipe = quiet(DDIMPipeline(unet, scheduler))
     call = {"num_inference_steps": 5, "batch_size": 2, "output_type": "pt"}
@@ -87,7 +77,7 @@ def test_class_labels_with_guidance_are_the_written_out_loop():
 
 
 def test_without_labels_a_class_conditional_model_samples_no_class():
-    pipe = quiet(DDIMPipeline(small_unet(num_class_embeds=5), diffusers.DDIMScheduler()))
+    pipe = quiet(DDIMPipeline(image_unet(num_class_embeds=5), diffusers.DDIMScheduler()))
     call = {"num_inference_steps": 2, "output_type": "pt"}
     unlabelled = pipe(**call, generator=torch.Generator().manual_seed(0)).images
     labelled = pipe(**call, generator=torch.Generator().manual_seed(0), class_labels=[4]).images
@@ -95,7 +85,7 @@ def test_without_labels_a_class_conditional_model_samples_no_class():
 
 
 def test_guidance_with_a_clip_and_raw_epsilon_is_warned_of_once():
-    pipe = quiet(DDIMPipeline(small_unet(num_class_embeds=5), diffusers.DDIMScheduler()))
+    pipe = quiet(DDIMPipeline(image_unet(num_class_embeds=5), diffusers.DDIMScheduler()))
     call = {"num_inference_steps": 1, "output_type": "pt", "class_labels": [1], "guidance_scale": 2.0}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
@@ -107,7 +97,7 @@ def test_guidance_with_a_clip_and_raw_epsilon_is_warned_of_once():
 
 
 def test_a_saved_pipeline_is_a_plain_diffusers_folder(tmp_path):
-    pipe = quiet(DDIMPipeline(small_unet(), diffusers.DDIMScheduler()))
+    pipe = quiet(DDIMPipeline(image_unet(), diffusers.DDIMScheduler()))
     pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert "fastddim" not in json.dumps(index)
@@ -140,7 +130,7 @@ def test_the_embedded_model_is_a_diffusers_folder_too():
     ],
 )
 def test_bad_calls_are_refused(call, parts):
-    pipe = quiet(DDIMPipeline(small_unet(), diffusers.DDIMScheduler()))
+    pipe = quiet(DDIMPipeline(image_unet(), diffusers.DDIMScheduler()))
     with pytest.raises(ValueError) as caught:
         pipe(**call)
     assert all(part in str(caught.value) for part in parts), caught.value
@@ -148,7 +138,7 @@ def test_bad_calls_are_refused(call, parts):
 
 @pytest.mark.parametrize(("labels", "parts"), [([0], ["(1,)", "2"]), ([0, 5], ["[0, 5]", "[0, 4]"]), ([-1, 0], ["-1"])])
 def test_bad_labels_are_refused(labels, parts):
-    pipe = quiet(DDIMPipeline(small_unet(num_class_embeds=5), diffusers.DDIMScheduler()))
+    pipe = quiet(DDIMPipeline(image_unet(num_class_embeds=5), diffusers.DDIMScheduler()))
     with pytest.raises(ValueError, match="class_labels") as caught:
         pipe(batch_size=2, class_labels=labels)
     assert all(part in str(caught.value) for part in parts), caught.value
@@ -156,7 +146,7 @@ def test_bad_labels_are_refused(labels, parts):
 
 @pytest.fixture
 def folder(tmp_path):
-    DDIMPipeline(small_unet(), diffusers.DDIMScheduler()).save_pretrained(tmp_path / "model")
+    DDIMPipeline(image_unet(), diffusers.DDIMScheduler()).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 

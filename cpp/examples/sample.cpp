@@ -1,101 +1,68 @@
 // sample BUNDLE [options]: pictures from an exported bundle, side by side in a PGM or PPM file, or their raw floats.
 #include <algorithm>
-#include <charconv>
 #include <cmath>
 #include <cstdint>
-#include <exception>
 #include <filesystem>
 #include <fstream>
-#include <iostream>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <system_error>
-#include <type_traits>
-#include <utility>
 #include <vector>
 
+#include "arguments.hpp"
 #include "fastddim/ort_sampler.hpp"
 
 namespace {
 
-constexpr const char* usage =
-    "usage: sample BUNDLE [--out FILE.pgm|.ppm|.raw] [--seed N] [--batch N] [--labels N,N,...] [--steps N]\n"
-    "              [--eta X] [--guidance-scale X] [--size HEIGHT,WIDTH] [--threads N]\n";
-
-struct Arguments {
-    std::filesystem::path bundle;
+struct Settings {
     std::filesystem::path out = "samples.pgm";
     int threads = 0;
-    bool help = false;
     fastddim::Call call;
 };
-
-template <class T>
-T number(const std::string& option, const std::string& text) {
-    T value{};
-    const char* end = text.data() + text.size();
-    const auto [last, error] = std::from_chars(text.data(), end, value);
-    if (error != std::errc{} || last != end)
-        throw std::invalid_argument(option + ": '" + text + "'; pass " +
-                                    (std::is_unsigned_v<T> ? "an integer in [0, 2**64)"
-                                     : std::is_integral_v<T> ? "an integer"
-                                                             : "a number"));
-    return value;
-}
 
 std::vector<std::int64_t> integers(const std::string& option, const std::string& text) {
     std::vector<std::int64_t> values;
     std::istringstream stream(text);
-    for (std::string part; std::getline(stream, part, ',');) values.push_back(number<std::int64_t>(option, part));
+    for (std::string part; std::getline(stream, part, ',');)
+        values.push_back(arguments::number<std::int64_t>(option, part, "an integer"));
     return values;
 }
 
-Arguments parse(const std::vector<std::string>& words) {
-    Arguments arguments;
-    fastddim::Call& call = arguments.call;
-    call.seeds = 0;
-    for (std::size_t k = 0; k < words.size(); ++k) {
-        const std::string& option = words[k];
-        if (option == "--help" || option == "-h") {
-            arguments.help = true;
-            return arguments;
-        }
-        if (option.rfind("--", 0) != 0) {
-            if (!arguments.bundle.empty()) throw std::invalid_argument("'" + option + "': a second bundle; pass one");
-            arguments.bundle = option;
-            continue;
-        }
-        if (++k == words.size()) throw std::invalid_argument(option + ": no value; pass one");
-        const std::string& value = words[k];
-        if (option == "--out") {
-            arguments.out = value;
-        } else if (option == "--seed") {
-            call.seeds = number<std::uint64_t>(option, value);
-        } else if (option == "--batch") {
-            call.batch = number<std::int64_t>(option, value);
-        } else if (option == "--labels") {
-            const std::vector<std::int64_t> labels = integers(option, value);
-            call.batch = static_cast<std::int64_t>(labels.size());
-            call.conditions["class_labels"] = fastddim::Array<std::int64_t>{{call.batch}, labels};
-        } else if (option == "--steps") {
-            call.num_inference_steps = number<std::int64_t>(option, value);
-        } else if (option == "--eta") {
-            call.eta = number<double>(option, value);
-        } else if (option == "--guidance-scale") {
-            call.guidance_scale = {number<float>(option, value)};
-        } else if (option == "--size") {
-            const std::vector<std::int64_t> size = integers(option, value);
-            if (size.size() != 2) throw std::invalid_argument("--size: '" + value + "'; pass HEIGHT,WIDTH");
-            call.size = {size[0], size[1]};
-        } else if (option == "--threads") {
-            arguments.threads = number<int>(option, value);
-        } else {
-            throw std::invalid_argument(option + ": no such option\n" + usage);
-        }
-    }
-    if (arguments.bundle.empty()) throw std::invalid_argument(std::string("BUNDLE: missing\n") + usage);
-    return arguments;
+/// The options that set `settings`, which must outlive them.
+std::vector<arguments::Option> options_of(Settings& settings) {
+    using arguments::number;
+    fastddim::Call& call = settings.call;
+    return {
+        {"--out", "FILE", "a picture, .pgm or .ppm, or raw floats, .raw [samples.pgm]",
+         [&](const std::string& text) { settings.out = text; }},
+        {"--seed", "N", "the first sample's seed [0]",
+         [&](const std::string& text) { call.seeds = number<std::uint64_t>("--seed", text, "an integer in [0, 2**64)"); }},
+        {"--batch", "N", "samples [1]",
+         [&](const std::string& text) { call.batch = number<std::int64_t>("--batch", text, "an integer"); }},
+        {"--labels", "N,N,...", "a class for each sample",
+         [&](const std::string& text) {
+             const std::vector<std::int64_t> labels = integers("--labels", text);
+             call.batch = static_cast<std::int64_t>(labels.size());
+             call.conditions["class_labels"] = fastddim::Array<std::int64_t>{{call.batch}, labels};
+         }},
+        {"--steps", "N", "model calls [the bundle's]",
+         [&](const std::string& text) {
+             call.num_inference_steps = number<std::int64_t>("--steps", text, "an integer");
+         }},
+        {"--eta", "X", "noise of the steps, in [0, 1] [the bundle's]",
+         [&](const std::string& text) { call.eta = number<double>("--eta", text, "a number"); }},
+        {"--guidance-scale", "X", "for bundles with guidance [2]",
+         [&](const std::string& text) { call.guidance_scale = {number<float>("--guidance-scale", text, "a number")}; }},
+        {"--size", "HEIGHT,WIDTH", "for bundles that take several [the bundle's]",
+         [&](const std::string& text) {
+             const std::vector<std::int64_t> size = integers("--size", text);
+             if (size.size() != 2) throw std::invalid_argument("--size: '" + text + "'; pass HEIGHT,WIDTH");
+             call.size = {size[0], size[1]};
+         }},
+        {"--threads", "N", "ONNX Runtime's; 0 is its choice [0]",
+         [&](const std::string& text) { settings.threads = number<int>("--threads", text, "an integer"); }},
+    };
 }
 
 /// A binary PGM or PPM of all samples side by side; [-1, 1] becomes black to white.
@@ -132,34 +99,27 @@ void write(const std::filesystem::path& path, const std::string& content) {
     }
 }
 
-void run(const Arguments& arguments) {
+void sample(const std::filesystem::path& bundle, const Settings& settings) {
     Ort::SessionOptions options;
-    options.SetIntraOpNumThreads(arguments.threads);
-    const fastddim::OrtSampler sampler(fastddim::open_bundle(arguments.bundle), options);
-    fastddim::Call call = arguments.call;
+    options.SetIntraOpNumThreads(settings.threads);
+    const fastddim::OrtSampler sampler(fastddim::open_bundle(bundle), options);
+    fastddim::Call call = settings.call;
     if (sampler.bundle().manifest.sampling.guided && call.guidance_scale.empty()) call.guidance_scale = {2.0F};
     const fastddim::Array<float> samples = sampler(call);
-    if (arguments.out.extension() == ".raw") {
+    if (settings.out.extension() == ".raw") {
         const auto* bytes = reinterpret_cast<const char*>(samples.values.data());
-        write(arguments.out, {bytes, samples.values.size() * sizeof(float)});
+        write(settings.out, {bytes, samples.values.size() * sizeof(float)});
     } else {
-        write(arguments.out, picture(samples));
+        write(settings.out, picture(samples));
     }
 }
 
 }  // namespace
 
 int main(int count, char** words) {
-    try {
-        const Arguments arguments = parse({words + 1, words + count});
-        if (arguments.help) {
-            std::cout << usage;
-        } else {
-            run(arguments);
-        }
-    } catch (const std::exception& error) {
-        std::cerr << "error: " << error.what() << "\n";
-        return 2;
-    }
-    return 0;
+    Settings settings;
+    settings.call.seeds = 0;
+    return arguments::run({words + 1, words + count}, "sample",
+                          "Pictures from an exported bundle, side by side in one file.", options_of(settings),
+                          [&](const std::filesystem::path& bundle) { sample(bundle, settings); });
 }

@@ -1,11 +1,11 @@
 // server BUNDLE [options]: pictures from an exported bundle over HTTP, until SIGINT or SIGTERM; see cpp/README.md.
 #include <csignal>
-#include <exception>
+#include <filesystem>
 #include <iostream>
 #include <map>
 #include <string>
-#include <vector>
 
+#include "arguments.hpp"
 #include "fastddim/ort_sampler.hpp"
 #include "server/http.hpp"
 #include "server/request.hpp"
@@ -26,10 +26,10 @@ server::Json describe(const fastddim::Manifest& manifest, const server::RequestR
             {"versions", manifest.versions}};
 }
 
-void serve(const server::Settings& settings) {
+void serve(const std::filesystem::path& bundle, const server::Settings& settings) {
     Ort::SessionOptions options;
     options.SetIntraOpNumThreads(settings.threads);
-    const fastddim::OrtSampler sampler(fastddim::open_bundle(settings.bundle), options, true);
+    const fastddim::OrtSampler sampler(fastddim::open_bundle(bundle), options, true);
     const server::RequestReader reader(sampler.bundle(), settings.max_steps);
     const fastddim::Manifest& manifest = sampler.bundle().manifest;
     const std::map<std::string, std::string> build{{"graph", manifest.graph}, {"onnxruntime", Ort::GetVersionString()}};
@@ -44,18 +44,11 @@ void serve(const server::Settings& settings) {
 }  // namespace
 
 int main(int count, char** words) {
-    try {
-        // A log that nobody reads any more is an error of its stream, not a signal.
-        std::signal(SIGPIPE, SIG_IGN);
-        const server::Settings settings = server::parse_settings({words + 1, words + count});
-        if (settings.help) {
-            std::cout << server::usage();
-        } else {
-            serve(settings);
-        }
-    } catch (const std::exception& error) {
-        std::cerr << "error: " << error.what() << "\n";
-        return 2;
-    }
-    return 0;
+    // A log that nobody reads any more is an error of its stream, not a signal.
+    std::signal(SIGPIPE, SIG_IGN);
+    server::Settings settings;
+    return arguments::run({words + 1, words + count}, "server",
+                          "Pictures from an exported bundle over HTTP; see cpp/README.md.",
+                          server::options_of(settings),
+                          [&](const std::filesystem::path& bundle) { serve(bundle, settings); });
 }

@@ -36,7 +36,7 @@ BASELINES = (
 
 @dataclass(frozen=True)
 class Scope:
-    """What a run is asked for.
+    """The sizes and the device of a run.
 
     Attributes:
         quick: small sizes, and only what needs no long preparation.
@@ -56,9 +56,9 @@ class Work:
     """What a candidate made of a case's inputs, where there is more to it than a call.
 
     Attributes:
-        call: what is verified and timed.
+        call: the work to verify and time.
         facts: numbers to report besides times, asked for after the timing.
-        parts: what of the call's work can be done alone, timed beside it.
+        parts: pieces of the call's work that can be done alone, timed beside it.
     """
 
     call: Call
@@ -71,12 +71,12 @@ class Candidate:
     """One way to do a case's work.
 
     Attributes:
-        name: as reports show it.
+        name: its name in reports.
         make: from the case's inputs, which it must not modify, to the call that is verified and timed; the call
             returns the case's results as tensors or arrays.
         baseline: which of `BASELINES` it is; None for ours.
-        needs: says what it lacks on this machine.
-        slack: how many times the case's tolerance it may be off: rounds in half precision after each operation.
+        needs: says what this machine lacks for it.
+        slack: in half precision, how many times the case's tolerance its error may be, for the rounding after each operation.
     """
 
     name: str
@@ -94,17 +94,17 @@ class Case:
         suite: the suite it belongs to.
         name: unique in the suite.
         candidates: ours first, then the baselines.
-        inputs: makes what the candidates share.
+        inputs: makes the inputs that the candidates share.
         reference: from the inputs to the expected results, float64 arrays.
-        target: the least time of diffusers over ours that meets the bar; None without one.
+        target: the least ratio of diffusers' time to ours that meets the bar; None without one.
         tolerance: the largest error, relative to the largest magnitude of each expected result; or a function of inputs
             and expected results that gives it.
         blocks: how often results repeat the rows of the expected ones.
-        device: where it runs.
-        needs: what the whole case lacks on this machine; None if it can run.
-        nbytes: what a call has to read and write at least.
+        device: where it runs, `cpu` or `cuda`.
+        needs: what this machine lacks for the whole case; None if it can run.
+        nbytes: bytes that a call has to read and write at least.
         num_steps: sampling steps in a call.
-        about: what plots and tables go by: elements, dtype, model, batch.
+        about: elements, dtype, model, batch and the like, for plots and tables.
     """
 
     suite: str
@@ -141,7 +141,7 @@ def a_gpu() -> str | None:
 
 
 def a_compiler() -> str | None:
-    """Needs what `torch.compile` generates code for: triton on a GPU, a C++ compiler on a CPU."""
+    """Needs a compiler for the code that `torch.compile` generates: triton on a GPU, a C++ compiler on a CPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -150,10 +150,12 @@ def a_compiler() -> str | None:
 
 
 def all_of(*needs: Needs) -> Needs:
-    """Needs several things: the first that is missing."""
+    """Needs several things; names the first that is missing."""
     return lambda: next(filter(None, (need() for need in needs)), None)
 
 
-def left_out(candidate: Candidate) -> Candidate:
-    """A candidate that takes too long for `--quick`."""
-    return replace(candidate, needs=lambda: LEFT_OUT)
+def unless_quick(scope: Scope, *candidates: Candidate) -> list[Candidate]:
+    """Candidates that take too long for `--quick`, which leaves out those that could run."""
+    if not scope.quick:
+        return list(candidates)
+    return [replace(each, needs=all_of(each.needs, lambda: LEFT_OUT)) for each in candidates]

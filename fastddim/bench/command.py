@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -16,12 +16,11 @@ from fastddim.config import require_choice, require_int
 from fastddim.files import check_writable
 
 if TYPE_CHECKING:
-    from fastddim.bench.compare import Change
     from fastddim.bench.timing import Row
 
 FAILED = 1
 
-_PIPE_WIDTH = 240
+_PIPE_WIDTH = 1000
 _DEVICES = ("cpu", "cuda")
 
 app = typer.Typer()
@@ -64,7 +63,9 @@ def bench(
 
     The status is 1 if a candidate was wrong or raised, or a ratio is worse than in the file to compare with.
     """
-    from fastddim.bench import report
+    from fastddim.bench import report, table
+    from fastddim.bench.compare import compare as compare_runs
+    from fastddim.bench.compare import has_regressed
     from fastddim.bench.run import has_failed, run_suite
     from fastddim.bench.timing import ALLOCATORS
 
@@ -105,20 +106,21 @@ def bench(
         )
     rows = report.rows_of(made)
     output = Console()
-    # A pipe has no width to fit, and a table folded to 80 columns cannot be read.
+    # A pipe has no width to fit.
     output = Console(width=None if output.is_terminal else _PIPE_WIDTH)
     output.print("\n".join(report.describe_environment(made)), markup=False, highlight=False)
-    output.print(report.make_table(rows))
-    for line in report.describe_absent(rows):
-        output.print(f"not run: {line}", style="dim", markup=False, highlight=False)
+    table.print_rows(rows, output)
     if markdown is not None:
         report.write_text("--markdown", markdown, report.make_markdown(made))
     if plot is not None:
         for path in plots.draw_all(made, plot):
             output.print(str(path), markup=False, highlight=False)
     _show_failures(rows, console)
-    regressed = old is not None and _compare(old["rows"], rows, output)
-    return FAILED if has_failed(made) or regressed else 0
+    if old is None:
+        return FAILED if has_failed(made) else 0
+    changes = compare_runs(old["rows"], rows)
+    table.print_changes(changes, output)
+    return FAILED if has_failed(made) or has_regressed(changes) else 0
 
 
 def _pick_device(name: str | None) -> str:
@@ -139,33 +141,3 @@ def _show_failures(rows: Sequence[Row], console: Console) -> None:
         if row.status in FAILURES:
             line = f"{row.status}: {row.suite}: {row.case}: {row.candidate}: {row.message}"
             console.print(Text(line, style="red"), soft_wrap=True)
-
-
-def _compare(old: Sequence[Row], new: Sequence[Row], output: Console) -> bool:
-    from fastddim.bench.compare import compare, has_regressed
-
-    changes = compare(old, new)
-    output.print(_make_change_table(changes))
-    return has_regressed(changes)
-
-
-def _make_change_table(changes: Sequence[Change]) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    from fastddim.bench.compare import BETTER, MISSING, TOLERANCE, WORSE
-
-    styles = {WORSE: "red", BETTER: "green", MISSING: "dim"}
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=f"Ratios, then and now; worse: lower by more than {TOLERANCE:.0%}, and beyond both runs' p20 to p80",
-        title_justify="left",
-    )
-    for heading in ("case", "candidate", "then", "now", "change", "verdict"):
-        table.add_column(heading, justify="left" if heading in ("case", "candidate", "verdict") else "right")
-    for change in changes:
-        now = "" if change.new is None else f"{change.new:.2f}x"
-        moved = "" if change.new is None else f"{change.new / change.old - 1:+.1%}"
-        cells = (f"{change.suite}: {change.case}", change.candidate, f"{change.old:.2f}x", now, moved, change.verdict)
-        table.add_row(*map(Text, cells), style=styles.get(change.verdict))
-    return table

@@ -15,10 +15,10 @@ WORSE, BETTER, SAME, MISSING = "worse", "better", "same", "not in this run"
 
 @dataclass(frozen=True)
 class Change:
-    """What became of a baseline's ratio: its time over ours.
+    """A baseline's ratio, its time over ours, in two runs.
 
     Attributes:
-        old, new: the ratios; `new` is None where this run has none.
+        old, new: the ratio in each run; `new` is None where this run has none.
         verdict: `worse` if ours lost against it by more than the tolerance and beyond both runs' p20 to p80.
     """
 
@@ -59,22 +59,13 @@ def has_regressed(changes: Sequence[Change]) -> bool:
 
 def _judge(old: Row, new: Row, tolerance: float) -> str:
     assert old.ratio is not None and new.ratio is not None
-    old_low, old_high = _interval(old)
-    new_low, new_high = _interval(new)
-    if new.ratio < old.ratio * (1 - tolerance) and new_high < old_low:
+    assert old.ratio_p20 is not None and old.ratio_p80 is not None
+    assert new.ratio_p20 is not None and new.ratio_p80 is not None
+    if new.ratio < old.ratio * (1 - tolerance) and new.ratio_p80 < old.ratio_p20:
         return WORSE
-    if new.ratio > old.ratio * (1 + tolerance) and new_low > old_high:
+    if new.ratio > old.ratio * (1 + tolerance) and new.ratio_p20 > old.ratio_p80:
         return BETTER
     return SAME
-
-
-def _interval(row: Row) -> tuple[float, float]:
-    """Where 60% of the rounds' ratios are."""
-    if row.ratio_p20 is None or row.ratio_p80 is None:
-        # Of an earlier release, which kept none.
-        assert row.ratio is not None
-        return row.ratio, row.ratio
-    return row.ratio_p20, row.ratio_p80
 
 
 def _key(row: Row) -> tuple[str, str, str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fastddim.bench.cases import LEFT_OUT, NEEDS_GPU, Case, Scope, left_out
-from fastddim.bench.loop_suite import AOTI_LOOP, DIFFUSERS_LOOP, ORT_LOOP, TENSORRT_LOOP, loop_case
+from fastddim.bench.cases import LEFT_OUT, NEEDS_GPU, Case, Scope, unless_quick
+from fastddim.bench.exported import AOTI_LOOP, ORT_LOOP, TENSORRT_LOOP
+from fastddim.bench.loop_case import loop_case
+from fastddim.bench.loop_suite import DIFFUSERS_LOOP
 from fastddim.bench.networks import CIFAR10, DIGITS, LSUN256, SD15, Network
 
 _STEPS = 20
-# Here it is ours that is measured.
+# In this suite ONNX Runtime is ours, not a baseline.
 _ORT = replace(ORT_LOOP, baseline=None)
 # Batches, and the bar of diffusers' loop on a CPU.
 _BATCHES: tuple[tuple[Network, int, float | None], ...] = (
@@ -22,9 +24,8 @@ _BATCHES: tuple[tuple[Network, int, float | None], ...] = (
 )
 
 
-def export_suite(scope: Scope | None = None) -> list[Case]:
+def export_suite(scope: Scope) -> list[Case]:
     """Whole runs from one exported file, against diffusers' loop."""
-    scope = scope or Scope()
     cases = []
     for network, batch, target in _BATCHES:
         needs = None
@@ -32,16 +33,13 @@ def export_suite(scope: Scope | None = None) -> list[Case]:
             needs = NEEDS_GPU
         elif scope.quick and (network, batch) != (DIGITS, 1):
             needs = LEFT_OUT
-        others = [AOTI_LOOP, TENSORRT_LOOP]
-        if scope.quick:
-            others = [left_out(each) if each.needs() is None else each for each in others]
         case = loop_case(
             network,
             batch,
             _STEPS if network is not CIFAR10 or scope.on_gpu else 4,
             scope,
+            (_ORT, *unless_quick(scope, AOTI_LOOP, TENSORRT_LOOP), DIFFUSERS_LOOP),
             suite="export",
-            candidates=(_ORT, *others, DIFFUSERS_LOOP),
             target=None if scope.on_gpu else target,
             needs=needs,
         )

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import atexit
 import functools
+import importlib.util
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fastddim.bench.cases import Work, a_compiler, a_gpu, installed
-
-if TYPE_CHECKING:
-    from fastddim.bench.loop_suite import LoopInputs
+from fastddim.bench.cases import Candidate, Work, a_compiler, a_gpu, installed
+from fastddim.bench.loop_case import LoopInputs
 
 
 def missing(name: str) -> str | None:
@@ -44,54 +44,64 @@ def aoti_missing() -> str | None:
     return missing("AotiSampler") or a_compiler()
 
 
-def ort_work(inputs: LoopInputs) -> Work:
-    """The run as one ONNX file, on as many threads as torch has."""
+def tensorrt_missing() -> str | None:
+    """What TensorRT, the standard one or that for RTX, lacks."""
+    if any(map(importlib.util.find_spec, ("tensorrt", "tensorrt_rtx"))):
+        return missing("TensorRTSampler") or a_gpu()
+    return "not installed: tensorrt (pip install 'fastddim[tensorrt]')"
+
+
+def _ort_work(inputs: LoopInputs) -> Work:
     import onnxruntime
     import torch
 
     from fastddim.export import OrtSampler, export_onnx
 
-    folder, facts = _build(inputs, "onnx", export_onnx)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # Threads that spin after a call would slow the candidate that follows.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    device = inputs.start.device.type
-    sampler, load_s = _timed(lambda: OrtSampler(folder, providers=device, session_options=options))
-    start = inputs.start.float().cpu().numpy()
+    load = partial(OrtSampler, providers=inputs.start.device.type, session_options=options)
     kwargs = {name: value.cpu().numpy() for name, value in inputs.kwargs.items()}
-    return _work(sampler, start, kwargs, inputs.problem.num_steps, {**facts, "load_s": load_s})
+    return _work(inputs, export_onnx, load, inputs.start.float().cpu().numpy(), kwargs)
 
 
-def aoti_work(inputs: LoopInputs) -> Work:
-    """The run as one AOTInductor package."""
-    from fastddim import export
+def _aoti_work(inputs: LoopInputs) -> Work:
+    from fastddim.export import AotiSampler, export_aoti
 
-    device = inputs.start.device.type
-    folder, facts = _build(inputs, "aoti", functools.partial(export.export_aoti, device=device))
-    sampler, load_s = _timed(lambda: export.AotiSampler(folder))
-    return _work(sampler, inputs.start.float(), inputs.kwargs, inputs.problem.num_steps, {**facts, "load_s": load_s})
+    export = partial(export_aoti, device=inputs.start.device.type)
+    return _work(inputs, export, AotiSampler, inputs.start.float(), inputs.kwargs)
 
 
-def tensorrt_work(inputs: LoopInputs) -> Work:
-    """The run as one TensorRT engine."""
-    from fastddim import export
+def _tensorrt_work(inputs: LoopInputs) -> Work:
+    from fastddim.export import TensorRTSampler, export_tensorrt
 
-    folder, facts = _build(inputs, "tensorrt", export.export_tensorrt)
-    sampler, load_s = _timed(lambda: export.TensorRTSampler(folder))
-    return _work(sampler, inputs.start.float(), inputs.kwargs, inputs.problem.num_steps, {**facts, "load_s": load_s})
+    return _work(inputs, export_tensorrt, TensorRTSampler, inputs.start.float(), inputs.kwargs)
 
 
-def _work(sampler: Any, start: Any, kwargs: dict[str, Any], steps: int, facts: dict[str, float]) -> Work:
-    return Work(lambda: (sampler(start, num_inference_steps=steps, **kwargs),), facts=lambda: facts)
+ORT_LOOP = Candidate("fastddim.export.OrtSampler", _ort_work, "onnxruntime", ort_missing)
+AOTI_LOOP = Candidate("fastddim.export.AotiSampler", _aoti_work, "aotinductor", aoti_missing)
+TENSORRT_LOOP = Candidate("fastddim.export.TensorRTSampler", _tensorrt_work, "tensorrt", tensorrt_missing)
 
 
-# Bundles by exporter and network, with their size and the seconds that they took.
+def _work(
+    inputs: LoopInputs, export: Callable[..., Any], load: Callable[[Path], Any], start: Any, kwargs: dict[str, Any]
+) -> Work:
+    """The whole run as one file, on as many threads as torch has."""
+    folder, facts = _build(inputs, export)
+    sampler, load_s = _timed(lambda: load(folder))
+    steps = inputs.problem.num_steps
+    return Work(
+        lambda: (sampler(start, num_inference_steps=steps, **kwargs),), facts=lambda: {**facts, "load_s": load_s}
+    )
+
+
+# Bundles by exporter and network, with their size and the seconds that they took to build.
 _BUILT: dict[tuple[str, str], tuple[Path, dict[str, float]]] = {}
 
 
-def _build(inputs: LoopInputs, kind: str, export: Callable[..., Any]) -> tuple[Path, dict[str, float]]:
-    key = (kind, inputs.key)
+def _build(inputs: LoopInputs, export: Callable[..., Any]) -> tuple[Path, dict[str, float]]:
+    key = (getattr(export, "func", export).__name__, inputs.key)
     if key not in _BUILT:
         import fastddim
         from fastddim.export import ExportOptions

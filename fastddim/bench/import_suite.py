@@ -17,9 +17,8 @@ from fastddim.bench.cases import LEFT_OUT, Call, Candidate, Case, Scope, install
 _TIMEOUT_S = 600
 
 
-def import_suite(scope: Scope | None = None) -> list[Case]:
+def import_suite(scope: Scope) -> list[Case]:
     """The bare import, and the first use of the drop-in scheduler."""
-    scope = scope or Scope()
     ours, baseline = "import fastddim", "import torch, diffusers"
     used_ours = "import fastddim; fastddim.DDIMScheduler"
     used_baseline = "import torch, diffusers; diffusers.DDIMScheduler"

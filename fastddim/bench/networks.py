@@ -24,15 +24,15 @@ class Network:
     """A network to sample with.
 
     Attributes:
-        name: as cases are called.
-        sample_shape: of one sample.
-        build: on the device, from nothing but a device's name; in eval mode, without gradients.
-        make_kwargs: the keyword arguments of a batch, on the device.
-        dtype: of weights and state on a GPU; float32 on a CPU.
-        needs: what it lacks on this machine.
-        usual_steps: that it is sampled with.
-        repeats: a batch repeats one sample, as a float64 run of several would take minutes.
-        schedule: what its `LoopProblem`s have in common.
+        name: its name in those of cases.
+        sample_shape: the shape of one sample, without the batch.
+        build: from a device's name to the network on that device, in eval mode and without gradients.
+        make_kwargs: from a batch's size and a device's name to the network's keyword arguments, on that device.
+        dtype: the dtype of weights and state on a GPU; on a CPU it is float32.
+        needs: says what this machine lacks for it.
+        usual_steps: how many steps it is usually sampled with.
+        repeats: whether a batch repeats one sample, as a float64 run of several would take minutes.
+        schedule: the fields that its `LoopProblem`s have in common.
     """
 
     name: str
@@ -162,7 +162,7 @@ DIGITS = Network(
     _label,
     schedule=(("num_train_timesteps", 1000), ("prediction_type", "v_prediction"), ("timestep_spacing", "trailing")),
 )
-# What the networks of DDPM share.
+# Options that the networks of DDPM share.
 _DDPM: dict[str, Any] = {
     "layers_per_block": 2,
     "attention_head_dim": None,

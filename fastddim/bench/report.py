@@ -1,36 +1,30 @@
-"""Where results go: a table for the terminal, Markdown and JSON files that are written whole or not at all."""
+"""What results say: a report as JSON and as Markdown, in files that are written whole or not at all."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fastddim.bench.timing import ABSENT, FAILURES, OK, Row
+from fastddim.bench.timing import ABSENT, OK, Row
 from fastddim.files import write_whole
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 FORMAT = 2
-# Of an earlier release: the same rows with fewer fields.
-_READABLE = (1, FORMAT)
 
 _PACKAGES = ("torch", "diffusers", "triton", "numpy", "onnxruntime", "tensorrt", "torch-tensorrt")
-_TEXT_COLUMNS = ("case", "candidate")
+TEXT_COLUMNS = ("case", "candidate")
 _UNITS = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
 
 
 def environment() -> dict[str, Any]:
-    """What the numbers depend on: devices, clocks, versions, threads, load, and the commit in a git checkout."""
+    """All that the numbers depend on: devices, clocks, versions, threads, load, and the commit in a git checkout."""
     import torch
 
     import fastddim
@@ -83,7 +77,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def make_report(rows: Sequence[Row], suite: str, quick: bool, allocator: str) -> dict[str, Any]:
-    """What the JSON file holds: the environment and a row for each candidate."""
+    """A report, as the JSON file holds it: the environment and a row for each candidate."""
     return {
         "format": FORMAT,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -115,20 +109,23 @@ def read_report(path: Path, argument: str) -> dict[str, Any]:
         raise ValueError(f"{named} cannot be read ({error.strerror}); pass a file that --json wrote") from error
     except ValueError as error:
         raise ValueError(f"{named} is no JSON ({error}); pass a file that --json wrote") from error
-    if not is_report(report):
-        raise ValueError(f"{named} holds no results of this bench; pass a file that --json wrote")
-    return {**report, "rows": rows_of(report)}
+    try:
+        if is_report(report):
+            return {**report, "rows": rows_of(report)}
+    except TypeError:
+        # Rows with other fields.
+        pass
+    raise ValueError(f"{named} holds no results of this bench; pass a file that this version's --json wrote")
 
 
 def is_report(value: Any) -> bool:
     """Whether a JSON file's content is a report that can be read."""
-    return isinstance(value, dict) and value.get("format") in _READABLE and isinstance(value.get("rows"), list)
+    return isinstance(value, dict) and value.get("format") == FORMAT and isinstance(value.get("rows"), list)
 
 
 def rows_of(report: dict[str, Any]) -> list[Row]:
-    """A report's rows; fields that it does not have are None."""
-    known = {field.name for field in dataclasses.fields(Row)}
-    return [Row(**{name: value for name, value in row.items() if name in known}) for row in report["rows"]]
+    """A report's rows as `Row`s."""
+    return [Row(**row) for row in report["rows"]]
 
 
 def make_json(report: dict[str, Any]) -> str:
@@ -166,28 +163,6 @@ def describe_environment(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def make_table(rows: Sequence[Row]) -> Table:
-    """The rows as a rich table, failures in red in the place of times."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    columns = columns_of(rows)
-    table = Table(box=box.SIMPLE_HEAD)
-    for heading in columns:
-        text = heading in _TEXT_COLUMNS
-        table.add_column(heading, justify="left" if text else "right", no_wrap=heading != "candidate")
-    for row, ends in _with_ends(attempted(rows)):
-        cells = cells_of(row)
-        # Text, as names hold brackets that rich would read as markup.
-        texts = [Text(cells[heading]) for heading in columns]
-        if row.target_met is not None:
-            texts[columns.index("target")].stylize("green" if row.target_met else "yellow")
-        style = "red" if row.status in FAILURES else "dim" if row.status == ABSENT else None
-        table.add_row(*texts, style=style, end_section=ends)
-    return table
-
-
 def make_markdown(report: dict[str, Any], title: str = "# fastddim benchmarks") -> str:
     """The report as a Markdown table with its environment."""
     quick = " (quick)" if report["quick"] else ""
@@ -214,7 +189,7 @@ def markdown_table(rows: Sequence[Row]) -> list[str]:
     columns = columns_of(rows)
     lines = [
         f"| {' | '.join(columns)} |",
-        "|" + "".join("---|" if heading in _TEXT_COLUMNS else "---:|" for heading in columns),
+        "|" + "".join("---|" if heading in TEXT_COLUMNS else "---:|" for heading in columns),
     ]
     for row in attempted(rows):
         cells = cells_of(row)
@@ -223,14 +198,14 @@ def markdown_table(rows: Sequence[Row]) -> list[str]:
 
 
 def attempted(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the cases of which something could run."""
-    return [row for group in _groups(rows) if not _is_absent(group) for row in group]
+    """The rows of the cases in which some candidate could run."""
+    return [row for group in groups_of(rows) if not _is_absent(group) for row in group]
 
 
 def describe_absent(rows: Sequence[Row]) -> list[str]:
-    """A line for each reason for which cases did not run at all, with their names."""
+    """A line for each reason why whole cases did not run, with their names."""
     cases: dict[str, list[str]] = {}
-    for group in filter(_is_absent, _groups(rows)):
+    for group in filter(_is_absent, groups_of(rows)):
         cases.setdefault(group[0].message or "", []).append(f"{group[0].suite}: {group[0].case}")
     return [f"{reason}, {len(names)} cases: {', '.join(names)}" for reason, names in cases.items()]
 
@@ -240,9 +215,9 @@ def _is_absent(group: Sequence[Row]) -> bool:
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
-    """The headings that some row has something under, in their order."""
+    """The headings under which some row has a cell, in their order."""
     cells = [cells_of(row) for row in rows]
-    return [heading for heading in (cells[0] if cells else _TEXT_COLUMNS) if any(each[heading] for each in cells)]
+    return [heading for heading in (cells[0] if cells else TEXT_COLUMNS) if any(each[heading] for each in cells)]
 
 
 def cells_of(row: Row) -> dict[str, str]:
@@ -296,14 +271,9 @@ def format_seconds(value: float | None) -> str:
     return f"{value / scale:.3g} {unit}"
 
 
-def _groups(rows: Sequence[Row]) -> list[list[Row]]:
+def groups_of(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of each case."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.suite, row.case), []).append(row)
     return list(groups.values())
-
-
-def _with_ends(rows: Sequence[Row]) -> Iterator[tuple[Row, bool]]:
-    for group in _groups(rows):
-        for row in group:
-            yield row, row is group[-1]

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from fastddim.bench.cases import Candidate, Case, Scope, Work
-from fastddim.bench.loop_suite import DIFFUSERS_LOOP, ORT_LOOP, LoopInputs, loop_case
+from fastddim.bench.exported import ORT_LOOP
+from fastddim.bench.loop_case import LoopInputs, loop_case
+from fastddim.bench.loop_suite import DIFFUSERS_LOOP
 from fastddim.bench.networks import DIGITS
 
 _STEPS = 10
@@ -20,16 +22,15 @@ _CALLERS = (1, 4)
 _REQUESTS = 8
 
 
-def serve_suite(scope: Scope | None = None) -> list[Case]:
+def serve_suite(scope: Scope) -> list[Case]:
     """Digits, one sample a request, from 1 and from 4 callers at a time."""
-    scope = scope or Scope()
     cases = []
     for callers in _CALLERS:
         candidates = tuple(
-            Candidate(each.name, partial(_serve, each, callers), each.baseline, each.needs)
+            replace(each, make=partial(_serve, each, callers))
             for each in (replace(ORT_LOOP, baseline=None), DIFFUSERS_LOOP)
         )
-        case = loop_case(DIGITS, 1, _STEPS, scope, suite="serve", candidates=candidates)
+        case = loop_case(DIGITS, 1, _STEPS, scope, candidates, suite="serve")
         cases.append(
             replace(
                 case,

@@ -21,7 +21,7 @@ from fastddim.bench.cases import (
     a_gpu,
     all_of,
     installed,
-    left_out,
+    unless_quick,
 )
 from fastddim.bench.textbook import StepProblem, draw_inputs, textbook_step
 
@@ -41,8 +41,8 @@ class StepInputs:
     """A problem with its tensors; `noise` is None for a deterministic step.
 
     Attributes:
-        block: the problem of the first samples, which the others repeat.
-        drawn: its arrays in float64: model output, sample, noise.
+        block: the step of the first samples, which the others repeat.
+        drawn: the block's arrays in float64: model output, sample, noise.
     """
 
     problem: StepProblem
@@ -56,34 +56,31 @@ class StepInputs:
 def step_case(
     name: str,
     problem: StepProblem,
-    target: float | None = None,
-    ours: tuple[Candidate, ...] | None = None,
+    scope: Scope,
+    candidates: Sequence[Candidate],
     *,
+    target: float | None = None,
     dtype: str = "float32",
-    scope: Scope | None = None,
-    baselines: tuple[Candidate, ...] | None = None,
     needs: str | None = None,
 ) -> Case:
-    """A case of the step suite: our candidates, by default the drop-in scheduler, against diffusers' step.
+    """A case of the step suite.
 
     Args:
-        name: without the shape, which is added.
-        problem: the step.
+        name: the case's name without the shape, which is added.
+        problem: the step to take.
+        scope: where the case runs.
+        candidates: ways to take the step, ours first.
         target: the bar of diffusers' ratio.
-        ours: our candidates.
-        dtype: of all tensors, one of `DTYPES`.
-        scope: where it runs; the CPU by default.
-        baselines: diffusers' step by default.
-        needs: what keeps it from running here.
+        dtype: the dtype of all tensors, one of `DTYPES`.
+        needs: what keeps the case from running here.
     """
-    scope = scope or Scope()
     elements = math.prod(problem.shape)
     reads = 1 + (1 if problem.guidance_scale is None else 2) + bool(problem.eta)
     itemsize = 4 if dtype == "float32" else 2
     return Case(
         suite="step",
         name=f"{name} [{','.join(map(str, problem.shape))}]" + ("" if dtype == "float32" else f" {dtype}"),
-        candidates=(*(ours or (FASTDDIM_SCHEDULER,)), *(baselines or (DIFFUSERS_SCHEDULER,))),
+        candidates=tuple(candidates),
         inputs=partial(_step_inputs, problem, dtype, scope.device),
         reference=lambda inputs: textbook_step(inputs.block, *inputs.drawn),
         target=target,
@@ -240,9 +237,8 @@ DDIM_STEP_IN_PLACE = Candidate("fastddim.ddim_step(out=sample)", partial(_ddim_s
 PREPARED_STEP = Candidate("fastddim.kernels.PreparedStep", _prepared_call, needs=a_gpu)
 
 
-def step_suite(scope: Scope | None = None) -> list[Case]:
+def step_suite(scope: Scope) -> list[Case]:
     """One step: options at a latent and a pixel size, then sizes of 2**12 to 2**28 elements, then half precision."""
-    scope = scope or Scope()
     guided = {"guidance_scale": 7.5}
     rows: list[tuple[str, dict[str, Any], tuple[int, ...], float | None, Candidate]] = [
         ("default", {}, _LATENT, 4.0, FASTDDIM_SCHEDULER),
@@ -260,14 +256,15 @@ def step_suite(scope: Scope | None = None) -> list[Case]:
         ("in place", {}, _LATENT, None, DDIM_STEP_IN_PLACE),
         ("in place", {}, _PIXELS, None, DDIM_STEP_IN_PLACE),
     ]
-    cases = {}
+    cases = []
     for name, options, shape, target, ours in rows:
         if scope.quick:
             shape, target = (min(shape[0], 2), shape[1], _SMALL_SIDE, _SMALL_SIDE), None
-        case = _make(name, StepProblem(shape=shape, **options), None if scope.on_gpu else target, scope, ours)
-        cases[case.name] = case
+        problem = StepProblem(shape=shape, **options)
+        target = None if scope.on_gpu else target
+        cases.append(step_case(name, problem, scope, _candidates(problem, ours, scope), target=target))
     for exponent in _SWEEP:
-        shape = _sweep_shape(exponent)
+        problem = StepProblem(shape=_sweep_shape(exponent))
         needs = None
         if not scope.on_gpu and 1 << exponent > _LARGEST_ON_CPU:
             needs = NEEDS_GPU
@@ -275,37 +272,23 @@ def step_suite(scope: Scope | None = None) -> list[Case]:
             needs = LEFT_OUT
         # On a CPU two sizes show what half precision costs.
         for dtype in DTYPES if scope.on_gpu or exponent in (14, 20) else ("float32",):
-            case = _make("size", StepProblem(shape=shape), None, scope, DDIM_STEP, dtype, needs)
-            cases[case.name] = case
-    return list(cases.values())
+            candidates = _candidates(problem, DDIM_STEP, scope)
+            cases.append(step_case("size", problem, scope, candidates, dtype=dtype, needs=needs))
+    # A quick run's smaller shapes may coincide.
+    return list({case.name: case for case in cases}.values())
 
 
-def _make(
-    name: str,
-    problem: StepProblem,
-    target: float | None,
-    scope: Scope,
-    ours: Candidate,
-    dtype: str = "float32",
-    needs: str | None = None,
-) -> Case:
-    if not scope.on_gpu:
-        candidates: tuple[Candidate, ...] = (ours,)
-    elif ours is DDIM_STEP_IN_PLACE:
-        candidates = (ours,)
-    else:
-        candidates = (DDIM_STEP, PREPARED_STEP, FASTDDIM_SCHEDULER)
-        if problem.guidance_scale is not None:
-            candidates = (DDIM_STEP, PREPARED_STEP)
-    baselines = [DIFFUSERS_SCHEDULER]
+def _candidates(problem: StepProblem, ours: Candidate, scope: Scope) -> list[Candidate]:
     # A compilation for each case takes seconds.
-    baselines.append(left_out(COMPILED_STEP) if scope.quick else COMPILED_STEP)
-    if scope.on_gpu:
-        # On a CPU it is what ours does too.
-        baselines.append(EAGER_STEP)
-    return step_case(
-        name, problem, target, candidates, dtype=dtype, scope=scope, baselines=tuple(baselines), needs=needs
-    )
+    baselines = [DIFFUSERS_SCHEDULER, *unless_quick(scope, COMPILED_STEP)]
+    if not scope.on_gpu:
+        return [ours, *baselines]
+    # On a CPU eager torch is what ours does too.
+    baselines.append(EAGER_STEP)
+    if ours is DDIM_STEP_IN_PLACE:
+        return [ours, *baselines]
+    scheduler = [FASTDDIM_SCHEDULER] if problem.guidance_scale is None else []
+    return [DDIM_STEP, PREPARED_STEP, *scheduler, *baselines]
 
 
 def _sweep_shape(exponent: int) -> tuple[int, ...]:

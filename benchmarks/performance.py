@@ -1,4 +1,4 @@
-"""Write `docs/performance.md` and its plots from the committed results: `python -m fastddim.bench.performance`."""
+"""Write `docs/performance.md` and its plots from the committed results: `make performance`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastddim.bench import plots, quality, report
+import quality
+
+from fastddim.bench import plots, report
 from fastddim.bench.suites import SUITES
 from fastddim.bench.timing import OK
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs"
 PAGE, QUALITY_PLOT = "performance.md", "quality-time.png"
