@@ -228,7 +228,7 @@ def export(
         write_triton_repository,
     )
     from fastddim.export.bundle import check_destination
-    from fastddim.export.pipelines import denoiser_of
+    from fastddim.export.onnx.pipeline_exporter import denoiser_of
 
     compared = parse_integers(parity_steps, "--parity-steps")
     with naming_options(_ENGINE_OPTIONS):
@@ -338,7 +338,7 @@ def export(
 
 def _verify(bundle: Bundle, model: str | None, steps: Sequence[int], tolerance: float | None) -> list[dict[str, Any]]:
     from fastddim.export import verify_bundle, verify_pipeline
-    from fastddim.export.pipelines import denoiser_of
+    from fastddim.export.onnx.pipeline_exporter import denoiser_of
 
     pipeline = _load(model)
     parity: list[dict[str, Any]]
@@ -351,7 +351,7 @@ def _verify(bundle: Bundle, model: str | None, steps: Sequence[int], tolerance: 
 
 def _load_exported(model: str | None, sampler_only: bool, format: str, served: bool) -> tuple[Any, bool]:
     """A pipeline, and whether all of it is exported; one of texts that only ONNX and TensorRT hold whole is refused."""
-    from fastddim.export.pipelines import is_text_to_image
+    from fastddim.export.onnx.pipeline_exporter import is_text_to_image
 
     pipeline = _load(model)
     whole = is_text_to_image(pipeline) and not sampler_only
@@ -448,7 +448,7 @@ def _export_onnx(
 ) -> Bundle:
     """Load a model and write its ONNX bundle: of the sampler, or of a whole text-to-image pipeline."""
     from fastddim.export import export_onnx, export_pipeline
-    from fastddim.export.pipelines import denoiser_of
+    from fastddim.export.onnx.pipeline_exporter import denoiser_of
 
     pipeline, whole = load()
     if whole:

@@ -156,7 +156,7 @@ def check_export(
         ValueError: a file that it cannot run or batch; ImportError: no TensorRT; OSError: a repository that cannot be
             written to.
     """
-    from fastddim.export.triton_repository import BACKENDS, require_servable
+    from fastddim.export.inference_server.repository import BACKENDS, require_servable
 
     if runtime not in BACKENDS:
         raise ValueError(f"--format: {runtime!r}, which the server has no backend for; pass {' or '.join(BACKENDS)}")
@@ -185,7 +185,7 @@ def check_engine(
     """Whether the server will take the engine of an ONNX bundle, before it is built. Raises as `check_export` does."""
     from fastddim.export import Bundle
     from fastddim.export.bundle import require_runtime
-    from fastddim.export.triton_repository import model_config
+    from fastddim.export.inference_server.repository import model_config
 
     require_runtime(graphs, "onnx")
     profiles = [profile.ranges(graphs.manifest) for profile in engine.profiles]
@@ -197,14 +197,14 @@ def check_engine(
 
 def _engine(options: TensorRTOptions, profiles: Sequence[Any]) -> dict[str, Any]:
     """What a manifest will say of an engine, as far as the server asks."""
-    from fastddim.export.trt_library import load_library
+    from fastddim.export.tensorrt.library import load_library
 
     flavour = load_library(options.flavour).flavour
     return {"flavour": flavour, "options": options.identity(), "profiles": profiles}
 
 
 def _check_place(bundle_name: str, repository: Path, served: TritonOptions, force: bool) -> None:
-    from fastddim.export.triton_repository import check_model_name, check_repository
+    from fastddim.export.inference_server.repository import check_model_name, check_repository
 
     with naming_options(OPTIONS):
         name = check_model_name(bundle_name if served.name is None else served.name)

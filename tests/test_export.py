@@ -31,12 +31,12 @@ from fastddim.export import (
     export_onnx,
     modules,
     open_bundle,
-    to_onnx,
     validate,
     verify_bundle,
 )
 from fastddim.export.bundle import FORMAT, write_bundle
-from fastddim.export.graph import symbolic_dims
+from fastddim.export.onnx import exporter
+from fastddim.export.onnx.graph import symbolic_dims
 from fastddim.export.schedule_module import ScheduleModule
 from fastddim.models.policy import ActionUNet1d
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP, normal
@@ -417,7 +417,7 @@ def test_bfloat16_weights_are_compared_in_float32(tmp_path, graph, monkeypatch):
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     options = ExportOptions(graph=graph, dtype="bfloat16")
     if graph == "loop":
-        monkeypatch.setattr(to_onnx, "_LARGEST_FILE", 1000)
+        monkeypatch.setattr(exporter, "_LARGEST_FILE", 1000)
     bundle = export_onnx(unet, DDIMConfig(), tmp_path / "bundle", options, parity_steps=QUICK)
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
     model = onnx.load(bundle.model_path)
@@ -452,7 +452,7 @@ def test_the_model_is_left_as_it_was(tmp_path):
 
 
 def test_weights_that_one_file_cannot_hold_lie_beside_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(to_onnx, "_LARGEST_FILE", 1000)
+    monkeypatch.setattr(exporter, "_LARGEST_FILE", 1000)
     model = Tiny(channels=24)
     bundle = export_onnx(
         model, DDIMConfig(), tmp_path / "bundle", sample_shape=(24, 6, 6), example_kwargs={"labels": LABELS},

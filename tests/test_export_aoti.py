@@ -35,10 +35,10 @@ from fastddim.export import (
     export_onnx,
     open_bundle,
     open_sampler,
-    to_aoti,
     validate,
     verify_bundle,
 )
+from fastddim.export.aoti import exporter
 from test_export import CONFIGS, LABELS, SHAPE, Tiny, class_pipeline, conditional_unet, sample_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -332,7 +332,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
         export_tiny(tmp_path / "bundle", device="tpu")
     with pytest.raises(ValueError, match=r"cpu_isa: 'mmx' is not one of 'avx2', 'avx512'|leave it out"):
         export_tiny(tmp_path / "bundle", cpu_isa="mmx")
-    monkeypatch.setattr(to_aoti, "cpu_features", lambda: frozenset({"mmx"}))
+    monkeypatch.setattr(exporter, "cpu_features", lambda: frozenset({"mmx"}))
     if os.uname().machine == "x86_64":
         with pytest.raises(ValueError, match=r"cpu_isa: 'avx2', but this CPU lacks abm, avx, avx2"):
             export_tiny(tmp_path / "bundle")
@@ -396,8 +396,9 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from fastddim import DDIMConfig
-from fastddim.export import ExportOptions, to_aoti
-from fastddim.export.plan import plan_sampler
+from fastddim.export import ExportOptions
+from fastddim.export.aoti import exporter
+from fastddim.export.sampler_plan import plan_sampler
 
 class Model(torch.nn.Module):
     def forward(self, x, t):
@@ -418,7 +419,7 @@ for graph, config, options in (
 ):
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
         plan = plan_sampler(Model(), config, ExportOptions(graph=graph, **options), (2, 6, 6))
-        program, dims = to_aoti._trace(plan, "cuda:0")
+        program, dims = exporter._trace(plan, "cuda:0")
         values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
         assert isinstance(values["inputs_sample"].shape[0], torch.SymInt), values
         assert isinstance(values["inputs_coefficients"].shape[0], torch.SymInt), values

@@ -29,9 +29,9 @@ from fastddim.export import (
     ParityError,
     export_pipeline,
     open_bundle,
-    pipelines,
 )
 from fastddim.export.bundle import FORMAT
+from fastddim.export.onnx import pipeline_exporter
 from fastddim.noise import STREAM_INITIAL, normal
 from fastddim.pictures import make_grid
 
@@ -321,7 +321,7 @@ def test_pipelines_that_cannot_be_exported_are_named(tmp_path):
 
 
 def test_a_component_that_differs_from_torch_is_not_written(tmp_path, monkeypatch):
-    real = pipelines.to_graph
+    real = pipeline_exporter.to_graph
 
     def shifted(*arguments, **options):
         graph = real(*arguments, **options)
@@ -331,7 +331,7 @@ def test_a_component_that_differs_from_torch_is_not_written(tmp_path, monkeypatc
         graph.graph.node.append(onnx.helper.make_node("Add", ["half", "half"], ["encoder_hidden_states"]))
         return graph
 
-    monkeypatch.setattr(pipelines, "to_graph", shifted)
+    monkeypatch.setattr(pipeline_exporter, "to_graph", shifted)
     with pytest.raises(ParityError, match=r"differs from torch by .* in text_encoder, a batch of 1 of \(77,\)"):
         export_pipeline(make("sd"), tmp_path / "bundle", parity_steps=())
     assert os.listdir(tmp_path) == []

@@ -39,10 +39,10 @@ from fastddim.export import (
     export_tensorrt,
     open_bundle,
     open_sampler,
-    to_tensorrt,
     trt,
 )
 from fastddim.export.bundle import FORMAT, sha256
+from fastddim.export.tensorrt import exporter
 from fastddim.models.policy import ActionUNet1d
 from test_export import LABELS, XL, Tiny, conditional_unet, export_tiny
 from test_export_pipelines import make as make_pipeline
@@ -165,8 +165,8 @@ def test_profiles_give_every_input_its_range(graphs, tmp_path, monkeypatch):
         names = [network.get_input(index).name for index in range(network.num_inputs)]
         asked.append({name: [tuple(shape) for shape in profile.get_shape(name)] for name in names})
 
-    original = to_tensorrt._Build._add_profile
-    monkeypatch.setattr(to_tensorrt._Build, "_add_profile", add)
+    original = exporter._Build._add_profile
+    monkeypatch.setattr(exporter._Build, "_add_profile", add)
     profiles = (Profile(batch=(1, 1, 2), steps=(1, 5, 9)), Profile(batch=(3, 4, 8), steps=(10, 20, 30)))
     options = TensorRTOptions(flavour="rtx", profiles=profiles)
     bundle = export_tensorrt(graphs("policy"), tmp_path / "engine", options)
@@ -484,7 +484,7 @@ def test_the_build_from_the_shell(tiny, tmp_path, capsys):
 def fake(monkeypatch):
     module = fake_tensorrt.make_module()
     monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setattr(to_tensorrt, "_build_target", lambda library, options: ("A GPU", ["8.9"]))
+    monkeypatch.setattr(exporter, "_build_target", lambda library, options: ("A GPU", ["8.9"]))
     monkeypatch.setattr(trt, "_pick_device", lambda device: torch.device("cpu"))
     monkeypatch.setattr(trt, "compute_capability", lambda device: "8.9")
     return module

@@ -31,12 +31,12 @@ from fastddim.export import (
     OrtSampler,
     TritonOptions,
     export_onnx,
-    to_onnx,
     write_triton_repository,
 )
-from fastddim.export import triton_repository as room
-from fastddim.export.graph import as_loop, symbolic_dims
-from fastddim.export.noise_module import _split
+from fastddim.export.inference_server import repository
+from fastddim.export.onnx import exporter as onnx_exporter
+from fastddim.export.onnx.graph import as_loop, symbolic_dims
+from fastddim.export.onnx.noise_module import _split
 from fastddim.export.schedule_module import ScheduleModule
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP, normal_numpy, split_bits
 from fastddim.pictures import make_grid
@@ -79,7 +79,7 @@ def plain(tmp_path_factory):
 @pytest.mark.parametrize("stream", [STREAM_STEP, STREAM_INITIAL])
 @pytest.mark.parametrize("shape", [(3, 5, 7), (1,), (4, 2)])
 def test_a_graph_draws_the_bits_of_the_noise(stream, shape):
-    graph = to_onnx._noise_graph(shape, "noise" if stream == STREAM_STEP else "sample", 20)
+    graph = onnx_exporter._noise_graph(shape, "noise" if stream == STREAM_STEP else "sample", 20)
     session = onnxruntime.InferenceSession(graph.SerializeToString())
     seeds = [0, 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1, 0xDEADBEEFCAFE]
     for step in (0, 1, 999) if stream == STREAM_STEP else (0,):
@@ -481,14 +481,14 @@ def test_a_crash_leaves_nothing_half_written(served, tmp_path, monkeypatch, ther
         Path(target).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(room.shutil, "copyfile", fail)
+    monkeypatch.setattr(repository.shutil, "copyfile", fail)
     with pytest.raises(OSError, match="No space left"):
         write_triton_repository(served, models)
     assert list(tmp_path.rglob("*")) == ([models] if there else [])
 
 
 def test_weights_beside_the_graph_come_along(tmp_path, monkeypatch):
-    monkeypatch.setattr(to_onnx, "_LARGEST_FILE", 1000)
+    monkeypatch.setattr(onnx_exporter, "_LARGEST_FILE", 1000)
     bundle = export_onnx(
         Tiny(channels=24), CONFIG, tmp_path / "large", ExportOptions(graph="step"), sample_shape=(24, 4, 4),
         example_kwargs={"labels": LABELS}, parity_steps=(1,),

@@ -32,12 +32,11 @@ from fastddim.export import (
     export_tensorrt,
     open_bundle,
     open_sampler,
-    to_tensorrt,
-    trt_plugin,
 )
 from fastddim.export.bundle import FORMAT
-from fastddim.export.graph import find_model_output
-from fastddim.export.trt_library import Library
+from fastddim.export.onnx.graph import find_model_output
+from fastddim.export.tensorrt import exporter, plugin
+from fastddim.export.tensorrt.library import Library
 from fastddim.kernels import engine
 from fastddim.kernels.engine import INPUTS, EngineKernel, ddim_step_in_engine, drop_scratch, plan_engine_step
 from fastddim.kernels.plan import StepShape
@@ -250,13 +249,13 @@ def fake(compiled, monkeypatch):
     module = fake_tensorrt.make_module(plugins=True)
     monkeypatch.setitem(sys.modules, "tensorrt", module)
     monkeypatch.setitem(sys.modules, "tensorrt.plugin", module.plugin)
-    monkeypatch.setattr(to_tensorrt, "_build_target", lambda library, options: ("A GPU", ["9.0"]))
+    monkeypatch.setattr(exporter, "_build_target", lambda library, options: ("A GPU", ["9.0"]))
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     return module
 
 
 def fuse(bundle, fake):
-    return trt_plugin.fuse(Library("standard", fake), bundle, [{"batch": (1, 4, 9)}], "9.0")[0]
+    return plugin.fuse(Library("standard", fake), bundle, [{"batch": (1, 4, 9)}], "9.0")[0]
 
 
 # ONNX Runtime has no bfloat16 convolution.
@@ -283,7 +282,7 @@ def test_the_graph_with_the_plugin_computes_the_graph(bundles, driven, fake, nam
     whole = onnxruntime.InferenceSession(bundle.model_path, providers=["CPUExecutionProvider"])
     compiled = told(driven, name)
     (_, usual, _), (_, _, largest) = (each["batch"] for each in compiled["ranges"])
-    step = trt_plugin._plan(bundle.manifest, usual, largest)
+    step = plugin._plan(bundle.manifest, usual, largest)
     assert step.constants == compiled["constants"] and step.constants["SAMPLE_AXIS"] == (name != "noise")
     for batch in (1, 4):
         inputs = draw_inputs(bundle, batch)
@@ -456,7 +455,7 @@ def test_code_for_later_gpus_is_for_the_least_of_them(bundles, fake, compiled, t
 
 
 def test_what_cannot_be_fused_is_refused_before_any_work(bundles, fake, tmp_path, monkeypatch):
-    monkeypatch.setattr(to_tensorrt, "write_bundle", None)
+    monkeypatch.setattr(exporter, "write_bundle", None)
     monkeypatch.setattr(onnx, "load", None)
     out = tmp_path / "engine"
     large = {"schedule": {**bundles("noise").manifest["schedule"], "thresholding": True, "sample_max_value": 2.0}}

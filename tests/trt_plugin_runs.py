@@ -16,8 +16,9 @@ import tensorrt as trt
 import tensorrt.plugin
 from triton.backends.compiler import GPUTarget
 
-from fastddim.export import open_bundle, trt_plugin
-from fastddim.export.trt_library import Library
+from fastddim.export import open_bundle
+from fastddim.export.tensorrt.library import Library
+from fastddim.export.tensorrt.plugin import fuse
 from fastddim.kernels import engine
 from fastddim.kernels.aot import compile_source
 
@@ -111,7 +112,7 @@ def drive(registry, bundle, capability):
     """Create a bundle's plugin as the ONNX parser does, and ask it for all that the builder asks."""
     largest = LARGEST.get(bundle.path.name, 9)
     ranges = [{"batch": (1, 4, 5)}, {"batch": (6, 6, largest)}]
-    graph, identity = trt_plugin.fuse(Library("standard", trt), bundle, ranges, capability)
+    graph, identity = fuse(Library("standard", trt), bundle, ranges, capability)
     node = graph.graph.node[-1]
     told = {attribute.name: attribute.s.decode() for attribute in node.attribute}
     name, namespace = node.op_type, told["plugin_namespace"]
@@ -174,7 +175,7 @@ def drive(registry, bundle, capability):
         "entry": entry,
         "ptx": ptx.decode(),
         "ranges": ranges,
-        "constants": trt_plugin._find_kernel(told["kernel"]).step.constants,
+        "constants": plugin._find_kernel(told["kernel"]).step.constants,
         "identity": identity,
     }
 
@@ -199,7 +200,7 @@ def main(bundles, out):
         (out / f"{path.name}.json").write_text(json.dumps(driven))
         if path.name in COMPILED:
             (out / path.name).mkdir()
-            compile_targets(out / path.name, trt_plugin._KERNELS[driven["identity"]["sha256"]])
+            compile_targets(out / path.name, plugin._KERNELS[driven["identity"]["sha256"]])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 import fastddim
 from fastddim.config import Clip, DynamicThreshold, Limit
 from fastddim.export.bundle import FORMAT, SAMPLERS
-from fastddim.export.plan import SamplerPlan
+from fastddim.export.sampler_plan import SamplerPlan
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP
 
 NOTE_FILE = "README.md"

@@ -91,7 +91,7 @@ def _runnable(path: Path, model: torch.nn.Module, dtype: torch.dtype) -> Iterato
     with tempfile.TemporaryDirectory() as folder, prepared(model, torch.float32):
         import onnx
 
-        from fastddim.export.graph import widen
+        from fastddim.export.onnx.graph import widen
 
         widened = Path(folder, path.name)
         beside = path.with_name(f"{path.name}.data")

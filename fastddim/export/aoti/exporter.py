@@ -14,12 +14,12 @@ import torch
 from torch.export import ExportedProgram
 
 from fastddim.config import DDIMConfig, require_choice
-from fastddim.export.aoti import compute_capability, cpu_features
+from fastddim.export.aoti.loop_module import FusedStepModule, LoopModule
+from fastddim.export.aoti.sampler import compute_capability, cpu_features
 from fastddim.export.bundle import Bundle, check_destination, write_bundle
-from fastddim.export.loop_module import FusedStepModule, LoopModule
 from fastddim.export.manifest import NOTE_FILE, build_manifest, name_meanings, note
 from fastddim.export.modules import DTYPES, prepared
-from fastddim.export.plan import ExportError, ExportOptions, SamplerPlan, plan_sampler
+from fastddim.export.sampler_plan import ExportError, ExportOptions, SamplerPlan, plan_sampler
 from fastddim.export.schedule_module import ScheduleModule
 from fastddim.export.tracing import quiet, told, trace
 from fastddim.export.validate import PARITY_STEPS, measure_parity

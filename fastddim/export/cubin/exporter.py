@@ -17,9 +17,9 @@ import fastddim
 from fastddim.coefficients import NUM_COLUMNS
 from fastddim.config import Limit, require_choice, require_int
 from fastddim.export.bundle import check_destination, write_files
-from fastddim.export.kernel_bundle import FORMAT, KernelBundle, open_kernels
+from fastddim.export.cubin.bundle import FORMAT, KernelBundle, open_kernels
 from fastddim.export.manifest import limit_text
-from fastddim.export.plan import ExportError
+from fastddim.export.sampler_plan import ExportError
 from fastddim.kernels.aot import ALIGNMENT, compile_call, make_source, pointer_types
 from fastddim.kernels.plan import ARGUMENT_OF, KernelCall, Plan, StepShape, make_plan
 

@@ -11,11 +11,11 @@ import diffusers
 import torch
 
 from fastddim.export.bundle import Bundle, check_destination, write_bundle
-from fastddim.export.graph import name_dims, symbolic_dims
 from fastddim.export.manifest import NOTE_FILE, note
 from fastddim.export.modules import DTYPES, TOKENS, prepared
-from fastddim.export.plan import ExportOptions, plan_sampler
-from fastddim.export.to_onnx import describe_values, save, to_graph, write_sampler
+from fastddim.export.onnx.exporter import describe_values, save, to_graph, write_sampler
+from fastddim.export.onnx.graph import name_dims, symbolic_dims
+from fastddim.export.sampler_plan import ExportOptions, plan_sampler
 from fastddim.export.validate import LARGEST_BATCH, PARITY_STEPS, measure_component, verify_bundle
 from fastddim.noise import STREAM_INITIAL, normal
 from fastddim.pipeline import load_pipeline

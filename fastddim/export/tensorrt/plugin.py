@@ -14,10 +14,10 @@ from onnx import TensorProto, helper
 
 from fastddim.config import DDIMConfig
 from fastddim.export.bundle import Bundle
-from fastddim.export.graph import find_model_output, with_fused_step
-from fastddim.export.plan import ExportError
-from fastddim.export.trt_library import PLUGIN_FLAG, Library
-from fastddim.export.trt_options import Range
+from fastddim.export.onnx.graph import find_model_output, with_fused_step
+from fastddim.export.sampler_plan import ExportError
+from fastddim.export.tensorrt.library import PLUGIN_FLAG, Library
+from fastddim.export.tensorrt.options import Range
 
 if TYPE_CHECKING:
     from fastddim.kernels.engine import EngineKernel, EngineStep
