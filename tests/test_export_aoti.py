@@ -30,7 +30,6 @@ from fastddim.export import (
     NotFiniteError,
     OrtSampler,
     ParityError,
-    aoti,
     export_aoti,
     export_onnx,
     open_bundle,
@@ -39,6 +38,8 @@ from fastddim.export import (
     verify_bundle,
 )
 from fastddim.export.aoti import exporter
+from fastddim.export.aoti import sampler as sampler_module
+from fastddim.export.machine import compute_capability, cpu_features
 from test_export import CONFIGS, LABELS, SHAPE, Tiny, class_pipeline, conditional_unet, sample_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -265,7 +266,7 @@ def test_without_a_gpu_cuda_is_refused(copied, tmp_path):
 def test_the_gpu_that_is_named_is_the_one_that_is_checked(copied, monkeypatch):
     edit(copied, lambda manifest: manifest["target"].update(device="cuda", compute_capability="9.0"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(aoti, "compute_capability", lambda device: "8.0" if device.index == 1 else "9.0")
+    monkeypatch.setattr(sampler_module, "compute_capability", lambda device: "8.0" if device.index == 1 else "9.0")
     with pytest.raises(BundleError, match=r"is for compute capability 9.0, 'cuda:1' has 8.0; export it here"):
         AotiSampler(copied, device="cuda:1")
 
@@ -447,7 +448,7 @@ def test_on_a_gpu_the_step_is_the_fused_kernel():
 def test_a_package_for_a_gpu(tmp_path, graph):
     options = {"guided": True, "guidance_rescale": True, "stochastic": True}
     bundle = export_tiny(tmp_path / "bundle", CONFIGS["threshold"], device="cuda", graph=graph, **options)
-    assert bundle.device == "cuda" and bundle.manifest["target"]["compute_capability"] == aoti.compute_capability()
+    assert bundle.device == "cuda" and bundle.manifest["target"]["compute_capability"] == compute_capability()
     for batch, steps, eta in ((1, 1, 0.0), (3, 7, 0.5)):
         arguments = {"eta": eta, "guidance_scale": 3.0, "guidance_rescale": 0.7}
         actual = run_tiny(bundle.path, batch, num_inference_steps=steps, **arguments)
@@ -505,7 +506,7 @@ def test_text_conditioned_unets_and_half_precision(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("avx512f" not in aoti.cpu_features(), reason="needs a CPU with AVX-512")
+@pytest.mark.skipif("avx512f" not in cpu_features(), reason="needs a CPU with AVX-512")
 def test_wider_instructions_are_asked_for(tmp_path):
     bundle = export_tiny(tmp_path / "bundle", cpu_isa="avx512")
     assert "avx512f" in bundle.manifest["target"]["cpu_features"]

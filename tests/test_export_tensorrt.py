@@ -39,10 +39,10 @@ from fastddim.export import (
     export_tensorrt,
     open_bundle,
     open_sampler,
-    trt,
 )
 from fastddim.export.bundle import FORMAT, sha256
 from fastddim.export.tensorrt import exporter
+from fastddim.export.tensorrt import sampler as sampler_module
 from fastddim.models.policy import ActionUNet1d
 from test_export import LABELS, XL, Tiny, conditional_unet, export_tiny
 from test_export_pipelines import make as make_pipeline
@@ -485,8 +485,8 @@ def fake(monkeypatch):
     module = fake_tensorrt.make_module()
     monkeypatch.setitem(sys.modules, "tensorrt", module)
     monkeypatch.setattr(exporter, "_build_target", lambda library, options: ("A GPU", ["8.9"]))
-    monkeypatch.setattr(trt, "_pick_device", lambda device: torch.device("cpu"))
-    monkeypatch.setattr(trt, "compute_capability", lambda device: "8.9")
+    monkeypatch.setattr(sampler_module, "_pick_device", lambda device: torch.device("cpu"))
+    monkeypatch.setattr(sampler_module, "compute_capability", lambda device: "8.9")
     return module
 
 
@@ -614,7 +614,7 @@ def test_what_is_loaded_goes_to_the_samplers_own_gpu(tiny, fake, tmp_path, monke
         yield
         fake.calls.append(("leave",))
 
-    monkeypatch.setattr(trt, "_current", current)
+    monkeypatch.setattr(sampler_module, "_current", current)
     fake.calls.clear()
     TensorRTSampler(bundle, weight_streaming_budget=1)
     assert [c[0] for c in fake.calls] == ["enter", "deserialize_cuda_engine", "leave"]
@@ -807,7 +807,7 @@ def test_an_engine_for_another_gpu_or_version_is_refused(tiny, fake, tmp_path, m
     with pytest.raises(BundleError, match=r"does not load with TensorRT 10.14.1.48: ERROR: cudaError 35"):
         TensorRTSampler(bundle)
     fake.refuse.clear()
-    monkeypatch.setattr(trt, "compute_capability", lambda device: "12.0")
+    monkeypatch.setattr(sampler_module, "compute_capability", lambda device: "12.0")
     with pytest.raises(BundleError, match=r"is for compute capability 8.9, this GPU has 12.0; export it for this one"):
         TensorRTSampler(bundle)
     assert sum(c[0] == "deserialize_cuda_engine" for c in fake.calls) == 1
@@ -819,7 +819,7 @@ def test_an_engine_for_another_gpu_or_version_is_refused(tiny, fake, tmp_path, m
     assert fake.calls[-1] == ("deserialize_cuda_engine", True)
     fake.__version__ = "10.16.0.72"
     TensorRTSampler(newer)
-    monkeypatch.setattr(trt, "compute_capability", lambda device: "8.9")
+    monkeypatch.setattr(sampler_module, "compute_capability", lambda device: "8.9")
     with pytest.raises(BundleError, match=r"was built by version 10.14.1.48 of tensorrt, 10.16.0.72 is installed"):
         TensorRTSampler(bundle)
     fake.__version__ = "11.0.0.114"

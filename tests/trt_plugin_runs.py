@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 
 from fastddim.export import open_bundle
 from fastddim.export.tensorrt.library import Library
-from fastddim.export.tensorrt.plugin import fuse
+from fastddim.export.tensorrt.plugin import _KERNELS, _find_kernel, fuse
 from fastddim.kernels import engine
 from fastddim.kernels.aot import compile_source
 
@@ -175,7 +175,7 @@ def drive(registry, bundle, capability):
         "entry": entry,
         "ptx": ptx.decode(),
         "ranges": ranges,
-        "constants": plugin._find_kernel(told["kernel"]).step.constants,
+        "constants": _find_kernel(told["kernel"]).step.constants,
         "identity": identity,
     }
 
@@ -200,7 +200,7 @@ def main(bundles, out):
         (out / f"{path.name}.json").write_text(json.dumps(driven))
         if path.name in COMPILED:
             (out / path.name).mkdir()
-            compile_targets(out / path.name, plugin._KERNELS[driven["identity"]["sha256"]])
+            compile_targets(out / path.name, _KERNELS[driven["identity"]["sha256"]])
 
 
 if __name__ == "__main__":

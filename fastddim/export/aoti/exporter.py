@@ -15,8 +15,8 @@ from torch.export import ExportedProgram
 
 from fastddim.config import DDIMConfig, require_choice
 from fastddim.export.aoti.loop_module import FusedStepModule, LoopModule
-from fastddim.export.aoti.sampler import compute_capability, cpu_features
 from fastddim.export.bundle import Bundle, check_destination, write_bundle
+from fastddim.export.machine import compute_capability, cpu_features
 from fastddim.export.manifest import NOTE_FILE, build_manifest, name_meanings, note
 from fastddim.export.modules import DTYPES, prepared
 from fastddim.export.sampler_plan import ExportError, ExportOptions, SamplerPlan, plan_sampler

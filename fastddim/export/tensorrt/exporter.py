@@ -254,7 +254,7 @@ def _build_target(library: Library, options: TensorRTOptions) -> tuple[str | Non
         return None, list(options.compute_capabilities)
     import torch
 
-    from fastddim.export.aoti.sampler import compute_capability
+    from fastddim.export.machine import compute_capability
 
     if not torch.cuda.is_available():
         raise ValueError(
