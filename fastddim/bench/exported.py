@@ -46,16 +46,13 @@ def aoti_missing() -> str | None:
 
 def ort_work(inputs: LoopInputs) -> Work:
     """The run as one ONNX file, on as many threads as torch has."""
-    import onnxruntime
     import torch
 
     from fastddim.export import OrtSampler, export_onnx
+    from fastddim.export.onnx.sampler import yielding_options
 
     folder, facts = _build(inputs, "onnx", export_onnx)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    # Threads that spin after a call would slow the candidate that follows.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options = yielding_options(torch.get_num_threads())
     device = inputs.start.device.type
     sampler, load_s = _timed(lambda: OrtSampler(folder, providers=device, session_options=options))
     start = inputs.start.float().cpu().numpy()

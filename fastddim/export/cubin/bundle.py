@@ -2,52 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from fastddim.export.bundle import BundleError, Format, read_manifest
+from fastddim.export.bundle import Folder, Format, open_folder
 
 FORMAT = Format("fastddim-kernels", 1, "kernel.json", "cubin/kernel.schema.json")
 
 
 @dataclass(frozen=True)
-class KernelBundle:
-    """An opened kernel bundle, its files checked.
+class KernelBundle(Folder):
+    """An opened kernel bundle, described by `kernel.schema.json`."""
 
-    Attributes:
-        path: the folder.
-        manifest: its description, as the schema has it (`kernel.schema.json`).
-    """
+    format = FORMAT
 
-    path: Path
-    manifest: Mapping[str, Any]
+    def missing(self) -> str | None:
+        """A kernel that a plan launches and is not there, or an image that is not among the bundle's files."""
+        kernels = {kernel["name"]: kernel for kernel in self.manifest["kernels"]}
+        launched = (launch["kernel"] for plan in self.manifest["plans"] for launch in plan["launches"])
+        images = (image["file"] for kernel in kernels.values() for image in kernel["images"])
+        absent = [name for name in launched if name not in kernels]
+        absent += [name for name in images if name not in self.manifest["files"]]
+        return absent[0] if absent else None
 
 
 def open_kernels(path: str | Path, *, check_hashes: bool = True) -> KernelBundle:
-    """Read and check a kernel bundle. Arguments as `open_bundle`'s.
+    """Read and check a kernel bundle.
+
+    Args:
+        path: the folder.
+        check_hashes: read every file and compare; otherwise only names and sizes.
 
     Raises:
         BundleError: no kernel bundle, one of a newer format, or one that is damaged.
     """
-    folder = Path(path)
-    manifest = read_manifest(folder, FORMAT, check_hashes)
-    kernels = {kernel["name"] for kernel in manifest["kernels"]}
-    missing = [
-        *(
-            launch["kernel"]
-            for plan in manifest["plans"]
-            for launch in plan["launches"]
-            if launch["kernel"] not in kernels
-        ),
-        *(
-            image["file"]
-            for kernel in manifest["kernels"]
-            for image in kernel["images"]
-            if image["file"] not in manifest["files"]
-        ),
-    ]
-    if missing:
-        raise BundleError(f"bundle: {str(folder / FORMAT.file)!r} has no {missing[0]!r}; export it again")
-    return KernelBundle(folder, manifest)
+    return open_folder(KernelBundle, path, check_hashes=check_hashes)

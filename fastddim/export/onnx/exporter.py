@@ -108,7 +108,7 @@ def write_sampler(
         opset = graph.opset_import[0].version
         if options.seeded and options.stochastic:
             graph = fed_by(graph, _noise_graph(denoiser.sample_shape, "noise", opset), "noise_")
-        if options.graph == "loop":
+        if options.kind == "loop":
             graph = as_loop(graph, options.per_sample_steps)
         if options.bake_schedule:
             graph = fed_by(graph, _schedule_graph(schedule, options, opset), "schedule_")

@@ -62,7 +62,7 @@ def require_fusible(manifest: Mapping[str, Any]) -> None:
 
     if manifest["graph"] != "step":
         raise ValueError(
-            f"fused_step: True for a bundle with graph {manifest['graph']!r}; export it with graph='step', or leave it out"
+            f"fused_step: True for a bundle of kind {manifest['graph']!r}; export it with kind='step', or leave it out"
         )
     (sample,) = (item for item in manifest["inputs"] if item["name"] == "sample")
     if any(isinstance(dim, str) for dim in sample["shape"][1:]):
