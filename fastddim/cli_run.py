@@ -111,12 +111,12 @@ def run(
         raise ValueError(f"bundle: runtime {opened.runtime!r} has no sampler in Python")
     loaded = runtime.load(path)
     settings: dict[str, Any] = {"check_finite": check_finite}
-    for name, given in (("providers", providers and providers.split(",")), ("weights", weights)):
+    for name, given in (("providers", providers), ("weights", weights)):
         if given is None:
             continue
         if name not in inspect.signature(loaded).parameters:
-            raise ValueError(f"--{name}: given, but bundles of runtime {opened.runtime!r} take none; leave it out")
-        settings[name] = given
+            raise ValueError(f"--{name}: '{given}', but this bundle is of runtime {opened.runtime!r}; leave it out")
+        settings[name] = given.split(",") if isinstance(given, str) else given
     if opened.components:
         draw, sampler = _load_pipeline(loaded(opened, **settings), names or (), negative_prompt)
     else:

@@ -42,7 +42,7 @@ def engines(tmp_path_factory):
         patch.setitem(sys.modules, "tensorrt", fake_tensorrt.make_module())
         patch.setattr(exporter, "_build_target", lambda library, options: ("A GPU", ["8.9"]))
         for graph in ("loop", "step"):
-            source = export_tiny(folder / f"{graph}-onnx", CONFIG, graph=graph, guided=True, stochastic=True)
+            source = export_tiny(folder / f"{graph}-onnx", CONFIG, kind=graph, guided=True, stochastic=True)
             export_tensorrt(source, folder / graph, options)
     return folder
 

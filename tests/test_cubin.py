@@ -454,24 +454,24 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--format", "cubin"], "--shape: not given"),
-        (["--format", "cubin", "--shape", "4x6", "--steps", "3"], "--steps: given with --format cubin"),
-        (["--format", "cubin", "--shape", "4x6", "--model", "x"], "--model: given with --format cubin"),
-        (["--shape", "4x6"], "--shape: given with --format onnx"),
-        (["--format", "cubin", "--shape", "4xa"], "--shape: 'a'"),
-        (["--format", "cubin", "--shape", "4x6", "--noise", "--draw-noise"], "--noise, --draw-noise: both given"),
-        (["--format", "cubin", "--shape", "4x6", "--limit", "clip=x"], "--limit: 'clip=x'"),
-        (["--format", "cubin", "--shape", "4x6", "--limit", "threshold=2:2"], "--limit: 'threshold=2:2'"),
+        ([], "Missing option '--shape'. See fastddim export cubin --help."),
+        (["--shape", "4x6", "--steps", "3"], "No such option: --steps"),
+        (["--shape", "4x6", "model"], "unexpected extra argument (model)"),
+        (["--shape", "4xa"], "--shape: 'a'"),
+        (["--shape", "4x6", "--noise", "given,drawn"], "--noise: 'given,drawn' is not one of 'none', 'given', 'drawn'"),
+        (["--shape", "4x6", "--guidance-rescale"], "--guidance-rescale: True without guided"),
+        (["--shape", "4x6", "--limit", "clip=x"], "--limit: 'clip=x'"),
+        (["--shape", "4x6", "--limit", "threshold=2:2"], "--limit: 'threshold=2:2'"),
     ],
 )
 def test_the_command_names_what_is_wrong(arguments, message, tmp_path, capsys):
-    assert main(["export", "--out", str(tmp_path / "kernels"), *arguments]) != 0
+    assert main(["export", "cubin", "--out", str(tmp_path / "kernels"), *arguments]) != 0
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 def test_the_command_exports(tmp_path):
-    command = ["-m", "fastddim", "export", "--format", "cubin", "--shape", "1x8x8", "--batch", "1,2", "--guidance",
+    command = ["-m", "fastddim", "export", "cubin", "--shape", "1x8x8", "--batch", "1,2", "--guidance",
                "--limit", "threshold=0.9:1", "--dtype", "float16"]  # fmt: skip
     for repeat in ([], ["--force"]):
         run_without_interpreter(

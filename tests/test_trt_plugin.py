@@ -153,7 +153,7 @@ def test_blocks_are_the_first_profiles_and_the_grid_holds_any_batch():
 def export_step(model, folder, config=None, **options):
     shape = options.pop("sample_shape", None)
     labels = {"labels": LABELS} if isinstance(model, Tiny) else None
-    chosen = ExportOptions(graph="step", **options)
+    chosen = ExportOptions(kind="step", **options)
     return export_onnx(
         model, config or DDIMConfig(), folder, chosen, sample_shape=shape, example_kwargs=labels, parity_steps=()
     )
@@ -467,7 +467,7 @@ def test_what_cannot_be_fused_is_refused_before_any_work(bundles, fake, tmp_path
             export_tensorrt(changed, out, options)
         assert not out.exists()
 
-    refused(r"fused_step: True for a bundle with graph 'loop'; export it with graph='step'", graph="loop")
+    refused(r"fused_step: True for a bundle of kind 'loop'; export it with kind='step'", graph="loop")
     refused(
         r"fused_step: True for samples of 16640 elements with dynamic thresholding .*16384.*leave", "noise", **large
     )
@@ -502,13 +502,11 @@ def test_a_kernel_that_does_not_compile_is_an_error(bundles, fake, tmp_path, mon
 
 def test_the_option_from_the_shell(bundles, fake, tmp_path, capsys):
     out = tmp_path / "engine"
-    command = ["export", "--format", "tensorrt", "--trt", "standard", "--fused-step", "--out", str(out)]
+    command = ["export", "tensorrt", "--flavour", "standard", "--fused-step", "--out", str(out)]
     assert main(command) == 2
-    assert "--fused-step: given with --graph loop; pass --graph step" in " ".join(capsys.readouterr().err.split())
-    assert main(["export", "--fused-step", "--out", str(out)]) == 2
-    assert "pass --format tensorrt" in " ".join(capsys.readouterr().err.split())
+    assert "--fused-step: given with --kind loop; pass --kind step" in " ".join(capsys.readouterr().err.split())
     assert not out.exists()
-    assert main([*command, "--from", str(bundles("plain").path)]) == 0
+    assert main([*command, str(bundles("plain").path)]) == 0
     assert open_bundle(out).manifest["engine"]["options"]["fused_step"] is True
 
 

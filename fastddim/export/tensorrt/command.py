@@ -92,7 +92,7 @@ def export_command(
     start = time.perf_counter()
     graphs: Bundle | Callable[[Path], Bundle]
     if source is not None and (Path(source) / FORMAT.file).is_file():
-        _require_defaults(sampler, comparison)
+        _require_defaults(sampler, comparison, sampler_only)
         graphs = open_bundle(source)
     else:
         if fused_step and sampler.kind != "step":
@@ -117,12 +117,16 @@ def _export_graphs(
     return export_loaded(load_model(model), folder, options, sampler_only, **compared)
 
 
-def _require_defaults(*flags: SamplerFlags | ComparisonFlags) -> None:
+def _require_defaults(sampler: SamplerFlags, comparison: ComparisonFlags, sampler_only: bool) -> None:
     """Refuse what was typed about a graph that is there already."""
-    for group in flags:
-        for field in dataclasses.fields(group):
-            if getattr(group, field.name) != field.default:
-                raise ValueError(f"{option_of(field.name)}: is decided in the ONNX bundle; leave it out")
+    given = [
+        field.name
+        for flags in (sampler, comparison)
+        for field in dataclasses.fields(flags)
+        if getattr(flags, field.name) != field.default
+    ]
+    for name in given or (["sampler_only"] if sampler_only else []):
+        raise ValueError(f"{option_of(name)}: is decided in the ONNX bundle; leave it out")
 
 
 @contextlib.contextmanager
