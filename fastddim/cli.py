@@ -1,4 +1,4 @@
-"""The command line: `fastddim sample`, `invert`, `interpolate`, `info`, and those of `cli_export` and `bench`.
+"""The command line: `fastddim sample`, `invert`, `interpolate`, `info`, and those of `cli_run`, `export` and `bench`.
 
 torch and diffusers load inside the commands.
 """
@@ -23,9 +23,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 import fastddim
-from fastddim import cli_export
+from fastddim import cli_run
 from fastddim.bench import command as cli_bench
 from fastddim.cli_options import (
+    CommandGroup,
     Device,
     Json,
     Model,
@@ -38,6 +39,7 @@ from fastddim.cli_options import (
     parse_integers,
 )
 from fastddim.config import require_int, require_number
+from fastddim.export import command as cli_export
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +70,11 @@ _PACKAGES = {
     "tensorrt_rtx": ("tensorrt-rtx",),
 }
 
-app = typer.Typer(name="fastddim", add_completion=False, pretty_exceptions_enable=False)
+# Plain help: typer's tables cut names and waste half of a screen.
+app = typer.Typer(
+    name="fastddim", cls=CommandGroup, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+app.add_typer(cli_run.app)
 app.add_typer(cli_export.app)
 app.add_typer(cli_bench.app)
 
@@ -84,12 +90,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = app(args=None if arguments is None else list(arguments), prog_name="fastddim", standalone_mode=False)
     except _UsageError as error:
-        return _fail(f"{error.format_message()} See fastddim --help.")
+        return _fail(_explain(error))
     except (ValueError, OSError, ImportError) as error:
         return _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     return status if isinstance(status, int) else 0
+
+
+def _explain(error: Any) -> str:
+    """A usage error's message, with the options that there are where none is near, and where to read on."""
+    message = error.format_message()
+    if getattr(error, "possibilities", None) == []:
+        options = [name for option in error.ctx.command.params for name in option.opts if name.startswith("-")]
+        message += f" (Possible options: {', '.join(options)})"
+    return f"{message} See {error.ctx.command_path} --help."
 
 
 def _fail(message: str) -> int:
@@ -170,7 +185,7 @@ def sample(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Sample images and write them as one picture, a row for each class."""
+    """Sample images into one picture, a row for each class."""
     from fastddim.pictures import check_picture
 
     # What is cheap to check comes before the seconds that loading torch and the model takes.
@@ -371,9 +386,10 @@ def invert(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Encode pictures to x_T, decode them again, and write the original, x_T and the reconstruction of each as a row.
+    """Encode pictures to x_T, and decode them again.
 
-    The error is the mean squared one per dimension, of pictures scaled to [0, 1].
+    A row shows the original, x_T and the reconstruction of each. The error is the mean squared one per dimension, of
+    pictures scaled to [0, 1].
     """
     from fastddim.pictures import open_picture, picture_tensor
 
@@ -442,7 +458,10 @@ def interpolate(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Write what lies between the images of two seeds, a row for each pair."""
+    """Write what lies between the images of two seeds.
+
+    There is a row for each pair.
+    """
     ends = parse_integers(seeds, "--seeds")
     for seed in ends:
         require_int("--seeds", seed, 0, 2**64 - 1)

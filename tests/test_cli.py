@@ -228,7 +228,7 @@ def check_error(result: Result, *messages: str) -> None:
 
 
 def test_unknown_command(run: Run) -> None:
-    check_error(run("smaple"), "No such command 'smaple'")
+    check_error(run("smaple"), "No such command 'smaple'; pass one of sample, invert, interpolate, info, run, verify")
 
 
 @pytest.mark.parametrize(

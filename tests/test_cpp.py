@@ -216,7 +216,7 @@ def bundles(tmp_path_factory):
     recipes = {
         "digits": lambda path: export_digits(path, **all_options),
         "typed": lambda path: export_typed(path, **all_options, guidance_rescale=True),
-        "typed, step": lambda path: export_typed(path, **all_options, graph="step"),
+        "typed, step": lambda path: export_typed(path, **all_options, kind="step"),
         "typed, baked": lambda path: export_typed(path, bake_schedule=True, stochastic=True, eta=1.0),
         "plain": export_typed,
         "resizable": export_resizable,
@@ -398,7 +398,7 @@ def test_the_step_at_which_nan_appears_is_found(checked, tmp_path, graph):
             return x * 0.1 + torch.where(t < 500, torch.inf, 0.0).reshape(-1, 1, 1, 1) * 1.0
 
     path = tmp_path / "bundle"
-    options = ExportOptions(graph=graph)
+    options = ExportOptions(kind=graph)
     export_onnx(Overflows(), DDIMConfig(clip_sample=False), path, options, sample_shape=(1, 2, 2), parity_steps=())
     with CppSampler(checked / "driver", path, check_finite=True) as sampler:
         with pytest.raises(CppError, match=r"after step 5 \(timestep 400\)") as caught:

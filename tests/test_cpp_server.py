@@ -59,7 +59,7 @@ def export_tiny(path):
 
 
 def export_shaded(path):
-    options = ExportOptions(num_inference_steps=3, graph="step", stochastic=True)
+    options = ExportOptions(num_inference_steps=3, kind="step", stochastic=True)
     return export_onnx(
         Shaded(), DDIMConfig(clip_sample_range=1.5), path, options, sample_shape=(1, 5, 9),
         example_kwargs={"shade": torch.zeros(3)}, parity_steps=(),

@@ -16,7 +16,8 @@ from cpp_driver import ROOT, CppError, build
 import fake_tensorrt
 from damage import edit
 from fastddim import DDIMConfig, Sampler
-from fastddim.export import Profile, TensorRTOptions, export_tensorrt, to_tensorrt
+from fastddim.export import Profile, TensorRTOptions, export_tensorrt
+from fastddim.export.tensorrt import exporter
 from test_export import export_tiny
 from test_export_tensorrt import restamp, set_bytes
 
@@ -39,9 +40,9 @@ def engines(tmp_path_factory):
     options = TensorRTOptions(flavour="standard", profiles=PROFILES)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "tensorrt", fake_tensorrt.make_module())
-        patch.setattr(to_tensorrt, "_build_target", lambda library, options: ("A GPU", ["8.9"]))
+        patch.setattr(exporter, "_build_target", lambda library, options: ("A GPU", ["8.9"]))
         for graph in ("loop", "step"):
-            source = export_tiny(folder / f"{graph}-onnx", CONFIG, graph=graph, guided=True, stochastic=True)
+            source = export_tiny(folder / f"{graph}-onnx", CONFIG, kind=graph, guided=True, stochastic=True)
             export_tensorrt(source, folder / graph, options)
     return folder
 

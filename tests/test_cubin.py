@@ -19,8 +19,9 @@ import damage
 from cubin_runs import CASES, ROW, STEPS, VARIANTS, bundle_parameters, eta_of, export, make_request
 from fastddim import DDIMConfig, Schedule, StepTable
 from fastddim.cli import main
-from fastddim.export import BundleError, ExportError, KernelOptions, export_cubin, open_kernels, to_cubin
-from fastddim.export.kernel_bundle import FORMAT
+from fastddim.export import BundleError, ExportError, KernelOptions, export_cubin, open_kernels
+from fastddim.export.cubin import exporter
+from fastddim.export.cubin.bundle import FORMAT
 
 TOOLS = stub_cuda.HEADERS.parent / "bin"
 edited, put = partial(damage.edited, name="kernel.json"), partial(damage.put, name="kernel.json")
@@ -120,7 +121,7 @@ def test_the_variants_are_every_tier_argument_and_dtype(bundles):
     manifests = [manifest_of(bundles, name) for name in VARIANTS]
     tiers = {plan["tier"] for manifest in manifests for plan in manifest["plans"]}
     assert tiers == {"elements", "whole", "statistics"}
-    assert {name for manifest in manifests for name in manifest["arguments"]} == set(to_cubin._MEANINGS)
+    assert {name for manifest in manifests for name in manifest["arguments"]} == set(exporter._MEANINGS)
     dtypes = {value["dtype"] for manifest in manifests for value in manifest["arguments"].values()}
     assert dtypes == {"float32", "float16", "bfloat16", "float64", "int64"}
     scratch = {name for manifest in manifests for plan in manifest["plans"] for name in plan["scratch"]}
@@ -429,16 +430,16 @@ def test_options_that_cannot_be_are_named(options, message):
 
 def test_nothing_is_left_of_an_export_that_fails(tmp_path, monkeypatch):
     options = KernelOptions(shape=(4,))
-    monkeypatch.setattr(to_cubin.triton.knobs.runtime, "interpret", True)
+    monkeypatch.setattr(exporter.triton.knobs.runtime, "interpret", True)
     with pytest.raises(ExportError, match="TRITON_INTERPRET: set"):
         export_cubin(tmp_path / "kernels", options)
-    monkeypatch.setattr(to_cubin.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(exporter.triton.knobs.runtime, "interpret", False)
 
     def fill(folder, _):
         (folder / "kernel.cubin").write_bytes(b"half")
         raise ExportError("ddim_step_kernel: does not compile")
 
-    monkeypatch.setattr(to_cubin, "_fill", fill)
+    monkeypatch.setattr(exporter, "_fill", fill)
     with pytest.raises(ExportError, match="does not compile"):
         export_cubin(tmp_path / "kernels", options)
     assert not list(tmp_path.iterdir())
@@ -453,24 +454,24 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--format", "cubin"], "--shape: not given"),
-        (["--format", "cubin", "--shape", "4x6", "--steps", "3"], "--steps: given with --format cubin"),
-        (["--format", "cubin", "--shape", "4x6", "--model", "x"], "--model: given with --format cubin"),
-        (["--shape", "4x6"], "--shape: given with --format onnx"),
-        (["--format", "cubin", "--shape", "4xa"], "--shape: 'a'"),
-        (["--format", "cubin", "--shape", "4x6", "--noise", "--draw-noise"], "--noise, --draw-noise: both given"),
-        (["--format", "cubin", "--shape", "4x6", "--limit", "clip=x"], "--limit: 'clip=x'"),
-        (["--format", "cubin", "--shape", "4x6", "--limit", "threshold=2:2"], "--limit: 'threshold=2:2'"),
+        ([], "Missing option '--shape'. See fastddim export cubin --help."),
+        (["--shape", "4x6", "--steps", "3"], "No such option: --steps"),
+        (["--shape", "4x6", "model"], "unexpected extra argument (model)"),
+        (["--shape", "4xa"], "--shape: 'a'"),
+        (["--shape", "4x6", "--noise", "given,drawn"], "--noise: 'given,drawn' is not one of 'none', 'given', 'drawn'"),
+        (["--shape", "4x6", "--guidance-rescale"], "--guidance-rescale: True without guided"),
+        (["--shape", "4x6", "--limit", "clip=x"], "--limit: 'clip=x'"),
+        (["--shape", "4x6", "--limit", "threshold=2:2"], "--limit: 'threshold=2:2'"),
     ],
 )
 def test_the_command_names_what_is_wrong(arguments, message, tmp_path, capsys):
-    assert main(["export", "--out", str(tmp_path / "kernels"), *arguments]) != 0
+    assert main(["export", "cubin", "--out", str(tmp_path / "kernels"), *arguments]) != 0
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 def test_the_command_exports(tmp_path):
-    command = ["-m", "fastddim", "export", "--format", "cubin", "--shape", "1x8x8", "--batch", "1,2", "--guidance",
+    command = ["-m", "fastddim", "export", "cubin", "--shape", "1x8x8", "--batch", "1,2", "--guidance",
                "--limit", "threshold=0.9:1", "--dtype", "float16"]  # fmt: skip
     for repeat in ([], ["--force"]):
         run_without_interpreter(

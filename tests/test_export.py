@@ -31,12 +31,12 @@ from fastddim.export import (
     denoisers,
     export_onnx,
     open_bundle,
-    to_onnx,
     validate,
     verify_bundle,
 )
 from fastddim.export.bundle import FORMAT, write_bundle
-from fastddim.export.graph import symbolic_dims
+from fastddim.export.onnx import exporter
+from fastddim.export.onnx.graph import symbolic_dims
 from fastddim.export.schedule_module import ScheduleModule
 from fastddim.models.policy import ActionUNet1d
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP, normal
@@ -106,7 +106,7 @@ CONFIGS = {
 @pytest.mark.parametrize("graph", ["loop", "step"])
 def test_a_file_samples_as_the_sampler_does(tmp_path, name, graph):
     config = CONFIGS[name]
-    bundle = export_tiny(tmp_path / "bundle", config, graph=graph, guided=True, guidance_rescale=True, stochastic=True)
+    bundle = export_tiny(tmp_path / "bundle", config, kind=graph, guided=True, guidance_rescale=True, stochastic=True)
     for batch, steps, eta in ((1, 1, 0.0), (3, 7, 0.5), (8, 12, 1.0)):
         actual = run_tiny(bundle, batch, num_inference_steps=steps, eta=eta, guidance_scale=3.0, guidance_rescale=0.7)
         expected = sample_tiny(config, steps, batch, eta=eta, guidance_scale=3.0, guidance_rescale=0.7)
@@ -417,9 +417,9 @@ def test_bfloat16_weights_are_compared_in_float32(tmp_path, graph, monkeypatch):
     with torch.no_grad():
         unet.conv_out.weight.mul_(0.1)
     before = {name: value.clone() for name, value in unet.state_dict().items()}
-    options = ExportOptions(graph=graph, dtype="bfloat16")
+    options = ExportOptions(kind=graph, dtype="bfloat16")
     if graph == "loop":
-        monkeypatch.setattr(to_onnx, "_LARGEST_FILE", 1000)
+        monkeypatch.setattr(exporter, "_LARGEST_FILE", 1000)
     bundle = export_onnx(unet, DDIMConfig(), tmp_path / "bundle", options, parity_steps=QUICK)
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
     model = onnx.load(bundle.model_path)
@@ -454,7 +454,7 @@ def test_the_model_is_left_as_it_was(tmp_path):
 
 
 def test_weights_that_one_file_cannot_hold_lie_beside_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(to_onnx, "_LARGEST_FILE", 1000)
+    monkeypatch.setattr(exporter, "_LARGEST_FILE", 1000)
     model = Tiny(channels=24)
     bundle = export_onnx(
         model, DDIMConfig(), tmp_path / "bundle", sample_shape=(24, 6, 6), example_kwargs={"labels": LABELS},
@@ -525,7 +525,7 @@ DAMAGE = {
     "'/etc/passwd', which leads out of the folder": lambda folder: edit(
         folder, lambda manifest: manifest["files"].update({"/etc/passwd": {"sha256": "", "bytes": 1}})
     ),
-    "names no file 'other.onnx'": lambda folder: edit(folder, lambda manifest: manifest.update(model="other.onnx")),
+    "has no 'other.onnx'": lambda folder: edit(folder, lambda manifest: manifest.update(model="other.onnx")),
 }
 
 
@@ -618,10 +618,10 @@ def test_models_that_cannot_be_exported_are_named(tmp_path):
 
 
 BAD_OPTIONS = {
-    "graph: 'all' is not one of": {"graph": "all"},
+    "kind: 'all' is not one of": {"kind": "all"},
     "dtype: 'int8' is not one of": {"dtype": "int8"},
     "guidance_rescale: True without guided": {"guidance_rescale": True},
-    "bake_schedule: True with graph 'step'": {"bake_schedule": True, "graph": "step"},
+    "bake_schedule: True with kind 'step'": {"bake_schedule": True, "kind": "step"},
     "eta: 0.5 adds noise; pass stochastic=True": {"eta": 0.5},
 }
 
@@ -682,7 +682,7 @@ def test_the_step_at_which_nan_appears_is_found(tmp_path, graph):
     config = DDIMConfig(clip_sample=False)
     with pytest.raises(ParityError):
         export_onnx(Overflows(), config, tmp_path / "bundle", sample_shape=(1, 2, 2), parity_steps=(10,))
-    options = ExportOptions(graph=graph)
+    options = ExportOptions(kind=graph)
     export_onnx(Overflows(), config, tmp_path / "bundle", options, sample_shape=(1, 2, 2), parity_steps=())
     sampler = OrtSampler(tmp_path / "bundle", check_finite=True)
     with pytest.raises(NotFiniteError, match=r"after step 5 \(timestep 400\)"):
@@ -715,7 +715,7 @@ print(OrtSampler({str(kept)!r})(2, seeds=5, num_inference_steps=4, guidance_scal
 def test_the_digits_from_the_shell(tmp_path, capsys):
     """The commands as a user types them: export, run, verify; the pictures are the sampler's."""
     bundle, picture = tmp_path / "digits", tmp_path / "digits.png"
-    assert main(["export", "--out", str(bundle), "--guidance", "--json"]) == 0
+    assert main(["export", "onnx", "--out", str(bundle), "--guidance", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert max(entry["largest_error"] for entry in told["parity"]) <= 1e-4
     assert {entry["steps"] for entry in told["parity"]} == {1, 10, 50}
@@ -728,13 +728,13 @@ def test_the_digits_from_the_shell(tmp_path, capsys):
     ours, theirs = (np.asarray(Image.open(path)).astype(int) for path in (picture, sampled))
     assert ours.shape == theirs.shape and np.abs(ours - theirs).max() <= 1
     capsys.readouterr()
-    assert main(["export", "--verify", str(bundle)]) == 0
+    assert main(["verify", str(bundle)]) == 0
     assert "largest difference from torch" in capsys.readouterr().out
-    assert main(["export", "--out", str(bundle)]) == 2
+    assert main(["export", "onnx", "--out", str(bundle)]) == 2
     assert "exists; pass another folder, or --force" in capsys.readouterr().err
     assert main([*run, "--providers", "cuda", "--out", str(picture)]) == 2
     assert "pip install" in capsys.readouterr().err
-    assert main(["export"]) == 2
-    assert "--out: missing; pass a folder to write" in capsys.readouterr().err
+    assert main(["export", "onnx"]) == 2
+    assert "Missing option '--out'. See fastddim export onnx --help." in capsys.readouterr().err
     assert main(["run", str(tmp_path)]) == 2
     assert "manifest.json' is missing" in capsys.readouterr().err

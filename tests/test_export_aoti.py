@@ -30,15 +30,16 @@ from fastddim.export import (
     NotFiniteError,
     OrtSampler,
     ParityError,
-    aoti,
     export_aoti,
     export_onnx,
     open_bundle,
     open_sampler,
-    to_aoti,
     validate,
     verify_bundle,
 )
+from fastddim.export.aoti import exporter
+from fastddim.export.aoti import sampler as sampler_module
+from fastddim.export.machine import compute_capability, cpu_features
 from test_export import CONFIGS, LABELS, SHAPE, Tiny, class_pipeline, conditional_unet, sample_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -127,9 +128,7 @@ def test_arrays_and_tensors_are_the_same(kept):
 @pytest.fixture(scope="module")
 def step(tmp_path_factory):
     """One step, with noise and no limit."""
-    return export_tiny(
-        tmp_path_factory.mktemp("step") / "bundle", CONFIGS["v, trailing"], graph="step", stochastic=True
-    )
+    return export_tiny(tmp_path_factory.mktemp("step") / "bundle", CONFIGS["v, trailing"], kind="step", stochastic=True)
 
 
 def test_one_step_a_call(step):
@@ -265,7 +264,7 @@ def test_without_a_gpu_cuda_is_refused(copied, tmp_path):
 def test_the_gpu_that_is_named_is_the_one_that_is_checked(copied, monkeypatch):
     edit(copied, lambda manifest: manifest["target"].update(device="cuda", compute_capability="9.0"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(aoti, "compute_capability", lambda device: "8.0" if device.index == 1 else "9.0")
+    monkeypatch.setattr(sampler_module, "compute_capability", lambda device: "8.0" if device.index == 1 else "9.0")
     with pytest.raises(BundleError, match=r"is for compute capability 9.0, 'cuda:1' has 8.0; export it here"):
         AotiSampler(copied, device="cuda:1")
 
@@ -332,7 +331,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
         export_tiny(tmp_path / "bundle", device="tpu")
     with pytest.raises(ValueError, match=r"cpu_isa: 'mmx' is not one of 'avx2', 'avx512'|leave it out"):
         export_tiny(tmp_path / "bundle", cpu_isa="mmx")
-    monkeypatch.setattr(to_aoti, "cpu_features", lambda: frozenset({"mmx"}))
+    monkeypatch.setattr(exporter, "cpu_features", lambda: frozenset({"mmx"}))
     if os.uname().machine == "x86_64":
         with pytest.raises(ValueError, match=r"cpu_isa: 'avx2', but this CPU lacks abm, avx, avx2"):
             export_tiny(tmp_path / "bundle")
@@ -348,7 +347,7 @@ def test_models_that_cannot_be_exported_are_named(tmp_path):
     for graph in ("loop", "step"):
         with pytest.raises(ExportError, match=r"model: DataDependent cannot be (exported|compiled): "):
             export_aoti(
-                DataDependent(), DDIMConfig(), tmp_path / "bundle", ExportOptions(graph=graph), sample_shape=(2, 4, 4)
+                DataDependent(), DDIMConfig(), tmp_path / "bundle", ExportOptions(kind=graph), sample_shape=(2, 4, 4)
             )
     with pytest.raises(ValueError, match="dynamic_size: True for a Tiny"):
         export_tiny(tmp_path / "bundle", dynamic_size=True)
@@ -367,26 +366,22 @@ def test_a_bundle_is_compared_again_with_its_model(kept, monkeypatch):
 
 def test_classes_from_the_shell(tmp_path, capsys):
     class_pipeline().save_pretrained(tmp_path / "pipeline")
-    quick = ["--model", str(tmp_path / "pipeline"), "--parity-steps", "1,8"]
+    quick = [str(tmp_path / "pipeline"), "--parity-steps", "1,8"]
     bundle, picture, sampled = tmp_path / "classes", tmp_path / "classes.png", tmp_path / "sampled.png"
-    assert main(["export", "--format", "aoti", "--out", str(bundle), "--guidance", *quick, "--json"]) == 0
+    assert main(["export", "aoti", *quick, "--out", str(bundle), "--guidance", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert max(entry["largest_error"] for entry in told["parity"]) <= 1e-4
     run = ["run", str(bundle), "--labels", "3,1,2", "--steps", "20", "--seed", "7"]
     assert main([*run, "--out", str(picture)]) == 0
     assert "s per image on CPU" in capsys.readouterr().out
-    sample = ["sample", *quick[:2], "--labels", "3,1,2", "--num-images", "3", "--steps", "20", "--seed", "7"]
+    sample = ["sample", "--model", quick[0], "--labels", "3,1,2", "--num-images", "3", "--steps", "20", "--seed", "7"]
     assert main([*sample, "--guidance-scale", "2", "--out", str(sampled)]) == 0
     ours, theirs = (np.asarray(Image.open(path)).astype(int) for path in (picture, sampled))
     assert ours.shape == theirs.shape and np.abs(ours - theirs).max() <= 1
-    assert main(["export", "--verify", str(bundle), *quick]) == 0
+    assert main(["verify", str(bundle), *quick]) == 0
     capsys.readouterr()
     assert main([*run, "--providers", "cpu", "--out", str(picture)]) == 2
     assert "--providers: 'cpu', but this bundle is of runtime 'aoti'" in capsys.readouterr().err
-    assert main(["export", "--format", "tflite", "--out", str(tmp_path / "other")]) == 2
-    assert "--format: 'tflite' is not one of" in capsys.readouterr().err
-    assert main(["export", "--cpu-isa", "avx2", "--out", str(tmp_path / "other")]) == 2
-    assert "--cpu-isa: given with --format onnx, which does not use it; pass --format aoti" in capsys.readouterr().err
 
 
 # Triton's kernels cannot be traced where its interpreter has replaced them.
@@ -396,8 +391,9 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from fastddim import DDIMConfig
-from fastddim.export import ExportOptions, to_aoti
-from fastddim.export.plan import plan_sampler
+from fastddim.export import ExportOptions
+from fastddim.export.aoti import exporter
+from fastddim.export.sampler_plan import plan_sampler
 
 class Model(torch.nn.Module):
     def forward(self, x, t):
@@ -417,8 +413,8 @@ for graph, config, options in (
     ("loop", threshold, guided), ("step", threshold, guided), ("loop", DDIMConfig(), {}), ("step", DDIMConfig(), {}),
 ):
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
-        plan = plan_sampler(Model(), config, ExportOptions(graph=graph, **options), (2, 6, 6))
-        program, dims = to_aoti._trace(plan, "cuda:0")
+        plan = plan_sampler(Model(), config, ExportOptions(kind=graph, **options), (2, 6, 6))
+        program, dims = exporter._trace(plan, "cuda:0")
         values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
         assert isinstance(values["inputs_sample"].shape[0], torch.SymInt), values
         assert isinstance(values["inputs_coefficients"].shape[0], torch.SymInt), values
@@ -445,8 +441,8 @@ def test_on_a_gpu_the_step_is_the_fused_kernel():
 @pytest.mark.parametrize("graph", ["loop", "step"])
 def test_a_package_for_a_gpu(tmp_path, graph):
     options = {"guided": True, "guidance_rescale": True, "stochastic": True}
-    bundle = export_tiny(tmp_path / "bundle", CONFIGS["threshold"], device="cuda", graph=graph, **options)
-    assert bundle.device == "cuda" and bundle.manifest["target"]["compute_capability"] == aoti.compute_capability()
+    bundle = export_tiny(tmp_path / "bundle", CONFIGS["threshold"], device="cuda", kind=graph, **options)
+    assert bundle.device == "cuda" and bundle.manifest["target"]["compute_capability"] == compute_capability()
     for batch, steps, eta in ((1, 1, 0.0), (3, 7, 0.5)):
         arguments = {"eta": eta, "guidance_scale": 3.0, "guidance_rescale": 0.7}
         actual = run_tiny(bundle.path, batch, num_inference_steps=steps, **arguments)
@@ -467,7 +463,7 @@ def test_a_baked_schedule_needs_a_number_of_steps_alone(tmp_path):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("graph", ["loop", "step"])
 def test_every_kind_of_limit(tmp_path, name, graph):
-    bundle = export_tiny(tmp_path / "bundle", CONFIGS[name], graph=graph, stochastic=True)
+    bundle = export_tiny(tmp_path / "bundle", CONFIGS[name], kind=graph, stochastic=True)
     for batch, steps, eta in ((1, 1, 0.0), (3, 7, 0.5), (8, 12, 1.0)):
         actual = run_tiny(bundle.path, batch, num_inference_steps=steps, eta=eta)
         np.testing.assert_allclose(actual, sample_tiny(CONFIGS[name], steps, batch, eta=eta), atol=2e-5)
@@ -482,7 +478,7 @@ def test_dynamic_sizes(tmp_path, graph):
         attention_head_dim=4,
     )  # fmt: skip
     config = DDIMConfig(thresholding=True, sample_max_value=1.5)
-    options = ExportOptions(dynamic_size=True, stochastic=True, graph=graph)
+    options = ExportOptions(dynamic_size=True, stochastic=True, kind=graph)
     bundle = export_aoti(unet, config, tmp_path / "bundle", options, parity_steps=(1, 3))
     actual = AotiSampler(bundle)(2, seeds=1, num_inference_steps=4, eta=0.5, size=(12, 16))
     expected = Sampler(unet, config, 4, eta=0.5, sample_shape=(1, 12, 16))(2, seeds=1)
@@ -504,7 +500,7 @@ def test_text_conditioned_unets_and_half_precision(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("avx512f" not in aoti.cpu_features(), reason="needs a CPU with AVX-512")
+@pytest.mark.skipif("avx512f" not in cpu_features(), reason="needs a CPU with AVX-512")
 def test_wider_instructions_are_asked_for(tmp_path):
     bundle = export_tiny(tmp_path / "bundle", cpu_isa="avx512")
     assert "avx512f" in bundle.manifest["target"]["cpu_features"]

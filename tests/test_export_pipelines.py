@@ -29,9 +29,9 @@ from fastddim.export import (
     ParityError,
     export_pipeline,
     open_bundle,
-    pipelines,
 )
 from fastddim.export.bundle import FORMAT
+from fastddim.export.onnx import pipeline_exporter
 from fastddim.noise import STREAM_INITIAL, normal
 from fastddim.pictures import make_grid
 
@@ -109,10 +109,10 @@ def shop(tmp_path_factory):
     """A folder as a user's: a pipeline of any size, what was typed to export it, and what that said."""
     folder = tmp_path_factory.mktemp("shop")
     make("sd").save_pretrained(folder / "pipeline")
-    line = ["export", "--model", str(folder / "pipeline"), "--parity-steps", "1,4"]
+    line = [str(folder / "pipeline"), "--parity-steps", "1,4"]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        assert main([*line, "--dynamic-size", "--out", str(folder / "bundle")]) == 0
+        assert main(["export", "onnx", *line, "--dynamic-size", "--out", str(folder / "bundle")]) == 0
     return folder, line, printed.getvalue()
 
 
@@ -212,7 +212,7 @@ def test_the_manifest_describes_each_component(exported, kind):
 
 def test_a_step_of_half_precision_weights_is_a_pipeline_too(tmp_path):
     bundle = export_pipeline(
-        make("sdxl"), tmp_path / "bundle", ExportOptions(graph="step", dtype="float16"), parity_steps=(2,)
+        make("sdxl"), tmp_path / "bundle", ExportOptions(kind="step", dtype="float16"), parity_steps=(2,)
     )
     assert next(make("sdxl").unet.parameters()).dtype == torch.float32
     kinds = {
@@ -253,7 +253,7 @@ DAMAGE = {
     "vae_decoder.onnx' is missing": lambda folder: (folder / "vae_decoder.onnx").unlink(),
     "text_encoder.onnx' has 1 bytes": lambda folder: (folder / "text_encoder.onnx").write_bytes(b"x"),
     "tokenizer_config.json' has 2 bytes": lambda folder: (folder / "tokenizer/tokenizer_config.json").write_text("{}"),
-    "names no file 'other.onnx'": lambda folder: edit(
+    "has no 'other.onnx'": lambda folder: edit(
         folder, lambda manifest: manifest["components"]["vae_decoder"].update(model="other.onnx")
     ),
     r"\$.components.vae_decoder: 'inputs' is a required": lambda folder: edit(
@@ -321,7 +321,7 @@ def test_pipelines_that_cannot_be_exported_are_named(tmp_path):
 
 
 def test_a_component_that_differs_from_torch_is_not_written(tmp_path, monkeypatch):
-    real = pipelines.to_graph
+    real = pipeline_exporter.to_graph
 
     def shifted(*arguments, **options):
         graph = real(*arguments, **options)
@@ -331,7 +331,7 @@ def test_a_component_that_differs_from_torch_is_not_written(tmp_path, monkeypatc
         graph.graph.node.append(onnx.helper.make_node("Add", ["half", "half"], ["encoder_hidden_states"]))
         return graph
 
-    monkeypatch.setattr(pipelines, "to_graph", shifted)
+    monkeypatch.setattr(pipeline_exporter, "to_graph", shifted)
     with pytest.raises(ParityError, match=r"differs from torch by .* in text_encoder, a batch of 1 of \(77,\)"):
         export_pipeline(make("sd"), tmp_path / "bundle", parity_steps=())
     assert os.listdir(tmp_path) == []
@@ -339,10 +339,10 @@ def test_a_component_that_differs_from_torch_is_not_written(tmp_path, monkeypatc
 
 def test_texts_to_pictures_from_the_shell(shop, exported, tmp_path, capsys):
     """The commands as a user types them, from a diffusers folder to a picture."""
-    folder, export, told = shop
+    folder, line, told = shop
     bundle, picture = folder / "bundle", tmp_path / "pictures.png"
     assert "text_encoder: largest difference from torch" in told and "vae_decoder: largest" in told
-    assert main([*export, "--verify", str(bundle)]) == 0
+    assert main(["verify", str(bundle), *line]) == 0
     assert capsys.readouterr().out.count("largest difference from torch") == told.count("largest difference")
     run = ["run", str(bundle), "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--steps", "5", "--seed", "3"]
     assert main([*run, "--guidance-scale", "5", "--out", str(picture)]) == 0
@@ -356,7 +356,7 @@ def test_texts_to_pictures_from_the_shell(shop, exported, tmp_path, capsys):
         "no --labels": [*run, "--labels", "1"],
         "size: 15x; pass height and width": [*run, "--size", "15x"],
         "size: (24, 24); this bundle makes pictures of (16, 16)": [*fixed, "--out", str(picture)],
-        "--parity-steps: 'two'": [*export[:-1], "two", "--out", str(tmp_path / "other")],
+        "--parity-steps: 'two'": ["export", "onnx", *line[:-1], "two", "--out", str(tmp_path / "other")],
     }
     for message, arguments in bad.items():
         capsys.readouterr()
@@ -367,7 +367,7 @@ def test_texts_to_pictures_from_the_shell(shop, exported, tmp_path, capsys):
 
 def test_the_sampler_alone_of_a_pipelines_folder(tmp_path, capsys):
     make("sdxl").save_pretrained(tmp_path / "pipeline")
-    arguments = ["export", "--model", str(tmp_path / "pipeline"), "--sampler-only", "--parity-steps", "1"]
+    arguments = ["export", "onnx", str(tmp_path / "pipeline"), "--sampler-only", "--parity-steps", "1"]
     assert main([*arguments, "--out", str(tmp_path / "bundle")]) == 0
     bundle = open_bundle(tmp_path / "bundle")
     assert not bundle.components and "time_ids" in bundle.names("inputs")

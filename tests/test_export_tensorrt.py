@@ -39,10 +39,10 @@ from fastddim.export import (
     export_tensorrt,
     open_bundle,
     open_sampler,
-    to_tensorrt,
-    trt,
 )
 from fastddim.export.bundle import FORMAT, sha256
+from fastddim.export.tensorrt import exporter
+from fastddim.export.tensorrt import sampler as sampler_module
 from fastddim.models.policy import ActionUNet1d
 from test_export import LABELS, XL, Tiny, conditional_unet, export_tiny
 from test_export_pipelines import make as make_pipeline
@@ -95,13 +95,13 @@ def write_thresholded(side, folder):
 
 BUILDS = {
     "digits, loop": write_digits,
-    "digits, step": functools.partial(write_digits, graph="step", stochastic=True),
+    "digits, step": functools.partial(write_digits, kind="step", stochastic=True),
     "schedule in the graph": lambda folder: write_tiny(folder, bake_schedule=True),
     "DiT": lambda folder: write_unet(dit(), folder),
     "policy": write_policy,
     "threshold, 64": functools.partial(write_thresholded, 64),
     "threshold, 256": functools.partial(write_thresholded, 256),
-    "Stable Diffusion XL": lambda folder: write_unet(conditional_unet(**XL), folder, graph="step"),
+    "Stable Diffusion XL": lambda folder: write_unet(conditional_unet(**XL), folder, kind="step"),
     "Stable Diffusion, float16": lambda folder: write_unet(conditional_unet(), folder, dtype="float16"),
 }
 SLOW = ("Stable Diffusion XL", "Stable Diffusion, float16")
@@ -165,8 +165,8 @@ def test_profiles_give_every_input_its_range(graphs, tmp_path, monkeypatch):
         names = [network.get_input(index).name for index in range(network.num_inputs)]
         asked.append({name: [tuple(shape) for shape in profile.get_shape(name)] for name in names})
 
-    original = to_tensorrt._Build._add_profile
-    monkeypatch.setattr(to_tensorrt._Build, "_add_profile", add)
+    original = exporter._Build._add_profile
+    monkeypatch.setattr(exporter._Build, "_add_profile", add)
     profiles = (Profile(batch=(1, 1, 2), steps=(1, 5, 9)), Profile(batch=(3, 4, 8), steps=(10, 20, 30)))
     options = TensorRTOptions(flavour="rtx", profiles=profiles)
     bundle = export_tensorrt(graphs("policy"), tmp_path / "engine", options)
@@ -187,7 +187,7 @@ def test_any_size_asks_for_ranges(tiny):
 
 @pytest.mark.slow
 def test_any_size_is_built(tmp_path):
-    source = write_unet(conditional_unet(), tmp_path / "graph", graph="step", dynamic_size=True)
+    source = write_unet(conditional_unet(), tmp_path / "graph", kind="step", dynamic_size=True)
     sides = (8, 16, 32)
     options = TensorRTOptions(flavour="rtx", profiles=(Profile(height=sides, width=sides),))
     bundle = export_tensorrt(source, tmp_path / "engine", options)
@@ -259,7 +259,7 @@ def test_the_same_build_has_the_same_manifest_but_for_the_bytes(tiny, built, tmp
 
 def refused(folder, *operators):
     """A tiny bundle whose graph has operators that TensorRT refuses."""
-    source = write_tiny(folder, graph="step")
+    source = write_tiny(folder, kind="step")
     model = onnx.load(source.model_path)
     (value,) = (output for output in model.graph.output if output.name == "next_sample")
     value.name = "again"
@@ -362,14 +362,12 @@ def test_a_source_that_is_no_onnx_bundle_is_refused(built, tmp_path):
         OrtSampler(built)
 
 
-def test_graphs_with_integers_that_tensorrt_lacks_are_refused(tiny, tmp_path, capsys):
+def test_graphs_with_integers_that_tensorrt_lacks_are_refused(tiny, tmp_path):
     for name in ("per_sample_steps", "seeded"):
         folder = shutil.copytree(tiny.path, tmp_path / name)
         edit(folder, lambda manifest, name=name: manifest["sampling"].update({name: True}))
         with pytest.raises(ValueError, match="per_sample_steps, seeded: TensorRT takes no such graph"):
             export_tensorrt(folder, tmp_path / "engine", RTX)
-    assert main(["export", "--format", "tensorrt", "--seeded", "--out", str(tmp_path / "engine")]) == 2
-    assert "--per-sample-steps, --seeded: TensorRT takes no such graph" in capsys.readouterr().err
     assert not (tmp_path / "engine").exists()
 
 
@@ -445,7 +443,7 @@ def test_a_sampler_says_that_it_needs_a_gpu(built):
 
 def test_the_build_from_the_shell(tiny, tmp_path, capsys):
     out = str(tmp_path / "engine")
-    command = ["export", "--format", "tensorrt", "--from", str(tiny.path), "--out", out, "--trt", "rtx"]
+    command = ["export", "tensorrt", str(tiny.path), "--out", out, "--flavour", "rtx"]
     profile = ["--profile", "batch=1:2:4,steps=1:4:9", "--profile", "batch=5:6:7"]
     assert main([*command, *profile, "--compute-capability", "8.9", "--compute-capability", "12.0"]) == 0
     assert "loop, " in capsys.readouterr().out
@@ -457,16 +455,9 @@ def test_the_build_from_the_shell(tiny, tmp_path, capsys):
     ]
     for arguments, message in (
         (command, "--force"),
-        ([*command, "--guidance"], "--guidance: given with --from, which does not use it; leave it out"),
-        ([*command, "--parity-steps", "1"], "--parity-steps: given with --from"),
-        (
-            ["export", "--out", out, "--refit"],
-            "--refit: given with --format onnx, which does not use it; pass --format",
-        ),
-        (
-            ["export", "--verify", out, "--trt", "rtx"],
-            "--trt: given with --verify, which does not use it; leave it out",
-        ),
+        ([*command, "--guidance"], "--guidance: is decided in the ONNX bundle; leave it out"),
+        ([*command, "--parity-steps", "1"], "--parity-steps: is decided in the ONNX bundle"),
+        ([*command, "--sampler-only"], "--sampler-only: is decided in the ONNX bundle"),
         ([*command, "--force", "--profile", "batch=9:8:7"], "--profile: batch (9, 8, 7); pass 1 <= min <= opt <= max"),
         ([*command, "--force", "--profile", "width=1:2:3"], "--profile: width is no dimension of this bundle"),
         ([*command, "--force", "--optimization-level", "6"], "--optimization-level: 6; pass an integer in [0, 5]"),
@@ -484,9 +475,9 @@ def test_the_build_from_the_shell(tiny, tmp_path, capsys):
 def fake(monkeypatch):
     module = fake_tensorrt.make_module()
     monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setattr(to_tensorrt, "_build_target", lambda library, options: ("A GPU", ["8.9"]))
-    monkeypatch.setattr(trt, "_pick_device", lambda device: torch.device("cpu"))
-    monkeypatch.setattr(trt, "compute_capability", lambda device: "8.9")
+    monkeypatch.setattr(exporter, "_build_target", lambda library, options: ("A GPU", ["8.9"]))
+    monkeypatch.setattr(sampler_module, "_pick_device", lambda device: torch.device("cpu"))
+    monkeypatch.setattr(sampler_module, "compute_capability", lambda device: "8.9")
     return module
 
 
@@ -508,7 +499,7 @@ def call(sampler, batch=3, **arguments):
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
-    return write_tiny(tmp_path_factory.mktemp("steps") / "graph", graph="step", stochastic=True)
+    return write_tiny(tmp_path_factory.mktemp("steps") / "graph", kind="step", stochastic=True)
 
 
 @pytest.fixture(scope="module")
@@ -614,7 +605,7 @@ def test_what_is_loaded_goes_to_the_samplers_own_gpu(tiny, fake, tmp_path, monke
         yield
         fake.calls.append(("leave",))
 
-    monkeypatch.setattr(trt, "_current", current)
+    monkeypatch.setattr(sampler_module, "_current", current)
     fake.calls.clear()
     TensorRTSampler(bundle, weight_streaming_budget=1)
     assert [c[0] for c in fake.calls] == ["enter", "deserialize_cuda_engine", "leave"]
@@ -807,7 +798,7 @@ def test_an_engine_for_another_gpu_or_version_is_refused(tiny, fake, tmp_path, m
     with pytest.raises(BundleError, match=r"does not load with TensorRT 10.14.1.48: ERROR: cudaError 35"):
         TensorRTSampler(bundle)
     fake.refuse.clear()
-    monkeypatch.setattr(trt, "compute_capability", lambda device: "12.0")
+    monkeypatch.setattr(sampler_module, "compute_capability", lambda device: "12.0")
     with pytest.raises(BundleError, match=r"is for compute capability 8.9, this GPU has 12.0; export it for this one"):
         TensorRTSampler(bundle)
     assert sum(c[0] == "deserialize_cuda_engine" for c in fake.calls) == 1
@@ -819,7 +810,7 @@ def test_an_engine_for_another_gpu_or_version_is_refused(tiny, fake, tmp_path, m
     assert fake.calls[-1] == ("deserialize_cuda_engine", True)
     fake.__version__ = "10.16.0.72"
     TensorRTSampler(newer)
-    monkeypatch.setattr(trt, "compute_capability", lambda device: "8.9")
+    monkeypatch.setattr(sampler_module, "compute_capability", lambda device: "8.9")
     with pytest.raises(BundleError, match=r"was built by version 10.14.1.48 of tensorrt, 10.16.0.72 is installed"):
         TensorRTSampler(bundle)
     fake.__version__ = "11.0.0.114"
@@ -869,7 +860,7 @@ def test_the_commands_run_and_verify_an_engine(graphs, fake, tmp_path, capsys):
     assert "weights: given, but this engine cannot take others" in " ".join(capsys.readouterr().err.split())
     assert main(["run", str(graphs("digits, loop").path), "--weights", str(tmp_path)]) == 2
     assert "but this bundle is of runtime 'onnx'; leave it out" in " ".join(capsys.readouterr().err.split())
-    assert main(["export", "--verify", str(tmp_path / "engine"), "--parity-steps", "3"]) == 0
+    assert main(["verify", str(tmp_path / "engine"), "--parity-steps", "3"]) == 0
     assert "3 steps: largest difference from torch" in capsys.readouterr().out
 
 

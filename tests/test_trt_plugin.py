@@ -32,12 +32,11 @@ from fastddim.export import (
     export_tensorrt,
     open_bundle,
     open_sampler,
-    to_tensorrt,
-    trt_plugin,
 )
 from fastddim.export.bundle import FORMAT
-from fastddim.export.graph import find_model_output
-from fastddim.export.trt_library import Library
+from fastddim.export.onnx.graph import find_model_output
+from fastddim.export.tensorrt import exporter
+from fastddim.export.tensorrt.library import Library
 from fastddim.kernels import plugin
 from fastddim.kernels.plugin import INPUTS, PluginKernel, ddim_step_in_plugin, drop_scratch, plan_plugin_step
 from fastddim.step import Guidance, StepOptions
@@ -152,7 +151,7 @@ def test_blocks_are_the_first_profiles_and_the_grid_holds_any_batch():
 def export_step(model, folder, config=None, **options):
     shape = options.pop("sample_shape", None)
     labels = {"labels": LABELS} if isinstance(model, Tiny) else None
-    chosen = ExportOptions(graph="step", **options)
+    chosen = ExportOptions(kind="step", **options)
     return export_onnx(
         model, config or DDIMConfig(), folder, chosen, sample_shape=shape, example_kwargs=labels, parity_steps=()
     )
@@ -248,7 +247,7 @@ def fake(compiled, monkeypatch):
     module = fake_tensorrt.make_module(plugins=True)
     monkeypatch.setitem(sys.modules, "tensorrt", module)
     monkeypatch.setitem(sys.modules, "tensorrt.plugin", module.plugin)
-    monkeypatch.setattr(to_tensorrt, "_build_target", lambda library, options: ("A GPU", ["9.0"]))
+    monkeypatch.setattr(exporter, "_build_target", lambda library, options: ("A GPU", ["9.0"]))
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     return module
 
@@ -454,7 +453,7 @@ def test_code_for_later_gpus_is_for_the_least_of_them(bundles, fake, compiled, t
 
 
 def test_what_cannot_be_fused_is_refused_before_any_work(bundles, fake, tmp_path, monkeypatch):
-    monkeypatch.setattr(to_tensorrt, "write_bundle", None)
+    monkeypatch.setattr(exporter, "write_bundle", None)
     monkeypatch.setattr(onnx, "load", None)
     out = tmp_path / "engine"
     large = {"schedule": {**bundles("noise").manifest["schedule"], "thresholding": True, "sample_max_value": 2.0}}
@@ -466,7 +465,7 @@ def test_what_cannot_be_fused_is_refused_before_any_work(bundles, fake, tmp_path
             export_tensorrt(changed, out, options)
         assert not out.exists()
 
-    refused(r"fused_step: True for a bundle with graph 'loop'; export it with graph='step'", graph="loop")
+    refused(r"fused_step: True for a bundle of kind 'loop'; export it with kind='step'", graph="loop")
     refused(
         r"fused_step: True for samples of 16640 elements with dynamic thresholding .*16384.*leave", "noise", **large
     )
@@ -501,13 +500,11 @@ def test_a_kernel_that_does_not_compile_is_an_error(bundles, fake, tmp_path, mon
 
 def test_the_option_from_the_shell(bundles, fake, tmp_path, capsys):
     out = tmp_path / "engine"
-    command = ["export", "--format", "tensorrt", "--trt", "standard", "--fused-step", "--out", str(out)]
+    command = ["export", "tensorrt", "--flavour", "standard", "--fused-step", "--out", str(out)]
     assert main(command) == 2
-    assert "--fused-step: given with --graph loop; pass --graph step" in " ".join(capsys.readouterr().err.split())
-    assert main(["export", "--fused-step", "--out", str(out)]) == 2
-    assert "pass --format tensorrt" in " ".join(capsys.readouterr().err.split())
+    assert "--fused-step: given with --kind loop; pass --kind step" in " ".join(capsys.readouterr().err.split())
     assert not out.exists()
-    assert main([*command, "--from", str(bundles("plain").path)]) == 0
+    assert main([*command, str(bundles("plain").path)]) == 0
     assert open_bundle(out).manifest["engine"]["options"]["fused_step"] is True
 
 

@@ -16,9 +16,9 @@ import tensorrt as trt
 import tensorrt.plugin
 from triton.backends.compiler import GPUTarget
 
-from fastddim.export import open_bundle, trt_plugin
-from fastddim.export.trt_library import Library
-from fastddim.kernels import plugin
+from fastddim.export import open_bundle
+from fastddim.export.tensorrt.library import Library
+from fastddim.export.tensorrt.plugin import _KERNELS, _find_kernel, fuse
 from fastddim.kernels.aot import compile_source
 
 # A grid's second axis holds 65,535 programs.
@@ -111,7 +111,7 @@ def drive(registry, bundle, capability):
     """Create a bundle's plugin as the ONNX parser does, and ask it for all that the builder asks."""
     largest = LARGEST.get(bundle.path.name, 9)
     ranges = [{"batch": (1, 4, 5)}, {"batch": (6, 6, largest)}]
-    graph, identity = trt_plugin.fuse(Library("standard", trt), bundle, ranges, capability)
+    graph, identity = fuse(Library("standard", trt), bundle, ranges, capability)
     node = graph.graph.node[-1]
     told = {attribute.name: attribute.s.decode() for attribute in node.attribute}
     name, namespace = node.op_type, told["plugin_namespace"]
@@ -174,7 +174,7 @@ def drive(registry, bundle, capability):
         "entry": entry,
         "ptx": ptx.decode(),
         "ranges": ranges,
-        "constants": trt_plugin._find_kernel(told["kernel"]).step.constants,
+        "constants": _find_kernel(told["kernel"]).step.constants,
         "identity": identity,
     }
 
@@ -182,9 +182,9 @@ def drive(registry, bundle, capability):
 def compile_targets(folder, kernel):
     """The PTX for every target, as TensorRT gets it and as Triton made it."""
     for target in TARGETS:
-        compiled = plugin.compile_plugin_step(kernel.step, kernel.model_dtype, target)
+        compiled = kernel_plugin.compile_plugin_step(kernel.step, kernel.model_dtype, target)
         (folder / f"sm_{target}.ptx").write_text(compiled.ptx)
-        source = plugin._source(kernel.step, kernel.model_dtype)
+        source = kernel_plugin._source(kernel.step, kernel.model_dtype)
         version = int(compiled.ptx.partition(".version ")[2][:3].replace(".", ""))
         raw = compile_source(source, kernel.step.num_warps, GPUTarget("cuda", target, 32), ptx_version=version)
         (folder / f"sm_{target}.raw.ptx").write_text(raw.asm["ptx"])
@@ -199,7 +199,7 @@ def main(bundles, out):
         (out / f"{path.name}.json").write_text(json.dumps(driven))
         if path.name in COMPILED:
             (out / path.name).mkdir()
-            compile_targets(out / path.name, trt_plugin._KERNELS[driven["identity"]["sha256"]])
+            compile_targets(out / path.name, _KERNELS[driven["identity"]["sha256"]])
 
 
 if __name__ == "__main__":

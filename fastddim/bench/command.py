@@ -59,9 +59,10 @@ def bench(
         typer.Option(metavar="FILE", help="Compare the ratios with those of an earlier --json; 1 if worse."),
     ] = None,
 ) -> int:
-    """Verify every candidate, then time ours and what users would pick instead, in turn.
+    """Verify every candidate, then time them in turn.
 
-    The status is 1 if a candidate was wrong or raised, or a ratio is worse than in the file to compare with.
+    The candidates are ours and what users would pick instead. The status is 1 if one was wrong or raised, or a ratio is
+    worse than in the file to compare with.
     """
     from fastddim.bench import report, table
     from fastddim.bench.compare import compare as compare_runs

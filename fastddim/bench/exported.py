@@ -52,15 +52,12 @@ def tensorrt_missing() -> str | None:
 
 
 def _ort_work(inputs: LoopInputs) -> Work:
-    import onnxruntime
     import torch
 
     from fastddim.export import OrtSampler, export_onnx
+    from fastddim.export.onnx.sampler import yielding_options
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    # Threads that spin after a call would slow the candidate that follows.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options = yielding_options(torch.get_num_threads())
     load = partial(OrtSampler, providers=inputs.start.device.type, session_options=options)
     kwargs = {name: value.cpu().numpy() for name, value in inputs.kwargs.items()}
     return _work(inputs, export_onnx, load, inputs.start.float().cpu().numpy(), kwargs)

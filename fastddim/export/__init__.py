@@ -2,75 +2,34 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
-_ROOM_OF = {
-    "AotiSampler": "aoti",
-    "Bundle": "bundle",
-    "BundleError": "bundle",
-    "ExportError": "plan",
-    "ExportOptions": "plan",
-    "KernelBundle": "kernel_bundle",
-    "KernelOptions": "to_cubin",
-    "NotFiniteError": "bundle_sampler",
-    "OrtPipeline": "ort_pipeline",
-    "OrtSampler": "ort",
-    "ParityError": "validate",
-    "Profile": "trt_options",
-    "TensorRTOptions": "trt_options",
-    "TensorRTSampler": "trt",
-    "TritonOptions": "triton_repository",
-    "export_aoti": "to_aoti",
-    "export_cubin": "to_cubin",
-    "export_onnx": "to_onnx",
-    "export_pipeline": "pipelines",
-    "export_tensorrt": "to_tensorrt",
-    "load_exportable": "pipelines",
-    "open_bundle": "bundle",
-    "open_kernels": "kernel_bundle",
-    "open_sampler": "bundle_sampler",
-    "verify_bundle": "validate",
-    "verify_pipeline": "pipelines",
-    "write_triton_repository": "triton_repository",
+from fastddim.export.runtime import BUILT_IN, Runtime, get_runtime, load_part, register_runtime, runtimes
+
+_INSTALL = "pip install 'fastddim[onnx]'"
+_SHARED = {
+    "bundle": ("Bundle", "BundleError", "open_bundle"),
+    "bundle_sampler": ("BundleSampler", "NotFiniteError", "open_sampler"),
+    "inference_server.options": ("InferenceServerOptions",),
+    "inference_server.repository": ("write_repository",),
+    "models": ("load_exportable",),
+    "sampler_plan": ("ExportError", "ExportOptions"),
+    "validate": ("ParityError", "verify_bundle"),
+}
+# The path of each public name, and the line that installs what it imports; the names load on first use.
+_PATHS = {
+    **{
+        name: (path, runtime.install)
+        for runtime in map(get_runtime, BUILT_IN)
+        for name, path in runtime.parts().items()
+    },
+    **{name: (f"fastddim.export.{module}:{name}", _INSTALL) for module, names in _SHARED.items() for name in names},
 }
 
-__all__ = [
-    "AotiSampler",
-    "Bundle",
-    "BundleError",
-    "ExportError",
-    "ExportOptions",
-    "KernelBundle",
-    "KernelOptions",
-    "NotFiniteError",
-    "OrtPipeline",
-    "OrtSampler",
-    "ParityError",
-    "Profile",
-    "TensorRTOptions",
-    "TensorRTSampler",
-    "TritonOptions",
-    "export_aoti",
-    "export_cubin",
-    "export_onnx",
-    "export_pipeline",
-    "export_tensorrt",
-    "load_exportable",
-    "open_bundle",
-    "open_kernels",
-    "open_sampler",
-    "verify_bundle",
-    "verify_pipeline",
-    "write_triton_repository",
-]
+__all__ = ["Runtime", "get_runtime", "register_runtime", "runtimes", *_PATHS]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOM_OF:
+    if name not in _PATHS:
         raise AttributeError(f"module 'fastddim.export' has no attribute {name!r}")
-    try:
-        room = importlib.import_module(f"fastddim.export.{_ROOM_OF[name]}")
-    except ImportError as error:
-        raise ImportError(f"fastddim.export.{name} needs {error.name}: pip install 'fastddim[onnx]'") from error
-    return getattr(room, name)
+    return load_part(*_PATHS[name])

@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
-# What runs a bundle's file, and the class of fastddim.export that calls it.
-SAMPLERS = {"onnx": "OrtSampler", "aoti": "AotiSampler", "tensorrt": "TensorRTSampler"}
+from fastddim.export.runtime import get_runtime, public_name
+
 _HASH_BLOCK = 1 << 20
 
 
@@ -31,7 +31,7 @@ class Format:
     Attributes:
         name, version: as its manifest says; later versions are not read.
         file: the manifest.
-        schema_file: its JSON schema, beside this module.
+        schema_file: its JSON schema, in the folder of `fastddim.export`.
     """
 
     name: str
@@ -54,26 +54,48 @@ class BundleError(ValueError):
 
 
 @dataclass(frozen=True)
-class Bundle:
-    """An opened bundle, its files checked.
+class Folder:
+    """An opened bundle of any format, its files checked.
 
     Attributes:
+        format: what its manifest looks like.
         path: the folder.
-        manifest: its description, as the schema has it (`manifest.schema.json`).
+        manifest: its description, as the format's schema has it.
     """
+
+    format: ClassVar[Format]
 
     path: Path
     manifest: Mapping[str, Any]
 
+    def missing(self) -> str | None:
+        """What one part of the manifest names and no other part describes; None where all is there."""
+        return None
+
+
+AnyFolder = TypeVar("AnyFolder", bound=Folder)
+
+
+@dataclass(frozen=True)
+class Bundle(Folder):
+    """An opened bundle of a model and its sampler, described by `manifest.schema.json`."""
+
+    format = FORMAT
+
+    def missing(self) -> str | None:
+        """A graph's file that is not among the bundle's files."""
+        named = (str(described["model"]) for described in (self.manifest, *self.components.values()))
+        return next((name for name in named if name not in self.manifest["files"]), None)
+
     @property
-    def graph(self) -> str:
-        """`"loop"` or `"step"`."""
+    def kind(self) -> str:
+        """`"loop"`, all steps in one call, or `"step"`."""
         kind: str = self.manifest["graph"]
         return kind
 
     @property
     def runtime(self) -> str:
-        """What runs the file: `"onnx"`, `"aoti"` or `"tensorrt"`."""
+        """The name of what runs the file, such as `"onnx"`."""
         name: str = self.manifest.get("runtime", "onnx")
         return name
 
@@ -109,7 +131,7 @@ class Bundle:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes."""
+    """The SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_HASH_BLOCK):
@@ -140,20 +162,20 @@ def check_destination(path: str | Path, force: bool, format: Format = FORMAT) ->
     return target
 
 
-def write_bundle(path: Path, force: bool, fill: Callable[[Path], Mapping[str, Any]]) -> Bundle:
+def write_bundle(
+    path: Path,
+    force: bool,
+    fill: Callable[[Path], Mapping[str, Any]],
+    opened: type[AnyFolder] = Bundle,  # type: ignore[assignment]
+) -> AnyFolder:
     """Write a bundle whole or not at all.
 
     Args:
         path: from `check_destination`.
         force: replace the bundle there.
         fill: writes the files to a folder and returns the manifest without `files`.
+        opened: the class of what is returned, whose format is written.
     """
-    write_files(path, force, fill, FORMAT)
-    return open_bundle(path)
-
-
-def write_files(path: Path, force: bool, fill: Callable[[Path], Mapping[str, Any]], format: Format) -> None:
-    """Write a bundle of some format whole or not at all. Arguments as `write_bundle`'s."""
 
     def fill_whole(temporary: Path) -> None:
         manifest = dict(fill(temporary))
@@ -163,9 +185,10 @@ def write_files(path: Path, force: bool, fill: Callable[[Path], Mapping[str, Any
             if file.is_file()
         }
         text = json.dumps(manifest, indent=1, allow_nan=False)
-        (temporary / format.file).write_text(text + "\n", "utf-8")
+        (temporary / opened.format.file).write_text(text + "\n", "utf-8")
 
     write_folder(path, force, fill_whole)
+    return open_folder(opened, path)
 
 
 def write_folder(path: Path, force: bool, fill: Callable[[Path], None], workplace: Path | None = None) -> None:
@@ -205,19 +228,18 @@ def open_bundle(path: str | Path, *, check_hashes: bool = True) -> Bundle:
     Raises:
         BundleError: no bundle, one of a newer format, or one that is damaged.
     """
+    bundle = open_folder(Bundle, path, check_hashes=check_hashes)
+    try:
+        get_runtime(bundle.runtime)
+    except ValueError as error:
+        raise BundleError(f"bundle: {str(bundle.path / FORMAT.file)!r}: {error}") from error
+    return bundle
+
+
+def open_folder(opened: type[AnyFolder], path: str | Path, *, check_hashes: bool = True) -> AnyFolder:
+    """Read and check a bundle of the format of a class, as `open_bundle` does."""
     folder = Path(path)
-    manifest = read_manifest(folder, FORMAT, check_hashes)
-    for holder in (manifest, *manifest.get("components", {}).values()):
-        if holder["model"] not in manifest["files"]:
-            raise BundleError(
-                f"bundle: {str(folder / FORMAT.file)!r} names no file {holder['model']!r}; export it again"
-            )
-    return Bundle(folder, manifest)
-
-
-def read_manifest(folder: Path, format: Format, check_hashes: bool = True) -> dict[str, Any]:
-    """Read and check a bundle of some format, as `open_bundle` does; its manifest."""
-    file = folder / format.file
+    file = folder / opened.format.file
     if not file.is_file():
         raise BundleError(f"bundle: {str(file)!r} is missing; pass a folder that `fastddim export` wrote")
     try:
@@ -225,7 +247,7 @@ def read_manifest(folder: Path, format: Format, check_hashes: bool = True) -> di
     # Nested too deep is a RecursionError.
     except (ValueError, OSError, RecursionError) as error:
         raise BundleError(f"bundle: {str(file)!r} cannot be read: {error}; export it again") from error
-    _check_manifest(file, manifest, format)
+    _check_manifest(file, manifest, opened.format)
     for name, expected in manifest["files"].items():
         member = folder / _inside(file, name)
         if member.is_symlink() or not member.resolve().is_relative_to(folder.resolve()):
@@ -239,7 +261,11 @@ def read_manifest(folder: Path, format: Format, check_hashes: bool = True) -> di
             )
         if check_hashes and sha256(member) != expected["sha256"]:
             raise BundleError(f"bundle: {str(member)!r} is not the file that was exported (SHA-256); export it again")
-    return manifest
+    read = opened(folder, manifest)
+    missing = read.missing()
+    if missing is not None:
+        raise BundleError(f"bundle: {str(file)!r} has no {missing!r}; export it again")
+    return read
 
 
 def require_runtime(bundle: Bundle, runtime: str) -> None:
@@ -249,10 +275,9 @@ def require_runtime(bundle: Bundle, runtime: str) -> None:
         BundleError: of another one; the message names the class that runs it.
     """
     if bundle.runtime != runtime:
-        raise BundleError(
-            f"bundle: {str(bundle.path)!r} is of runtime {bundle.runtime!r}, not {runtime!r}; run it with"
-            f" fastddim.export.{SAMPLERS[bundle.runtime]}"
-        )
+        sampler = get_runtime(bundle.runtime).sampler
+        fix = "" if sampler is None else f"; run it with {public_name(sampler)}"
+        raise BundleError(f"bundle: {str(bundle.path)!r} is of runtime {bundle.runtime!r}, not {runtime!r}{fix}")
 
 
 def _inside(file: Path, name: str) -> PurePosixPath:

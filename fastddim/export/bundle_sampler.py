@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from fastddim.coefficients import StepTable
 from fastddim.config import DDIMConfig
-from fastddim.export.bundle import SAMPLERS, Bundle, open_bundle, require_runtime
+from fastddim.export.bundle import Bundle, BundleError, open_bundle, require_runtime
+from fastddim.export.runtime import get_runtime
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP, check_seeds, normal_numpy
 from fastddim.schedule import Schedule
+
+if TYPE_CHECKING:
+    import torch
 
 Array = npt.NDArray[Any]
 
@@ -92,6 +97,20 @@ class BundleSampler(ABC):
         self._conditions = [name for name in self._inputs if name not in _OWN and not name.startswith("uncond_")]
         self._schedule = Schedule(DDIMConfig.from_dict(manifest["schedule"]))
 
+    @classmethod
+    @contextlib.contextmanager
+    def compared(
+        cls, bundle: Bundle, model: torch.nn.Module, dtype: torch.dtype
+    ) -> Iterator[tuple[BundleSampler, torch.dtype]]:
+        """The sampler that is compared with torch, and the dtype of its arithmetic, which is the model's meanwhile.
+
+        Args:
+            bundle: what was written; its hashes need not be there yet.
+            model: the model in torch.
+            dtype: the dtype of its weights.
+        """
+        yield cls(bundle, check_finite=False), dtype
+
     @abstractmethod
     def device(self) -> str:
         """What the file runs on, for messages."""
@@ -166,7 +185,7 @@ class BundleSampler(ABC):
             **self._scales(shape[0], guidance_scale, guidance_rescale),
             **self._condition_feeds(shape[0], conditions, uncond_kwargs),
         }
-        run = self._run_loop if self.bundle.graph == "loop" else self._run_steps
+        run = self._run_loop if self.bundle.kind == "loop" else self._run_steps
         result = run(sample, table, seed_list if noisy else None, feeds)
         if self.check_finite and not self._arrays.is_finite(result):
             raise NotFiniteError(self._blame(sample, table, seed_list if noisy else None, feeds))
@@ -295,7 +314,7 @@ class BundleSampler(ABC):
             return "start: has NaN or infinite values"
         if self._sampling["baked_schedule"]:
             return "the result has NaN or infinite values; a bundle with a baked schedule cannot tell at which step"
-        run = self._run_loop if self.bundle.graph == "loop" else self._run_steps
+        run = self._run_loop if self.bundle.kind == "loop" else self._run_steps
         good, bad = 0, len(table)
         while bad - good > 1:
             middle = (good + bad) // 2
@@ -312,16 +331,26 @@ def open_sampler(bundle: str | Path | Bundle, **options: Any) -> BundleSampler:
 
     Args:
         bundle: a folder that `fastddim export` wrote, or an opened bundle.
-        **options: of the class, `OrtSampler` or `AotiSampler`.
+        **options: arguments of the runtime's class, such as `OrtSampler`.
 
     Raises:
         BundleError: a bundle that is damaged, or that this machine cannot run.
     """
-    import fastddim.export
-
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
-    sampler: BundleSampler = getattr(fastddim.export, SAMPLERS[opened.runtime])(opened, **options)
-    return sampler
+    return load_sampler_class(opened)(opened, **options)
+
+
+def load_sampler_class(bundle: Bundle) -> type[BundleSampler]:
+    """The class that runs a bundle.
+
+    Raises:
+        BundleError: its runtime has none; ImportError: what it needs is not installed.
+    """
+    runtime = get_runtime(bundle.runtime)
+    if runtime.sampler is None:
+        raise BundleError(f"bundle: {str(bundle.path)!r} is for {bundle.runtime!r}, which has no sampler in Python")
+    found: type[BundleSampler] = runtime.load(runtime.sampler)
+    return found
 
 
 def fit_array(

@@ -12,8 +12,9 @@ import numpy as np
 
 import fastddim
 from fastddim.config import Clip, DynamicThreshold, Limit
-from fastddim.export.bundle import FORMAT, SAMPLERS
-from fastddim.export.plan import SamplerPlan
+from fastddim.export.bundle import FORMAT
+from fastddim.export.runtime import get_runtime, public_name
+from fastddim.export.sampler_plan import SamplerPlan
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP
 
 NOTE_FILE = "README.md"
@@ -31,26 +32,12 @@ _MEANINGS = {
     "next_sample": "the state after the step",
     "pred_original_sample": "the limited prediction of x0",
 }
-# What loads a file, and what its sampler needs.
-_RUNTIMES = {
-    "onnx": ("Any ONNX runtime loads it.", "no torch"),
-    "aoti": (
-        "libtorch loads it (`AOTIModelPackageLoader`), on machines like `target` in `manifest.json`; inputs and outputs are"
-        " in this order.",
-        "torch",
-    ),
-    "tensorrt": (
-        "TensorRT loads it, of the flavour and version and on the GPUs that `engine` in `manifest.json` names; `build.log`"
-        " is what it said.",
-        "torch and that TensorRT",
-    ),
-}
 _COLUMNS = "x0 = limit(c0 * sample + c1 * output); next_sample = c2 * sample + c3 * output + c4 * x0 + c5 * noise"
 
 
 def name_meanings(plan: SamplerPlan) -> dict[str, str]:
     """What each of the sampler's inputs and outputs is, by name."""
-    row_of = "step" if plan.options.graph == "loop" else "sample"
+    row_of = "step" if plan.options.kind == "loop" else "sample"
     meanings = {**_MEANINGS, "coefficients": f"c0 to c5 of each {row_of}: {_COLUMNS}"}
     for name, condition in plan.denoiser.conditions.items():
         meanings[name] = condition.meaning or "conditions the model"
@@ -73,7 +60,7 @@ def build_manifest(
     return {
         "format": FORMAT.name,
         "format_version": FORMAT.version,
-        "graph": options.graph,
+        "graph": options.kind,
         "model": model,
         "inputs": inputs,
         "outputs": outputs,
@@ -143,13 +130,12 @@ def note(manifest: Mapping[str, Any]) -> str:
         f"\n## {name}\n\n`{component['model']}`: {component['meaning']}.\n\n{_tables(component)}\n"
         for name, component in manifest.get("components", {}).items()
     )
-    runtime = manifest.get("runtime", "onnx")
-    runner = "OrtPipeline" if components and runtime == "onnx" else SAMPLERS[runtime]
-    loads, needs = _RUNTIMES[runtime]
+    runtime = get_runtime(manifest.get("runtime", "onnx"))
+    runner = (components and runtime.pipeline) or runtime.sampler
     command = "" if components else "`fastddim run FOLDER --seed 0 --out samples.png`, or "
     return f"""# An exported DDIM sampler
 
-`{manifest["model"]}` holds the model and its sampler: {kind}. {loads}
+`{manifest["model"]}` holds the model and its sampler: {kind}. {runtime.loads}
 `manifest.json` says the same as this page for programs, with a default table of timesteps and coefficients; its schema is
 in fastddim.
 
@@ -157,7 +143,7 @@ in fastddim.
 
 Limit of x0: {manifest["sampling"]["limit"]}. {compared}
 
-With Python: {command}`fastddim.export.{runner}(FOLDER)`, which needs {needs}.
+With Python: {command}`{public_name(runner or "")}(FOLDER)`, which needs {runtime.needs}.
 {components}"""
 
 

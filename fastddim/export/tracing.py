@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 from torch.export import Dim, ExportedProgram
 
-from fastddim.export.plan import ExportError
+from fastddim.export.sampler_plan import ExportError
 
 
 def trace(

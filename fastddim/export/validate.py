@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from fastddim.config import DDIMConfig
 from fastddim.export.bundle import Bundle
-from fastddim.export.bundle_sampler import BundleSampler, open_sampler
+from fastddim.export.bundle_sampler import BundleSampler, load_sampler_class
 from fastddim.export.denoisers import DTYPES, Denoiser, describe, prepared
 from fastddim.noise import STREAM_INITIAL, normal
 from fastddim.sampler import Sampler
@@ -24,7 +19,7 @@ from fastddim.schedule import Schedule
 PARITY_STEPS = (1, 10, 50)
 LARGEST_BATCH = 3
 # Half-precision models round at every layer, and runtimes fuse them differently.
-_TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-1}
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-1}
 # How much larger than the effect of a rounding of the start the difference may be.
 _AMPLIFIED = 100.0
 
@@ -51,8 +46,6 @@ def measure_parity(
         tolerance: the largest difference. By default what the model's dtype explains, or, for models that amplify it, a
             hundred times the effect of a last-bit change of the starting state.
 
-    A bfloat16 ONNX file is compared in float32 arithmetic on its bfloat16 weights: ONNX Runtime's CPU has no bfloat16.
-
     Raises:
         ParityError: a larger difference; the message has the sizes and both numbers.
     """
@@ -61,103 +54,17 @@ def measure_parity(
     if bundle.any_size:
         large = (small[0], 2 * small[1], small[2])
     results = []
-    with _opened(bundle, denoiser.model, dtype) as (exported, dtype):
+    with load_sampler_class(bundle).compared(bundle, denoiser.model, dtype) as (exported, dtype):
         for batch, shape in ((1, small), (LARGEST_BATCH, large)):
             for count in steps:
                 entry = _compare(exported, denoiser, schedule, batch, shape, count, dtype, tolerance)
-                _require_parity(entry, f"after {count} steps of a batch of {batch} of {shape}")
+                require_parity(entry, f"after {count} steps of a batch of {batch} of {shape}")
                 results.append(entry)
     return results
 
 
-@contextlib.contextmanager
-def _opened(bundle: Bundle, model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[BundleSampler, torch.dtype]]:
-    """What samples from the bundle, and the dtype of its arithmetic, which is the model's meanwhile."""
-    if bundle.runtime != "onnx":
-        yield open_sampler(bundle), dtype
-        return
-    with _runnable(bundle.model_path, model, dtype) as (path, runs_in):
-        sampling = {**bundle.manifest["sampling"], "dtype": str(runs_in).removeprefix("torch.")}
-        opened = Bundle(path.parent, {**bundle.manifest, "sampling": sampling})
-        yield open_sampler(opened, providers="cpu", session_options=_session_options()), runs_in
-
-
-@contextlib.contextmanager
-def _runnable(path: Path, model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[Path, torch.dtype]]:
-    """A graph that a CPU runs, and the dtype of its arithmetic, which is the model's meanwhile."""
-    if dtype != torch.bfloat16:
-        yield path, dtype
-        return
-    with tempfile.TemporaryDirectory() as folder, prepared(model, torch.float32):
-        import onnx
-
-        from fastddim.export.graph import widen
-
-        widened = Path(folder, path.name)
-        beside = path.with_name(f"{path.name}.data")
-        if beside.exists():
-            shutil.copyfile(beside, widened.with_name(beside.name))
-        onnx.save_model(widen(onnx.load(path, load_external_data=False)), widened)
-        yield widened, torch.float32
-
-
-def measure_component(
-    path: Path,
-    name: str,
-    module: torch.nn.Module,
-    batches: Sequence[Mapping[str, torch.Tensor]],
-    dtype: torch.dtype,
-    tolerance: float | None = None,
-) -> list[dict[str, Any]]:
-    """Largest differences between a component's file and its module, for the manifest.
-
-    Args:
-        path: of the graph.
-        name: of the component.
-        module: in evaluation mode; takes a dictionary of inputs and returns a tuple.
-        batches: inputs `[B, ...]` to compare with.
-        dtype: of the module's weights.
-        tolerance: the largest difference. By default what the dtype explains, of the largest value where that is above 1.
-
-    Raises:
-        ParityError: a larger difference; the message has the component and both numbers.
-    """
-    import onnxruntime
-
-    with _runnable(path, module, dtype) as (file, dtype), torch.no_grad():
-        session = onnxruntime.InferenceSession(str(file), _session_options(), providers=["CPUExecutionProvider"])
-        arrays = [{key: value.numpy() for key, value in inputs.items()} for inputs in batches]
-        pairs = [
-            (module(dict(inputs)), session.run(None, given)) for inputs, given in zip(batches, arrays, strict=True)
-        ]
-    results = []
-    for inputs, (expected, actual) in zip(batches, pairs, strict=True):
-        first = next(iter(inputs.values()))
-        largest = max(float(value.abs().max()) for value in expected)
-        # numpy's maximum keeps a NaN, Python's need not.
-        error = float(np.max([np.abs(have - want.numpy()).max() for have, want in zip(actual, expected, strict=True)]))
-        entry = {
-            "component": name,
-            "batch": first.shape[0],
-            "size": list(first.shape[1:]),
-            "largest_error": error if math.isfinite(error) else math.inf,
-            "tolerance": _TOLERANCES[dtype] * max(1.0, largest) if tolerance is None else tolerance,
-        }
-        _require_parity(entry, f"in {name}, a batch of {first.shape[0]} of {tuple(first.shape[1:])}")
-        results.append(entry)
-    return results
-
-
-def _session_options() -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    # Threads that spin between calls would slow torch, whose turn it is then.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return options
-
-
-def _require_parity(entry: Mapping[str, Any], where: str) -> None:
+def require_parity(entry: Mapping[str, Any], where: str) -> None:
+    """Raise `ParityError` if an entry's error is above its tolerance."""
     if not entry["largest_error"] <= entry["tolerance"]:
         raise ParityError(
             f"model: the exported file differs from torch by {entry['largest_error']:.3g} (tolerance"
@@ -227,7 +134,7 @@ def _compare(
     if tolerance is None:
         # A random model is chaotic: what a last-bit change of the start does says how far two programs may be apart.
         nudged = _sample(sampler, start * (1 + 2**-23), kwargs)
-        tolerance = max(_TOLERANCES[dtype], _AMPLIFIED * float((nudged - expected).abs().max()))
+        tolerance = max(TOLERANCES[dtype], _AMPLIFIED * float((nudged - expected).abs().max()))
     arrays: dict[str, Any] = {name: value.numpy(force=True) for name, value in conditions.items()}
     actual = exported(
         batch if sampling.get("seeded") else start.numpy(force=True),

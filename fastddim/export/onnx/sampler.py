@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime
@@ -12,6 +14,9 @@ from fastddim.coefficients import StepTable
 from fastddim.export.bundle import Bundle
 from fastddim.export.bundle_sampler import Array, BundleSampler
 from fastddim.noise import normal_numpy
+
+if TYPE_CHECKING:
+    import torch
 
 _PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -42,6 +47,18 @@ def choose_providers(wanted: str | Sequence[str] | None) -> list[str]:
             fix = f"; {_INSTALL[name]}" if name in _INSTALL else ""
             raise ValueError(f"providers: {name!r} is not among {', '.join(there)}{fix}")
     return [*names, *([_PROVIDERS["cpu"]] if _PROVIDERS["cpu"] not in names else [])]
+
+
+def yielding_options(num_threads: int = 0) -> onnxruntime.SessionOptions:
+    """Options for a session whose threads sleep between calls, where spinning would slow whoever has the turn.
+
+    Args:
+        num_threads: threads for each operator; 0 is one for each core.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
 
 
 class OrtSampler(BundleSampler):
@@ -82,6 +99,18 @@ class OrtSampler(BundleSampler):
             str(self.bundle.model_path), sess_options=session_options, providers=chosen
         )
         self._on_gpu = self.session.get_providers()[0] != _PROVIDERS["cpu"]
+
+    @classmethod
+    @contextlib.contextmanager
+    def compared(
+        cls, bundle: Bundle, model: torch.nn.Module, dtype: torch.dtype
+    ) -> Iterator[tuple[BundleSampler, torch.dtype]]:
+        from fastddim.export.onnx.parity import runnable
+
+        with runnable(bundle.model_path, model, dtype) as (path, runs_in):
+            sampling = {**bundle.manifest["sampling"], "dtype": str(runs_in).removeprefix("torch.")}
+            opened = Bundle(path.parent, {**bundle.manifest, "sampling": sampling})
+            yield cls(opened, providers="cpu", session_options=yielding_options()), runs_in
 
     def device(self) -> str:
         """The first execution provider: CPU, CUDA or Tensorrt."""

@@ -21,22 +21,22 @@ import torch
 from google.protobuf import text_format
 from PIL import Image
 
-import fake_tensorrt
 import fastddim
+from damage import edit, flip_a_byte
 from fastddim import DDIMConfig, Sampler
 from fastddim.cli import main
 from fastddim.export import (
     Bundle,
     ExportOptions,
+    InferenceServerOptions,
     OrtSampler,
-    TritonOptions,
     export_onnx,
-    to_onnx,
-    write_triton_repository,
+    write_repository,
 )
-from fastddim.export import triton_repository as room
-from fastddim.export.graph import as_loop, symbolic_dims
-from fastddim.export.noise_module import _split
+from fastddim.export.inference_server import repository
+from fastddim.export.onnx import exporter as onnx_exporter
+from fastddim.export.onnx.graph import as_loop, symbolic_dims
+from fastddim.export.onnx.noise_module import _split
 from fastddim.export.schedule_module import ScheduleModule
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP, normal_numpy, split_bits
 from fastddim.pictures import make_grid
@@ -79,7 +79,7 @@ def plain(tmp_path_factory):
 @pytest.mark.parametrize("stream", [STREAM_STEP, STREAM_INITIAL])
 @pytest.mark.parametrize("shape", [(3, 5, 7), (1,), (4, 2)])
 def test_a_graph_draws_the_bits_of_the_noise(stream, shape):
-    graph = to_onnx._noise_graph(shape, "noise" if stream == STREAM_STEP else "sample", 20)
+    graph = onnx_exporter._noise_graph(shape, "noise" if stream == STREAM_STEP else "sample", 20)
     session = onnxruntime.InferenceSession(graph.SerializeToString())
     seeds = [0, 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1, 0xDEADBEEFCAFE]
     for step in (0, 1, 999) if stream == STREAM_STEP else (0,):
@@ -225,7 +225,7 @@ BAD_EXPORTS = {
     "per_sample_steps: True with stochastic": {
         "per_sample_steps": True, "bake_schedule": True, "stochastic": True,
     },
-    "seeded: True with graph 'step'": {"seeded": True, "graph": "step"},
+    "seeded: True with kind 'step'": {"seeded": True, "kind": "step"},
     "seeded: True with dynamic_size": {"seeded": True, "dynamic_size": True},
 }  # fmt: skip
 
@@ -279,7 +279,7 @@ def require_described(schema, folder):
 
 
 def test_a_batching_model_is_described(served, schema, tmp_path):
-    folder = write_triton_repository(served, tmp_path / "models")
+    folder = write_repository(served, tmp_path / "models")
     assert folder == tmp_path / "models" / "tiny"
     assert sorted(os.listdir(folder)) == ["1", "README.md", "config.pbtxt"] and os.listdir(folder / "1") == [
         "model.onnx"
@@ -299,13 +299,13 @@ def test_a_batching_model_is_described(served, schema, tmp_path):
 
 
 def test_every_option_is_in_the_configuration(served, schema, tmp_path):
-    options = TritonOptions(
+    options = InferenceServerOptions(
         name="all.of-it", max_batch_size=16, preferred_batch_sizes=(4, 16), max_queue_delay_microseconds=2000,
         queue_timeout_microseconds=500_000, timeout_action="delay", max_queue_size=64, instances=2, kind="gpu",
         gpus=(0, 2), warmup_batch_sizes=(1, 16), parameters={"intra_op_thread_count": "4"}, accelerator="tensorrt",
         accelerator_parameters={"precision_mode": "FP16", "trt_engine_cache_path": 'C:\\"ä"'}, versions=(1, 3),
     )  # fmt: skip
-    config = require_described(schema, write_triton_repository(served, tmp_path, options))
+    config = require_described(schema, write_repository(served, tmp_path, options))
     assert config.name == "all.of-it" and config.max_batch_size == 16
     batching = config.dynamic_batching
     assert list(batching.preferred_batch_size) == [4, 16] and batching.max_queue_delay_microseconds == 2000
@@ -328,18 +328,18 @@ def test_every_option_is_in_the_configuration(served, schema, tmp_path):
 
 
 def test_accelerators_of_cpus_and_all_versions(served, schema, tmp_path):
-    options = TritonOptions(accelerator="openvino", kind="cpu", versions="all")
-    config = read_config(schema, write_triton_repository(served, tmp_path, options))
+    options = InferenceServerOptions(accelerator="openvino", kind="cpu", versions="all")
+    config = read_config(schema, write_repository(served, tmp_path, options))
     (accelerator,) = config.optimization.execution_accelerators.cpu_execution_accelerator
     assert accelerator.name == "openvino" and config.version_policy.HasField("all")
 
 
 def test_a_table_is_served_without_batching(plain, schema, tmp_path):
     with pytest.raises(ValueError, match=r"max_batch_size: 8, .*timesteps, coefficients is no batch; export with"):
-        write_triton_repository(plain, tmp_path / "models")
+        write_repository(plain, tmp_path / "models")
     assert os.listdir(tmp_path) == []
-    options = TritonOptions(max_batch_size=0, warmup_batch_sizes=(1,))
-    config = require_described(schema, write_triton_repository(plain, tmp_path / "models", options))
+    options = InferenceServerOptions(max_batch_size=0, warmup_batch_sizes=(1,))
+    config = require_described(schema, write_repository(plain, tmp_path / "models", options))
     assert not config.HasField("dynamic_batching")
     assert {tensor.name: list(tensor.dims) for tensor in config.input} == {
         "sample": [-1, *SHAPE], "labels": [-1], "timesteps": [-1], "coefficients": [-1, 6],
@@ -360,7 +360,7 @@ def as_engine(bundle, *profiles, flavour="standard", strip_plan=False, **changes
 
 def test_engines_are_for_the_tensorrt_backend(served, plain, schema, tmp_path):
     engine = as_engine(served, {"batch": [1, 1, 1]}, {"batch": [2, 4, 8]})
-    folder = write_triton_repository(engine, tmp_path, TritonOptions(max_batch_size=4))
+    folder = write_repository(engine, tmp_path, InferenceServerOptions(max_batch_size=4))
     config = read_config(schema, folder)
     assert config.backend == "tensorrt" and os.listdir(folder / "1") == ["model.plan"]
     # Otherwise the server would take the first alone.
@@ -368,14 +368,14 @@ def test_engines_are_for_the_tensorrt_backend(served, plain, schema, tmp_path):
     scalar = {"name": "num_inference_steps", "dtype": "int64", "shape": [], "meaning": ""}
     baked = as_engine(plain, inputs=[*plain.manifest["inputs"], scalar])
     with pytest.raises(ValueError, match="'num_inference_steps' shapes an engine's loop"):
-        write_triton_repository(baked, tmp_path, TritonOptions(max_batch_size=0))
+        write_repository(baked, tmp_path, InferenceServerOptions(max_batch_size=0))
     assert os.listdir(tmp_path) == ["tiny"]
 
 
 def test_an_engines_warmup_fits_its_first_profile(plain, schema, tmp_path):
     engine = as_engine(plain, {"batch": [2, 2, 4], "steps": [5, 10, 20]})
-    options = TritonOptions(max_batch_size=0, warmup_batch_sizes=(1,))
-    (warmup,) = read_config(schema, write_triton_repository(engine, tmp_path, options)).model_warmup
+    options = InferenceServerOptions(max_batch_size=0, warmup_batch_sizes=(1,))
+    (warmup,) = read_config(schema, write_repository(engine, tmp_path, options)).model_warmup
     assert {name: list(tensor.dims) for name, tensor in warmup.inputs.items()} == {
         "sample": [2, *SHAPE], "labels": [2], "timesteps": [5], "coefficients": [5, 6],
     }  # fmt: skip
@@ -394,9 +394,9 @@ BAD_ENGINES = {
 def test_engines_that_the_server_would_not_load_are_named(served, tmp_path, message):
     engine, options = BAD_ENGINES[message]
     with pytest.raises(ValueError, match=message):
-        write_triton_repository(as_engine(served, **engine), tmp_path, TritonOptions(**options))
+        write_repository(as_engine(served, **engine), tmp_path, InferenceServerOptions(**options))
     with pytest.raises(ValueError, match="takes batches of 2 to 8; pass at most that, or build one whose profiles"):
-        write_triton_repository(as_engine(served, {"batch": [2, 4, 8]}), tmp_path)
+        write_repository(as_engine(served, {"batch": [2, 4, 8]}), tmp_path)
     assert os.listdir(tmp_path) == []
 
 
@@ -409,7 +409,7 @@ def test_bundles_that_the_server_cannot_run_are_named(served, tmp_path):
         ({"inputs": half}, "'seed' is bfloat16, which the server does not have"),
     ):
         with pytest.raises(ValueError, match=message):
-            write_triton_repository(edited(served, **changes), tmp_path / "models")
+            write_repository(edited(served, **changes), tmp_path / "models")
     assert os.listdir(tmp_path) == []
 
 
@@ -437,20 +437,20 @@ BAD_OPTIONS = {
 @pytest.mark.parametrize("message", BAD_OPTIONS)
 def test_bad_options_are_named(message):
     with pytest.raises(ValueError, match=message):
-        TritonOptions(**BAD_OPTIONS[message])
+        InferenceServerOptions(**BAD_OPTIONS[message])
 
 
 def test_a_repository_holds_several_models(served, plain, tmp_path):
     models = tmp_path / "models"
-    first = write_triton_repository(served, models)
+    first = write_repository(served, models)
     before = {path.name: path.read_bytes() for path in first.iterdir() if path.is_file()}
-    write_triton_repository(plain, models, TritonOptions(max_batch_size=0))
+    write_repository(plain, models, InferenceServerOptions(max_batch_size=0))
     assert sorted(os.listdir(models)) == ["plain", "tiny"] and os.listdir(tmp_path) == ["models"]
     assert {path.name: path.read_bytes() for path in first.iterdir() if path.is_file()} == before
     with pytest.raises(FileExistsError, match=r"out: .*tiny' exists; pass another name, or --force"):
-        write_triton_repository(served, models)
+        write_repository(served, models)
     (first / "2").mkdir()
-    write_triton_repository(served, models, TritonOptions(max_batch_size=2), force=True)
+    write_repository(served, models, InferenceServerOptions(max_batch_size=2), force=True)
     assert sorted(os.listdir(first)) == ["1", "README.md", "config.pbtxt"] and os.listdir(tmp_path) == ["models"]
     assert "max_batch_size: 2\n" in (first / "config.pbtxt").read_text()
 
@@ -460,14 +460,14 @@ def test_what_is_no_model_is_not_replaced(served, tmp_path):
     thesis.parent.mkdir(parents=True)
     thesis.write_text("mine")
     with pytest.raises(FileExistsError, match="is no model, so --force does not replace it"):
-        write_triton_repository(served, tmp_path / "models", force=True)
+        write_repository(served, tmp_path / "models", force=True)
     assert thesis.read_text() == "mine"
     with pytest.raises(NotADirectoryError, match=r"out: .*none' is no folder"):
-        write_triton_repository(served, tmp_path / "none" / "models")
+        write_repository(served, tmp_path / "none" / "models")
     with pytest.raises(NotADirectoryError, match=r"thesis\.txt"):
-        write_triton_repository(served, thesis)
+        write_repository(served, thesis)
     with pytest.raises(FileExistsError, match="is a bundle; pass another folder"):
-        write_triton_repository(served, served.path)
+        write_repository(served, served.path)
     assert not (served.path / "tiny").exists()
 
 
@@ -481,19 +481,19 @@ def test_a_crash_leaves_nothing_half_written(served, tmp_path, monkeypatch, ther
         Path(target).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(room.shutil, "copyfile", fail)
+    monkeypatch.setattr(repository.shutil, "copyfile", fail)
     with pytest.raises(OSError, match="No space left"):
-        write_triton_repository(served, models)
+        write_repository(served, models)
     assert list(tmp_path.rglob("*")) == ([models] if there else [])
 
 
 def test_weights_beside_the_graph_come_along(tmp_path, monkeypatch):
-    monkeypatch.setattr(to_onnx, "_LARGEST_FILE", 1000)
+    monkeypatch.setattr(onnx_exporter, "_LARGEST_FILE", 1000)
     bundle = export_onnx(
-        Tiny(channels=24), CONFIG, tmp_path / "large", ExportOptions(graph="step"), sample_shape=(24, 4, 4),
+        Tiny(channels=24), CONFIG, tmp_path / "large", ExportOptions(kind="step"), sample_shape=(24, 4, 4),
         example_kwargs={"labels": LABELS}, parity_steps=(1,),
     )  # fmt: skip
-    folder = write_triton_repository(bundle, tmp_path / "models", TritonOptions(name="step"))
+    folder = write_repository(bundle, tmp_path / "models", InferenceServerOptions(name="step"))
     shutil.rmtree(bundle.path)
     assert sorted(os.listdir(folder / "1")) == ["model.onnx", "model.onnx.data"]
     onnxruntime.InferenceSession(str(folder / "1" / "model.onnx"))
@@ -617,19 +617,19 @@ def shop(tmp_path_factory):
     """A folder as a user's: a pipeline with classes, its bundle, and the repository with it."""
     folder = tmp_path_factory.mktemp("shop")
     class_pipeline().save_pretrained(folder / "pipeline")
-    line = ["export", "--model", str(folder / "pipeline"), "--out", str(folder / "shapes"), "--parity-steps", "1,10"]
-    line += ["--guidance", "--bake-schedule", "--per-sample-steps", "--seeded", "--json"]
-    line += ["--triton-repository", str(folder / "models"), "--max-batch-size", "4", "--queue-delay", "1000"]
-    assert main(line) == 0
+    line = ["export", "onnx", str(folder / "pipeline"), "--out", str(folder / "shapes"), "--parity-steps", "1,10"]
+    assert main([*line, "--guidance", "--bake-schedule", "--per-sample-steps", "--seeded", "--json"]) == 0
+    line = ["export", "repository", str(folder / "shapes"), "--out", str(folder / "models")]
+    assert main([*line, "--max-batch-size", "4", "--queue-delay", "1000"]) == 0
     return folder
 
 
 @pytest.fixture(scope="module")
 def client():
-    path = Path(fastddim.__file__).parents[1] / "examples" / "triton_client.py"
-    spec = importlib.util.spec_from_file_location("triton_client", path)
+    path = Path(fastddim.__file__).parents[1] / "examples" / "inference_client.py"
+    spec = importlib.util.spec_from_file_location("inference_client", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["triton_client"] = module
+    sys.modules["inference_client"] = module
     spec.loader.exec_module(module)
     return module
 
@@ -672,7 +672,7 @@ def test_a_client_draws_the_states_that_a_model_takes(schema, client, tmp_path, 
     options = ExportOptions(bake_schedule=True, per_sample_steps=True)
     bundle = export_onnx(Tiny(), CONFIG, tmp_path / "states", options, sample_shape=SHAPE,
                          example_kwargs={"labels": LABELS}, parity_steps=(1,))  # fmt: skip
-    write_triton_repository(bundle, tmp_path / "models")
+    write_repository(bundle, tmp_path / "models")
     server = start_server(schema, tmp_path / "models", 2, request)
     samples = client.draw(server.address, "states", SEEDS[:2], {"num_inference_steps": [4, 9], "labels": [1]})
     for sample, seed, steps in zip(samples, SEEDS[:2], (4, 9), strict=True):
@@ -708,8 +708,8 @@ def test_a_client_is_told_what_is_wrong(shop, schema, client, request):
 
 def test_a_bundle_is_served_from_the_shell(shop, schema, tmp_path, capsys):
     models = tmp_path / "models"
-    line = ["export", "--from", str(shop / "shapes"), "--triton-repository", str(models)]
-    named = ["--triton-name", "ten", "--preferred-batch-sizes", "4,8", "--warmup", "1,8", "--instance-kind", "gpu"]
+    line = ["export", "repository", str(shop / "shapes"), "--out", str(models)]
+    named = ["--name", "ten", "--preferred-batch-sizes", "4,8", "--warmup", "1,8", "--instance-kind", "gpu"]
     more = ["--gpus", "0,1", "--backend-parameter", "intra_op_thread_count=2", "--model-versions", "1,2"]
     assert main([*line, *named, *more]) == 0
     assert f"-v {models}:/models" in capsys.readouterr().out
@@ -717,74 +717,70 @@ def test_a_bundle_is_served_from_the_shell(shop, schema, tmp_path, capsys):
     assert list(config.instance_group[0].gpus) == [0, 1] and len(config.model_warmup) == 2
     assert list(config.version_policy.specific.versions) == [1, 2]
     assert main([*line, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["triton_model"] == str(models / "shapes")
+    assert json.loads(capsys.readouterr().out)["path"] == str(models / "shapes")
     assert main(line) == 2
     assert "shapes' exists; pass another name, or --force" in capsys.readouterr().err
 
 
 BAD_LINES = {
-    "--max-batch-size: 8, but the requests of a batch may differ in their steps; pass --bake-schedule": [],
-    "--max-batch-size: -1; pass an integer >= 0": ["--max-batch-size", "-1"],
-    "--instance-kind: 'tpu' is not one of": ["--instance-kind", "tpu"],
-    "--backend-parameter: 'threads'; pass KEY=VALUE": ["--backend-parameter", "threads"],
-    "--triton-name: 'a/b'; pass letters": ["--triton-name", "a/b", "--max-batch-size", "0"],
-    "--format: 'aoti', which the server has no backend for": ["--format", "aoti", "--max-batch-size", "0"],
-    "--warmup: 'x' in 'x'": ["--warmup", "x"],
-    "--max-batch-size: 8, but the requests of a batch may differ in their steps; pass --graph step": ["--format", "tensorrt"],
-    "--bake-schedule: with --format tensorrt, whose number of steps the server cannot pass": [
-        "--format", "tensorrt", "--bake-schedule", "--max-batch-size", "0",
-    ],
-    "--trt: 'rtx', but the server's backend loads the standard TensorRT's engines": [
-        "--format", "tensorrt", "--trt", "rtx", "--graph", "step",
-    ],
-    "--max-batch-size: 8, but the engine takes batches of 1 to 4": [
-        "--format", "tensorrt", "--graph", "step", "--profile", "batch=1:2:4",
-    ],
-}  # fmt: skip
+    "--max-batch-size: 9, but the engine takes batches of 1 to 4": ("engine", ["--max-batch-size", "9"]),
+    "flavour: 'rtx', but the server's backend loads the standard TensorRT's engines": ("rtx", []),
+    "strip_plan: True, but the server has no weights": ("stripped", ["--max-batch-size", "4"]),
+    "--instance-kind: 'cpu', but engines run on GPUs alone": ("engine", ["--instance-kind", "cpu"]),
+    "is for 'aoti', which the server has no backend for; export it for onnx or tensorrt": ("aoti", []),
+    "--max-batch-size: 8, but the server joins requests along the first dimension": ("table", []),
+    "--max-batch-size: -1; pass an integer >= 0": ("shapes", ["--max-batch-size", "-1"]),
+    "--instance-kind: 'tpu' is not one of": ("shapes", ["--instance-kind", "tpu"]),
+    "--backend-parameter: 'threads'; pass KEY=VALUE": ("shapes", ["--backend-parameter", "threads"]),
+    "--name: 'a/b'; pass letters": ("shapes", ["--name", "a/b"]),
+    "--name: '-a'; pass letters": ("shapes", ["--name=-a"]),
+    "--warmup: 'x' in 'x'": ("shapes", ["--warmup", "x"]),
+    "--out: '": ("shapes", ["--name", "old"]),
+}
+
+
+@pytest.fixture(scope="module")
+def foreign(shop, tmp_path_factory):
+    """Bundles by name whose manifests say what the server asks about; their files are those of "shapes"."""
+    folder = tmp_path_factory.mktemp("foreign")
+    profiles = [{"batch": [1, 2, 4]}]
+    options = {
+        "version_compatible": False, "hardware_compatibility": None, "refit": False, "strip_plan": False,
+        "weight_streaming": False,
+    }  # fmt: skip
+    engine = {
+        "flavour": "standard", "version": "10.8", "platform": "linux x86_64", "gpu": None, "compute_capabilities": [],
+        "profiles": profiles, "options": options, "source": {},
+    }  # fmt: skip
+    target = {"device": "cpu", "platform": "linux", "machine": "x86_64", "cpu_features": []}
+    changes = {
+        "engine": {"runtime": "tensorrt", "engine": engine},
+        "rtx": {"runtime": "tensorrt", "engine": {**engine, "flavour": "rtx"}},
+        "stripped": {"runtime": "tensorrt", "engine": {**engine, "options": {**options, "strip_plan": True}}},
+        "aoti": {"runtime": "aoti", "target": target},
+        "shapes": {},
+    }
+    for name, change in changes.items():
+        shutil.copytree(shop / "shapes", folder / name)
+        edit(folder / name, lambda manifest, change=change: manifest.update(change))
+    export_tiny(folder / "table")
+    return folder
 
 
 @pytest.mark.parametrize("message", BAD_LINES)
-def test_bad_lines_are_named_before_any_work(message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("fastddim.cli_export._load", lambda model: pytest.fail("the model was read"))
-    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.make_module())
-    line = ["export", "--out", str(tmp_path / "digits"), "--triton-repository", str(tmp_path / "models")]
-    assert main([*line, *BAD_LINES[message]]) == 2
+def test_bad_lines_are_named_before_the_files_are_read(message, foreign, tmp_path, capsys, monkeypatch):
+    read = "fastddim.export.bundle.sha256"
+    monkeypatch.setattr(read, lambda path: pytest.fail(f"{path} was read"))
+    (tmp_path / "old").mkdir()
+    name, more = BAD_LINES[message]
+    assert main(["export", "repository", str(foreign / name), "--out", str(tmp_path), *more]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ["old"]
 
 
-def test_an_engine_that_the_server_would_refuse_is_not_built(shop, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.make_module())
-    line = ["export", "--from", str(shop / "shapes"), "--format", "tensorrt", "--out", str(tmp_path / "engine")]
-    served = ["--triton-repository", str(tmp_path / "models")]
-    (tmp_path / "models" / "old").mkdir(parents=True)
-    for more, message in (
-        (["--trt", "standard", "--strip-plan"], "--strip-plan: True, but the server has no weights"),
-        (["--profile", "batch=1:2:4"], "--max-batch-size: 8, but the engine takes batches of 1 to 4"),
-        (["--triton-name", "old"], "--triton-repository: '"),
-        (["--instance-kind", "cpu"], "--instance-kind: 'cpu', but engines run on GPUs alone"),
-    ):
-        assert main([*line, *served, *more]) == 2
-        assert message in " ".join(capsys.readouterr().err.split())
-    assert os.listdir(tmp_path) == ["models"]
-
-
-def test_lines_that_lack_a_part_are_named(shop, tmp_path, capsys):
-    for line, message in (
-        (["--from", str(shop / "shapes")], "--out: missing; pass a folder to write, or --verify, or --from with"),
-        (
-            ["--verify", str(shop / "shapes"), "--triton-repository", str(tmp_path)],
-            "--triton-repository: given with --verify",
-        ),
-        (
-            ["--out", str(tmp_path / "x"), "--warmup", "1"],
-            "--warmup: given with --format onnx, which does not use it; pass",
-        ),
-        (
-            ["--from", str(shop / "shapes"), "--triton-repository", str(tmp_path), "--format", "tensorrt"],
-            "--format: given with --from, which does not use it",
-        ),
-        (["--out", str(tmp_path / "x"), "--from", str(shop / "shapes")], "--from: with --out it builds an engine"),
-    ):
-        assert main(["export", *line]) == 2
-        assert message in " ".join(capsys.readouterr().err.split())
+def test_a_damaged_bundle_is_not_served(shop, tmp_path, capsys):
+    folder = shutil.copytree(shop / "shapes", tmp_path / "shapes")
+    flip_a_byte(folder)
+    assert main(["export", "repository", str(folder), "--out", str(tmp_path / "models")]) == 2
+    assert "is not the file that was exported (SHA-256)" in " ".join(capsys.readouterr().err.split())
+    assert os.listdir(tmp_path) == ["shapes"]

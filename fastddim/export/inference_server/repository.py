@@ -1,4 +1,4 @@
-"""Model repositories for NVIDIA Triton Inference Server (the server, not the language) from exported bundles.
+"""Model repositories for NVIDIA's inference server (Triton Inference Server, not the language Triton) from bundles.
 
 No torch here, as in `bundle.py`. The fields are those of the server's `model_config.proto`.
 """
@@ -9,134 +9,29 @@ import contextlib
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastddim.config import require_choice, require_int
 from fastddim.export.bundle import FORMAT, Bundle, open_bundle, write_folder
+from fastddim.export.inference_server.options import ACCELERATORS, VERSION, InferenceServerOptions, check_model_name
+from fastddim.export.runtime import get_runtime, runtimes
 
 CONFIG_FILE = "config.pbtxt"
 NOTE_FILE = "README.md"
-VERSION = 1
 
-# By the manifest's runtime: the backend, and the file that it looks for.
-BACKENDS = {"onnx": ("onnxruntime", "model.onnx"), "tensorrt": ("tensorrt", "model.plan")}
 _DATA_TYPES = {
     "bool": "BOOL",
     **{f"{sign}int{bits}": f"{sign}int{bits}".upper() for sign in ("", "u") for bits in (8, 16, 32, 64)},
     **{f"float{bits}": f"FP{bits}" for bits in (16, 32, 64)},
 }
-_PARAMETERS = (
-    "intra_op_thread_count",
-    "inter_op_thread_count",
-    "execution_mode",
-    "enable_mem_arena",
-    "enable_mem_pattern",
-    "memory.enable_memory_arena_shrinkage",
-    "session.use_device_allocator_for_initializers",
-)
-# Which instances each of ONNX Runtime's accelerators serves.
-_ACCELERATORS = {"tensorrt": "gpu", "cuda": "gpu", "openvino": "cpu"}
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 # More than a shell's line should hold.
 _LONGEST_EXAMPLE = 16
 
 
-@dataclass(frozen=True, kw_only=True)
-class TritonOptions:
-    """How the server runs a model.
-
-    Attributes:
-        name: of the model; the bundle's folder's by default.
-        max_batch_size: samples in a batch; the server joins requests up to it. 0: requests run one by one, as they are.
-        preferred_batch_sizes: batches that run without waiting for more requests.
-        max_queue_delay_microseconds: how long a request waits for others to join it.
-        queue_timeout_microseconds: how long a request may wait in all; 0 is without end.
-        timeout_action: `"reject"` such a request, or `"delay"` it behind the others.
-        max_queue_size: requests beyond it are rejected; 0 is any number.
-        instances: of the model, for each GPU or on the CPU.
-        kind: `"cpu"`, `"gpu"`, or `"auto"` for GPUs where there are any.
-        gpus: the devices to use; all by default.
-        warmup_batch_sizes: run once each before the model counts as ready.
-        parameters: of the ONNX Runtime backend, such as `{"intra_op_thread_count": "4"}`.
-        accelerator: of the ONNX Runtime backend: `"tensorrt"`, `"cuda"` or `"openvino"`.
-        accelerator_parameters: such as `{"precision_mode": "FP16"}`.
-        versions: the server loads the latest `n`, `"all"`, or those of a tuple. Version 1 is what is written.
-
-    Raises:
-        ValueError: values that the server does not take, or that exclude each other.
-    """
-
-    name: str | None = None
-    max_batch_size: int = 8
-    preferred_batch_sizes: tuple[int, ...] = ()
-    max_queue_delay_microseconds: int = 0
-    queue_timeout_microseconds: int = 0
-    timeout_action: str = "reject"
-    max_queue_size: int = 0
-    instances: int = 1
-    kind: str = "auto"
-    gpus: tuple[int, ...] = ()
-    warmup_batch_sizes: tuple[int, ...] = ()
-    parameters: Mapping[str, str] = field(default_factory=dict)
-    accelerator: str | None = None
-    accelerator_parameters: Mapping[str, str] = field(default_factory=dict)
-    versions: int | str | tuple[int, ...] = 1
-
-    def __post_init__(self) -> None:
-        if self.name is not None:
-            check_model_name(self.name)
-        for name in (
-            "max_batch_size", "max_queue_delay_microseconds", "queue_timeout_microseconds", "max_queue_size",
-        ):  # fmt: skip
-            require_int(name, getattr(self, name), 0)
-        require_int("instances", self.instances, 1)
-        require_choice("timeout_action", self.timeout_action, ("reject", "delay"))
-        require_choice("kind", self.kind, ("auto", "cpu", "gpu"))
-        for name, most in (("preferred_batch_sizes", self.max_batch_size), ("warmup_batch_sizes", self._most)):
-            for size in getattr(self, name):
-                require_int(name, size, 1, most)
-        for name in ("max_queue_delay_microseconds", "queue_timeout_microseconds", "max_queue_size"):
-            if getattr(self, name) and not self.max_batch_size:
-                raise ValueError(f"{name}: {getattr(self, name)} with max_batch_size 0, where there is no such queue")
-        for gpu in self.gpus:
-            require_int("gpus", gpu, 0)
-        if self.gpus and self.kind != "gpu":
-            raise ValueError(f"gpus: {self.gpus} with kind {self.kind!r}; pass kind='gpu'")
-        for key in self.parameters:
-            require_choice("parameters", key, _PARAMETERS)
-        self._check_accelerator()
-        if isinstance(self.versions, tuple):
-            if VERSION not in self.versions:
-                raise ValueError(f"versions: {self.versions} without {VERSION}, which is written; add it")
-            for version in self.versions:
-                require_int("versions", version, 1)
-        elif self.versions != "all":
-            if isinstance(self.versions, str):
-                raise ValueError(f"versions: {self.versions!r}; pass an integer, 'all', or a tuple of integers")
-            require_int("versions", self.versions, 1)
-
-    def _check_accelerator(self) -> None:
-        if self.accelerator is None:
-            if self.accelerator_parameters:
-                raise ValueError("accelerator_parameters: without an accelerator; pass accelerator='tensorrt'")
-            return
-        require_choice("accelerator", self.accelerator, tuple(_ACCELERATORS))
-        needed = _ACCELERATORS[self.accelerator]
-        if self.kind not in ("auto", needed):
-            raise ValueError(f"accelerator: {self.accelerator!r} with kind {self.kind!r}; pass kind={needed!r}")
-
-    @property
-    def _most(self) -> int:
-        return max(1, self.max_batch_size)
-
-
-def write_triton_repository(
-    bundle: str | Path | Bundle, out: str | Path, options: TritonOptions | None = None, *, force: bool = False
+def write_repository(
+    bundle: str | Path | Bundle, out: str | Path, options: InferenceServerOptions | None = None, *, force: bool = False
 ) -> Path:
     """Add a bundle's model to a model repository, which is created where there is none.
 
@@ -153,12 +48,15 @@ def write_triton_repository(
         BundleError: a damaged bundle; ValueError: one that the server cannot run in this way.
         FileExistsError, NotADirectoryError, PermissionError: `out`.
     """
-    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
-    options = TritonOptions() if options is None else options
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, check_hashes=False)
+    options = InferenceServerOptions() if options is None else options
     name = check_model_name(opened.path.resolve().name) if options.name is None else options.name
     repository = check_repository(out, name, force)
     config = model_config(opened, name, options)
-    file = BACKENDS[_runtime(opened)][1]
+    if opened is not bundle:
+        # Reading all of the files comes after all other checks.
+        open_bundle(opened.path)
+    _, file = _backend(opened)
     model = str(opened.manifest["model"])
 
     def fill(folder: Path) -> None:
@@ -188,17 +86,6 @@ def write_triton_repository(
     return repository / name
 
 
-def check_model_name(name: str) -> str:
-    """The name, if the server takes it for a model and a folder.
-
-    Raises:
-        ValueError: another one.
-    """
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(f"name: {name!r}; pass letters, digits, '_', '-' and '.', the first no '-' or '.'")
-    return name
-
-
 def check_repository(out: str | Path, name: str, force: bool) -> Path:
     """The absolute path of a repository to add a model to, before the work.
 
@@ -224,7 +111,7 @@ def check_repository(out: str | Path, name: str, force: bool) -> Path:
     return repository
 
 
-def model_config(bundle: Bundle, name: str, options: TritonOptions) -> dict[str, Any]:
+def model_config(bundle: Bundle, name: str, options: InferenceServerOptions) -> dict[str, Any]:
     """A model's configuration, as `to_pbtxt` takes it.
 
     Args:
@@ -235,8 +122,8 @@ def model_config(bundle: Bundle, name: str, options: TritonOptions) -> dict[str,
     Raises:
         ValueError: a bundle that the server cannot run, or cannot batch.
     """
-    runtime = _runtime(bundle)
-    manifest = bundle.manifest
+    runtime, manifest = bundle.runtime, bundle.manifest
+    backend, _ = _backend(bundle)
     if bundle.components:
         raise ValueError(
             f"bundle: {str(bundle.path)!r} is a whole pipeline, which is several models; export its sampler alone"
@@ -256,7 +143,7 @@ def model_config(bundle: Bundle, name: str, options: TritonOptions) -> dict[str,
         _require_batched(manifest, options.max_batch_size)
     config: dict[str, Any] = {
         "name": name,
-        "backend": BACKENDS[runtime][0],
+        "backend": backend,
         "max_batch_size": options.max_batch_size,
         "input": [_tensor(item, batched) for item in manifest["inputs"]],
         "output": [_tensor(item, batched) for item in manifest["outputs"]],
@@ -272,14 +159,14 @@ def model_config(bundle: Bundle, name: str, options: TritonOptions) -> dict[str,
         config["dynamic_batching"] = _dynamic_batching(options)
     if options.accelerator is not None:
         accelerator = {"name": options.accelerator, "parameters": _entries(options.accelerator_parameters)}
-        which = f"{_ACCELERATORS[options.accelerator]}_execution_accelerator"
+        which = f"{ACCELERATORS[options.accelerator]}_execution_accelerator"
         config["optimization"] = {"execution_accelerators": {which: [accelerator]}}
     config["parameters"] = _entries({key: {"string_value": value} for key, value in options.parameters.items()})
     config["model_warmup"] = [_warmup(manifest, size, batched) for size in options.warmup_batch_sizes]
     return config
 
 
-def require_servable(engine: Mapping[str, Any], options: TritonOptions) -> None:
+def require_servable(engine: Mapping[str, Any], options: InferenceServerOptions) -> None:
     """Check that the server's TensorRT backend takes an engine.
 
     Args:
@@ -339,13 +226,16 @@ def _entries(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"key": key, "value": value} for key, value in values.items()]
 
 
-def _runtime(bundle: Bundle) -> str:
-    if bundle.runtime not in BACKENDS:
+def _backend(bundle: Bundle) -> tuple[str, str]:
+    """The server's backend for a bundle's runtime, and the file name that it looks for."""
+    server = get_runtime(bundle.runtime).server
+    if server is None:
+        served = [name for name, runtime in runtimes().items() if runtime.server is not None]
         raise ValueError(
             f"bundle: {str(bundle.path)!r} is for {bundle.runtime!r}, which the server has no backend for; export it for"
-            f" {' or '.join(BACKENDS)}"
+            f" {' or '.join(served)}"
         )
-    return bundle.runtime
+    return server
 
 
 def _require_batched(manifest: Mapping[str, Any], max_batch_size: int) -> None:
@@ -383,7 +273,7 @@ def _version_policy(versions: int | str | Sequence[int]) -> dict[str, Any]:
     return {"all": {}} if isinstance(versions, str) else {"specific": {"versions": list(versions)}}
 
 
-def _dynamic_batching(options: TritonOptions) -> dict[str, Any]:
+def _dynamic_batching(options: InferenceServerOptions) -> dict[str, Any]:
     return {
         "preferred_batch_size": list(options.preferred_batch_sizes),
         "max_queue_delay_microseconds": options.max_queue_delay_microseconds,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastddim.export.bundle import Bundle, BundleError
-from fastddim.export.trt_options import open_dimensions
+from fastddim.export.tensorrt.options import open_dimensions
 
 # Of networks with plugins that are compiled ahead of time; TensorRT 10.8 is the first to have it.
 PLUGIN_FLAG = "PREFER_AOT_PYTHON_PLUGINS"

@@ -14,12 +14,12 @@ import torch
 from torch.export import ExportedProgram
 
 from fastddim.config import DDIMConfig, require_choice
-from fastddim.export.aoti import compute_capability, cpu_features
+from fastddim.export.aoti.loop_module import FusedStepModule, LoopModule
 from fastddim.export.bundle import Bundle, check_destination, write_bundle
 from fastddim.export.denoisers import DTYPES, prepared
-from fastddim.export.loop_module import FusedStepModule, LoopModule
+from fastddim.export.machine import compute_capability, cpu_features
 from fastddim.export.manifest import NOTE_FILE, build_manifest, name_meanings, note
-from fastddim.export.plan import ExportError, ExportOptions, SamplerPlan, plan_sampler
+from fastddim.export.sampler_plan import ExportError, ExportOptions, SamplerPlan, plan_sampler
 from fastddim.export.schedule_module import ScheduleModule
 from fastddim.export.tracing import quiet, told, trace
 from fastddim.export.validate import PARITY_STEPS, measure_parity
@@ -149,7 +149,7 @@ def _trace(plan: SamplerPlan, device: str) -> tuple[ExportedProgram, dict[str, l
     )
     module: torch.nn.Module = step
     examples = step.example_inputs()
-    if options.graph == "loop":
+    if options.kind == "loop":
         baked = None
         if options.bake_schedule:
             baked = ScheduleModule(plan.schedule, options.eta, bool(options.use_clipped_model_output))
@@ -166,7 +166,7 @@ def _name_dims(plan: SamplerPlan, examples: Mapping[str, torch.Tensor]) -> dict[
     state: list[str | int] = ["batch", *plan.denoiser.sample_shape]
     if plan.options.dynamic_size:
         state[2:] = ["height", "width"]
-    loop = plan.options.graph == "loop"
+    loop = plan.options.kind == "loop"
     dims: dict[str, list[str | int]] = {name: ["batch", *value.shape[1:]] for name, value in examples.items()}
     dims |= dict.fromkeys(_STATES, state)
     if loop:
@@ -217,7 +217,7 @@ def _manifest(
 ) -> dict[str, Any]:
     assert program.example_inputs is not None
     (examples,), _ = program.example_inputs
-    loop = plan.options.graph == "loop"
+    loop = plan.options.kind == "loop"
     outputs = ("samples",) if loop else ("next_sample", "pred_original_sample")
     dtypes = {name: str(value.dtype).removeprefix("torch.") for name, value in examples.items()}
     meanings = name_meanings(plan)

@@ -21,9 +21,9 @@ from fastddim.export.bundle import (
     write_bundle,
 )
 from fastddim.export.manifest import NOTE_FILE, note
-from fastddim.export.plan import ExportError
-from fastddim.export.trt_library import PLUGIN_FLAG, Library, current_platform, first_error, load_library
-from fastddim.export.trt_options import Range, TensorRTOptions
+from fastddim.export.sampler_plan import ExportError
+from fastddim.export.tensorrt.library import PLUGIN_FLAG, Library, current_platform, first_error, load_library
+from fastddim.export.tensorrt.options import Range, TensorRTOptions
 from fastddim.files import check_writable, write_whole
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def export_tensorrt(
     if options.timing_cache is not None:
         check_writable(options.timing_cache, "timing_cache")
     if options.fused_step:
-        from fastddim.export.trt_plugin import fuse, require_fusible, require_plugins
+        from fastddim.export.tensorrt.plugin import fuse, require_fusible, require_plugins
 
         require_plugins(library)
     gpu, capabilities = _build_target(library, options)
@@ -254,7 +254,7 @@ def _build_target(library: Library, options: TensorRTOptions) -> tuple[str | Non
         return None, list(options.compute_capabilities)
     import torch
 
-    from fastddim.export.aoti import compute_capability
+    from fastddim.export.machine import compute_capability
 
     if not torch.cuda.is_available():
         raise ValueError(

@@ -116,7 +116,7 @@ class TensorRTOptions:
         strip_plan: leave the weights out; whoever loads the engine takes them from the ONNX bundle.
         weight_streaming: weights may stay on the host in part.
         timing_cache: standard: a file of measured kernels, read where it exists and written.
-        fused_step: standard, TensorRT 10.8 or later, graph `"step"`: the step is our kernel, compiled by Triton, instead
+        fused_step: standard, TensorRT 10.8 or later, kind `"step"`: the step is our kernel, compiled by Triton, instead
             of the graph's operations. It is in the engine: loading that needs no Triton.
 
     Raises:

@@ -11,7 +11,7 @@ import onnxruntime
 
 from fastddim.export.bundle import Bundle, BundleError, open_bundle
 from fastddim.export.bundle_sampler import Array, fit_array
-from fastddim.export.ort import OrtSampler, choose_providers
+from fastddim.export.onnx.sampler import OrtSampler, choose_providers
 
 DECODER = "vae_decoder"
 Ids = Array | Sequence[Array]

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import fastddim
 from fastddim.coefficients import NUM_COLUMNS
-from fastddim.config import Limit, require_choice, require_int
-from fastddim.export.bundle import check_destination, write_files
-from fastddim.export.kernel_bundle import FORMAT, KernelBundle, open_kernels
+from fastddim.export.bundle import check_destination, write_bundle
+from fastddim.export.cubin.bundle import FORMAT, KernelBundle
+from fastddim.export.cubin.options import TRITON_DTYPES, KernelOptions
 from fastddim.export.manifest import limit_text
-from fastddim.export.plan import ExportError
-from fastddim.kernels.aot import ALIGNMENT, compile_call, make_source, pointer_types
-from fastddim.kernels.plan import ARGUMENT_OF, KernelCall, Plan, StepShape, make_plan
-from fastddim.step import Guidance, StepOptions
+from fastddim.export.sampler_plan import ExportError
+from fastddim.kernels.aot import ALIGNMENT, compile_call, make_source
+from fastddim.kernels.plan import ARGUMENT_OF, KernelCall, Plan, make_plan
 
 # Compute capabilities, times ten, of the cubins.
 TARGETS = (80, 90, 100, 120)
@@ -31,12 +28,8 @@ TARGETS = (80, 90, 100, 120)
 # The version is CUDA 12.0's, so that no driver is too old for it.
 PTX_TARGET = 80
 PTX_VERSION = 80
-NOISES = ("none", "given", "drawn")
-
-_TRITON_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-_DTYPES = {short: long for long, short in _TRITON_DTYPES.items()} | {"fp64": "float64", "i64": "int64", "i32": "int32"}
+_DTYPES = {short: long for long, short in TRITON_DTYPES.items()} | {"fp64": "float64", "i64": "int64", "i32": "int32"}
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "int64": 8, "int32": 4}
-_MAX_ELEMENTS = (1 << 31) - 1
 # What Triton adds to a kernel's parameters: null pointers, as these kernels need neither.
 _HIDDEN = ("global_scratch", "profile_scratch")
 _MEANINGS = {
@@ -58,82 +51,6 @@ _MEANINGS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class KernelOptions:
-    """What is fixed in exported kernels. The table of coefficients, and so the number of steps, is not.
-
-    Attributes:
-        shape: of one sample, such as `(4, 64, 64)`.
-        batches: sizes of a batch; each has a plan.
-        state_dtype, model_dtype: of the state, and of the model's output and input: `"float32"`, `"float16"`, `"bfloat16"`.
-        guided: classifier-free guidance over a stacked model output.
-        guidance_rescale: `guidance_rescale` is an argument too.
-        per_sample: each sample has a row and guidance of its own; otherwise all share one.
-        limit: of x0, its numbers included.
-        noise: `"none"`; `"given"`, an argument; `"drawn"`, from seeds in the kernel.
-        x0: the prediction of x0 is a result.
-        model_input: the next model input is a result.
-        advance: the step moves its row's index on and writes the next timestep, so that a captured launch serves all steps.
-
-    Raises:
-        ValueError: options out of range, or that exclude each other.
-    """
-
-    shape: tuple[int, ...]
-    batches: tuple[int, ...] = (1,)
-    state_dtype: str = "float32"
-    model_dtype: str = "float32"
-    guided: bool = False
-    guidance_rescale: bool = False
-    per_sample: bool = False
-    limit: Limit = None
-    noise: str = "none"
-    x0: bool = False
-    model_input: bool = False
-    advance: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.shape:
-            raise ValueError("shape: empty; pass the sizes of one sample, such as (4, 64, 64)")
-        if not self.batches or len(set(self.batches)) < len(self.batches):
-            raise ValueError(f"batches: {self.batches!r}; pass one or more sizes, none twice")
-        for name in ("shape", "batches"):
-            for size in getattr(self, name):
-                require_int(name, size, 1)
-        if math.prod(self.shape) > _MAX_ELEMENTS:
-            raise ValueError(f"shape: {self.shape} has {math.prod(self.shape)} elements; pass fewer than 2**31")
-        for name in ("state_dtype", "model_dtype"):
-            require_choice(name, getattr(self, name), _TRITON_DTYPES)
-        require_choice("noise", self.noise, NOISES)
-        if self.guidance_rescale and not self.guided:
-            raise ValueError("guidance_rescale: True without guided; pass both")
-
-    def step_shape(self, batch: int) -> StepShape:
-        """What the plan of a batch depends on."""
-        each = torch.empty(batch, device="meta")
-        own = each if self.per_sample else 1.0
-        options = StepOptions(
-            guidance=Guidance(own, own if self.guidance_rescale else 0.0) if self.guided else None,
-            limit=self.limit,
-            seeds=each if self.noise == "drawn" else None,
-            advance=self.advance,
-        )
-        shape = StepShape(batch, math.prod(self.shape), channels=self.shape[0], row_per_sample=self.per_sample)
-        return shape.with_options(options)
-
-    def pointer_types(self, batch: int) -> dict[str, str]:
-        """The dtype of every pointer that the kernels of a batch get, by its name in the plan."""
-        return pointer_types(
-            self.step_shape(batch),
-            _TRITON_DTYPES[self.state_dtype],
-            _TRITON_DTYPES[self.model_dtype],
-            x0=self.x0,
-            model_input=self.model_input,
-            noise=self.noise == "given",
-            first_row=self.noise == "drawn" and self.per_sample,
-        )
-
-
 def export_cubin(out: str | Path, options: KernelOptions, *, force: bool = False) -> KernelBundle:
     """Compile the fused step for NVIDIA GPUs of compute capability 8.x, 9.0, 10.0 and 12.0, with PTX for newer ones.
 
@@ -151,8 +68,7 @@ def export_cubin(out: str | Path, options: KernelOptions, *, force: bool = False
     target = check_destination(out, force, FORMAT)
     if triton.knobs.runtime.interpret:
         raise ExportError("TRITON_INTERPRET: set, so that Triton compiles nothing; unset it")
-    write_files(target, force, lambda folder: _fill(folder, options), FORMAT)
-    return open_kernels(target)
+    return write_bundle(target, force, lambda folder: _fill(folder, options), KernelBundle)
 
 
 def _fill(folder: Path, options: KernelOptions) -> dict[str, Any]:

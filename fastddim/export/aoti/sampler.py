@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import platform
 import sys
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ import torch
 from fastddim.coefficients import StepTable
 from fastddim.export.bundle import Bundle, BundleError
 from fastddim.export.bundle_sampler import BundleSampler
+from fastddim.export.machine import compute_capability, cpu_features
 from fastddim.export.torch_arrays import TorchArrays
 from fastddim.export.tracing import quiet
 
@@ -94,21 +94,6 @@ class AotiSampler(BundleSampler):
             }
             sample, _ = self._call(given)
         return sample
-
-
-def cpu_features() -> frozenset[str]:
-    """What Linux says that this machine's processor has, without underscores; nothing elsewhere."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() in ("flags", "Features"):
-                return frozenset(value.replace("_", "").split())
-    return frozenset()
-
-
-def compute_capability(device: torch.device | None = None) -> str:
-    """Of a GPU, such as 9.0; the current one by default."""
-    return ".".join(map(str, torch.cuda.get_device_capability(device)))
 
 
 def require_target(bundle: Bundle, device: torch.device) -> None:

@@ -15,10 +15,10 @@ import fastddim
 from fastddim.config import DDIMConfig
 from fastddim.export.bundle import Bundle, check_destination, write_bundle
 from fastddim.export.denoisers import DTYPES, Denoiser, StepModule, prepared
-from fastddim.export.graph import as_loop, fed_by, name_dims, sized_noise, strip, symbolic_dims
 from fastddim.export.manifest import NOTE_FILE, build_manifest, name_meanings, note
-from fastddim.export.noise_module import NoiseModule
-from fastddim.export.plan import ExportError, ExportOptions, SamplerPlan, plan_sampler
+from fastddim.export.onnx.graph import as_loop, fed_by, name_dims, sized_noise, strip, symbolic_dims
+from fastddim.export.onnx.noise_module import NoiseModule
+from fastddim.export.sampler_plan import ExportError, ExportOptions, SamplerPlan, plan_sampler
 from fastddim.export.schedule_module import ScheduleModule
 from fastddim.export.tracing import quiet, told, trace
 from fastddim.export.validate import PARITY_STEPS, measure_parity
@@ -108,7 +108,7 @@ def write_sampler(
         opset = graph.opset_import[0].version
         if options.seeded and options.stochastic:
             graph = fed_by(graph, _noise_graph(denoiser.sample_shape, "noise", opset), "noise_")
-        if options.graph == "loop":
+        if options.kind == "loop":
             graph = as_loop(graph, options.per_sample_steps)
         if options.bake_schedule:
             graph = fed_by(graph, _schedule_graph(schedule, options, opset), "schedule_")

@@ -14,11 +14,11 @@ import torch
 
 from fastddim.coefficients import StepTable
 from fastddim.cuda_graph import CaptureError, Graph, GraphCache
-from fastddim.export.aoti import compute_capability
 from fastddim.export.bundle import Bundle, BundleError, open_bundle, require_runtime
 from fastddim.export.bundle_sampler import BundleSampler
+from fastddim.export.machine import compute_capability
+from fastddim.export.tensorrt.library import first_error, load_library, require_capability, require_loadable
 from fastddim.export.torch_arrays import TorchArrays
-from fastddim.export.trt_library import first_error, load_library, require_capability, require_loadable
 from fastddim.files import check_writable, write_whole
 
 logger = logging.getLogger(__name__)

@@ -14,10 +14,10 @@ from onnx import TensorProto, helper
 
 from fastddim.config import DDIMConfig
 from fastddim.export.bundle import Bundle
-from fastddim.export.graph import find_model_output, with_fused_step
-from fastddim.export.plan import ExportError
-from fastddim.export.trt_library import PLUGIN_FLAG, Library
-from fastddim.export.trt_options import Range
+from fastddim.export.onnx.graph import find_model_output, with_fused_step
+from fastddim.export.sampler_plan import ExportError
+from fastddim.export.tensorrt.library import PLUGIN_FLAG, Library
+from fastddim.export.tensorrt.options import Range
 
 if TYPE_CHECKING:
     from fastddim.kernels.plugin import PluginKernel, PluginStep
@@ -62,7 +62,7 @@ def require_fusible(manifest: Mapping[str, Any]) -> None:
 
     if manifest["graph"] != "step":
         raise ValueError(
-            f"fused_step: True for a bundle with graph {manifest['graph']!r}; export it with graph='step', or leave it out"
+            f"fused_step: True for a bundle of kind {manifest['graph']!r}; export it with kind='step', or leave it out"
         )
     (sample,) = (item for item in manifest["inputs"] if item["name"] == "sample")
     if any(isinstance(dim, str) for dim in sample["shape"][1:]):

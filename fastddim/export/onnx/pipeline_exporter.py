@@ -7,34 +7,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 
 from fastddim.export.bundle import Bundle, check_destination, write_bundle
 from fastddim.export.denoisers import DTYPES, TOKENS, prepared
-from fastddim.export.graph import name_dims, symbolic_dims
 from fastddim.export.manifest import NOTE_FILE, note
-from fastddim.export.plan import ExportOptions, plan_sampler
-from fastddim.export.to_onnx import describe_values, save, to_graph, write_sampler
-from fastddim.export.validate import LARGEST_BATCH, PARITY_STEPS, measure_component, verify_bundle
+from fastddim.export.models import TEXT_TO_IMAGE, denoiser_of, is_text_to_image
+from fastddim.export.onnx.exporter import describe_values, export_onnx, save, to_graph, write_sampler
+from fastddim.export.onnx.graph import name_dims, symbolic_dims
+from fastddim.export.onnx.parity import measure_component
+from fastddim.export.sampler_plan import ExportOptions, plan_sampler
+from fastddim.export.validate import LARGEST_BATCH, PARITY_STEPS, verify_bundle
 from fastddim.noise import STREAM_INITIAL, normal
-from fastddim.pipeline import load_pipeline
 
-_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
-# The classes that each pipeline's parts may have.
-_SUPPORTED: dict[str, dict[str, tuple[str, ...]]] = {
-    "StableDiffusionPipeline": {
-        "text_encoder": _ENCODERS,
-        "unet": ("UNet2DConditionModel",),
-        "vae": ("AutoencoderKL",),
-    },
-    "StableDiffusionXLPipeline": {
-        "text_encoder": _ENCODERS,
-        "text_encoder_2": ("CLIPTextModelWithProjection",),
-        "unet": ("UNet2DConditionModel",),
-        "vae": ("AutoencoderKL",),
-    },
-}
 _MEANINGS = {
     "input_ids": f"the tokenizer's ids, padded to {TOKENS}",
     "encoder_hidden_states": "the states that condition the sampler",
@@ -67,48 +52,6 @@ class _Component:
     meaning: str
     resized: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
-
-
-def load_exportable(model: str | Path | None) -> Any:
-    """Load a diffusers pipeline of a kind that can be exported.
-
-    Args:
-        model: as `load_pipeline`'s; also the folder or hub id of a text-to-image pipeline or of a `DiTPipeline`.
-
-    Returns:
-        The diffusers pipeline; a `DDIMPipeline` for those of a `UNet2DModel`.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_pipeline`.
-    """
-    kind = "" if model is None else _kind_of(model)
-    if kind not in (*_SUPPORTED, "DiTPipeline"):
-        return load_pipeline(model)
-    # Only Stable Diffusion's own pipeline has one.
-    unchecked = {"safety_checker": None, "requires_safety_checker": False} if kind == "StableDiffusionPipeline" else {}
-    try:
-        return diffusers.DiffusionPipeline.from_pretrained(str(model), **unchecked)
-    except Exception as error:  # diffusers, safetensors, torch and the hub's client each raise their own types
-        raise ValueError(f"model: {str(model)!r} cannot be loaded as a {kind}: {error}") from error
-
-
-def _kind_of(model: str | Path) -> str:
-    try:
-        kind: str = diffusers.DiffusionPipeline.load_config(str(model))["_class_name"]
-    except Exception:  # what is wrong with it, load_pipeline says
-        return ""
-    return kind
-
-
-def denoiser_of(pipe: Any) -> torch.nn.Module:
-    """The network of a pipeline from `load_exportable`."""
-    model: torch.nn.Module = pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
-    return model
-
-
-def is_text_to_image(pipe: Any) -> bool:
-    """Whether `export_pipeline` takes this kind of pipeline."""
-    return type(pipe).__name__ in _SUPPORTED
 
 
 def export_pipeline(
@@ -166,11 +109,27 @@ def export_pipeline(
     return write_bundle(target, force, fill)
 
 
+def export_loaded(
+    pipe: Any, out: str | Path, options: ExportOptions | None = None, sampler_only: bool = False, **arguments: Any
+) -> Bundle:
+    """Export a pipeline of `load_exportable`: whole if `export_pipeline` takes it, else its network and schedule.
+
+    Args:
+        pipe: the pipeline.
+        out, options: as `export_pipeline`'s.
+        sampler_only: the network and schedule of a text-to-image pipeline too.
+        **arguments: `force`, `parity_steps` and `tolerance`, as `export_pipeline`'s.
+    """
+    if is_text_to_image(pipe) and not sampler_only:
+        return export_pipeline(pipe, out, options, **arguments)
+    return export_onnx(denoiser_of(pipe), pipe.scheduler, out, options, **arguments)
+
+
 def _check_pipeline(pipe: Any) -> None:
     kind = type(pipe).__name__
-    if kind not in _SUPPORTED:
-        raise TypeError(f"pipe: {kind} cannot be exported; pass one of {', '.join(_SUPPORTED)}")
-    for name, classes in _SUPPORTED[kind].items():
+    if kind not in TEXT_TO_IMAGE:
+        raise TypeError(f"pipe: {kind} cannot be exported; pass one of {', '.join(TEXT_TO_IMAGE)}")
+    for name, classes in TEXT_TO_IMAGE[kind].items():
         found = type(getattr(pipe, name)).__name__
         if found not in classes:
             raise ValueError(f"pipe: its {name} is {found}; only {' or '.join(classes)} can be exported")
@@ -227,7 +186,7 @@ _Maker = Callable[[Any, str, ExportOptions, tuple[int, ...]], _Component]
 
 
 def _components(pipe: Any) -> list[tuple[str, _Maker]]:
-    encoders = [name for name in _SUPPORTED[type(pipe).__name__] if name.startswith("text_encoder")]
+    encoders = [name for name in TEXT_TO_IMAGE[type(pipe).__name__] if name.startswith("text_encoder")]
     return [*((name, _text_encoder) for name in encoders), ("vae_decoder", _vae_decoder)]
 
 
@@ -247,7 +206,7 @@ class _TextEncoder(torch.nn.Module):
 
 def _text_encoder(pipe: Any, name: str, options: ExportOptions, sample_shape: tuple[int, ...]) -> _Component:
     model = getattr(pipe, name)
-    is_xl, pooled = "text_encoder_2" in _SUPPORTED[type(pipe).__name__], name == "text_encoder_2"
+    is_xl, pooled = "text_encoder_2" in TEXT_TO_IMAGE[type(pipe).__name__], name == "text_encoder_2"
     meaning = "token ids to what conditions the sampler"
     if is_xl:
         meaning += "; both encoders' encoder_hidden_states, joined along the last dimension, are the sampler's"

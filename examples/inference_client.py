@@ -1,7 +1,8 @@
-"""A client of a fastddim model that NVIDIA Triton Inference Server serves: seeds in, a picture out.
+"""A client of a fastddim model that NVIDIA's inference server serves: seeds in, a picture out.
 
-    fastddim export --guidance --bake-schedule --per-sample-steps --seeded --out digits --triton-repository models
-    python examples/triton_client.py --model digits --seeds 1,2,3 --steps 5,20,50 --set class_labels=3,1,4 \
+    fastddim export onnx --guidance --bake-schedule --per-sample-steps --seeded --out digits
+    fastddim export repository digits --out models
+    python examples/inference_client.py --model digits --seeds 1,2,3 --steps 5,20,50 --set class_labels=3,1,4 \
         --set uncond_class_labels=10 --set guidance_scale=2 --out digits.png
 
 Each picture is a request of its own, all sent at once, so that the server's dynamic batching joins them. The protocol is

@@ -14,7 +14,7 @@ from fastddim.export.denoisers import DTYPES, Denoiser, describe
 from fastddim.sampler import to_schedule
 from fastddim.schedule import Schedule
 
-GRAPHS = ("loop", "step")
+KINDS = ("loop", "step")
 
 
 class ExportError(ValueError):
@@ -26,23 +26,23 @@ class ExportOptions:
     """What is fixed in an exported file.
 
     Attributes:
-        graph: `"loop"`, all steps in one call; `"step"`, one step, with rows of the table for each sample.
+        kind: `"loop"`, all steps in one call; `"step"`, one step, with rows of the table for each sample.
         guided: classifier-free guidance, its scale an input `[B]`.
         guidance_rescale: `guidance_rescale` is an input `[B]` too.
         stochastic: noise is an input, so that rows may add it.
         bake_schedule: the loop takes `num_inference_steps` and derives the table itself.
         per_sample_steps: each sample has its own `num_inference_steps` `[B]`; it stays as it is once it is finished.
         seeded: the loop takes a `seed` for each sample and draws its starting state and noise itself.
-        num_inference_steps, eta: of the default table; a baked schedule keeps eta.
+        num_inference_steps, eta: the default table's number of steps and its noise; a baked schedule keeps eta.
         use_clipped_model_output: derive epsilon from the limited x0; where x0 is limited by default.
-        dtype: of the weights, `"float32"`, `"float16"` or `"bfloat16"`; the state is float32.
+        dtype: the weights' dtype, `"float32"`, `"float16"` or `"bfloat16"`; the state is float32.
         dynamic_size: heights and widths may differ from call to call, for models that take them.
 
     Raises:
         ValueError: options that exclude each other.
     """
 
-    graph: str = "loop"
+    kind: str = "loop"
     guided: bool = False
     guidance_rescale: bool = False
     stochastic: bool = False
@@ -56,13 +56,13 @@ class ExportOptions:
     dynamic_size: bool = False
 
     def __post_init__(self) -> None:
-        require_choice("graph", self.graph, GRAPHS)
+        require_choice("kind", self.kind, KINDS)
         require_choice("dtype", self.dtype, DTYPES)
         require_int("num_inference_steps", self.num_inference_steps, 1)
         if self.guidance_rescale and not self.guided:
             raise ValueError("guidance_rescale: True without guided; pass both")
-        if self.bake_schedule and self.graph == "step":
-            raise ValueError("bake_schedule: True with graph 'step', which takes rows of a table; pass graph='loop'")
+        if self.bake_schedule and self.kind == "step":
+            raise ValueError("bake_schedule: True with kind 'step', which takes rows of a table; pass kind='loop'")
         if self.per_sample_steps and not self.bake_schedule:
             raise ValueError("per_sample_steps: True without bake_schedule, which makes the tables; pass both")
         if self.per_sample_steps and self.stochastic and not self.seeded:
@@ -70,8 +70,8 @@ class ExportOptions:
                 "per_sample_steps: True with stochastic, where the noise would have as many steps as the longest run; pass"
                 " seeded=True too"
             )
-        if self.seeded and self.graph == "step":
-            raise ValueError("seeded: True with graph 'step', which starts from any state; pass graph='loop'")
+        if self.seeded and self.kind == "step":
+            raise ValueError("seeded: True with kind 'step', which starts from any state; pass kind='loop'")
         if self.seeded and self.dynamic_size:
             raise ValueError(
                 "seeded: True with dynamic_size, but the size of what is drawn is fixed; pass one of the two"
@@ -86,7 +86,7 @@ class SamplerPlan:
 
     Attributes:
         denoiser: the model.
-        schedule, table: of the default run.
+        schedule, table: the default run's.
         options: with every default decided.
     """
 

@@ -1,0 +1,50 @@
+"""`fastddim export aoti`."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from fastddim.cli_options import with_options
+from fastddim.export.command_options import ComparisonFlags, Destination, Model, SamplerFlags, load_model, report
+
+
+@with_options
+def export_command(
+    *,
+    model: Model = None,
+    destination: Destination,
+    sampler: SamplerFlags,
+    device: Annotated[str, typer.Option(metavar="NAME", help="cpu or cuda.")] = "cpu",
+    cpu_isa: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The CPU needs avx2 or avx512. Default: avx2.")
+    ] = None,
+    comparison: ComparisonFlags,
+) -> None:
+    """Compile a model and its sampler for libtorch.
+
+    AOTInductor compiles them for machines like this one, of a text-to-image pipeline the sampler alone.
+    """
+    from fastddim.export.aoti.exporter import export_aoti
+    from fastddim.export.bundle import check_destination
+    from fastddim.export.models import denoiser_of
+
+    options = sampler.options()
+    compared = comparison.arguments()
+    # Before a model is fetched and read.
+    check_destination(destination.out, destination.force)
+    start = time.perf_counter()
+    pipeline = load_model(model)
+    bundle = export_aoti(
+        denoiser_of(pipeline),
+        pipeline.scheduler,
+        destination.out,
+        options,
+        device=device,
+        cpu_isa=cpu_isa,
+        force=destination.force,
+        **compared,
+    )
+    report(bundle, start, bundle.kind, destination.as_json, parity=bundle.manifest["parity"])

@@ -1,0 +1,127 @@
+"""What the commands of `fastddim export` share: their options, loading a model, and what they print."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastddim.cli_options import Json, integer, naming, naming_options, number, parse_integers, quiet_diffusers
+
+if TYPE_CHECKING:
+    from fastddim.export.bundle import Folder
+    from fastddim.export.sampler_plan import ExportOptions
+
+Model = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="A diffusers folder or hub id. Default: the embedded digits."),
+]
+SamplerOnly = Annotated[bool, typer.Option("--sampler-only", help="Leave out encoders and decoder.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where a bundle is written, and how its command tells."""
+
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="The folder to write.")]
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False
+    as_json: Json = False
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerFlags:
+    """What is fixed in a file with a model and its sampler."""
+
+    kind: Annotated[str, typer.Option(metavar="NAME", help="loop: all steps; step: one.")] = "loop"
+    guidance: Annotated[bool, typer.Option("--guidance", help="Guidance, its scale an input.")] = False
+    guidance_rescale: Annotated[
+        bool, typer.Option("--guidance-rescale", help="The guidance's rescale is an input too.")
+    ] = False
+    noise: Annotated[bool, typer.Option("--noise", help="Noise is an input; eta may be above 0.")] = False
+    bake_schedule: Annotated[bool, typer.Option("--bake-schedule", help="Take a number of steps, not a table.")] = False
+    dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Take any height and width.")] = False
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="float32, float16, bfloat16.")] = "float32"
+    steps: Annotated[int, typer.Option(parser=integer, metavar="INTEGER", help="Steps of the default table.")] = 50
+    eta: Annotated[float, typer.Option(parser=number, metavar="NUMBER", help="Eta of the default table.")] = 0.0
+
+    def options(self, **more: bool) -> ExportOptions:
+        """The exporters' options.
+
+        Args:
+            **more: further fields.
+
+        Raises:
+            ValueError: options that exclude each other, by the names that the user typed.
+        """
+        from fastddim.export.sampler_plan import ExportOptions
+
+        with naming_options(ExportOptions, guided="--guidance", stochastic="--noise", num_inference_steps="--steps"):
+            return ExportOptions(
+                kind=self.kind,
+                guided=self.guidance,
+                guidance_rescale=self.guidance_rescale,
+                stochastic=self.noise,
+                bake_schedule=self.bake_schedule,
+                num_inference_steps=self.steps,
+                eta=self.eta,
+                dtype=self.dtype,
+                dynamic_size=self.dynamic_size,
+                **more,
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonFlags:
+    """How a file is compared with torch."""
+
+    tolerance: Annotated[
+        float | None,
+        typer.Option(parser=number, metavar="NUMBER", help="Largest difference from torch."),
+    ] = None
+    parity_steps: Annotated[str, typer.Option(metavar="INTEGERS", help="Compare after these.")] = "1,10,50"
+
+    def steps(self) -> Sequence[int]:
+        """The numbers of steps after which results are compared."""
+        return parse_integers(self.parity_steps, "--parity-steps")
+
+    def arguments(self) -> dict[str, Any]:
+        """The exporters' arguments."""
+        return {"parity_steps": self.steps(), "tolerance": self.tolerance}
+
+
+def load_model(model: str | None) -> Any:
+    """A diffusers pipeline that can be exported, without diffusers' own output."""
+    from fastddim.export.models import load_exportable
+
+    quiet_diffusers()
+    with naming("model", "MODEL"):
+        return load_exportable(model)
+
+
+def report(bundle: Folder, start: float, what: str, as_json: bool, **facts: Any) -> None:
+    """Print what was written or compared.
+
+    Args:
+        bundle: the result.
+        start: `time.perf_counter()` when the work began.
+        what: the bundle in a word.
+        as_json: print one JSON object.
+        **facts: what JSON has beside path and seconds; `parity` has a line for each comparison with torch.
+    """
+    seconds = time.perf_counter() - start
+    if as_json:
+        typer.echo(json.dumps({"path": str(bundle.path), "seconds": seconds, **facts}))
+        return
+    for entry in facts.get("parity", ()):
+        compared_after = f"{entry['steps']} steps" if "steps" in entry else entry["component"]
+        typer.echo(
+            f"batch {entry['batch']} of {entry['size']}, {compared_after}: largest difference from torch"
+            f" {entry['largest_error']:.1e} (tolerance {entry['tolerance']:.1e})"
+        )
+    size = sum(file["bytes"] for file in bundle.manifest["files"].values())
+    typer.echo(f"{str(bundle.path)!r}: {what}, {size / 1e6:.1f} MB, {seconds:.1f} s")

@@ -1,0 +1,69 @@
+"""The diffusers pipelines that can be exported: which kinds there are, and how one is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from fastddim.pipeline import load_pipeline
+
+_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
+# The classes that the parts of each text-to-image pipeline may have.
+TEXT_TO_IMAGE: dict[str, dict[str, tuple[str, ...]]] = {
+    "StableDiffusionPipeline": {
+        "text_encoder": _ENCODERS,
+        "unet": ("UNet2DConditionModel",),
+        "vae": ("AutoencoderKL",),
+    },
+    "StableDiffusionXLPipeline": {
+        "text_encoder": _ENCODERS,
+        "text_encoder_2": ("CLIPTextModelWithProjection",),
+        "unet": ("UNet2DConditionModel",),
+        "vae": ("AutoencoderKL",),
+    },
+}
+
+
+def load_exportable(model: str | Path | None) -> Any:
+    """Load a diffusers pipeline of a kind that can be exported.
+
+    Args:
+        model: as `load_pipeline`'s; also the folder or hub id of a text-to-image pipeline or of a `DiTPipeline`.
+
+    Returns:
+        The diffusers pipeline; a `DDIMPipeline` for those of a `UNet2DModel`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_pipeline`.
+    """
+    kind = "" if model is None else _kind_of(model)
+    if kind not in (*TEXT_TO_IMAGE, "DiTPipeline"):
+        return load_pipeline(model)
+    # Only Stable Diffusion's own pipeline has one.
+    unchecked = {"safety_checker": None, "requires_safety_checker": False} if kind == "StableDiffusionPipeline" else {}
+    try:
+        return diffusers.DiffusionPipeline.from_pretrained(str(model), **unchecked)
+    except Exception as error:  # diffusers, safetensors, torch and the hub's client each raise their own types
+        raise ValueError(f"model: {str(model)!r} cannot be loaded as a {kind}: {error}") from error
+
+
+def _kind_of(model: str | Path) -> str:
+    try:
+        kind: str = diffusers.DiffusionPipeline.load_config(str(model))["_class_name"]
+    except Exception:  # what is wrong with it, load_pipeline says
+        return ""
+    return kind
+
+
+def denoiser_of(pipe: Any) -> torch.nn.Module:
+    """The network of a pipeline from `load_exportable`."""
+    model: torch.nn.Module = pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
+    return model
+
+
+def is_text_to_image(pipe: Any) -> bool:
+    """Whether `export_pipeline` takes this kind of pipeline."""
+    return type(pipe).__name__ in TEXT_TO_IMAGE
