@@ -36,6 +36,7 @@ from fastddim.export import (
 from fastddim.export.bundle import FORMAT
 from fastddim.export.onnx.graph import find_model_output
 from fastddim.export.tensorrt import exporter
+from fastddim.export.tensorrt import plugin as trt_plugin
 from fastddim.export.tensorrt.library import Library
 from fastddim.kernels import plugin
 from fastddim.kernels.plugin import INPUTS, PluginKernel, ddim_step_in_plugin, drop_scratch, plan_plugin_step

@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from fastddim.export import open_bundle
 from fastddim.export.tensorrt.library import Library
 from fastddim.export.tensorrt.plugin import _KERNELS, _find_kernel, fuse
+from fastddim.kernels import plugin as kernel_plugin
 from fastddim.kernels.aot import compile_source
 
 # A grid's second axis holds 65,535 programs.
