@@ -331,7 +331,7 @@ def export(
             f" {entry['largest_error']:.1e} (tolerance {entry['tolerance']:.1e})"
         )
     size = sum(file["bytes"] for file in bundle.manifest["files"].values())
-    typer.echo(f"{str(bundle.path)!r}: {bundle.graph}, {size / 1e6:.1f} MB, {seconds:.1f} s")
+    typer.echo(f"{str(bundle.path)!r}: {bundle.kind}, {size / 1e6:.1f} MB, {seconds:.1f} s")
     if placed is not None:
         typer.echo(f"{str(placed)!r}: start the server with {cli_triton.server_line(placed.parent)}")
 

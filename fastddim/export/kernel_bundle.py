@@ -9,7 +9,7 @@ from typing import Any
 
 from fastddim.export.bundle import BundleError, Format, read_manifest
 
-FORMAT = Format("fastddim-kernels", 1, "kernel.json", "kernel.schema.json")
+FORMAT = Format("fastddim-kernels", 1, "kernel.json", "kernel.schema.json", "fastddim export cubin")
 
 
 @dataclass(frozen=True)

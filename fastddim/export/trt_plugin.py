@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import onnx
 from onnx import TensorProto, helper
 
-from fastddim.config import DDIMConfig
-from fastddim.export.bundle import Bundle
+from fastddim.export.bundle import Bundle, read_limit
 from fastddim.export.graph import find_model_output, with_fused_step
 from fastddim.export.plan import ExportError
 from fastddim.export.trt_library import PLUGIN_FLAG, Library
@@ -60,9 +59,9 @@ def require_fusible(manifest: Mapping[str, Any]) -> None:
     """
     from fastddim.kernels.plan import WHOLE_SAMPLE
 
-    if manifest["graph"] != "step":
+    if manifest["kind"] != "step":
         raise ValueError(
-            f"fused_step: True for a bundle with graph {manifest['graph']!r}; export it with graph='step', or leave it out"
+            f"fused_step: True for a bundle of kind {manifest['kind']!r}; export it with graph='step', or leave it out"
         )
     (sample,) = (item for item in manifest["inputs"] if item["name"] == "sample")
     if any(isinstance(dim, str) for dim in sample["shape"][1:]):
@@ -141,7 +140,7 @@ def _plan(manifest: Mapping[str, Any], batch: int, largest_batch: int) -> Engine
         rescale=sampling["guidance_rescale"],
         rescale_per_sample=sampling["guidance_rescale"],
         row_per_sample=True,
-        limit=DDIMConfig.from_dict(manifest["schedule"]).limit,
+        limit=read_limit(manifest),
     )
     return plan_engine_step(shape, sampling["stochastic"], largest_batch)
 
