@@ -402,7 +402,7 @@ def test_a_graph_of_one_step_its_range_and_a_number_as_condition(serve, bundles)
     status, _, body = server.ask("GET", "/v1/model")
     model = json.loads(body)
     assert status == 200
-    assert model["graph"] == "step" and model["sample"] == {"shape": [1, 5, 9], "layout": "NCHW", "range": [-1.5, 1.5]}
+    assert model["kind"] == "step" and model["sample"] == {"shape": [1, 5, 9], "layout": "NCHW", "range": [-1.5, 1.5]}
     assert sorted(model["request"]) == ["eta", "num_inference_steps", "seed", "shade"]
     assert model["request"]["num_inference_steps"] == {
         "type": "integer", "minimum": 1, "maximum": 7, "default": 3, "required": False
@@ -761,7 +761,7 @@ def test_metrics_add_up(serve):
     assert buckets == sorted(buckets) and buckets[-1] == values["fastddim_latency_seconds_count"] == 7
     assert 0 < values["fastddim_sampling_seconds_total"] < values["fastddim_latency_seconds_sum"]
     (build,) = [key for key in values if key.startswith("fastddim_build_info")]
-    assert 'graph="loop"' in build and "onnxruntime=" in build
+    assert 'kind="loop"' in build and "onnxruntime=" in build
     assert server.metrics()['fastddim_requests_total{path="/metrics",status="200"}'] == 1
 
 

@@ -327,7 +327,7 @@ def _check_manifest(file: Path, manifest: Any, format: Format) -> dict[str, Any]
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise BundleError(
             f"bundle: {str(file)!r} has format_version {version!r}, this fastddim reads from 1 up to"
-            f" anew: `{format.command} --out ...`"
+            f" {format.version}; write it anew: `{format.command} --out ...`"
         )
     if version > format.version:
         raise BundleError(
