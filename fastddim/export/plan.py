@@ -121,14 +121,14 @@ def plan_sampler(
     model: Any,
     scheduler_or_table: Schedule | DDIMConfig | StepTable | Any,
     options: ExportOptions | None,
-    limit: Limit = None,
     sample_shape: Sequence[int] | None = None,
     example_kwargs: Mapping[str, torch.Tensor] | None = None,
+    limit: Limit = None,
 ) -> SamplerPlan:
     """Check what is to be exported, before any work.
 
     Args:
-        model, scheduler_or_table, options, limit, sample_shape, example_kwargs: as `export_onnx`'s.
+        model, scheduler_or_table, options, sample_shape, example_kwargs, limit: as `export_onnx`'s.
 
     Raises:
         TypeError: no module; ValueError: options or configurations that cannot be exported.

@@ -76,7 +76,7 @@ def export_aoti(
     target = check_destination(out, force)
     if options is not None and (options.per_sample_steps or options.seeded):
         raise ValueError("per_sample_steps, seeded: are for ONNX files; leave them out, or export with export_onnx")
-    plan = plan_sampler(model, scheduler_or_table, options, limit, sample_shape, example_kwargs)
+    plan = plan_sampler(model, scheduler_or_table, options, sample_shape, example_kwargs, limit)
     require_choice("device", device, DEVICES)
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(

@@ -72,7 +72,7 @@ def export_onnx(
         ParityError: the file's results differ from the torch reference's.
     """
     target = check_destination(out, force)
-    plan = plan_sampler(model, scheduler_or_table, options, limit, sample_shape, example_kwargs)
+    plan = plan_sampler(model, scheduler_or_table, options, sample_shape, example_kwargs, limit)
 
     def fill(folder: Path) -> dict[str, Any]:
         manifest = write_sampler(folder, plan, parity_steps, tolerance)
