@@ -11,16 +11,13 @@ import subprocess
 import threading
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import pytest
-import torch
 
 import fastddim
-from fastddim import Clip
 from fastddim.export import Bundle, BundleError, ExportOptions, OrtSampler, export_onnx, open_bundle
 from fastddim.noise import STREAM_INITIAL, normal_numpy
-from flow import flow_table
+from flow import export_class_flow
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -61,18 +58,6 @@ OTHER_RUNS = (
 )
 
 
-def export_flow(path):
-    """A guided model that tells 987.6 from 987, with the table of `flow.py`."""
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(4,), layers_per_block=1, norm_num_groups=2,
-        down_block_types=("DownBlock2D",), mid_block_type=None, up_block_types=("UpBlock2D",), num_class_embeds=5,
-    )  # fmt: skip
-    with torch.no_grad():
-        unet.time_embedding.linear_1.weight.mul_(4)
-    return export_onnx(unet, flow_table(), path, ExportOptions(guided=True), limit=Clip(1.0), parity_steps=())
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The page as a user has it, with the digits and bundles that it refuses; in `bare`, without its runtime."""
@@ -85,7 +70,7 @@ def site(tmp_path_factory):
     pipe = fastddim.load_pipeline()
     options = ExportOptions(guided=True, bake_schedule=True)
     export_onnx(pipe.unet, pipe.scheduler, folder / "digits", options, parity_steps=())
-    export_flow(folder / "flow")
+    export_class_flow(folder / "flow")
     shutil.copytree(Path(__file__).parent / "bundles" / "loop-1", folder / "loop-1")
     manifest = json.loads((folder / "digits" / "manifest.json").read_text())
     noise = {"name": "noise", "dtype": "float32", "shape": ["steps", "batch", 1, 16, 16], "meaning": "of each step"}

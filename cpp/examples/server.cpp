@@ -18,12 +18,13 @@ server::Json describe(const fastddim::Manifest& manifest, const server::RequestR
     server::Json range = nullptr;
     if (manifest.sample.range) range = *manifest.sample.range;
     const auto& sampling = manifest.sampling;
-    server::Json limit = nullptr;
+    server::Json eta = nullptr, limit = nullptr;
+    if (manifest.schedule) eta = sampling.eta;
     if (sampling.limit)
         limit = {{"kind", sampling.limit->kind}, {"bound", sampling.limit->bound}, {"ratio", sampling.limit->ratio}};
     return {{"kind", manifest.kind},
             {"sample", {{"shape", manifest.sample.shape}, {"layout", manifest.sample.layout}, {"range", range}}},
-            {"sampling", {{"dtype", sampling.dtype}, {"eta", sampling.eta}, {"limit", limit}}},
+            {"sampling", {{"dtype", sampling.dtype}, {"eta", eta}, {"limit", limit}}},
             {"request", reader.describe()},
             {"limits", {{"queue", settings.queue}, {"timeout_ms", settings.timeout.count()}}},
             {"versions", manifest.versions}};
