@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import platform
 import random
@@ -25,6 +26,7 @@ from fastddim import DDIMConfig, Schedule, StepTable
 from fastddim.config import BETA_SCHEDULES, PREDICTION_TYPES, TIMESTEP_SPACINGS
 from fastddim.export import ExportOptions, OrtSampler, export_onnx
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP, normal_numpy
+from flow import SHAPE, START_SCALE, Wave, flow_table, plain_loop
 from unets import small_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -220,6 +222,8 @@ def bundles(tmp_path_factory):
         "typed, baked": lambda path: export_typed(path, bake_schedule=True, stochastic=True, eta=1.0),
         "plain": export_typed,
         "resizable": export_resizable,
+        "flow": export_flow,
+        "flow, step": lambda path: export_flow(path, kind="step"),
     }
 
     def get(name):
@@ -232,6 +236,11 @@ def bundles(tmp_path_factory):
 def export_digits(path, **options):
     pipe = fastddim.load_pipeline()
     return export_onnx(pipe.unet, pipe.scheduler, path, ExportOptions(**options), parity_steps=()).path
+
+
+def export_flow(path, table=None, **options):
+    options = ExportOptions(**options)
+    return export_onnx(Wave(), table or flow_table(), path, options, sample_shape=SHAPE, parity_steps=()).path
 
 
 def export_resizable(path):
@@ -294,6 +303,42 @@ def test_a_baked_schedule_takes_a_number_of_steps(both):
     _, ours = samplers
     with pytest.raises(CppError, match="timesteps, eta: this bundle derives its table itself"):
         ours(2, seeds=0, timesteps=[5, 3], **typed_conditions(2))
+
+
+@pytest.mark.parametrize("name", ["flow", "flow, step"])
+def test_a_table_calls_the_model_with_its_own_numbers(both, name):
+    samplers = both(name)
+    samples = assert_same(samplers, 3, seeds=[5, 2**63, 7])
+    start = START_SCALE * normal_numpy([5, 2**63, 7], 0, SHAPE, STREAM_INITIAL)
+    np.testing.assert_allclose(samples, plain_loop(Wave(), start), atol=1e-5)
+    assert_same(samplers, start.astype(np.float32))
+    _, ours = samplers
+    for option, value in {"num_inference_steps": 3, "timesteps": [5, 3], "eta": 0.0}.items():
+        with pytest.raises(CppError, match=f"{option}: given, but this bundle was made from a table") as caught:
+            ours(1, seeds=0, **{option: value})
+        assert caught.value.kind == "invalid_argument"
+
+
+@pytest.mark.parametrize("graph", ["loop", "step"])
+@pytest.mark.parametrize("timesteps", [(-3, 5, 5), (-0.25, 1.5, 900.5)], ids=str)
+def test_timesteps_of_any_sign_and_order_are_what_the_model_gets(checked, tmp_path, graph, timesteps):
+    path = export_flow(tmp_path / "bundle", flow_table(timesteps, noise=0.3), kind=graph, stochastic=True)
+    start = START_SCALE * normal_numpy([5, 6], 0, SHAPE, STREAM_INITIAL)
+    noise = [0.3 * normal_numpy([5, 6], step, SHAPE) for step in range(3)]
+    with CppSampler(checked / "driver", path) as sampler:
+        np.testing.assert_allclose(sampler(2, seeds=5), plain_loop(Wave(), start, timesteps, noise=noise), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["loop", "step"])
+def test_a_bundle_of_the_first_format_runs_as_it_did(checked, kind):
+    """Those of test_export_tables.py."""
+    folder = Path(__file__).parent / "bundles"
+    scale = {"guidance_scale": 2.0} if kind == "loop" else {}
+    expected = np.load(folder / "expected-1.npz")
+    with CppSampler(checked / "driver", folder / f"{kind}-1") as sampler:
+        for name, steps in (("own", None), ("5", 5)):
+            samples = sampler(2, seeds=7, num_inference_steps=steps, class_labels=np.array([3, 1]), **scale)
+            np.testing.assert_allclose(samples, expected[f"{kind} {name}"], atol=1e-5)
 
 
 def test_conditions_of_every_dtype_scales_of_each_sample_and_given_starts(both):
@@ -458,12 +503,15 @@ DAMAGE = {
     ),
     "is no manifest of a fastddim bundle": lambda folder: (folder / "manifest.json").write_text("[]"),
     "'' is no manifest|manifest.json' is no manifest": put("onnx-bundle", "format"),
-    "format_version 2, this fastddim reads up to 1; update it": put(2, "format_version"),
+    "format_version 3, this fastddim reads up to 2; update fastddim": put(3, "format_version"),
     r"\$\.format_version: \"x\" is not an integer": put("x", "format_version"),
-    r"\$\.format_version: 0 is not >= 1": put(0, "format_version"),
+    "format_version 0, this fastddim reads from 1 up to 2; write it anew: `fastddim export onnx --out": put(
+        0, "format_version"
+    ),
     r"\$\.format_version: true is not an integer": put(True, "format_version"),
     r"\$\.format_version: 1\.0 is not an integer": put(1.0, "format_version"),
-    r"\$\.graph: \"whole\" is not one of 'loop', 'step'": put("whole", "graph"),
+    r"\$\.kind: \"whole\" is not one of 'loop', 'step'": put("whole", "kind"),
+    r"\$: 'runtime' is a required property": put(None, "runtime"),
     r"\$: 'sampling' is a required property": put(None, "sampling"),
     r"\$\.table: 'timesteps' is a required property": put(None, "table", "timesteps"),
     r"\$\.table\.timesteps\[1\]: \"7\" is not an integer": put("7", "table", "timesteps", 1),
@@ -476,7 +524,7 @@ DAMAGE = {
     r"\$\.inputs\[0\]\.shape\[1\]: 0 is not >= 1": put(0, "inputs", 0, "shape", 1),
     r"\$\.inputs\[0\]\.shape\[1\]: an empty name": put("", "inputs", 0, "shape", 1),
     r"\$\.inputs\[0\]\.shape: \"batch\" is not an array": put("batch", "inputs", 0, "shape"),
-    r"\$\.runtime: \"abacus\" is not one of 'onnx', 'aoti'": put("abacus", "runtime"),
+    r"\$\.runtime: 7 is not a string": put(7, "runtime"),
     r"\$: 'target' is a required property": put("aoti", "runtime"),
     r"\$\.inputs: no 'sample'": put("simple", "inputs", 0, "name"),
     r"\$\.inputs\[1\]: a second 'sample'": put("sample", "inputs", 1, "name"),
@@ -493,7 +541,7 @@ DAMAGE = {
     r"\$\.sampling\.guided: 1 is not true or false": put(1, "sampling", "guided"),
     r"\$\.sampling\.null_values\['labels'\]: 1\.5 is not an integer": put({"labels": 1.5}, "sampling", "null_values"),
     r"\$\.sampling: a baked schedule in a graph of one step": edited(
-        lambda manifest: manifest.update(graph="step", sampling=manifest["sampling"] | {"baked_schedule": True})
+        lambda manifest: manifest.update(kind="step", sampling=manifest["sampling"] | {"baked_schedule": True})
     ),
     r"\$\.schedule: 'betas' is no field of a schedule": put([], "schedule", "betas"),
     r"\$\.schedule\['beta_end'\]: \"0\.02\" is not a number": put("0.02", "schedule", "beta_end"),
@@ -539,6 +587,57 @@ def test_a_damaged_bundle_is_refused(checked, bundles, tmp_path):
             with pytest.raises(CppError, match=message) as caught:
                 reader.open(folder)
             assert caught.value.kind == "BundleError" and str(folder) in str(caught.value)
+
+
+BAD_TABLES = {
+    r"\$\.table\.timesteps\[1\]: 1e\+39 is not finite in float32": put(1e39, "table", "timesteps", 1),
+    r"\$\.table\.timesteps\[1\]: \"7\" is not a number": put("7", "table", "timesteps", 1),
+    "manifest.json' cannot be read: .*987.6, N": put(math.nan, "table", "timesteps", 1),
+    r"\$\.table\.coefficients: 2 rows for 3 timesteps": put([[0] * 6] * 2, "table", "coefficients"),
+    r"\$\.table\.start_scale: 0 is not > 0": put(0, "table", "start_scale"),
+    r"\$\.table\.start_scale: -1\.5 is not > 0": put(-1.5, "table", "start_scale"),
+    r"\$\.table: 'start_scale' is a required property": put(None, "table", "start_scale"),
+    r"\$\.table\.noising: \[1\] is not a factor of x0 and one of the noise": put([1], "table", "noising"),
+    r"\$\.sampling\.baked_schedule: is on, and there is no schedule": put(True, "sampling", "baked_schedule"),
+    r"\$\.sampling\.limit\.kind: \"box\" is not one of": put({"kind": "box"}, "sampling", "limit"),
+    r"\$\.sampling\.limit\.range: 0 is not > 0": put({"kind": "clip", "range": 0}, "sampling", "limit"),
+    r"\$\.sampling\.limit\.ratio: 2 is not in \[0, 1\]": put(
+        {"kind": "threshold", "ratio": 2, "max_value": 1}, "sampling", "limit"
+    ),
+    r"\$\.inputs: 'timesteps' is int32, not int64 or float32": edited(
+        lambda manifest: (
+            input_of(manifest, "timesteps").update(dtype="int32"), manifest["table"].update(timesteps=[3, -2, 1])
+        )
+    ),
+    r"\$\.table\.timesteps\[0\]: 987\.6 is not an integer": edited(
+        lambda manifest: input_of(manifest, "timesteps").update(dtype="int64")
+    ),
+}  # fmt: skip
+
+
+def test_a_table_that_cannot_be_run_is_refused(checked, bundles, tmp_path):
+    with CppSampler(checked / "driver") as reader:
+        for k, (message, damage) in enumerate(BAD_TABLES.items()):
+            folder = shutil.copytree(bundles("flow"), tmp_path / str(k) / "bundle")
+            damage(folder)
+            with pytest.raises(CppError, match=message) as caught:
+                reader.open(folder)
+            assert caught.value.kind == "BundleError"
+
+
+def test_a_damaged_bundle_of_the_first_format_is_named(checked, tmp_path):
+    damages = {
+        r"\$\.kind: null is not a string": put(None, "graph"),
+        r"\$: 'schedule' is a required property": put(None, "schedule"),
+        r"\$\.schedule: beta_start, beta_end: .*, 2; pass": put(2, "schedule", "beta_end"),
+        r"\$\.table: 7 is not an object": put(7, "table"),
+    }
+    with CppSampler(checked / "driver") as reader:
+        for k, (message, damage) in enumerate(damages.items()):
+            folder = shutil.copytree(Path(__file__).parent / "bundles" / "loop-1", tmp_path / str(k) / "bundle")
+            damage(folder)
+            with pytest.raises(CppError, match=message):
+                reader.open(folder)
 
 
 def test_a_whole_pipelines_components_are_known(checked, bundles, tmp_path):
@@ -647,7 +746,7 @@ def fuzz(program, bundles, folder, runs):
     corpus = folder / "corpus"
     corpus.mkdir()
     (corpus / "kernels").write_text(json.dumps(KERNELS))
-    for name in ("typed", "plain"):
+    for name in ("typed", "plain", "flow"):
         manifest = json.loads((bundles(name) / "manifest.json").read_text())
         tensors = {group: manifest[group] for group in ("inputs", "outputs")}
         component = {"model": manifest["model"], **tensors, "meaning": "", "upscale": 8}

@@ -24,6 +24,7 @@ from cpp_driver import build
 import fastddim
 from fastddim import DDIMConfig
 from fastddim.export import ExportOptions, OrtSampler, export_onnx
+from flow import export_class_flow
 from unets import small_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -81,7 +82,12 @@ def export_digits(path):
 def bundles(tmp_path_factory):
     """Bundles by name, each exported at its first use."""
     folder = tmp_path_factory.mktemp("bundles")
-    recipes = {"tiny": export_tiny, "shaded": export_shaded, "digits": export_digits}
+    recipes = {
+        "tiny": export_tiny,
+        "shaded": export_shaded,
+        "digits": export_digits,
+        "flow": lambda path: export_class_flow(path).path,
+    }
 
     def get(name):
         path = folder / name
@@ -410,11 +416,27 @@ def test_a_graph_of_one_step_its_range_and_a_number_as_condition(serve, bundles)
     status, _, body = server.ask("GET", "/v1/model")
     model = json.loads(body)
     assert status == 200
-    assert model["graph"] == "step" and model["sample"] == {"shape": [1, 5, 9], "layout": "NCHW", "range": [-1.5, 1.5]}
+    assert model["kind"] == "step" and model["sample"] == {"shape": [1, 5, 9], "layout": "NCHW", "range": [-1.5, 1.5]}
     assert sorted(model["request"]) == ["eta", "num_inference_steps", "seed", "shade"]
     assert model["request"]["num_inference_steps"] == {
         "type": "integer", "minimum": 1, "maximum": 7, "default": 3, "required": False
     }  # fmt: skip
+
+
+def test_a_bundle_made_from_a_table_runs_its_own_steps(serve, bundles, program):
+    server = serve("flow", "--max-steps", 3)
+    requests = [{"seed": k, "class_labels": k % 4, "guidance_scale": 1 + k / 2} for k in range(4)]
+    answers = [server.sample(request) for request in requests]
+    assert_pictures([pixels(body) for _, _, body in answers], expected_pixels(OrtSampler(bundles("flow")), requests))
+    model = json.loads(server.ask("GET", "/v1/model")[2])
+    assert sorted(model["request"]) == ["class_labels", "guidance_scale", "seed"]
+    assert model["sampling"]["limit"] == {"kind": "clip", "bound": 1.0, "ratio": 1.0}
+    status, _, body = server.sample({**requests[0], "num_inference_steps": 3})
+    assert status == 400 and b"num_inference_steps" in body
+    command = [program, bundles("flow"), "--port", "0", "--max-steps", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S)
+    assert done.returncode == 2
+    assert "was made from a table of 3 steps, and 2 are allowed; pass a larger --max-steps" in done.stderr
 
 
 GOOD = b'"seed": 1, "class_labels": 2'
@@ -775,7 +797,7 @@ def test_metrics_add_up(serve):
     assert buckets == sorted(buckets) and buckets[-1] == values["fastddim_latency_seconds_count"] == 7
     assert 0 < values["fastddim_sampling_seconds_total"] < values["fastddim_latency_seconds_sum"]
     (build,) = [key for key in values if key.startswith("fastddim_build_info")]
-    assert 'graph="loop"' in build and "onnxruntime=" in build
+    assert 'kind="loop"' in build and "onnxruntime=" in build
     assert server.metrics()['fastddim_requests_total{path="/metrics",status="200"}'] == 1
 
 

@@ -18,6 +18,8 @@ from damage import edit
 from fastddim import DDIMConfig, Sampler
 from fastddim.export import Profile, TensorRTOptions, export_tensorrt
 from fastddim.export.tensorrt import exporter
+from fastddim.noise import STREAM_INITIAL, normal_numpy
+from flow import SHAPE, START_SCALE, flow_table, plain_loop
 from test_export import export_tiny
 from test_export_tensorrt import restamp, set_bytes
 
@@ -44,6 +46,8 @@ def engines(tmp_path_factory):
         for graph in ("loop", "step"):
             source = export_tiny(folder / f"{graph}-onnx", CONFIG, kind=graph, guided=True, stochastic=True)
             export_tensorrt(source, folder / graph, options)
+            source = export_tiny(folder / f"flow-{graph}-onnx", flow_table(), kind=graph, guided=True)
+            export_tensorrt(source, folder / f"flow-{graph}", options)
     return folder
 
 
@@ -94,6 +98,24 @@ def test_samples_are_pythons(driver, engines, graph, cuda_graph, tmp_path):
         )
     else:
         assert names.count("enqueueV3") == (len(calls) if graph == "loop" else steps) and "cudaGraphLaunch" not in names
+
+
+class StandIn(torch.nn.Module):
+    """The stand-in's model for all samples at label 1, where timesteps are float."""
+
+    def forward(self, x, t):
+        return 0.1 * x + 1 + t[:, None, None, None] / 1000
+
+
+@pytest.mark.parametrize("graph", ["loop", "step"])
+def test_a_tables_own_timesteps_are_what_the_engine_gets(driver, engines, graph):
+    labels = {"labels": np.ones(3, dtype=np.int64), "guidance_scale": np.ones(1, dtype=np.float32)}
+    start = START_SCALE * normal_numpy([7, 8, 9], 0, SHAPE, STREAM_INITIAL)
+    with CppSampler(driver, engines / f"flow-{graph}", env={"FAKE_FLOATS": "1"}) as sampler:
+        samples = sampler(3, seeds=7, uncond_kwargs={"labels": np.zeros(3, dtype=np.int64)}, **labels)
+    np.testing.assert_allclose(samples, plain_loop(StandIn(), start), rtol=1e-5, atol=1e-5)
+    with pytest.raises(CppError, match=r"has no 'timesteps?' of dtype float32 as the manifest says"):
+        CppSampler(driver, engines / f"flow-{graph}")
 
 
 def test_the_state_stays_on_the_gpu(driver, engines, tmp_path):

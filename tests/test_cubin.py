@@ -261,7 +261,7 @@ DAMAGES = {
     "kernel.json' is missing": lambda folder: (folder / "kernel.json").unlink(),
     "kernel.json' cannot be read": lambda folder: (folder / "kernel.json").write_text("{"),
     "is no manifest of a fastddim bundle": put("fastddim-bundle", "format"),
-    "has format_version 2, this fastddim reads up to 1; update it": put(2, "format_version"),
+    "has format_version 2, this fastddim reads up to 1; update fastddim": put(2, "format_version"),
     "has no 'other'": put("other", "plans", 0, "launches", 0, "kernel"),
     "has no 'other.cubin'": put("other.cubin", "kernels", 0, "images", 2, "file"),
     "$.plans[0].batch": put(0, "plans", 0, "batch"),

@@ -511,14 +511,17 @@ DAMAGE = {
     "cannot be read": lambda folder: (folder / "manifest.json").write_text('{"format": '),
     "cannot be read: maximum recursion depth": lambda folder: (folder / "manifest.json").write_text("[" * 10**5),
     "is no manifest of a fastddim bundle": lambda folder: (folder / "manifest.json").write_text("[]"),
-    "format_version 2, this fastddim reads up to 1; update it": lambda folder: edit(
-        folder, lambda manifest: manifest.update(format_version=2)
+    "format_version 3, this fastddim reads up to 2; update fastddim": lambda folder: edit(
+        folder, lambda manifest: manifest.update(format_version=3)
+    ),
+    "format_version 0, this fastddim reads from 1 up to 2; write it anew: `fastddim export onnx --out": lambda folder: (
+        edit(folder, lambda manifest: manifest.update(format_version=0))
     ),
     "format_version 'x'": lambda folder: edit(folder, lambda manifest: manifest.update(format_version="x")),
     r"\$.table: 'timesteps' is a required property": lambda folder: edit(
         folder, lambda manifest: manifest["table"].pop("timesteps")
     ),
-    r"\$.graph: 'whole' is not one of": lambda folder: edit(folder, lambda manifest: manifest.update(graph="whole")),
+    r"\$.kind: 'whole' is not one of": lambda folder: edit(folder, lambda manifest: manifest.update(kind="whole")),
     "'../model.onnx', which leads out of the folder": lambda folder: edit(
         folder, lambda manifest: manifest["files"].update({"../model.onnx": {"sha256": "", "bytes": 1}})
     ),

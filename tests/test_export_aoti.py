@@ -20,7 +20,7 @@ from cpp_driver import CppError, CppSampler, build
 from PIL import Image
 
 from damage import edit, flip_a_byte
-from fastddim import DDIMConfig, Sampler
+from fastddim import Clip, DDIMConfig, Sampler
 from fastddim.cli import main
 from fastddim.export import (
     AotiSampler,
@@ -40,6 +40,8 @@ from fastddim.export import (
 from fastddim.export.aoti import exporter
 from fastddim.export.aoti import sampler as sampler_module
 from fastddim.export.machine import compute_capability, cpu_features
+from fastddim.noise import STREAM_INITIAL, normal_numpy
+from flow import START_SCALE, Wave, flow_table, plain_loop
 from test_export import CONFIGS, LABELS, SHAPE, Tiny, class_pipeline, conditional_unet, sample_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -158,6 +160,21 @@ def test_the_cpp_loader_makes_the_same_samples(kept, step, driver):
             np.testing.assert_allclose(several, np.broadcast_to(expected, several.shape), atol=1e-4)
             with pytest.raises(CppError, match="seeds: missing"):
                 sampler(3, **{**arguments, "seeds": None})
+
+
+def test_a_tables_own_timesteps_in_both_languages(driver, tmp_path):
+    options = ExportOptions(stochastic=True)
+    table = flow_table(noise=0.3)
+    with temporary_folder(tmp_path):
+        bundle = export_aoti(Wave(), table, tmp_path / "bundle", options, limit=Clip(1.5), sample_shape=SHAPE)
+    assert {item["name"]: item["dtype"] for item in bundle.manifest["inputs"]}["timesteps"] == "float32"
+    assert bundle.limit == Clip(1.5) and bundle.table == table
+    start = START_SCALE * normal_numpy([5, 6], 0, SHAPE, STREAM_INITIAL)
+    noise = [0.3 * normal_numpy([5, 6], step, SHAPE) for step in range(3)]
+    expected = plain_loop(Wave(), start, limit=lambda x0: x0.clamp(-1.5, 1.5), noise=noise)
+    np.testing.assert_allclose(AotiSampler(bundle)(2, seeds=5).numpy(), expected, atol=1e-5)
+    with CppSampler(driver, bundle.path) as sampler:
+        np.testing.assert_allclose(sampler(2, seeds=5), expected, atol=1e-5)
 
 
 def test_the_cpp_loader_refuses_what_this_machine_cannot_run(copied, driver, tmp_path):

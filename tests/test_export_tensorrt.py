@@ -44,6 +44,8 @@ from fastddim.export.bundle import FORMAT, sha256
 from fastddim.export.tensorrt import exporter
 from fastddim.export.tensorrt import sampler as sampler_module
 from fastddim.models.policy import ActionUNet1d
+from fastddim.noise import STREAM_INITIAL, normal_numpy
+from flow import SHAPE, START_SCALE, Wave, flow_table, plain_loop
 from test_export import LABELS, XL, Tiny, conditional_unet, export_tiny
 from test_export_pipelines import make as make_pipeline
 
@@ -93,12 +95,18 @@ def write_thresholded(side, folder):
     )  # fmt: skip
 
 
+def write_flow(folder, **options):
+    return export_onnx(Wave(), flow_table(), folder, ExportOptions(**options), sample_shape=SHAPE, parity_steps=())
+
+
 BUILDS = {
     "digits, loop": write_digits,
     "digits, step": functools.partial(write_digits, kind="step", stochastic=True),
     "schedule in the graph": lambda folder: write_tiny(folder, bake_schedule=True),
     "DiT": lambda folder: write_unet(dit(), folder),
     "policy": write_policy,
+    "fractional timesteps, loop": write_flow,
+    "fractional timesteps, step": functools.partial(write_flow, kind="step"),
     "threshold, 64": functools.partial(write_thresholded, 64),
     "threshold, 256": functools.partial(write_thresholded, 256),
     "Stable Diffusion XL": lambda folder: write_unet(conditional_unet(**XL), folder, kind="step"),
@@ -137,7 +145,9 @@ def test_engines_are_built_without_a_gpu(graphs, tmp_path, name):
     assert engine["flavour"] == "rtx" and engine["gpu"] is None and engine["compute_capabilities"] == ["8.9"]
     assert engine["source"] == {"model.onnx": sha256(source.model_path)}
     (profile,) = engine["profiles"]
-    steps = {"steps": [1, 50, 1000]} if manifest["graph"] == "loop" else {}
+    # A table runs as it is, or its first steps.
+    most = [3, 3] if manifest["schedule"] is None else [50, 1000]
+    steps = {"steps": [1, *most]} if manifest["kind"] == "loop" else {}
     assert profile == {"batch": [1, 2, 4], **steps}
     for key in ("inputs", "outputs", "sampling", "table", "schedule"):
         assert manifest[key] == source.manifest[key]
@@ -527,6 +537,16 @@ def test_samples_are_those_of_the_graph(kind, cuda_graph, fake, tmp_path, reques
     contexts = sum(c[0] == "create_execution_context" for c in fake.calls)
     # One for each profile, or for each capture.
     assert contexts == (3 if cuda_graph else 2)
+
+
+@pytest.mark.parametrize("graph", ["loop", "step"])
+def test_an_engine_gets_a_tables_own_timesteps(graph, fake, tmp_path):
+    source = write_flow(tmp_path / "graph", kind=graph)
+    sampler = TensorRTSampler(export_tensorrt(source, tmp_path / "engine", TensorRTOptions(flavour="standard")))
+    start = START_SCALE * normal_numpy([5, 6], 0, SHAPE, STREAM_INITIAL)
+    np.testing.assert_allclose(sampler(2, seeds=5).numpy(), plain_loop(Wave(), start), atol=1e-5)
+    with pytest.raises(ValueError, match="num_inference_steps: 3, but this bundle was made from a table"):
+        sampler(2, seeds=5, num_inference_steps=3)
 
 
 def test_the_engine_reads_and_writes_the_tensors_themselves(tiny, steps, fake, tmp_path):

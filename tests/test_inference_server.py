@@ -41,6 +41,7 @@ from fastddim.export.schedule_module import ScheduleModule
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP, normal_numpy, split_bits
 from fastddim.pictures import make_grid
 from fastddim.schedule import Schedule
+from flow import Wave, flow_table
 from test_export import Tiny, class_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -356,6 +357,16 @@ def as_engine(bundle, *profiles, flavour="standard", strip_plan=False, **changes
     """A bundle as if an engine were built of it."""
     engine = {"flavour": flavour, "options": {"strip_plan": strip_plan}, "profiles": profiles or [{"batch": [1, 4, 8]}]}
     return edited(bundle, runtime="tensorrt", engine=engine, **changes)
+
+
+@pytest.mark.parametrize("graph", ["loop", "step"])
+def test_a_tables_fractional_timesteps_are_floats_to_the_server(graph, schema, tmp_path):
+    options = ExportOptions(kind=graph)
+    bundle = export_onnx(Wave(), flow_table(), tmp_path / "flow", options, sample_shape=(2, 6, 6), parity_steps=())
+    served = InferenceServerOptions(max_batch_size=4 if graph == "step" else 0, warmup_batch_sizes=(1,))
+    config = require_described(schema, write_repository(bundle, tmp_path / "models", served))
+    names = {tensor.name: schema.DataType.Name(tensor.data_type) for tensor in config.input}
+    assert names["timesteps" if graph == "loop" else "timestep"] == "TYPE_FP32"
 
 
 def test_engines_are_for_the_tensorrt_backend(served, plain, schema, tmp_path):

@@ -457,7 +457,8 @@ def test_what_cannot_be_fused_is_refused_before_any_work(bundles, fake, tmp_path
     monkeypatch.setattr(exporter, "write_bundle", None)
     monkeypatch.setattr(onnx, "load", None)
     out = tmp_path / "engine"
-    large = {"schedule": {**bundles("noise").manifest["schedule"], "thresholding": True, "sample_max_value": 2.0}}
+    limit = {"kind": "threshold", "ratio": 0.995, "max_value": 2.0}
+    large = {"sampling": {**bundles("noise").manifest["sampling"], "limit": limit}}
 
     def refused(message, source="plain", error=ValueError, options=FUSED, **changes):
         bundle = bundles(source)
@@ -466,7 +467,7 @@ def test_what_cannot_be_fused_is_refused_before_any_work(bundles, fake, tmp_path
             export_tensorrt(changed, out, options)
         assert not out.exists()
 
-    refused(r"fused_step: True for a bundle of kind 'loop'; export it with kind='step'", graph="loop")
+    refused(r"fused_step: True for a bundle of kind 'loop'; export it with kind='step'", kind="loop")
     refused(
         r"fused_step: True for samples of 16640 elements with dynamic thresholding .*16384.*leave", "noise", **large
     )

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 import fastddim
-from fastddim.export import BundleError, ExportOptions, OrtSampler, export_onnx, open_bundle
+from fastddim.export import Bundle, BundleError, ExportOptions, OrtSampler, export_onnx, open_bundle
 from fastddim.noise import STREAM_INITIAL, normal_numpy
+from flow import export_class_flow
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -44,10 +45,17 @@ def expected_sample(bundle, run):
     return sampler(
         1,
         seeds=run["seed"],
-        num_inference_steps=run["steps"],
+        num_inference_steps=run.get("steps"),
         guidance_scale=run["guidance"],
         class_labels=np.array([run["label"]]),
     ).ravel()
+
+
+# Of the bundles made from a table and of the first format, which have four labels.
+OTHER_RUNS = (
+    ("flow", {"guidance": 1.5, "seed": 2**64 - 1, "label": 2}),
+    ("loop-1", {"steps": 5, "guidance": 2.0, "seed": 8, "label": 1}),
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +70,20 @@ def site(tmp_path_factory):
     pipe = fastddim.load_pipeline()
     options = ExportOptions(guided=True, bake_schedule=True)
     export_onnx(pipe.unet, pipe.scheduler, folder / "digits", options, parity_steps=())
+    export_class_flow(folder / "flow")
+    shutil.copytree(Path(__file__).parent / "bundles" / "loop-1", folder / "loop-1")
     manifest = json.loads((folder / "digits" / "manifest.json").read_text())
     noise = {"name": "noise", "dtype": "float32", "shape": ["steps", "batch", 1, 16, 16], "meaning": "of each step"}
     manifests = {
         "broken": "{",
         "foreign": "[]",
-        "newer": json.dumps({**manifest, "format_version": 2}),
+        "newer": json.dumps({**manifest, "format_version": 3}),
+        "older": json.dumps({**manifest, "format_version": 0}),
+        "endless": json.dumps({**manifest, "table": {**manifest["table"], "timesteps": [7] * 49 + [1e300]}}).replace(
+            "1e+300", "1e999"
+        ),
         "compiled": json.dumps({**manifest, "runtime": "aoti"}),
-        "step": json.dumps({**manifest, "graph": "step"}),
+        "step": json.dumps({**manifest, "kind": "step"}),
         "noisy": json.dumps({**manifest, "inputs": [*manifest["inputs"], noise]}),
         "colour": json.dumps({**manifest, "sample": {**manifest["sample"], "shape": [3, 16, 16]}}),
     }
@@ -160,6 +174,31 @@ console.log(JSON.stringify({ drawn, errors }));
     ]
 
 
+def test_the_module_runs_tables_and_bundles_of_the_first_format(site):
+    code = """
+const drawn = [];
+for (const [bundle, { steps, guidance, seed, label }] of JSON.parse(process.argv[3])) {
+  const sampler = await open(bundle);
+  const settings = { guidanceScale: guidance, seed: BigInt(seed), label, numInferenceSteps: steps };
+  drawn.push([...await sampler.sample(settings)]);
+}
+const sampler = await open("flow");
+const error = await told(sampler.sample({ numInferenceSteps: 3, guidanceScale: 1, seed: 0n, label: 0 }));
+console.log(JSON.stringify({ drawn, error, ownSteps: sampler.ownSteps }));
+"""
+    runs = json.dumps([(bundle, {**run, "seed": str(run["seed"])}) for bundle, run in OTHER_RUNS])
+    report = json.loads(run_node(OPEN_IN_NODE + code, str(site), runs))
+    for actual, (bundle, run) in zip(report["drawn"], OTHER_RUNS, strict=True):
+        np.testing.assert_allclose(actual, expected_sample(site / bundle, run), atol=1e-5)
+    assert report["ownSteps"] == 3
+    assert report["error"] == "numInferenceSteps: 3; pass nothing, as this bundle was made from a table"
+    (_, run), _ = OTHER_RUNS
+    opened = open_bundle(site / "flow")
+    cut = {**opened.manifest["table"], "timesteps": [float(int(t)) for t in opened.table.timesteps]}
+    whole = expected_sample(opened, run)
+    assert np.abs(expected_sample(Bundle(opened.path, {**opened.manifest, "table": cut}), run) - whole).max() > 1e-3
+
+
 def test_the_hash_is_checked_where_there_is_web_crypto(site):
     code = """
 import { webcrypto } from "node:crypto";
@@ -216,6 +255,13 @@ try {
   form.anySeed.value = "-1";
   form.anySeed.dispatchEvent(new Event("input", { bubbles: true }));
   report.errors.seed = await untilTold(page, /seed:/);
+  // The sliders' own seed and label, on a page that takes as many steps as the table has.
+  const flow = await open("index.html?bundle=flow");
+  const [sampled] = await new Promise((done) => {
+    flow.addEventListener("sampled", (event) => done([event.detail]), { once: true });
+    flow.forms[0].guidance.dispatchEvent(new Event("input", { bubbles: true }));
+  });
+  report.flow = { samples: [...sampled.samples], steps: flow.forms[0].steps.nextElementSibling.value };
   await post(report);
 } catch (error) {
   await post({ failure: String(error.stack) });
@@ -260,7 +306,20 @@ def report_from_browser(site, profile):
 def test_the_page_in_a_browser(site, tmp_path):
     """Every control, the picture and each error, as a user meets them."""
     runs = [{**run, "seed": str(run["seed"])} for run in RUNS]
-    bundles = ["missing", "broken", "foreign", "newer", "compiled", "step", "noisy", "colour", "cut", "damaged"]
+    bundles = [
+        "missing",
+        "broken",
+        "foreign",
+        "newer",
+        "older",
+        "endless",
+        "compiled",
+        "step",
+        "noisy",
+        "colour",
+        "cut",
+        "damaged",
+    ]
     (site / "check.html").write_text(CHECK.replace("RUNS", json.dumps(runs)).replace("BUNDLES", json.dumps(bundles)))
     report = report_from_browser(site, tmp_path)
     assert "failure" not in report, report["failure"]
@@ -272,7 +331,7 @@ def test_the_page_in_a_browser(site, tmp_path):
         np.testing.assert_allclose(pixels[:, :3], np.repeat((expected[:, None] + 1) * 127.5, 3, axis=1), atol=1)
         assert (pixels[:, 3] == 255).all()
     inputs = "num_inference_steps, sample, guidance_scale, class_labels, uncond_class_labels"
-    fix = "export a model of one label with --guidance --bake-schedule alone"
+    fix = "export a model of one label with --guidance --bake-schedule alone, or with guidance from a table"
     messages = {
         "missing": "bundle: 'missing/manifest.json' is missing; run fastddim export --guidance --bake-schedule",
         "compiled": "bundle: it is of runtime 'aoti', not 'onnx'; export it as onnx",
@@ -281,8 +340,12 @@ def test_the_page_in_a_browser(site, tmp_path):
         "colour": "bundle: NCHW samples of [3,16,16]; export a model of grey pictures",
         "bare": "runtime: onnxruntime-web is missing; run npm ci in the page's folder",
         "seed": "seed: -1; pass an integer in [0, 2**64)",
-        **{name: pythons_message(site / name) for name in ("foreign", "newer", "cut", "damaged")},
+        **{name: pythons_message(site / name) for name in ("foreign", "newer", "older", "cut", "damaged")},
+        "endless": f"bundle: a table of timesteps [{'7,' * 49}Infinity], 50 rows and start_scale 1; export it again",
     }
+    assert report["flow"]["steps"] == "3"
+    drawn = expected_sample(site / "flow", {"guidance": 2.0, "seed": 7, "label": 3})
+    np.testing.assert_allclose(report["flow"]["samples"], drawn, atol=1e-5)
     # The reason is the parser's own.
     broken = report["errors"].pop("broken")
     assert broken["failed"] and broken["text"].startswith("bundle: 'manifest.json' cannot be read: ")

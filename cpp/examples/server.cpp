@@ -18,9 +18,13 @@ server::Json describe(const fastddim::Manifest& manifest, const server::RequestR
     server::Json range = nullptr;
     if (manifest.sample.range) range = *manifest.sample.range;
     const auto& sampling = manifest.sampling;
-    return {{"graph", manifest.graph},
+    server::Json eta = nullptr, limit = nullptr;
+    if (manifest.schedule) eta = sampling.eta;
+    if (sampling.limit)
+        limit = {{"kind", sampling.limit->kind}, {"bound", sampling.limit->bound}, {"ratio", sampling.limit->ratio}};
+    return {{"kind", manifest.kind},
             {"sample", {{"shape", manifest.sample.shape}, {"layout", manifest.sample.layout}, {"range", range}}},
-            {"sampling", {{"dtype", sampling.dtype}, {"eta", sampling.eta}, {"limit", sampling.limit}}},
+            {"sampling", {{"dtype", sampling.dtype}, {"eta", eta}, {"limit", limit}}},
             {"request", reader.describe()},
             {"limits", {{"queue", settings.queue}, {"timeout_ms", settings.timeout.count()}}},
             {"versions", manifest.versions}};
@@ -32,7 +36,7 @@ void serve(const std::filesystem::path& bundle, const server::Settings& settings
     const fastddim::OrtSampler sampler(fastddim::open_bundle(bundle), options, true);
     const server::RequestReader reader(sampler.bundle(), settings.max_steps);
     const fastddim::Manifest& manifest = sampler.bundle().manifest;
-    const std::map<std::string, std::string> build{{"graph", manifest.graph}, {"onnxruntime", Ort::GetVersionString()}};
+    const std::map<std::string, std::string> build{{"kind", manifest.kind}, {"onnxruntime", Ort::GetVersionString()}};
     server::HttpServer http(settings, sampler, reader, describe(manifest, reader, settings), build);
     // The first run is slower than those that follow; and a model that does not run ends here.
     sampler(server::to_call({reader.shortest()}));

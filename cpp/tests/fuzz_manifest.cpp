@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <iterator>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -30,11 +31,14 @@ int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
             return 0;
         }
         const auto manifest = fastddim::parse_manifest(text);
-        if (manifest.schedule.num_train_timesteps > most) return 0;
-        const fastddim::Schedule schedule(manifest.schedule);
+        std::optional<fastddim::Schedule> schedule;
         fastddim::Call call;
         call.seeds = 0;
-        call.eta = manifest.sampling.stochastic ? 1.0 : 0.0;
+        if (manifest.schedule) {
+            if (manifest.schedule->num_train_timesteps > most) return 0;
+            schedule.emplace(*manifest.schedule);
+            call.eta = manifest.sampling.stochastic ? 1.0 : 0.0;
+        }
         call.guidance_scale = {2.0F};
         std::size_t count = 1;
         for (const std::int64_t dim : manifest.sample.shape)
@@ -61,7 +65,7 @@ std::size_t LLVMFuzzerCustomMutator(std::uint8_t* data, std::size_t size, std::s
         parent = &*child;
         child = std::next(parent->begin(), static_cast<std::ptrdiff_t>(below(parent->size())));
     }
-    const std::array<Json, 16> values{nullptr, true, false,    0,       1,    -1,   2,     1000,
+    const std::array<Json, 17> values{nullptr, true, false,    0,       1,    -1,   2,     1000, 987.6,
                                       0.5,     1e308, INT64_MAX, UINT64_MAX, "", "..", "batch", other};
     const std::size_t choice = below(values.size() + 2);
     if (choice < values.size()) {

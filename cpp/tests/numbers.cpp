@@ -69,7 +69,8 @@ void table() {
         const auto built = fastddim::StepTable::build(schedule, transitions, eta, clipped);
         count = static_cast<std::int64_t>(built.size());
         put(&count, 1);
-        put(built.timesteps.data(), built.size());
+        const std::vector<unsigned char> called = built.timestep_bytes();
+        put(called.data(), called.size());
         put(built.rows.data(), built.size());
         const std::vector<float> columns = built.columns();
         put(columns.data(), columns.size());

@@ -1,7 +1,7 @@
 // Samples from a bundle of `fastddim export`, in a browser or in node, with the noise of fastddim/noise.py bit for bit.
 
 const FORMAT = "fastddim-bundle";
-const FORMAT_VERSION = 1;
+const FORMAT_VERSION = 2;
 const MANIFEST = "manifest.json";
 
 const PHILOX_M = [0xd2511f53, 0xcd9e8d57];
@@ -106,23 +106,39 @@ function parseManifest(bytes) {
   } catch (error) {
     throw new Error(`bundle: '${MANIFEST}' cannot be read: ${error.message}; export it again`);
   }
-  checkManifest(manifest);
-  return manifest;
+  checkVersion(manifest);
+  const upgraded = manifest.format_version === 1 ? upgrade(manifest) : manifest;
+  checkManifest(upgraded);
+  return upgraded;
 }
 
-function checkManifest(manifest) {
+function checkVersion(manifest) {
   if (manifest?.format !== FORMAT) throw new Error(`bundle: '${MANIFEST}' is no manifest of a fastddim bundle`);
-  if (manifest.format_version !== FORMAT_VERSION) {
-    throw new Error(`bundle: '${MANIFEST}' has format_version ${manifest.format_version}, ` +
-      `this fastddim reads up to ${FORMAT_VERSION}; update it`);
-  }
-  const { graph, inputs, runtime = "onnx", sample, sampling } = manifest;
+  const version = manifest.format_version;
+  if (Number.isInteger(version) && version >= 1 && version <= FORMAT_VERSION) return;
+  throw new Error(`bundle: '${MANIFEST}' has format_version ${version}, this fastddim reads ` + (
+    version > FORMAT_VERSION ? `up to ${FORMAT_VERSION}; update fastddim`
+      : `from 1 up to ${FORMAT_VERSION}; write it anew: \`fastddim export onnx --out ...\``));
+}
+
+/** A manifest of version 1 as version 2 has it, as far as the page reads it. */
+function upgrade({ graph, table, ...manifest }) {
+  return { runtime: "onnx", ...manifest, kind: graph, table: { ...table, start_scale: 1 } };
+}
+
+function checkManifest({ kind, inputs, runtime, sample, sampling, schedule, table }) {
   if (runtime !== "onnx") throw new Error(`bundle: it is of runtime '${runtime}', not 'onnx'; export it as onnx`);
   const [label] = Object.keys(sampling.null_values);
-  const wanted = ["num_inference_steps", "sample", "guidance_scale", label, `uncond_${label}`];
-  if (graph !== "loop" || inputs.length !== wanted.length || !inputs.every(({ name }) => wanted.includes(name))) {
-    throw new Error(`bundle: a ${graph} graph of ${inputs.map(({ name }) => name).join(", ")}; ` +
-      "export a model of one label with --guidance --bake-schedule alone");
+  const steps = schedule ? ["num_inference_steps"] : ["timesteps", "coefficients"];
+  const wanted = [...steps, "sample", "guidance_scale", label, `uncond_${label}`];
+  if (kind !== "loop" || inputs.length !== wanted.length || !inputs.every(({ name }) => wanted.includes(name))) {
+    throw new Error(`bundle: a ${kind} graph of ${inputs.map(({ name }) => name).join(", ")}; ` +
+      "export a model of one label with --guidance --bake-schedule alone, or with guidance from a table");
+  }
+  const { timesteps, coefficients, start_scale: scale } = table;
+  if (!timesteps.length || timesteps.length !== coefficients.length || !timesteps.every(Number.isFinite) || !(scale > 0)) {
+    throw new Error(`bundle: a table of timesteps [${timesteps}], ${coefficients.length} rows and start_scale ${scale}; ` +
+      "export it again");
   }
   if (sample.layout !== "NCHW" || sample.shape[0] !== 1 || !sample.range) {
     throw new Error(`bundle: ${sample.layout} samples of [${sample.shape}]; export a model of grey pictures`);
@@ -144,7 +160,10 @@ function toHex(buffer) {
   return Array.from(new Uint8Array(buffer), (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-/** An opened bundle: `manifest`, `labels` (how many there are, from 0), and `sample`. */
+/**
+ * An opened bundle: `manifest`, `labels` (how many there are, from 0), `ownSteps` (how many steps it takes where it was
+ * made from a table, else null), and `sample`.
+ */
 export class Sampler {
   /**
    * @param ort the module of onnxruntime-web.
@@ -164,28 +183,40 @@ export class Sampler {
     this.session = session;
     // The unconditional half's label is the one after the last.
     [[this.labelInput, this.labels]] = Object.entries(manifest.sampling.null_values);
+    this.ownSteps = manifest.schedule ? null : manifest.table.timesteps.length;
   }
 
-  /** Float32Array of one sample, in the manifest's shape and range; `seed` is a BigInt, the others are numbers. */
+  /**
+   * Float32Array of one sample, in the manifest's shape and range; `seed` is a BigInt, the others are numbers. A bundle with
+   * `ownSteps` takes no `numInferenceSteps`.
+   */
   async sample({ numInferenceSteps, guidanceScale, seed, label }) {
-    const { sample, noise, schedule } = this.manifest;
-    checkWhole("numInferenceSteps", numInferenceSteps, 1, schedule.num_train_timesteps);
+    const { sample, noise, schedule, table } = this.manifest;
+    if (schedule) {
+      checkWhole("numInferenceSteps", numInferenceSteps, 1, schedule.num_train_timesteps);
+    } else {
+      const own = "nothing, as this bundle was made from a table";
+      check(numInferenceSteps === undefined, "numInferenceSteps", numInferenceSteps, own);
+    }
     check(Number.isFinite(guidanceScale), "guidanceScale", guidanceScale, "a finite number");
     check(isSeed(seed), "seed", seed, "a BigInt in [0, 2**64)");
     checkWhole("label", label, 0, this.labels - 1);
     const length = sample.shape.reduce((product, size) => product * size, 1);
     const values = {
-      num_inference_steps: [BigInt(numInferenceSteps)],
-      sample: normal(seed, 0, length, noise.stream_initial),
+      num_inference_steps: [numInferenceSteps],
+      timesteps: table.timesteps,
+      coefficients: table.coefficients.flat(),
+      sample: normal(seed, 0, length, noise.stream_initial).map((value) => value * fround(table.start_scale)),
       guidance_scale: [guidanceScale],
-      [this.labelInput]: [BigInt(label)],
-      [`uncond_${this.labelInput}`]: [BigInt(this.labels)],
+      [this.labelInput]: [label],
+      [`uncond_${this.labelInput}`]: [this.labels],
     };
     const feeds = {};
     for (const { name, dtype, shape } of this.manifest.inputs) {
       // A height or width of any size is named too: the model's own is taken.
-      const dims = name === "sample" ? [1, ...sample.shape] : shape.map(() => 1);
-      const array = dtype === "int64" ? BigInt64Array.from(values[name]) : Float32Array.from(values[name]);
+      const sizes = { batch: 1, steps: table.timesteps.length };
+      const dims = name === "sample" ? [1, ...sample.shape] : shape.map((dim) => sizes[dim] ?? dim);
+      const array = dtype === "int64" ? BigInt64Array.from(values[name], BigInt) : Float32Array.from(values[name]);
       feeds[name] = new this.ort.Tensor(dtype, array, dims);
     }
     const outputs = await this.session.run(feeds);

@@ -11,17 +11,22 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
+from fastddim.coefficients import StepTable
+from fastddim.config import Clip, DDIMConfig, DynamicThreshold, Limit
 from fastddim.export.runtime import get_runtime, public_name
 
 _HASH_BLOCK = 1 << 20
+# The limits of x0 by their names in a manifest.
+_LIMITS: dict[str, type[Clip | DynamicThreshold]] = {"clip": Clip, "threshold": DynamicThreshold}
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,14 @@ class Format:
         name, version: as its manifest says; later versions are not read.
         file: the manifest.
         schema_file: its JSON schema, in the folder of `fastddim.export`.
+        command: the command that writes such a bundle.
     """
 
     name: str
     version: int
     file: str
     schema_file: str
+    command: str
 
     def schema(self) -> dict[str, Any]:
         """The JSON schema of the manifest."""
@@ -46,7 +53,7 @@ class Format:
         return schema
 
 
-FORMAT = Format("fastddim-bundle", 1, "manifest.json", "manifest.schema.json")
+FORMAT = Format("fastddim-bundle", 2, "manifest.json", "manifest.schema.json", "fastddim export onnx")
 
 
 class BundleError(ValueError):
@@ -89,15 +96,42 @@ class Bundle(Folder):
 
     @property
     def kind(self) -> str:
-        """`"loop"`, all steps in one call, or `"step"`."""
-        kind: str = self.manifest["graph"]
+        """`"loop"`, a file that takes all steps, or `"step"`, one that takes one."""
+        kind: str = self.manifest["kind"]
         return kind
 
     @property
     def runtime(self) -> str:
         """The name of what runs the file, such as `"onnx"`."""
-        name: str = self.manifest.get("runtime", "onnx")
+        name: str = self.manifest["runtime"]
         return name
+
+    @property
+    def schedule(self) -> DDIMConfig | None:
+        """The schedule's configuration; None for a bundle made from a table."""
+        values = self.manifest["schedule"]
+        return None if values is None else DDIMConfig.from_dict(values)
+
+    @property
+    def limit(self) -> Limit:
+        """What keeps the predicted x0 in range."""
+        return read_limit(self.manifest)
+
+    @property
+    def table(self) -> StepTable:
+        """The default run; its timesteps are of the dtype that the graph takes."""
+        table = self.manifest["table"]
+        dtypes = {item["name"]: item["dtype"] for item in self.manifest["inputs"]}
+        dtype = dtypes.get("timesteps", dtypes.get("timestep", "int64"))
+        built = StepTable.from_columns(
+            np.array(table["timesteps"], dtype=None if dtype == "int64" else np.float64),
+            table["coefficients"],
+            start_scale=table["start_scale"],
+            noising=table["noising"],
+        )
+        if built.timestep_dtype != dtype:
+            raise ValueError(f"timesteps: {built.timestep_dtype}, but the graph takes {dtype}")
+        return built
 
     @property
     def device(self) -> str:
@@ -128,6 +162,22 @@ class Bundle(Folder):
     def names(self, group: str) -> list[str]:
         """Names of the `"inputs"` or `"outputs"`."""
         return [item["name"] for item in self.manifest[group]]
+
+
+def limit_record(limit: Limit) -> dict[str, Any] | None:
+    """A limit as a manifest has it; None without one."""
+    kinds = {made: kind for kind, made in _LIMITS.items()}
+    return None if limit is None else {"kind": kinds[type(limit)], **asdict(limit)}
+
+
+def read_limit(manifest: Mapping[str, Any]) -> Limit:
+    """What keeps the predicted x0 in range, by a manifest.
+
+    Raises:
+        ValueError: numbers that are out of range.
+    """
+    values = dict(manifest["sampling"]["limit"] or {})
+    return _LIMITS[values.pop("kind")](**values) if values else None
 
 
 def sha256(path: Path) -> str:
@@ -229,10 +279,16 @@ def open_bundle(path: str | Path, *, check_hashes: bool = True) -> Bundle:
         BundleError: no bundle, one of a newer format, or one that is damaged.
     """
     bundle = open_folder(Bundle, path, check_hashes=check_hashes)
+    file = str(bundle.path / FORMAT.file)
     try:
         get_runtime(bundle.runtime)
     except ValueError as error:
-        raise BundleError(f"bundle: {str(bundle.path / FORMAT.file)!r}: {error}") from error
+        raise BundleError(f"bundle: {file!r}: {error}") from error
+    for name in ("schedule", "limit", "table"):
+        try:
+            getattr(bundle, name)
+        except (TypeError, ValueError) as error:
+            raise BundleError(f"bundle: {file!r}: {name}: {error}; export it again") from error
     return bundle
 
 
@@ -247,7 +303,7 @@ def open_folder(opened: type[AnyFolder], path: str | Path, *, check_hashes: bool
     # Nested too deep is a RecursionError.
     except (ValueError, OSError, RecursionError) as error:
         raise BundleError(f"bundle: {str(file)!r} cannot be read: {error}; export it again") from error
-    _check_manifest(file, manifest, opened.format)
+    manifest = _check_manifest(file, manifest, opened.format)
     for name, expected in manifest["files"].items():
         member = folder / _inside(file, name)
         if member.is_symlink() or not member.resolve().is_relative_to(folder.resolve()):
@@ -287,17 +343,41 @@ def _inside(file: Path, name: str) -> PurePosixPath:
     return path
 
 
-def _check_manifest(file: Path, manifest: Any, format: Format) -> None:
-    """The format and version, then everything the schema asks for."""
+def _check_manifest(file: Path, manifest: Any, format: Format) -> dict[str, Any]:
+    """A manifest of the newest version, its format and version checked, then everything that the schema asks for."""
     if not isinstance(manifest, dict) or manifest.get("format") != format.name:
         raise BundleError(f"bundle: {str(file)!r} is no manifest of a fastddim bundle")
     version = manifest.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise BundleError(f"bundle: {str(file)!r} has format_version {version!r}; export it again")
+        raise BundleError(
+            f"bundle: {str(file)!r} has format_version {version!r}, this fastddim reads from 1 up to"
+            f" {format.version}; write it anew: `{format.command} --out ...`"
+        )
     if version > format.version:
         raise BundleError(
-            f"bundle: {str(file)!r} has format_version {version}, this fastddim reads up to {format.version}; update it"
+            f"bundle: {str(file)!r} has format_version {version}, this fastddim reads up to {format.version}; update"
+            " fastddim"
         )
+    if version < format.version:
+        manifest = _upgrade(file, manifest)
     error = best_match(Draft202012Validator(format.schema()).iter_errors(manifest))
     if error is not None:
         raise BundleError(f"bundle: {str(file)!r}: {error.json_path}: {error.message}; export it again")
+    checked: dict[str, Any] = manifest
+    return checked
+
+
+def _upgrade(file: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A bundle's manifest of version 1 as version 2 has it; what it lacks, the schema finds."""
+    upgraded = {"runtime": "onnx", **manifest, "format_version": FORMAT.version}
+    upgraded["kind"] = upgraded.pop("graph", None)
+    added: dict[str, dict[str, Any]] = {"table": {"start_scale": 1.0, "noising": None}}
+    if isinstance(upgraded.get("schedule"), dict):
+        try:
+            added["sampling"] = {"limit": limit_record(DDIMConfig.from_dict(upgraded["schedule"]).limit)}
+        except (TypeError, ValueError) as error:
+            raise BundleError(f"bundle: {str(file)!r}: schedule: {error}; export it again") from error
+    for name, fields in added.items():
+        if isinstance(upgraded.get(name), dict):
+            upgraded[name] = {**upgraded[name], **fields}
+    return upgraded

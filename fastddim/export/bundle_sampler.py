@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from fastddim.coefficients import StepTable
-from fastddim.config import DDIMConfig
 from fastddim.export.bundle import Bundle, BundleError, open_bundle, require_runtime
 from fastddim.export.runtime import get_runtime
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP, check_seeds, normal_numpy
@@ -95,7 +94,8 @@ class BundleSampler(ABC):
         self._sampling = manifest["sampling"]
         self._inputs = {item["name"]: item for item in manifest["inputs"]}
         self._conditions = [name for name in self._inputs if name not in _OWN and not name.startswith("uncond_")]
-        self._schedule = Schedule(DDIMConfig.from_dict(manifest["schedule"]))
+        config = self.bundle.schedule
+        self._schedule = None if config is None else Schedule(config)
 
     @classmethod
     @contextlib.contextmanager
@@ -143,7 +143,8 @@ class BundleSampler(ABC):
             start: how many samples to draw from `seeds`, or the starting state `[B, ...]`. A seeded bundle takes no state.
             seeds: one per sample, or an integer s for s, s + 1, ...
             num_inference_steps, timesteps, eta: of this run; the bundle's own by default. A baked schedule takes
-                `num_inference_steps` alone, one for each sample where it was exported with `per_sample_steps`.
+                `num_inference_steps` alone, one for each sample where it was exported with `per_sample_steps`. A bundle
+                made from a table takes none of them: it runs its own.
             guidance_scale, guidance_rescale: numbers or `[B]`, for bundles with guidance.
             size: `(height, width)` of the samples, for bundles of any size; the model's own by default.
             uncond_kwargs: the conditions' unconditional halves, where the bundle knows none.
@@ -180,7 +181,7 @@ class BundleSampler(ABC):
                 # The file draws it; here is its shape.
                 sample = self._arrays.full(shape, 0.0, "float32")
             else:
-                sample = self._arrays.normal(seed_list, 0, shape[1:], STREAM_INITIAL)
+                sample = self._arrays.normal(seed_list, 0, shape[1:], STREAM_INITIAL) * table.start_scale
         feeds |= {
             **self._scales(shape[0], guidance_scale, guidance_rescale),
             **self._condition_feeds(shape[0], conditions, uncond_kwargs),
@@ -195,6 +196,7 @@ class BundleSampler(ABC):
         """Each sample's number of steps."""
         given = len(self.bundle.manifest["table"]["timesteps"]) if num_inference_steps is None else num_inference_steps
         counts = _on_host(given)
+        assert self._schedule is not None
         most = self._schedule.config.num_train_timesteps
         fits = counts.shape in ((), (batch,)) and np.issubdtype(counts.dtype, np.integer)
         if not fits or counts.min() < 1 or counts.max() > most:
@@ -207,7 +209,16 @@ class BundleSampler(ABC):
     def _table(
         self, num_inference_steps: int | Sequence[int] | None, timesteps: Sequence[int] | None, eta: float | None
     ) -> StepTable:
-        default = self.bundle.manifest["table"]
+        default = self.bundle.table
+        if self._schedule is None:
+            given = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "eta": eta}
+            for name, value in given.items():
+                if value is not None:
+                    raise ValueError(
+                        f"{name}: {value!r}, but this bundle was made from a table and has no schedule to make others"
+                        " from; leave it out, or export another table"
+                    )
+            return default
         if num_inference_steps is not None and not isinstance(num_inference_steps, (int, np.integer)):
             raise ValueError(
                 f"num_inference_steps: {num_inference_steps!r}; pass an integer, or export with per_sample_steps=True"
@@ -215,11 +226,11 @@ class BundleSampler(ABC):
         if self._sampling["baked_schedule"]:
             if timesteps is not None or (eta is not None and eta != self._sampling["eta"]):
                 raise ValueError("timesteps, eta: this bundle derives its table itself; pass num_inference_steps alone")
-            num_inference_steps = num_inference_steps or len(default["timesteps"])
+            num_inference_steps = num_inference_steps or len(default)
         if num_inference_steps is None and timesteps is None and eta is None:
-            return StepTable.from_columns(default["timesteps"], np.array(default["coefficients"]))
+            return default
         if num_inference_steps is None and timesteps is None:
-            num_inference_steps = len(default["timesteps"])
+            num_inference_steps = len(default)
         eta = self._sampling["eta"] if eta is None else eta
         table = StepTable.build(
             self._schedule,
@@ -298,7 +309,7 @@ class BundleSampler(ABC):
         if self._sampling["baked_schedule"]:
             given.setdefault("num_inference_steps", np.array(steps, dtype=np.int64))
         else:
-            given["timesteps"] = self._arrays.place(np.array(table.timesteps, dtype=np.int64))
+            given["timesteps"] = self._arrays.place(np.array(table.timesteps, dtype=table.timestep_dtype))
             given["coefficients"] = self._arrays.place(table.columns.astype(np.float32))
         if "noise" in self._inputs:
             noise = self._arrays.full((steps, *sample.shape), 0.0, "float32")

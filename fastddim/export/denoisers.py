@@ -48,7 +48,8 @@ class Denoiser:
 
     Attributes:
         model: the module whose weights are exported.
-        call: `call(x, t, conditions)` with x `[B, ...]`, t `[B]` int64, conditions by name; the prediction `[B, ...]`.
+        call: `call(x, t, conditions)` with x `[B, ...]`, t `[B]` int64 or float32, conditions by name; it returns the
+            prediction `[B, ...]`.
         sample_shape: the shape of one sample.
         conditions: its other inputs by name, in order.
         resizable: whether it takes other heights and widths.
@@ -215,10 +216,11 @@ class StepModule(torch.nn.Module):
         rescale: `guidance_rescale` is an input.
         stochastic: `noise` is an input.
         dynamic_size: heights and widths are not those of the denoiser's `sample_shape` alone.
+        timestep_dtype: the dtype of the timesteps that the model is called with, int64 or float32.
 
     The inputs of `forward`, in order, those in brackets where the options ask for them:
         sample: `[B, ...]` float32, the state.
-        timestep: `[B]` int64.
+        timestep: `[B]` int64 or float32.
         coefficients: `[B, 6]` float32, a row of a `StepTable` for each sample.
         [noise]: `[B, ...]` float32.
         [guidance_scale], [guidance_rescale]: `[B]` float32.
@@ -234,8 +236,10 @@ class StepModule(torch.nn.Module):
         rescale: bool,
         stochastic: bool,
         dynamic_size: bool = False,
+        timestep_dtype: torch.dtype = torch.int64,
     ) -> None:
         super().__init__()
+        self._timestep_dtype = timestep_dtype
         self.model = denoiser.model
         self._denoiser = denoiser
         self.limit = limit
@@ -259,7 +263,7 @@ class StepModule(torch.nn.Module):
         state = (2, *self._denoiser.sample_shape)
         values = {
             "sample": torch.randn(state, generator=generator),
-            "timestep": torch.tensor([3, 1]),
+            "timestep": torch.tensor([3, 1], dtype=self._timestep_dtype),
             "coefficients": torch.full((2, NUM_COLUMNS), 0.5),
             "noise": torch.randn(state, generator=generator),
             "guidance_scale": torch.full((2,), 2.0),

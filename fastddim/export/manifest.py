@@ -8,11 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 import fastddim
 from fastddim.config import Clip, DynamicThreshold, Limit
-from fastddim.export.bundle import FORMAT
+from fastddim.export.bundle import FORMAT, limit_record, read_limit
 from fastddim.export.runtime import get_runtime, public_name
 from fastddim.export.sampler_plan import SamplerPlan
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP
@@ -21,8 +19,8 @@ NOTE_FILE = "README.md"
 
 _MEANINGS = {
     "sample": "the starting state; standard normal for a whole run",
-    "timestep": "the training timestep of each sample's step",
-    "timesteps": "the training timestep of each step, the noisiest first",
+    "timestep": "what the model is called with at each sample's step",
+    "timesteps": "what the model is called with at each step, in the order of the steps",
     "num_inference_steps": "how many steps to take, at least 1 and at most as many as the training's",
     "seed": "the 64 bits of the sample's seed",
     "noise": "standard normal, fresh for each step",
@@ -39,6 +37,10 @@ def name_meanings(plan: SamplerPlan) -> dict[str, str]:
     """What each of the sampler's inputs and outputs is, by name."""
     row_of = "step" if plan.options.kind == "loop" else "sample"
     meanings = {**_MEANINGS, "coefficients": f"c0 to c5 of each {row_of}: {_COLUMNS}"}
+    if plan.table.start_scale != 1:
+        meanings["sample"] = (
+            f"the starting state; standard normal noise times {plan.table.start_scale!r} for a whole run"
+        )
     for name, condition in plan.denoiser.conditions.items():
         meanings[name] = condition.meaning or "conditions the model"
         meanings[f"uncond_{name}"] = f"{name} of the unconditional half"
@@ -46,7 +48,7 @@ def name_meanings(plan: SamplerPlan) -> dict[str, str]:
 
 
 def build_manifest(
-    plan: SamplerPlan, model: str, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]
+    plan: SamplerPlan, model: str, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]], runtime: str = "onnx"
 ) -> dict[str, Any]:
     """The manifest of a sampler, without `files` and `parity`.
 
@@ -54,17 +56,19 @@ def build_manifest(
         plan: what was exported.
         model: the file's name.
         inputs, outputs: `name`, `dtype`, `shape` and `meaning` of each.
+        runtime: what runs the file.
     """
     denoiser, options, table = plan.denoiser, plan.options, plan.table
-    limit = plan.schedule.config.limit
+    schedule, limit = plan.schedule, plan.limit
     return {
         "format": FORMAT.name,
         "format_version": FORMAT.version,
-        "graph": options.kind,
+        "kind": options.kind,
+        "runtime": runtime,
         "model": model,
         "inputs": inputs,
         "outputs": outputs,
-        "schedule": asdict(plan.schedule.config),
+        "schedule": None if schedule is None else asdict(schedule.config),
         "sampling": {
             "guided": options.guided,
             "guidance_rescale": options.guidance_rescale,
@@ -72,17 +76,19 @@ def build_manifest(
             "baked_schedule": options.bake_schedule,
             "per_sample_steps": options.per_sample_steps,
             "seeded": options.seeded,
-            "eta": float(options.eta),
-            "use_clipped_model_output": bool(options.use_clipped_model_output),
+            "eta": None if schedule is None else float(options.eta),
+            "use_clipped_model_output": options.use_clipped_model_output,
             "dtype": options.dtype,
-            "limit": limit_text(limit),
+            "limit": limit_record(limit),
             "null_values": {
                 name: condition.null for name, condition in denoiser.conditions.items() if condition.null is not None
             },
         },
         "table": {
             "timesteps": list(table.timesteps),
-            "coefficients": np.asarray(table.columns).tolist(),
+            "coefficients": table.columns.tolist(),
+            "start_scale": table.start_scale,
+            "noising": table.noising,
         },
         "sample": {
             "shape": list(denoiser.sample_shape),
@@ -119,7 +125,7 @@ def limit_text(limit: Limit) -> str:
 
 def note(manifest: Mapping[str, Any]) -> str:
     """What an integrator reads first."""
-    kind = "all steps of a run in one call" if manifest["graph"] == "loop" else "one step of a run in each call"
+    kind = "all steps of a run in one call" if manifest["kind"] == "loop" else "one step of a run in each call"
     errors = [entry["largest_error"] for entry in manifest["parity"]]
     compared = (
         f"Largest difference from the torch reference at export: {max(errors):.1e}."
@@ -130,7 +136,7 @@ def note(manifest: Mapping[str, Any]) -> str:
         f"\n## {name}\n\n`{component['model']}`: {component['meaning']}.\n\n{_tables(component)}\n"
         for name, component in manifest.get("components", {}).items()
     )
-    runtime = get_runtime(manifest.get("runtime", "onnx"))
+    runtime = get_runtime(manifest["runtime"])
     runner = (components and runtime.pipeline) or runtime.sampler
     command = "" if components else "`fastddim run FOLDER --seed 0 --out samples.png`, or "
     return f"""# An exported DDIM sampler
@@ -141,7 +147,7 @@ in fastddim.
 
 {_tables(manifest)}
 
-Limit of x0: {manifest["sampling"]["limit"]}. {compared}
+Limit of x0: {limit_text(read_limit(manifest))}. {compared}
 
 With Python: {command}`{public_name(runner or "")}(FOLDER)`, which needs {runtime.needs}.
 {components}"""

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from fastddim.coefficients import StepTable
-from fastddim.config import DDIMConfig, require_choice, require_int
+from fastddim.config import DDIMConfig, Limit, require_choice, require_int
 from fastddim.export.denoisers import DTYPES, Denoiser, describe
+from fastddim.export.schedule_module import ScheduleModule
 from fastddim.sampler import to_schedule
 from fastddim.schedule import Schedule
 
 KINDS = ("loop", "step")
+DEFAULT_STEPS = 50
 
 
 class ExportError(ValueError):
@@ -32,8 +34,9 @@ class ExportOptions:
         stochastic: noise is an input, so that rows may add it.
         bake_schedule: the loop takes `num_inference_steps` and derives the table itself.
         per_sample_steps: each sample has its own `num_inference_steps` `[B]`; it stays as it is once it is finished.
-        seeded: the loop takes a `seed` for each sample and draws its starting state and noise itself.
-        num_inference_steps, eta: the default table's number of steps and its noise; a baked schedule keeps eta.
+        seeded: the loop takes a `seed` for each sample and draws its starting state and noise itself. The scale of the
+            start is fixed in the file, as the limit is: with a seed, a client has nothing else to know of the method.
+        num_inference_steps, eta: the default table's number of steps (50) and its noise; a baked schedule keeps eta.
         use_clipped_model_output: derive epsilon from the limited x0; where x0 is limited by default.
         dtype: the weights' dtype, `"float32"`, `"float16"` or `"bfloat16"`; the state is float32.
         dynamic_size: heights and widths may differ from call to call, for models that take them.
@@ -49,7 +52,7 @@ class ExportOptions:
     bake_schedule: bool = False
     per_sample_steps: bool = False
     seeded: bool = False
-    num_inference_steps: int = 50
+    num_inference_steps: int | None = None
     eta: float = 0.0
     use_clipped_model_output: bool | None = None
     dtype: str = "float32"
@@ -58,7 +61,8 @@ class ExportOptions:
     def __post_init__(self) -> None:
         require_choice("kind", self.kind, KINDS)
         require_choice("dtype", self.dtype, DTYPES)
-        require_int("num_inference_steps", self.num_inference_steps, 1)
+        if self.num_inference_steps is not None:
+            require_int("num_inference_steps", self.num_inference_steps, 1)
         if self.guidance_rescale and not self.guided:
             raise ValueError("guidance_rescale: True without guided; pass both")
         if self.bake_schedule and self.kind == "step":
@@ -86,41 +90,87 @@ class SamplerPlan:
 
     Attributes:
         denoiser: the model.
-        schedule, table: the default run's.
+        schedule: the schedule that the table comes from; None where a table was given.
+        table: the steps of the default run.
+        limit: the limit applied to x0.
         options: with every default decided.
     """
 
     denoiser: Denoiser
-    schedule: Schedule
+    schedule: Schedule | None
     table: StepTable
+    limit: Limit
     options: ExportOptions
+
+    @property
+    def timestep_dtype(self) -> torch.dtype:
+        """What the graph takes timesteps as."""
+        dtype: torch.dtype = getattr(torch, self.table.timestep_dtype)
+        return dtype
+
+    def baked_schedule(self) -> ScheduleModule:
+        """What makes the tables in a file with a baked schedule."""
+        assert self.schedule is not None
+        options = self.options
+        return ScheduleModule(
+            self.schedule, options.eta, bool(options.use_clipped_model_output), options.per_sample_steps
+        )
 
 
 def plan_sampler(
     model: Any,
-    scheduler: Schedule | DDIMConfig | Any,
+    scheduler_or_table: Schedule | DDIMConfig | StepTable | Any,
     options: ExportOptions | None,
     sample_shape: Sequence[int] | None = None,
     example_kwargs: Mapping[str, torch.Tensor] | None = None,
+    limit: Limit = None,
 ) -> SamplerPlan:
     """Check what is to be exported, before any work.
 
     Args:
-        model, scheduler, options, sample_shape, example_kwargs: as `export_onnx`'s.
+        model, scheduler_or_table, options, sample_shape, example_kwargs, limit: as `export_onnx`'s.
 
     Raises:
         TypeError: no module; ValueError: options or configurations that cannot be exported.
     """
     options = ExportOptions() if options is None else options
-    schedule = to_schedule(scheduler)
+    schedule = None
+    if isinstance(scheduler_or_table, StepTable):
+        table = scheduler_or_table
+        _require_for_table(table, options)
+    else:
+        if limit is not None:
+            raise ValueError(f"limit: {limit!r}, but a scheduler's configuration has its own; leave it out")
+        schedule = to_schedule(scheduler_or_table)
+        limit = schedule.config.limit
+        rederive = options.use_clipped_model_output
+        options = replace(
+            options,
+            use_clipped_model_output=limit is not None if rederive is None else rederive,
+            num_inference_steps=options.num_inference_steps or DEFAULT_STEPS,
+        )
+        table = StepTable.build(
+            schedule,
+            schedule.pairs(options.num_inference_steps),
+            eta=options.eta,
+            use_clipped_model_output=bool(options.use_clipped_model_output),
+        )
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: {type(model).__name__}; pass a torch module")
-    rederive = options.use_clipped_model_output
-    rederive = schedule.config.limit is not None if rederive is None else rederive
-    options = replace(options, use_clipped_model_output=rederive)
-    pairs = schedule.pairs(options.num_inference_steps)
-    table = StepTable.build(schedule, pairs, eta=options.eta, use_clipped_model_output=rederive)
     denoiser = describe(model, None if sample_shape is None else tuple(sample_shape), example_kwargs)
     if options.dynamic_size and not denoiser.resizable:
         raise ValueError(f"dynamic_size: True for a {type(model).__name__}, whose size is fixed; leave it out")
-    return SamplerPlan(denoiser, schedule, table, options)
+    return SamplerPlan(denoiser, schedule, table, limit, options)
+
+
+def _require_for_table(table: StepTable, options: ExportOptions) -> None:
+    """Refuse the options that only a schedule has a use for, and a table that the file could not run."""
+    default = ExportOptions()
+    for name in ("num_inference_steps", "eta", "bake_schedule", "per_sample_steps", "use_clipped_model_output"):
+        value = getattr(options, name)
+        if value != getattr(default, name):
+            raise ValueError(f"{name}: {value!r} with a StepTable, which has its steps already; leave it out")
+    if table.stochastic and not options.stochastic:
+        raise ValueError(
+            "stochastic: False, but the table adds noise; pass stochastic=True, which makes noise an input"
+        )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastddim.config import DDIMConfig
+from fastddim.coefficients import StepTable
 from fastddim.export.bundle import Bundle
 from fastddim.export.bundle_sampler import BundleSampler, load_sampler_class
 from fastddim.export.denoisers import DTYPES, Denoiser, describe, prepared
@@ -31,7 +31,6 @@ class ParityError(ValueError):
 def measure_parity(
     bundle: Bundle,
     denoiser: Denoiser,
-    schedule: Schedule,
     *,
     steps: Sequence[int] = PARITY_STEPS,
     tolerance: float | None = None,
@@ -41,8 +40,7 @@ def measure_parity(
     Args:
         bundle: what was written; its hashes need not be there yet.
         denoiser: the model in torch, of the bundle's dtype and on its device.
-        schedule: of the bundle.
-        steps: numbers of steps to compare.
+        steps: numbers of steps to compare; of a bundle made from a table, the first ones of its own, as far as it goes.
         tolerance: the largest difference. By default what the model's dtype explains, or, for models that amplify it, a
             hundred times the effect of a last-bit change of the starting state.
 
@@ -55,12 +53,33 @@ def measure_parity(
         large = (small[0], 2 * small[1], small[2])
     results = []
     with load_sampler_class(bundle).compared(bundle, denoiser.model, dtype) as (exported, dtype):
+        opened = exported.bundle
+        tables = _tables(opened, steps)
         for batch, shape in ((1, small), (LARGEST_BATCH, large)):
-            for count in steps:
-                entry = _compare(exported, denoiser, schedule, batch, shape, count, dtype, tolerance)
-                require_parity(entry, f"after {count} steps of a batch of {batch} of {shape}")
+            for table in tables:
+                if opened.schedule is None:
+                    exported.bundle = _with_steps(opened, len(table))
+                entry = _compare(exported, denoiser, table, batch, shape, dtype, tolerance)
+                require_parity(entry, f"after {len(table)} steps of a batch of {batch} of {shape}")
                 results.append(entry)
     return results
+
+
+def _tables(bundle: Bundle, steps: Sequence[int]) -> list[StepTable]:
+    """The runs to compare, by their numbers of steps."""
+    if bundle.schedule is None:
+        own = len(bundle.table)
+        return [_with_steps(bundle, count).table for count in sorted({min(count, own) for count in steps})]
+    schedule, sampling = Schedule(bundle.schedule), bundle.manifest["sampling"]
+    options = {name: sampling[name] for name in ("eta", "use_clipped_model_output")}
+    return [StepTable.build(schedule, schedule.pairs(count), **options) for count in steps]
+
+
+def _with_steps(bundle: Bundle, count: int) -> Bundle:
+    """A bundle with the first rows of its table alone."""
+    table = dict(bundle.manifest["table"])
+    table |= {name: table[name][:count] for name in ("timesteps", "coefficients")}
+    return Bundle(bundle.path, {**bundle.manifest, "table": table})
 
 
 def require_parity(entry: Mapping[str, Any], where: str) -> None:
@@ -95,41 +114,38 @@ def verify_bundle(
         ParityError: as `measure_parity`.
     """
     denoiser = describe(model, tuple(bundle.manifest["sample"]["shape"]), example_kwargs)
-    schedule = Schedule(DDIMConfig.from_dict(bundle.manifest["schedule"]))
     with prepared(model, DTYPES[bundle.manifest["sampling"]["dtype"]], bundle.device):
-        return measure_parity(bundle, denoiser, schedule, steps=steps, tolerance=tolerance)
+        return measure_parity(bundle, denoiser, steps=steps, tolerance=tolerance)
 
 
 def _compare(
     exported: BundleSampler,
     denoiser: Denoiser,
-    schedule: Schedule,
+    table: StepTable,
     batch: int,
     shape: tuple[int, ...],
-    steps: int,
     dtype: torch.dtype,
     tolerance: float | None,
 ) -> dict[str, Any]:
-    sampling, device = exported.bundle.manifest["sampling"], exported.bundle.device
+    bundle = exported.bundle
+    sampling, device = bundle.manifest["sampling"], bundle.device
 
     def model(x: torch.Tensor, t: torch.Tensor, **conditions: torch.Tensor) -> torch.Tensor:
         return denoiser.call(x.to(dtype), t, conditions).float()
 
     sampler = Sampler(
         model,
-        schedule,
-        steps,
-        eta=sampling["eta"],
+        table,
+        limit=bundle.limit,
         guidance_scale=2.0 if sampling["guided"] else None,
         guidance_rescale=0.5 if sampling["guidance_rescale"] else 0.0,
-        use_clipped_model_output=sampling["use_clipped_model_output"],
         sample_shape=shape,
         backend="reference",
         graph="off",
     )
     conditions, uncond = _draw_conditions(denoiser, batch, device)
     kwargs: dict[str, Any] = {**conditions, "uncond_kwargs": uncond if sampling["guided"] else None}
-    start = normal(range(batch), 0, shape, STREAM_INITIAL, device=device)
+    start = normal(range(batch), 0, shape, STREAM_INITIAL, device=device) * table.start_scale
     expected = _sample(sampler, start, kwargs)
     if tolerance is None:
         # A random model is chaotic: what a last-bit change of the start does says how far two programs may be apart.
@@ -139,7 +155,7 @@ def _compare(
     actual = exported(
         batch if sampling.get("seeded") else start.numpy(force=True),
         seeds=0,
-        num_inference_steps=steps,
+        num_inference_steps=None if bundle.schedule is None else len(table),
         guidance_scale=sampler.guidance_scale,
         guidance_rescale=sampler.guidance_rescale,
         uncond_kwargs={name: value.numpy(force=True) for name, value in uncond.items()} if sampling["guided"] else None,
@@ -149,7 +165,7 @@ def _compare(
     return {
         "batch": batch,
         "size": list(shape),
-        "steps": steps,
+        "steps": len(table),
         "largest_error": error if math.isfinite(error) else math.inf,
         "tolerance": tolerance,
     }

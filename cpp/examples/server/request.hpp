@@ -80,18 +80,25 @@ inline std::string shown(const Json& value) {
 /// The fields that a bundle's requests have.
 class RequestReader {
    public:
-    /// Throws BundleError: the model is conditioned on more than numbers, or has no value for an unconditional half.
+    /// Throws BundleError: the model is conditioned on more than numbers, or has no value for an unconditional half; or
+    /// the bundle was made from a table of more steps than are allowed here.
     RequestReader(const fastddim::Bundle& bundle, std::int64_t max_steps) {
         const fastddim::Manifest& manifest = bundle.manifest;
         add("seed", true, {{"type", "integer, or a string of one"}, {"minimum", 0}, {"maximum", last_seed}},
             [](Request& request, const Json& value) { request.seed = to_seed(value); });
-        // The bundle's own run may have more steps than are allowed here.
-        const std::int64_t most = std::min(max_steps, manifest.schedule.num_train_timesteps);
-        const bool too_long = manifest.table.size() > static_cast<std::size_t>(most);
-        add_integer("num_inference_steps", too_long, 1, most,
-                    [](Request& request, std::int64_t value) { request.num_inference_steps = value; });
-        if (!too_long) fields_.at("num_inference_steps").description["default"] = manifest.table.size();
-        if (manifest.sampling.stochastic && !manifest.sampling.baked_schedule) {
+        if (manifest.schedule) {
+            // The bundle's own run may have more steps than are allowed here.
+            const std::int64_t most = std::min(max_steps, manifest.schedule->num_train_timesteps);
+            const bool too_long = manifest.table.size() > static_cast<std::size_t>(most);
+            add_integer("num_inference_steps", too_long, 1, most,
+                        [](Request& request, std::int64_t value) { request.num_inference_steps = value; });
+            if (!too_long) fields_.at("num_inference_steps").description["default"] = manifest.table.size();
+        } else if (manifest.table.size() > static_cast<std::size_t>(max_steps)) {
+            throw fastddim::BundleError(fastddim::detail::text(
+                "bundle: '", bundle.path.string(), "' was made from a table of ", manifest.table.size(), " steps, and ",
+                max_steps, " are allowed; pass a larger --max-steps"));
+        }
+        if (manifest.schedule && manifest.sampling.stochastic && !manifest.sampling.baked_schedule) {
             add_number("eta", false, 0, 1, [](Request& request, double value) { request.eta = value; });
             fields_.at("eta").description["default"] = manifest.sampling.eta;
         }
@@ -135,7 +142,7 @@ class RequestReader {
         Request request;
         for (const auto& [name, field] : fields_)
             if (field.description["minimum"] <= 0) field.set(request, 0);
-        request.num_inference_steps = 1;
+        if (fields_.count("num_inference_steps") != 0) request.num_inference_steps = 1;
         return request;
     }
 

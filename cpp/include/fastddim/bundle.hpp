@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -56,15 +57,25 @@ struct Manifest {
         std::uint64_t bytes = 0;
     };
 
+    /// What keeps the predicted x0 in range; it is fixed in the graph.
+    struct Limit {
+        /// `clip` to [-bound, bound], or `threshold`, the dynamic one of at most `bound`.
+        std::string kind;
+        double bound = 1;
+        /// Of a threshold: the quantile.
+        double ratio = 1;
+    };
+
     struct Sampling {
         bool guided = false;
         bool guidance_rescale = false;
         bool stochastic = false;
         bool baked_schedule = false;
+        /// These two are the schedule's; without one they mean nothing.
         double eta = 0;
         bool use_clipped_model_output = false;
         std::string dtype;
-        std::string limit;
+        std::optional<Limit> limit;
         std::map<std::string, std::int64_t> null_values;
     };
 
@@ -109,19 +120,20 @@ struct Manifest {
         bool strip_plan = false;
     };
 
-    static constexpr std::int64_t newest_format_version = 1;
+    static constexpr std::int64_t newest_format_version = 2;
 
     /// `loop`: all steps in one call; `step`: one step a call.
-    std::string graph;
-    /// What runs the file: `onnx`, `aoti` or `tensorrt`.
-    std::string runtime = "onnx";
+    std::string kind;
+    /// What runs the file, such as `onnx`, `aoti` or `tensorrt`; each runtime's sampler takes its own.
+    std::string runtime;
     std::optional<Target> target;
     std::optional<Engine> engine;
     std::string model;
     std::map<std::string, File> files;
     std::vector<TensorInfo> inputs;
     std::vector<TensorInfo> outputs;
-    DDIMConfig schedule;
+    /// None in a bundle made from a table, which runs that table alone.
+    std::optional<DDIMConfig> schedule;
     Sampling sampling;
     /// The default run.
     StepTable table;
@@ -134,6 +146,12 @@ struct Manifest {
 
     const TensorInfo* find_input(std::string_view name) const noexcept { return find(inputs, name); }
     const TensorInfo* find_output(std::string_view name) const noexcept { return find(outputs, name); }
+
+    /// Whether the graph takes timesteps as float, not as 64-bit integers.
+    bool takes_float_timesteps() const noexcept {
+        const TensorInfo* info = find_input(kind == "loop" ? "timesteps" : "timestep");
+        return info != nullptr && info->dtype == "float32";
+    }
 
    private:
     static const TensorInfo* find(const std::vector<TensorInfo>& infos, std::string_view name) noexcept {
@@ -246,9 +264,10 @@ class Field {
     std::string path_;
 };
 
-/// The JSON of a manifest; throws BundleError unless it is of the format, and of a version that is known here.
+/// The JSON of a manifest; throws BundleError unless it is of the format, and of a version that is known here. `command`
+/// is what writes the format.
 inline nlohmann::json parse_json(const std::string& text, const std::string& file, const char* format,
-                                 std::int64_t newest_version) {
+                                 std::int64_t newest_version, const std::string& command) {
     // More than any manifest has; what is nested deeper would exhaust the stack where it is shown.
     constexpr int most_nested = 32;
     const auto fail = [&](const std::string& what) {
@@ -269,11 +288,12 @@ inline nlohmann::json parse_json(const std::string& text, const std::string& fil
     const auto found = json.find("format");
     if (found == json.end() || *found != format)
         throw BundleError("bundle: '" + file + "' is no manifest of a fastddim bundle; pass what `fastddim export` wrote");
-    const std::int64_t version = Field(json, file).at("format_version").integer(1);
-    if (version > newest_version)
-        throw BundleError("bundle: '" + file + "' has format_version " + std::to_string(version) +
-                          ", this fastddim reads up to " + std::to_string(newest_version) + "; update it");
-    return json;
+    const Field field = Field(json, file).at("format_version");
+    const std::int64_t version = field.integer(std::numeric_limits<std::int64_t>::min());
+    if (version >= 1 && version <= newest_version) return json;
+    throw BundleError("bundle: '" + file + "' has format_version " + std::to_string(version) + ", this fastddim reads " +
+                      (version < 1 ? "from 1 " : "") + "up to " + std::to_string(newest_version) +
+                      (version < 1 ? "; write it anew: `" + command + " --out ...`" : "; update fastddim"));
 }
 
 /// A file's path in a bundle, as the manifest names it; BundleError where it leads out.
@@ -363,7 +383,20 @@ inline std::vector<TensorInfo> parse_tensors(const Field& field) {
     return infos;
 }
 
-inline Manifest::Sampling parse_sampling(const Field& field) {
+inline std::optional<Manifest::Limit> parse_limit(const Field& field) {
+    if (field.is_null()) return std::nullopt;
+    const auto positive = [&](const char* name) {
+        const Field value = field.at(name);
+        if (!(value.number() > 0)) value.fail(value.shown() + " is not > 0");
+        return value.number();
+    };
+    if (field.at("kind").choice({"clip", "threshold"}) == 0) return Manifest::Limit{"clip", positive("range"), 1};
+    const Field ratio = field.at("ratio");
+    if (!(ratio.number() >= 0 && ratio.number() <= 1)) ratio.fail(ratio.shown() + " is not in [0, 1]");
+    return Manifest::Limit{"threshold", positive("max_value"), ratio.number()};
+}
+
+inline Manifest::Sampling parse_sampling(const Field& field, bool has_schedule) {
     Manifest::Sampling sampling;
     sampling.guided = field.at("guided").boolean();
     sampling.guidance_rescale = field.at("guidance_rescale").boolean();
@@ -372,13 +405,24 @@ inline Manifest::Sampling parse_sampling(const Field& field) {
     for (const char* name : {"per_sample_steps", "seeded"})
         if (const auto asked = field.find(name); asked && asked->boolean())
             asked->fail("is on, and this loader takes bundles without it");
-    sampling.eta = field.at("eta").number();
-    sampling.use_clipped_model_output = field.at("use_clipped_model_output").boolean();
+    if (has_schedule) {
+        sampling.eta = field.at("eta").number();
+        sampling.use_clipped_model_output = field.at("use_clipped_model_output").boolean();
+    } else if (sampling.baked_schedule) {
+        field.at("baked_schedule").fail("is on, and there is no schedule");
+    }
     sampling.dtype = field.at("dtype").string();
-    sampling.limit = field.at("limit").string();
+    sampling.limit = parse_limit(field.at("limit"));
     for (const auto& [name, value] : field.at("null_values").members())
         sampling.null_values[name] = value.integer(std::numeric_limits<std::int64_t>::min());
     return sampling;
+}
+
+/// Two numbers; `what` they are, for messages.
+inline std::array<double, 2> parse_pair(const Field& field, const char* what) {
+    const std::vector<Field> numbers = field.items();
+    if (numbers.size() != 2) field.fail(field.shown() + " is not " + what);
+    return {numbers[0].number(), numbers[1].number()};
 }
 
 inline Manifest::Engine parse_engine(const Field& field) {
@@ -415,10 +459,27 @@ inline Manifest::Target parse_target(const Field& field) {
     return target;
 }
 
-inline StepTable parse_table(const Field& field, std::int64_t num_train_timesteps) {
+/// `schedule`: where the table comes from one, its timesteps are the training's.
+inline StepTable parse_table(const Field& field, const std::optional<DDIMConfig>& schedule, bool float_timesteps) {
+    // What a double holds exactly.
+    constexpr std::int64_t largest = std::int64_t{1} << 53;
     StepTable table;
-    for (const Field& timestep : field.at("timesteps").items())
-        table.timesteps.push_back(timestep.integer(0, num_train_timesteps - 1));
+    table.float_timesteps = float_timesteps;
+    for (const Field& timestep : field.at("timesteps").items()) {
+        if (float_timesteps) {
+            table.timesteps.push_back(timestep.number());
+            if (!std::isfinite(static_cast<float>(table.timesteps.back())))
+                timestep.fail(timestep.shown() + " is not finite in float32");
+        } else {
+            const std::int64_t value = schedule ? timestep.integer(0, schedule->num_train_timesteps - 1)
+                                                : timestep.integer(-largest, largest);
+            table.timesteps.push_back(static_cast<double>(value));
+        }
+    }
+    const Field scale = field.at("start_scale"), noising = field.at("noising");
+    table.start_scale = scale.number();
+    if (!(table.start_scale > 0)) scale.fail(scale.shown() + " is not > 0");
+    if (!noising.is_null()) table.noising = parse_pair(noising, "a factor of x0 and one of the noise");
     const Field coefficients = field.at("coefficients");
     for (const Field& row : coefficients.items()) {
         const std::vector<Field> numbers = row.items();
@@ -438,11 +499,7 @@ inline Manifest::Sample parse_sample(const Field& field) {
     for (const Field& size : field.at("shape").items()) sample.shape.push_back(size.integer(1));
     sample.layout = field.at("layout").string();
     const Field range = field.at("range");
-    if (!range.is_null()) {
-        const std::vector<Field> ends = range.items();
-        if (ends.size() != 2) range.fail(range.shown() + " is not a lowest and a highest value");
-        sample.range = {ends[0].number(), ends[1].number()};
-    }
+    if (!range.is_null()) sample.range = parse_pair(range, "a lowest and a highest value");
     return sample;
 }
 
@@ -451,6 +508,30 @@ inline Manifest::Component parse_component(const Field& field) {
                                   parse_tensors(field.at("outputs")), field.at("meaning").string(), std::nullopt};
     if (const std::optional<Field> upscale = field.find("upscale")) component.upscale = upscale->integer(1);
     return component;
+}
+
+/// A manifest of version 1 as version 2 has it; what it lacks is found when it is read.
+inline void upgrade(nlohmann::json& json) {
+    const auto object = [&](const char* name) {
+        const auto found = json.find(name);
+        return found != json.end() && found->is_object() ? &*found : nullptr;
+    };
+    json["kind"] = json.value("graph", nlohmann::json());
+    if (!json.contains("runtime")) json["runtime"] = "onnx";
+    if (nlohmann::json* const table = object("table")) table->update({{"start_scale", 1}, {"noising", nullptr}});
+    const nlohmann::json* const schedule = object("schedule");
+    nlohmann::json* const sampling = object("sampling");
+    if (schedule == nullptr || sampling == nullptr) return;
+    const DDIMConfig defaults;
+    const auto field = [&](const char* name, nlohmann::json missing) { return schedule->value(name, missing); };
+    nlohmann::json& limit = (*sampling)["limit"] = nullptr;
+    if (field("thresholding", defaults.thresholding) == true) {
+        limit = {{"kind", "threshold"},
+                 {"ratio", field("dynamic_thresholding_ratio", defaults.dynamic_thresholding_ratio)},
+                 {"max_value", field("sample_max_value", defaults.sample_max_value)}};
+    } else if (field("clip_sample", defaults.clip_sample) == true) {
+        limit = {{"kind", "clip"}, {"range", field("clip_sample_range", defaults.clip_sample_range)}};
+    }
 }
 
 /// What no reader of the manifest uses, but the format promises.
@@ -481,7 +562,7 @@ inline std::string conditional_of(const std::string& name) {
 /// That the graph has the inputs and outputs that its kind promises, and no input that a call has nothing for.
 inline void check_interface(const Field& root, const Manifest& manifest) {
     const Manifest::Sampling& sampling = manifest.sampling;
-    const bool loop = manifest.graph == "loop";
+    const bool loop = manifest.kind == "loop";
     if (sampling.baked_schedule && !loop) root.at("sampling").fail("a baked schedule in a graph of one step");
     const std::size_t rank = manifest.sample.shape.size() + 1;
     std::map<std::string, std::size_t> needed{{"sample", rank}};
@@ -509,6 +590,9 @@ inline void check_interface(const Field& root, const Manifest& manifest) {
 
     for (const TensorInfo& input : manifest.inputs) {
         if (is_own(input.name)) {
+            const bool is_timestep = input.name == "timestep" || input.name == "timesteps";
+            if (is_timestep && input.dtype != manifest.table.timestep_dtype())
+                inputs.fail("'" + input.name + "' is " + input.dtype + ", not int64 or float32");
             const auto found = needed.find(input.name);
             if (found == needed.end()) inputs.fail("'" + input.name + "', which 'sampling' has no use for");
             if (input.shape.size() != found->second)
@@ -527,14 +611,13 @@ inline void check_interface(const Field& root, const Manifest& manifest) {
 ///
 /// Throws BundleError: it is no manifest, one of a newer format, or one that lacks what the format promises.
 inline Manifest parse_manifest(const std::string& text, const std::string& file = "manifest.json") {
-    const nlohmann::json json = detail::parse_json(text, file, "fastddim-bundle", Manifest::newest_format_version);
+    nlohmann::json json = detail::parse_json(text, file, "fastddim-bundle", Manifest::newest_format_version,
+                                             "fastddim export onnx");
+    if (json["format_version"] == 1) detail::upgrade(json);
     const detail::Field root(json, file);
     Manifest manifest;
-    manifest.graph = root.at("graph").choice({"loop", "step"}) == 0 ? "loop" : "step";
-    if (const auto runtime = root.find("runtime")) {
-        runtime->choice({"onnx", "aoti", "tensorrt"});
-        manifest.runtime = runtime->string();
-    }
+    manifest.kind = root.at("kind").choice({"loop", "step"}) == 0 ? "loop" : "step";
+    manifest.runtime = root.at("runtime").string();
     if (const auto target = root.find("target")) manifest.target = detail::parse_target(*target);
     if (manifest.runtime == "aoti" && !manifest.target) root.at("target");
     if (const auto engine = root.find("engine")) manifest.engine = detail::parse_engine(*engine);
@@ -553,9 +636,10 @@ inline Manifest parse_manifest(const std::string& text, const std::string& file 
     if (const auto zeros = root.find("zeros_for_empty_prompt")) manifest.zeros_for_empty_prompt = zeros->boolean();
     manifest.inputs = detail::parse_tensors(root.at("inputs"));
     manifest.outputs = detail::parse_tensors(root.at("outputs"));
-    manifest.schedule = detail::parse_schedule(root.at("schedule"));
-    manifest.sampling = detail::parse_sampling(root.at("sampling"));
-    manifest.table = detail::parse_table(root.at("table"), manifest.schedule.num_train_timesteps);
+    const detail::Field schedule = root.at("schedule");
+    if (!schedule.is_null()) manifest.schedule = detail::parse_schedule(schedule);
+    manifest.sampling = detail::parse_sampling(root.at("sampling"), manifest.schedule.has_value());
+    manifest.table = detail::parse_table(root.at("table"), manifest.schedule, manifest.takes_float_timesteps());
     manifest.sample = detail::parse_sample(root.at("sample"));
     for (const auto& [name, value] : root.at("versions").members()) manifest.versions[name] = value.string();
     detail::check_records(root);

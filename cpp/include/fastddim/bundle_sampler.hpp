@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -64,8 +65,9 @@ class BundleSampler {
 
     /// Throws BundleError: a bundle of another runtime, or with inputs of a dtype that is not supported here.
     BundleSampler(Bundle bundle, const char* runtime, bool check_finite)
-        : bundle_(std::move(bundle)), schedule_(bundle_.manifest.schedule), check_finite_(check_finite) {
+        : bundle_(std::move(bundle)), check_finite_(check_finite) {
         const Manifest& manifest = bundle_.manifest;
+        if (manifest.schedule) schedule_.emplace(*manifest.schedule);
         if (manifest.runtime != runtime)
             throw BundleError("bundle: '" + bundle_.path.string() + "' is of runtime '" + manifest.runtime + "', not '" +
                               runtime + "'; load it with fastddim's class for that");
@@ -91,19 +93,21 @@ class BundleSampler {
     }
 
     Array<float> run(PreparedCall& ready, const StepTable& table) const {
-        return bundle_.manifest.graph == "loop" ? run_loop(ready, table) : run_steps(ready, table);
+        return bundle_.manifest.kind == "loop" ? run_loop(ready, table) : run_steps(ready, table);
     }
 
     Array<float> run_loop(PreparedCall& ready, const StepTable& table) const {
         const auto steps = static_cast<std::int64_t>(table.size());
-        std::vector<std::int64_t> count{steps}, timesteps = table.timesteps;
+        std::vector<std::int64_t> count{steps};
+        std::vector<unsigned char> timesteps = table.timestep_bytes();
         std::vector<float> columns = table.columns(), noise;
         Inputs inputs = view_feeds(ready.feeds);
         inputs.add("sample", view(ready.start.values, ready.start.shape));
         if (bundle_.manifest.sampling.baked_schedule) {
             inputs.add("num_inference_steps", view(count, {}));
         } else {
-            inputs.add("timesteps", view(timesteps, {steps}));
+            inputs.add("timesteps",
+                       Sampler::view(timesteps.data(), timesteps.size(), table.timestep_dtype(), {steps}));
             inputs.add("coefficients", view(columns, {steps, 6}));
         }
         if (bundle_.manifest.sampling.stochastic) {
@@ -121,15 +125,18 @@ class BundleSampler {
         const std::int64_t batch = ready.start.shape[0];
         const auto samples = static_cast<std::size_t>(batch);
         const std::vector<float> columns = table.columns();
-        std::vector<std::int64_t> timesteps(samples);
+        std::vector<unsigned char> timesteps = table.timestep_bytes(0, samples);
         std::vector<float> rows(6 * samples), noise(ready.start.values.size());
         Inputs inputs = view_feeds(ready.feeds);
-        inputs.add("timestep", view(timesteps, {batch}));
+        inputs.add("timestep",
+                   Sampler::view(timesteps.data(), timesteps.size(), table.timestep_dtype(), {batch}));
         inputs.add("coefficients", view(rows, {batch, 6}));
         if (bundle_.manifest.sampling.stochastic) inputs.add("noise", view(noise, ready.start.shape));
         inputs.add("sample", view(ready.start.values, ready.start.shape));
         for (std::size_t step = 0; step < table.size(); ++step) {
-            std::fill(timesteps.begin(), timesteps.end(), table.timesteps[step]);
+            const std::vector<unsigned char> each = table.timestep_bytes(step, samples);
+            // In place: the view is of this memory.
+            std::copy(each.begin(), each.end(), timesteps.begin());
             const auto row = columns.begin() + static_cast<std::ptrdiff_t>(6 * step);
             for (std::size_t k = 0; k < samples; ++k)
                 std::copy(row, row + 6, rows.begin() + static_cast<std::ptrdiff_t>(6 * k));
@@ -165,7 +172,7 @@ class BundleSampler {
     }
 
     Bundle bundle_;
-    Schedule schedule_;
+    std::optional<Schedule> schedule_;
     bool check_finite_;
 };
 

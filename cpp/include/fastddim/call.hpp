@@ -1,5 +1,5 @@
 // A call of an exported sampler, checked against its manifest, whatever runtime then runs it: the table, the starting
-// state, guidance scales and conditions, as fastddim/export/ort.py has them.
+// state, guidance scales and conditions, as fastddim/export/bundle_sampler.py has them.
 #pragma once
 
 #include <algorithm>
@@ -47,7 +47,8 @@ struct Call {
     std::optional<Array<float>> start;
     /// One per sample, or an integer s for s, s + 1, ...
     std::optional<Seeds> seeds;
-    /// Of this run; the bundle's own by default. A baked schedule takes `num_inference_steps` alone.
+    /// Of this run; the bundle's own by default. A baked schedule takes `num_inference_steps` alone; a bundle made from a
+    /// table takes none of the three.
     std::optional<std::int64_t> num_inference_steps;
     std::optional<std::vector<std::int64_t>> timesteps;
     std::optional<double> eta;
@@ -132,21 +133,6 @@ constexpr const char* dtype_of() {
     if constexpr (std::is_same_v<T, Half>) return "float16";
 }
 
-template <class To, class From>
-std::vector<unsigned char> to_bytes(const std::vector<From>& values) {
-    std::vector<unsigned char> bytes(values.size() * sizeof(To));
-    for (std::size_t k = 0; k < values.size(); ++k) {
-        To value;
-        if constexpr (std::is_same_v<To, From>) {
-            value = values[k];
-        } else {
-            value = static_cast<To>(values[k]);
-        }
-        std::memcpy(bytes.data() + k * sizeof(To), &value, sizeof(To));
-    }
-    return bytes;
-}
-
 /// Values as bytes of a dtype, where numpy's "same_kind" casting allows it.
 template <class From>
 std::optional<std::vector<unsigned char>> cast(const std::vector<From>& values, const std::string& dtype) {
@@ -198,8 +184,19 @@ inline Feed per_sample(const char* name, const std::vector<float>& values, std::
     return {name, "float32", {batch}, to_bytes<float>(each)};
 }
 
-inline StepTable table_of(const Manifest& manifest, const Schedule& schedule, const Call& call) {
+inline StepTable table_of(const Manifest& manifest, const std::optional<Schedule>& schedule, const Call& call) {
     const Manifest::Sampling& sampling = manifest.sampling;
+    if (!schedule) {
+        const char* const given = call.num_inference_steps ? "num_inference_steps"
+                                  : call.timesteps         ? "timesteps"
+                                  : call.eta               ? "eta"
+                                                           : nullptr;
+        if (given != nullptr)
+            throw std::invalid_argument(
+                text(given, ": given, but this bundle was made from a table and has no schedule to make others from; "
+                            "leave it out, or export another table"));
+        return manifest.table;
+    }
     if (sampling.baked_schedule && (call.timesteps || (call.eta && *call.eta != sampling.eta)))
         throw std::invalid_argument(
             "timesteps, eta: this bundle derives its table itself; pass num_inference_steps alone");
@@ -208,10 +205,10 @@ inline StepTable table_of(const Manifest& manifest, const Schedule& schedule, co
     if (!call.num_inference_steps && !call.timesteps && !call.eta && !sampling.baked_schedule) return manifest.table;
     const auto own = static_cast<std::int64_t>(manifest.table.size());
     const std::vector<Transition> transitions = call.timesteps
-                                                    ? schedule.transitions(*call.timesteps)
-                                                    : schedule.transitions(call.num_inference_steps.value_or(own));
+                                                    ? schedule->transitions(*call.timesteps)
+                                                    : schedule->transitions(call.num_inference_steps.value_or(own));
     const double eta = call.eta.value_or(sampling.eta);
-    StepTable table = StepTable::build(schedule, transitions, eta, sampling.use_clipped_model_output);
+    StepTable table = StepTable::build(*schedule, transitions, eta, sampling.use_clipped_model_output);
     if (eta != 0 && !sampling.stochastic)
         throw std::invalid_argument(
             text("eta: ", eta, ", but this bundle has no input for noise; export it with --noise"));
@@ -298,10 +295,10 @@ inline std::vector<Feed> conditions_of(const Manifest& manifest, const Call& cal
 
 }  // namespace detail
 
-/// Checks a call against its bundle, before any work.
+/// Checks a call against its bundle, before any work; `schedule` is the manifest's.
 ///
 /// Throws std::invalid_argument: arguments that the bundle does not take, or of the wrong shape or type.
-inline PreparedCall prepare(const Manifest& manifest, const Schedule& schedule, const Call& call) {
+inline PreparedCall prepare(const Manifest& manifest, const std::optional<Schedule>& schedule, const Call& call) {
     PreparedCall ready;
     ready.table = detail::table_of(manifest, schedule, call);
     ready.start.shape = detail::shape_of(manifest, call);
@@ -321,6 +318,7 @@ inline PreparedCall prepare(const Manifest& manifest, const Schedule& schedule, 
     } else {
         ready.start.values.resize(count);
         normal(seeds, 0, Stream::initial, count / seeds.size(), ready.start.values.data());
+        for (float& value : ready.start.values) value *= static_cast<float>(ready.table.start_scale);
     }
     if (noisy) ready.noise_seeds = std::move(seeds);
     return ready;

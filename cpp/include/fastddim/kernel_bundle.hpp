@@ -190,8 +190,8 @@ inline KernelManifest::Plan parse_plan(const Field& field, const KernelManifest&
 ///
 /// Throws BundleError: it is none, one of a newer format, or one that lacks what the format promises.
 inline KernelManifest parse_kernel_manifest(const std::string& text, const std::string& file = "kernel.json") {
-    const nlohmann::json json =
-        detail::parse_json(text, file, "fastddim-kernels", KernelManifest::newest_format_version);
+    const nlohmann::json json = detail::parse_json(text, file, "fastddim-kernels",
+                                                   KernelManifest::newest_format_version, "fastddim export cubin");
     const detail::Field root(json, file);
     KernelManifest manifest;
     manifest.files = detail::parse_files(root.at("files"), file);

@@ -7,12 +7,14 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <locale>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -34,6 +36,21 @@ std::string text(const Parts&... parts) {
     out.precision(17);
     (out << ... << parts);
     return out.str();
+}
+
+template <class To, class From>
+std::vector<unsigned char> to_bytes(const std::vector<From>& values) {
+    std::vector<unsigned char> bytes(values.size() * sizeof(To));
+    for (std::size_t k = 0; k < values.size(); ++k) {
+        To value;
+        if constexpr (std::is_same_v<To, From>) {
+            value = values[k];
+        } else {
+            value = static_cast<To>(values[k]);
+        }
+        std::memcpy(bytes.data() + k * sizeof(To), &value, sizeof(To));
+    }
+    return bytes;
 }
 
 inline std::int64_t require_int(const char* name, std::int64_t value, std::int64_t low, std::int64_t high) {
@@ -265,10 +282,18 @@ class Schedule {
 /// A step's coefficients: x0_from_x, x0_from_output, next_from_x, next_from_output, next_from_x0, noise_scale.
 using StepCoefficients = std::array<double, 6>;
 
-/// Everything a run's steps need.
+/// Everything a run needs beside its model.
 struct StepTable {
-    std::vector<std::int64_t> timesteps;
+    /// What the model is called with at each step, in any order; whole numbers unless `float_timesteps`.
+    std::vector<double> timesteps;
     std::vector<StepCoefficients> rows;
+    /// Whether the model takes its timesteps as float, not as 64-bit integers.
+    bool float_timesteps = false;
+    /// A run starts from standard normal noise times this number.
+    double start_scale = 1;
+    /// What brings a clean state to the first step, as `(*noising)[0] * x0 + (*noising)[1] * noise`; none where the method
+    /// has no such rule.
+    std::optional<std::array<double, 2>> noising;
 
     std::size_t size() const noexcept { return rows.size(); }
 
@@ -279,8 +304,21 @@ struct StepTable {
 
     /// The first `count` steps.
     StepTable first(std::size_t count) const {
-        const auto end = static_cast<std::ptrdiff_t>(count);
-        return {{timesteps.begin(), timesteps.begin() + end}, {rows.begin(), rows.begin() + end}};
+        StepTable part = *this;
+        part.timesteps.resize(count);
+        part.rows.resize(count);
+        return part;
+    }
+
+    /// What the model takes timesteps as, in numpy's words.
+    const char* timestep_dtype() const noexcept { return float_timesteps ? "float32" : "int64"; }
+
+    /// The timesteps as graphs and kernels take them, in bytes.
+    std::vector<unsigned char> timestep_bytes() const { return bytes_of(timesteps); }
+
+    /// One step's, for each of `count` samples.
+    std::vector<unsigned char> timestep_bytes(std::size_t step, std::size_t count) const {
+        return bytes_of(std::vector<double>(count, timesteps.at(step)));
     }
 
     /// The columns as graphs take them: float `[size(), 6]`, row by row.
@@ -316,13 +354,17 @@ struct StepTable {
                     detail::text("prediction_type: 'epsilon' at timestep ", pair.t,
                                  ", which has no signal (zero terminal SNR), so x0 cannot be told from it; use a "
                                  "v_prediction or sample model, or a spacing that does not start there ('leading')"));
-            table.timesteps.push_back(pair.t);
+            table.timesteps.push_back(static_cast<double>(pair.t));
             table.rows.push_back(row(alpha_bar, alpha_bar_next, eta, kind, use_clipped_model_output));
         }
         return table;
     }
 
    private:
+    std::vector<unsigned char> bytes_of(const std::vector<double>& values) const {
+        return float_timesteps ? detail::to_bytes<float>(values) : detail::to_bytes<std::int64_t>(values);
+    }
+
     static StepCoefficients row(double alpha_bar, double alpha_bar_next, double eta, PredictionType kind,
                                 bool use_clipped_model_output) {
         FASTDDIM_EXACT

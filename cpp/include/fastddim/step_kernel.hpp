@@ -265,19 +265,20 @@ class DeviceTable {
     /// Throws std::invalid_argument: no steps; CudaError: what the driver says.
     DeviceTable(const Device& device, const StepTable& table)
         : size_(require_steps(table)),
+          timestep_dtype_(table.float_timesteps ? DType::float32 : DType::int64),
           columns_(device, size_ * sizeof(StepCoefficients)),
-          timesteps_(device, size_ * sizeof(std::int64_t)),
+          timesteps_(device, size_ * size_of(timestep_dtype_)),
           indices_(device, size_ * sizeof(std::int64_t)) {
         static_assert(sizeof(StepCoefficients) == 6 * sizeof(double));
         std::vector<std::int64_t> indices(size_);
         std::iota(indices.begin(), indices.end(), 0);
         columns_.upload(table.rows.data());
-        timesteps_.upload(table.timesteps.data());
+        timesteps_.upload(table.timestep_bytes().data());
         indices_.upload(indices.data());
     }
 
     DeviceArray columns() const noexcept { return {columns_.address(), DType::float64, 6 * size_}; }
-    DeviceArray timesteps() const noexcept { return {timesteps_.address(), DType::int64, size_}; }
+    DeviceArray timesteps() const noexcept { return {timesteps_.address(), timestep_dtype_, size_}; }
 
     /// The index of a row; throws std::out_of_range where there is none.
     DeviceArray step(std::size_t row) const {
@@ -295,6 +296,7 @@ class DeviceTable {
     }
 
     std::size_t size_;
+    DType timestep_dtype_;
     DeviceMemory columns_, timesteps_, indices_;
 };
 

@@ -1,6 +1,7 @@
 // Calls go to the file FAKE_LOG; the one named FAKE_REFUSE fails. FAKE_CAPABILITY is the GPU's, FAKE_VERSION the library's.
 //
-// The engine's model is `out = 0.1 * x + labels` with guidance, its steps are those of a table.
+// The engine's model is `out = 0.1 * x + labels` with guidance, its steps are those of a table. With FAKE_FLOATS timesteps are
+// float, and `timestep / 1000` is added to the model's output.
 #include "NvInfer.h"
 
 #include <cstdint>
@@ -153,7 +154,8 @@ IExecutionContext* ICudaEngine::createExecutionContext() noexcept {
 }
 
 DataType ICudaEngine::getTensorDataType(const char* name) const noexcept {
-    const std::string integers = " labels uncond_labels timestep timesteps ";
+    std::string integers = " labels uncond_labels ";
+    if (setting("FAKE_FLOATS", "").empty()) integers += "timestep timesteps ";
     return integers.find(" " + std::string(name) + " ") != std::string::npos ? DataType::kINT64 : DataType::kFLOAT;
 }
 
@@ -209,7 +211,9 @@ void IExecutionContext::compute() const noexcept {
             const float* row = floats("coefficients") + 6 * (loop ? step : b);
             const auto cond = static_cast<float>(integers("labels")[b]);
             const auto uncond = static_cast<float>(integers("uncond_labels")[b]);
-            const float label = uncond + floats("guidance_scale")[b] * (cond - uncond);
+            float label = uncond + floats("guidance_scale")[b] * (cond - uncond);
+            if (!setting("FAKE_FLOATS", "").empty())
+                label += (loop ? floats("timesteps")[step] : floats("timestep")[b]) / 1000.0F;
             for (std::size_t k = b * size; k < (b + 1) * size; ++k) {
                 const float out = 0.1F * x[k] + label;
                 const float x0 = row[0] * x[k] + row[1] * out;

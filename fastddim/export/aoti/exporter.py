@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from fastddim.config import DDIMConfig, require_choice
+from fastddim.coefficients import StepTable
+from fastddim.config import DDIMConfig, Limit, require_choice
 from fastddim.export.aoti.loop_module import FusedStepModule, LoopModule
 from fastddim.export.bundle import Bundle, check_destination, write_bundle
 from fastddim.export.denoisers import DTYPES, prepared
 from fastddim.export.machine import compute_capability, cpu_features
 from fastddim.export.manifest import NOTE_FILE, build_manifest, name_meanings, note
 from fastddim.export.sampler_plan import ExportError, ExportOptions, SamplerPlan, plan_sampler
-from fastddim.export.schedule_module import ScheduleModule
 from fastddim.export.tracing import quiet, told, trace
 from fastddim.export.validate import PARITY_STEPS, measure_parity
 from fastddim.schedule import Schedule
@@ -38,10 +38,11 @@ _ISAS = {
 
 def export_aoti(
     model: Any,
-    scheduler: Schedule | DDIMConfig | Any,
+    scheduler_or_table: Schedule | DDIMConfig | StepTable | Any,
     out: str | Path,
     options: ExportOptions | None = None,
     *,
+    limit: Limit = None,
     device: str = "cpu",
     cpu_isa: str | None = None,
     sample_shape: Sequence[int] | None = None,
@@ -56,7 +57,8 @@ def export_aoti(
     machine, which the manifest names: `target`. Two exports of one model do the same, but their bytes differ.
 
     Args:
-        model, scheduler, out, options, sample_shape, example_kwargs, force, parity_steps, tolerance: as `export_onnx`'s.
+        model, scheduler_or_table, out, options, limit, sample_shape, example_kwargs, force, parity_steps, tolerance: as
+            `export_onnx`'s.
         device: `"cpu"`, or `"cuda"` on a machine with the kind of GPU that will run it.
         cpu_isa: the instructions that an x86-64 CPU needs to run it, `"avx2"` (the default there) or `"avx512"`. Other
             processors' packages are for those that have all that this machine's has.
@@ -74,7 +76,7 @@ def export_aoti(
     target = check_destination(out, force)
     if options is not None and (options.per_sample_steps or options.seeded):
         raise ValueError("per_sample_steps, seeded: are for ONNX files; leave them out, or export with export_onnx")
-    plan = plan_sampler(model, scheduler, options, sample_shape, example_kwargs)
+    plan = plan_sampler(model, scheduler_or_table, options, sample_shape, example_kwargs, limit)
     require_choice("device", device, DEVICES)
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
@@ -90,7 +92,7 @@ def export_aoti(
             _compile(program, folder / MODEL_FILE, cpu_options, type(model).__name__)
             manifest = _manifest(plan, program, dims, device, features)
             manifest["parity"] = measure_parity(
-                Bundle(folder, manifest), plan.denoiser, plan.schedule, steps=parity_steps, tolerance=tolerance
+                Bundle(folder, manifest), plan.denoiser, steps=parity_steps, tolerance=tolerance
             )
         (folder / NOTE_FILE).write_text(note(manifest), "utf-8")
         return manifest
@@ -141,19 +143,17 @@ def _trace(plan: SamplerPlan, device: str) -> tuple[ExportedProgram, dict[str, l
     denoiser, options = plan.denoiser, plan.options
     step = FusedStepModule(
         denoiser,
-        plan.schedule.config.limit,
+        plan.limit,
         options.guided,
         options.guidance_rescale,
         options.stochastic,
         options.dynamic_size,
+        plan.timestep_dtype,
     )
     module: torch.nn.Module = step
     examples = step.example_inputs()
     if options.kind == "loop":
-        baked = None
-        if options.bake_schedule:
-            baked = ScheduleModule(plan.schedule, options.eta, bool(options.use_clipped_model_output))
-        module = loop = LoopModule(step, baked)
+        module = loop = LoopModule(step, plan.baked_schedule() if options.bake_schedule else None)
         examples = loop.example_inputs()
     # A number of steps sizes tensors on the host.
     examples = {name: value if name == "num_inference_steps" else value.to(device) for name, value in examples.items()}
@@ -230,8 +230,8 @@ def _manifest(
             "meaning": meanings[name],
         }
 
-    manifest = build_manifest(plan, MODEL_FILE, [described(name) for name in examples], [*map(described, outputs)])
-    manifest["runtime"] = "aoti"
+    inputs = [described(name) for name in examples]
+    manifest = build_manifest(plan, MODEL_FILE, inputs, [*map(described, outputs)], "aoti")
     manifest["target"] = {
         "device": device,
         "platform": sys.platform,

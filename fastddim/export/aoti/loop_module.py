@@ -41,7 +41,7 @@ class LoopModule(torch.nn.Module):
 
     The inputs of `forward`, in order, those in brackets where the step has them:
         sample: `[B, ...]` float32, the starting state.
-        timesteps: `[N]` int64.
+        timesteps: `[N]` int64 or float32.
         coefficients: `[N, 6]` float32. With a schedule, num_inference_steps `[]` int64 instead of these two.
         [noise]: `[N, B, ...]` float32.
         the step's others.
@@ -58,7 +58,7 @@ class LoopModule(torch.nn.Module):
         values = {}
         for name, value in self.step.example_inputs().items():
             if name == "timestep" and self.schedule is None:
-                values["timesteps"] = torch.arange(_EXAMPLE_STEPS).flip(0)
+                values["timesteps"] = torch.arange(_EXAMPLE_STEPS, dtype=value.dtype).flip(0)
             elif name == "timestep":
                 values["num_inference_steps"] = torch.tensor(_EXAMPLE_STEPS)
             elif name == "coefficients" and self.schedule is None:

@@ -80,7 +80,7 @@ class AotiSampler(BundleSampler):
     def _run_steps(self, sample: Any, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Any]) -> Any:
         batch = sample.shape[0]
         rows = torch.from_numpy(table.columns.astype(np.float32)).to(self._device)
-        timesteps = torch.tensor(table.timesteps, device=self._device)
+        timesteps = torch.tensor(table.timesteps, dtype=getattr(torch, table.timestep_dtype), device=self._device)
         noise = torch.zeros_like(sample)
         for step in range(len(table)):
             if seeds is not None:

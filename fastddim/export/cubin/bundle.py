@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastddim.export.bundle import Folder, Format, open_folder
 
-FORMAT = Format("fastddim-kernels", 1, "kernel.json", "cubin/kernel.schema.json")
+FORMAT = Format("fastddim-kernels", 1, "kernel.json", "cubin/kernel.schema.json", "fastddim export cubin")
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ import onnx_ir
 import torch
 
 import fastddim
-from fastddim.config import DDIMConfig
+from fastddim.coefficients import StepTable
+from fastddim.config import DDIMConfig, Limit
 from fastddim.export.bundle import Bundle, check_destination, write_bundle
 from fastddim.export.denoisers import DTYPES, Denoiser, StepModule, prepared
 from fastddim.export.manifest import NOTE_FILE, build_manifest, name_meanings, note
 from fastddim.export.onnx.graph import as_loop, fed_by, name_dims, sized_noise, strip, symbolic_dims
 from fastddim.export.onnx.noise_module import NoiseModule
 from fastddim.export.sampler_plan import ExportError, ExportOptions, SamplerPlan, plan_sampler
-from fastddim.export.schedule_module import ScheduleModule
 from fastddim.export.tracing import quiet, told, trace
 from fastddim.export.validate import PARITY_STEPS, measure_parity
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP
@@ -36,10 +36,11 @@ _LARGEST_FILE = 2_000_000_000
 
 def export_onnx(
     model: Any,
-    scheduler: Schedule | DDIMConfig | Any,
+    scheduler_or_table: Schedule | DDIMConfig | StepTable | Any,
     out: str | Path,
     options: ExportOptions | None = None,
     *,
+    limit: Limit = None,
     sample_shape: Sequence[int] | None = None,
     example_kwargs: Mapping[str, torch.Tensor] | None = None,
     force: bool = False,
@@ -50,9 +51,12 @@ def export_onnx(
 
     Args:
         model: a diffusers UNet or DiT, or any module with `sample_shape` (and `example_kwargs`); it is not changed.
-        scheduler: as `Sampler`'s.
+        scheduler_or_table: a `Schedule`, a `DDIMConfig` or a diffusers scheduler; or a `StepTable`, whose steps the file
+            then takes. Timesteps that are floating-point numbers call the model with float32, integers with int64.
         out: the folder to write.
         options: what is fixed in the file.
+        limit: of a table, what keeps the predicted x0 in range, `Clip`, `DynamicThreshold` or None; a scheduler's
+            configuration has its own.
         sample_shape: of one sample; a diffusers model's own by default.
         example_kwargs: keyword tensors `[B, ...]`, B >= 2, that any other module takes.
         force: replace a bundle that is there.
@@ -63,12 +67,12 @@ def export_onnx(
         The bundle, opened.
 
     Raises:
-        ValueError: options or configurations that cannot be exported; ExportError: the model cannot.
+        ValueError: options, configurations or tables that cannot be exported; ExportError: the model cannot.
         FileExistsError, NotADirectoryError, PermissionError: `out`, before any work.
         ParityError: the file's results differ from the torch reference's.
     """
     target = check_destination(out, force)
-    plan = plan_sampler(model, scheduler, options, sample_shape, example_kwargs)
+    plan = plan_sampler(model, scheduler_or_table, options, sample_shape, example_kwargs, limit)
 
     def fill(folder: Path) -> dict[str, Any]:
         manifest = write_sampler(folder, plan, parity_steps, tolerance)
@@ -94,15 +98,16 @@ def write_sampler(
     Raises:
         ExportError, ParityError: as `export_onnx`.
     """
-    denoiser, schedule, options = plan.denoiser, plan.schedule, plan.options
+    denoiser, options = plan.denoiser, plan.options
     with prepared(denoiser.model, DTYPES[options.dtype]):
         module = StepModule(
             denoiser,
-            schedule.config.limit,
+            plan.limit,
             options.guided,
             options.guidance_rescale,
             options.stochastic,
             options.dynamic_size,
+            plan.timestep_dtype,
         )
         graph = _step_graph(module, denoiser, options, folder / MODEL_FILE)
         opset = graph.opset_import[0].version
@@ -111,17 +116,16 @@ def write_sampler(
         if options.kind == "loop":
             graph = as_loop(graph, options.per_sample_steps)
         if options.bake_schedule:
-            graph = fed_by(graph, _schedule_graph(schedule, options, opset), "schedule_")
+            graph = fed_by(graph, _schedule_graph(plan, opset), "schedule_")
         if options.seeded:
-            graph = fed_by(graph, _noise_graph(denoiser.sample_shape, "sample", opset), "start_")
+            start = _noise_graph(denoiser.sample_shape, "sample", opset, plan.table.start_scale)
+            graph = fed_by(graph, start, "start_")
         save(graph, folder / MODEL_FILE)
         meanings = name_meanings(plan)
         inputs, outputs = (describe_values(values, meanings) for values in (graph.graph.input, graph.graph.output))
         manifest = build_manifest(plan, MODEL_FILE, inputs, outputs)
         manifest["versions"]["opset"] = str(graph.opset_import[0].version)
-        manifest["parity"] = measure_parity(
-            Bundle(folder, manifest), denoiser, schedule, steps=parity_steps, tolerance=tolerance
-        )
+        manifest["parity"] = measure_parity(Bundle(folder, manifest), denoiser, steps=parity_steps, tolerance=tolerance)
     return manifest
 
 
@@ -196,21 +200,20 @@ def _has_bfloat16(module: torch.nn.Module) -> bool:
     return any(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
 
 
-def _schedule_graph(schedule: Schedule, options: ExportOptions, opset: int) -> onnx.ModelProto:
-    per_sample = options.per_sample_steps
-    module = ScheduleModule(schedule, options.eta, bool(options.use_clipped_model_output), per_sample)
+def _schedule_graph(plan: SamplerPlan, opset: int) -> onnx.ModelProto:
+    per_sample = plan.options.per_sample_steps
     batch = ["batch"] if per_sample else []
     outputs: dict[str, list[str | int]] = {"timesteps": ["steps", *batch], "coefficients": ["steps", *batch, 6]}
     if per_sample:
         outputs["going"] = ["steps", *batch]
     counts = torch.tensor([5, 3] if per_sample else 5)
-    return _plain_graph(module, {"num_inference_steps": (counts, batch)}, outputs, opset)
+    return _plain_graph(plan.baked_schedule(), {"num_inference_steps": (counts, batch)}, outputs, opset)
 
 
-def _noise_graph(shape: Sequence[int], name: str, opset: int) -> onnx.ModelProto:
+def _noise_graph(shape: Sequence[int], name: str, opset: int, scale: float = 1.0) -> onnx.ModelProto:
     """From seeds to the starting state `sample`, or to the `noise` of a step."""
     fixed = {"stream": STREAM_STEP} if name == "noise" else {"stream": STREAM_INITIAL, "step_index": 0}
-    return sized_noise(_noise_groups(opset), shape, name, fixed)
+    return sized_noise(_noise_groups(opset), shape, name, fixed, scale)
 
 
 # Whatever the model: traced once.

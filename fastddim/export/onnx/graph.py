@@ -188,7 +188,9 @@ def fed_by(model: onnx.ModelProto, producer: onnx.ModelProto, prefix: str) -> on
     return helper.make_model(graph, opset_imports=list(model.opset_import), ir_version=model.ir_version)
 
 
-def sized_noise(groups: onnx.ModelProto, shape: Sequence[int], name: str, fixed: Mapping[str, int]) -> onnx.ModelProto:
+def sized_noise(
+    groups: onnx.ModelProto, shape: Sequence[int], name: str, fixed: Mapping[str, int], scale: float = 1.0
+) -> onnx.ModelProto:
     """Noise of a shape.
 
     Args:
@@ -196,6 +198,7 @@ def sized_noise(groups: onnx.ModelProto, shape: Sequence[int], name: str, fixed:
         shape: of one sample.
         name: of the output `[B, *shape]`.
         fixed: the numbers that are known.
+        scale: a factor of the noise, rounded to float32.
 
     Returns:
         Inputs `seed` `[B]` and the other numbers.
@@ -203,7 +206,7 @@ def sized_noise(groups: onnx.ModelProto, shape: Sequence[int], name: str, fixed:
     size = math.prod(shape)
 
     def graph(nodes: list[onnx.NodeProto], outputs: Sequence[onnx.ValueInfoProto], **numbers: Any) -> onnx.ModelProto:
-        weights = [numpy_helper.from_array(np.array(value, dtype=np.int64), key) for key, value in numbers.items()]
+        weights = [numpy_helper.from_array(np.asarray(value), key) for key, value in numbers.items()]
         inputs = [] if outputs[0].name != name else [values]
         built = helper.make_graph(nodes, name, inputs, outputs, initializer=weights)
         return helper.make_model(built, opset_imports=list(groups.opset_import), ir_version=groups.ir_version)
@@ -221,10 +224,11 @@ def sized_noise(groups: onnx.ModelProto, shape: Sequence[int], name: str, fixed:
     shaped = graph(
         [
             helper.make_node("Slice", ["values", "start", "end", "axis"], ["elements"], name="drop_rest"),
-            helper.make_node("Reshape", ["elements", "whole"], [name], name="shape_noise"),
+            helper.make_node("Mul", ["elements", "scale"], ["scaled"], name="scale_noise"),
+            helper.make_node("Reshape", ["scaled", "whole"], [name], name="shape_noise"),
         ],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape])],
-        start=[0], end=[size], axis=[1], whole=[-1, *shape],
+        start=[0], end=[size], axis=[1], whole=[-1, *shape], scale=np.float32(scale),
     )  # fmt: skip
     return fed_by(shaped, fed_by(groups, numbers, "number_"), "draw_")
 

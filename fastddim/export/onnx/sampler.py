@@ -131,9 +131,10 @@ class OrtSampler(BundleSampler):
             binding.bind_ortvalue_input(name, place(value, device, 0))
         state = place(sample, device, 0)
         silent = None if "noise" not in self._inputs else np.zeros_like(sample)
-        for step, timestep in enumerate(table.timesteps):
+        timesteps = np.repeat(np.array(table.timesteps, dtype=table.timestep_dtype)[:, None], batch, axis=1)
+        for step, timestep in enumerate(timesteps):
             binding.bind_ortvalue_input("sample", state)
-            binding.bind_ortvalue_input("timestep", place(np.full(batch, timestep, dtype=np.int64), device, 0))
+            binding.bind_ortvalue_input("timestep", place(timestep, device, 0))
             row = np.repeat(table.columns[step : step + 1].astype(np.float32), batch, axis=0)
             binding.bind_ortvalue_input("coefficients", place(row, device, 0))
             if silent is not None:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import onnx
 from onnx import TensorProto, helper
 
-from fastddim.config import DDIMConfig
-from fastddim.export.bundle import Bundle
+from fastddim.export.bundle import Bundle, read_limit
 from fastddim.export.onnx.graph import find_model_output, with_fused_step
 from fastddim.export.sampler_plan import ExportError
 from fastddim.export.tensorrt.library import PLUGIN_FLAG, Library
@@ -60,9 +59,9 @@ def require_fusible(manifest: Mapping[str, Any]) -> None:
     """
     from fastddim.kernels.plan import WHOLE_SAMPLE
 
-    if manifest["graph"] != "step":
+    if manifest["kind"] != "step":
         raise ValueError(
-            f"fused_step: True for a bundle of kind {manifest['graph']!r}; export it with kind='step', or leave it out"
+            f"fused_step: True for a bundle of kind {manifest['kind']!r}; export it with kind='step', or leave it out"
         )
     (sample,) = (item for item in manifest["inputs"] if item["name"] == "sample")
     if any(isinstance(dim, str) for dim in sample["shape"][1:]):
@@ -138,7 +137,7 @@ def _plan(manifest: Mapping[str, Any], batch: int, largest_batch: int) -> Plugin
     each = torch.empty(batch, device="meta")
     options = StepOptions(
         guidance=Guidance(each, each if sampling["guidance_rescale"] else 0.0) if sampling["guided"] else None,
-        limit=DDIMConfig.from_dict(manifest["schedule"]).limit,
+        limit=read_limit(manifest),
         noise=each if sampling["stochastic"] else None,
     )
     return plan_plugin_step(batch, math.prod(manifest["sample"]["shape"]), options, largest_batch)

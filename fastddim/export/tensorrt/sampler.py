@@ -239,7 +239,7 @@ class TensorRTSampler(BundleSampler):
     def _run_steps(self, sample: Any, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Any]) -> Any:
         batch = sample.shape[0]
         with self._turn():
-            timesteps = torch.tensor(table.timesteps, device=self._device)
+            timesteps = torch.tensor(table.timesteps, dtype=getattr(torch, table.timestep_dtype), device=self._device)
             rows = torch.from_numpy(table.columns.astype(np.float32)).to(self._device)
             given = {
                 "sample": sample,
