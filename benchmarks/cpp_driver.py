@@ -72,7 +72,7 @@ class CppSampler:
         program: the driver of a runtime, of a build.
         bundle: the folder to load; without one, `open` alone works.
         env: environment variables of the process.
-        **options: of the sampler, such as `check_finite`.
+        **options: the sampler's options, such as `check_finite`.
     """
 
     def __init__(

@@ -208,7 +208,7 @@ def main() -> int:
         if "clients" in row:
             cells = (f"{1e3 * row['p50_s']:.1f} ms", f"{1e3 * row['p99_s']:.1f} ms", f"{row['per_s']:.1f}")
             table.add_row(row["server"], str(row["clients"]), *cells)
-    Console(width=120).print(table)
+    Console().print(table)
     for name, taken in times.items():
         print(f"{name}: start to first picture: {statistics.median(taken):.3f} s")
     print(f"the bar is {START_S} s")

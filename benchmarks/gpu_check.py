@@ -147,7 +147,7 @@ def make_parts(out: Path) -> list[Part]:
               budget_s=0.5),
         suite("loop suite, usual runs", 120, out / "gpu-loop.json", suite="loop", patterns=USUAL, baselines=FEW,
               budget_s=1.0),
-        # Of all suites: the compiled step too, and the exported files.
+        # All suites: the compiled step too, and the exported files.
         suite("compiled and exported", 240, out / "gpu-compiled.json", suite="all", patterns=(*USUAL, *COMPILED_STEPS),
               baselines=COMPILED, budget_s=1.0),
         tests("loop and graph tests", 90, "tests/test_cuda_graph.py", "tests/test_loop.py"),

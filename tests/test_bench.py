@@ -326,7 +326,7 @@ def test_a_ratio_is_the_median_of_the_rounds_quotients(clock: Clock) -> None:
     first, second = timing.run_case(toy_case(ours, theirs), timing.Settings(3, 3, 0.0))
     assert (first.cold_s, first.median_s, second.median_s) == (9.0, 2.0, 3.0)
     assert (first.p20_s, first.p80_s) == pytest.approx((1.4, 3.2))
-    # Of 3 / 1, 3 / 2 and 3 / 4.
+    # The quotients are 3 / 1, 3 / 2 and 3 / 4.
     assert (second.ratio_p20, second.ratio, second.ratio_p80) == pytest.approx((1.05, 1.5, 2.4))
     assert first.ratio is None
 

@@ -775,7 +775,7 @@ def test_some_made_up_manifests(checked, bundles, tmp_path):
 
 @pytest.mark.slow
 def test_many_made_up_manifests(bundles, tmp_path):
-    fuzz(build("fuzz", "fuzz_manifest") / "fuzz_manifest", bundles, tmp_path, 10_000)
+    fuzz(build("fuzz", "fuzz_manifest") / "fuzz_manifest", bundles, tmp_path, 40_000)
 
 
 def read_pgm(path):

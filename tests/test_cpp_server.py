@@ -222,7 +222,7 @@ def pixels(png):
 
 
 def expected_pixels(sampler, requests, low=-1.0, high=1.0):
-    """Of a list of requests, sampled in batches by their steps and eta."""
+    """The pictures of a list of requests, sampled in batches by their steps and eta."""
     groups = {}
     for k, request in enumerate(requests):
         groups.setdefault((request.get("num_inference_steps"), request.get("eta")), []).append(k)

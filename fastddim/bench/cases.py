@@ -12,7 +12,7 @@ Call = Callable[[], Sequence[Any]]
 # Why something cannot run here; None where it can.
 Needs = Callable[[], str | None]
 
-# Of the result's largest magnitude. float32, and diffusers' float32 alphas_cumprod, cost a tenth of it.
+# The largest error over the result's largest magnitude. float32, and diffusers' float32 alphas_cumprod, cost a tenth of it.
 TOLERANCE = 2e-5
 
 NEEDS_GPU = "needs a GPU"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 STEP_PLOT, LOOP_PLOT = "step-latency.png", "loop-breakdown.png"
 
-# Of Okabe and Ito's palette: told apart by readers who do not see all colours.
+# Okabe and Ito's palette, which readers tell apart who do not see all colours.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
 _MARKERS = "osD^vPX*"
 _DPI = 130
@@ -135,7 +135,7 @@ def _draw_loops(rows: Sequence[Row], report: dict[str, Any]) -> Figure:
     for row in rows:
         if row.about["batch"] == 1:
             chosen.setdefault(row.about["model"], []).append(row)
-    # Of each network the run with most candidates: the usual one.
+    # Each network's run with most candidates, which is the usual one.
     cases = {}
     for model, group in chosen.items():
         names = [row.case for row in group]

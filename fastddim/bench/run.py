@@ -17,7 +17,7 @@ from fastddim.bench.suites import select_cases
 from fastddim.bench.timing import FAILURES, QUICK, CaseRun, Row, Settings, set_allocator
 
 OUT_OF_TIME = "out of time"
-# Of runs with a budget of their own.
+# Rounds of a run with a budget of its own.
 _LEAST_ROUNDS = 3
 
 
@@ -37,12 +37,12 @@ def run_suite(
     """Run cases and return the report.
 
     Args:
-        suite, patterns, baselines: as `select_cases`'.
-        device, quick: of the scope.
+        suite, patterns, baselines: the arguments of `select_cases`.
+        device, quick: the fields of the `Scope`.
         allocator: one of `timing.ALLOCATORS`.
-        minutes: after which no further case is started; those left get rows that say so.
+        minutes: the time after which no further case is started; cases that are left get rows that say so.
         budget_s: how long to measure a case, but for three rounds at least.
-        threads: of torch from here on; by default its own choice, but one for a quick run on a CPU.
+        threads: torch's threads from here on; by default its own choice, but one for a quick run on a CPU.
         json_file: rewritten after every case that is done, so that a run that is cut off loses one. Those of a quick
             run are done in its last pass.
         on_visit: called before a case is prepared and before each of its passes, with the number of all such calls.

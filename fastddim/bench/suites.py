@@ -29,9 +29,9 @@ def select_cases(suite: str, scope: Scope, patterns: Sequence[str] = (), baselin
 
     Args:
         suite: one of `SUITES`, or `all`.
-        scope: sizes and device.
-        patterns: parts of case names, or shell patterns of whole ones; any of them; all cases without.
-        baselines: of `BASELINES`, to keep beside ours; all without.
+        scope: sizes and device of the run.
+        patterns: parts of case names, or shell patterns of whole ones, of which a case fits any; all cases where there is none.
+        baselines: names of `BASELINES` to keep beside ours; all where none is named.
 
     Raises:
         ValueError: an unknown suite or baseline, or a pattern that fits no case; the message lists what is valid.

@@ -17,7 +17,7 @@ class StepProblem:
     """One step of a run of 50 with diffusers' default schedule (linear betas, `leading` spacing).
 
     Attributes:
-        shape: of the state, `[B, ...]`.
+        shape: the state's shape, `[B, ...]`.
         prediction_type: `epsilon` or `v_prediction`.
         threshold: the largest divisor of dynamic thresholding at ratio 0.995; None clips x0 instead.
         clip: whether x0 is clipped to [-1, 1] where there is no threshold.
@@ -107,8 +107,8 @@ class LoopProblem:
     """A whole run: squared cosine betas (arXiv:2102.09672, equation 17), x0 clipped to [-1, 1], eta 0.
 
     Attributes:
-        shape: of the state, `[B, ...]`.
-        num_train_timesteps: of the schedule.
+        shape: the state's shape, `[B, ...]`.
+        num_train_timesteps: training timesteps of the schedule.
         num_steps: model calls; divides `num_train_timesteps`.
         prediction_type: `epsilon` or `v_prediction`.
         timestep_spacing: `leading`, whose last timestep is 0, or `trailing`, whose first is the last training timestep.

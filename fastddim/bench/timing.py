@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
+import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +24,7 @@ ALLOCATORS = ("keep", "fresh", "system")
 
 # Long enough for the clock's own cost and resolution to vanish.
 _SAMPLE_S = 2e-3
-# Of the slowest candidate's call: a quotient is no steadier than its shorter time.
+# The share of the slowest candidate's call that a sample lasts: a quotient is no steadier than its shorter time.
 _SAMPLE_SHARE = 0.05
 # A case's bar is that of what users have now.
 _WITH_A_BAR = (None, "diffusers", "import")
@@ -48,25 +50,26 @@ QUICK = Settings(min_rounds=1, max_rounds=60, budget_s=0.8, passes=5)
 
 @dataclass
 class Row:
-    """What one candidate did in one case. Times are seconds per call, None where the candidate was not timed.
+    """The result of one candidate in one case. Times are seconds per call, None where the candidate was not timed.
 
     Attributes:
         ours: whether it is the case's first candidate.
         status: `ok`, `wrong` (never timed), `raised`, or `absent` for what cannot run here.
-        message: what was wrong, or what is missing.
+        message: the error, or the thing that is missing.
         error: the largest relative error, None unless it is a finite number.
-        cold_s: the first call.
-        median_s, p20_s, p80_s, p99_s: of the warm rounds.
+        cold_s: the time of the first call.
+        median_s, p20_s, p80_s, p99_s: median and quantiles over the warm rounds.
         calls: how many calls each round makes.
-        ratio, ratio_p20, ratio_p80: of the quotients of its time and ours in the same round; for all but ours.
+        ratio, ratio_p20, ratio_p80: median and quantiles of its time over ours in the same round; None for ours.
         target: the least ratio that meets the case's bar.
-        gb_per_s, of_copy: what the call has to read and write at least, a second, and of what a copy of a large tensor does.
-        launches, synchronizations: per sampling step, on a GPU.
-        peak_bytes: of the device's memory, for the preparation and the first call.
+        gb_per_s, of_copy: the bytes that a call has to read and write at least, a second, and their share of what a copy of a
+            large tensor moves in that time.
+        launches, synchronizations: calls of the device's driver per sampling step, on a GPU.
+        peak_bytes: device memory that the preparation and the first call take.
         parts: seconds that parts of the call's work take alone.
-        facts: what else the candidate says of itself.
-        num_steps, device, about: the case's.
-        baseline: which baseline it is, None for ours.
+        facts: other numbers that the candidate reports.
+        num_steps, device, about: the case's fields of these names.
+        baseline: which baseline it is; None for ours.
     """
 
     suite: str
@@ -167,7 +170,7 @@ def verify(case: Case, candidate: Candidate, inputs: Any, expected: Sequence[Any
     if missing is not None:
         row.status, row.message = ABSENT, missing
         return row, None
-    try:
+    with _noting(row):
         with PeakMemory(case.device) as memory:
             made = candidate.make(inputs)
             work = made if isinstance(made, Work) else Work(made)
@@ -181,18 +184,25 @@ def verify(case: Case, candidate: Candidate, inputs: Any, expected: Sequence[Any
             return row, work
         row.error = error if math.isfinite(error) else None
         row.status, row.message = WRONG, f"relative error {error:.1e} exceeds {row.tolerance:.0e}"
+    return row, None
+
+
+@contextlib.contextmanager
+def _noting(row: Row) -> Iterator[None]:
+    """An exception in the block ends it and is the row's."""
+    try:
+        yield
     except Exception as error:
         row.status, row.message = RAISED, _describe(error)
-    return row, None
 
 
 def run_case(case: Case, settings: Settings, copy_bandwidth: Callable[[], float] | None = None) -> list[Row]:
     """Verify all candidates of a case, then time the right ones in turn: A B A B, without autograd.
 
     Args:
-        case: what to run.
-        settings: for how long.
-        copy_bandwidth: the device's, in bytes a second; asked for by cases that move memory alone.
+        case: the case to run.
+        settings: how long to time it.
+        copy_bandwidth: gives the bytes a second of a copy on the device; asked for by cases that move memory alone.
     """
     run = CaseRun(case)
     for _ in range(settings.passes):
@@ -201,11 +211,7 @@ def run_case(case: Case, settings: Settings, copy_bandwidth: Callable[[], float]
 
 
 class CaseRun:
-    """A case whose candidates are verified and warm; measured in one pass or several, then finished, once.
-
-    Args:
-        case: what to run.
-    """
+    """A case whose candidates are verified and warm; measured in one pass or several, then finished, once."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -218,13 +224,12 @@ class CaseRun:
 
         case = self.case
         if case.needs is not None:
-            _refuse(self._rows, ABSENT, case.needs)
+            self._refuse(ABSENT, case.needs)
             return
-        # A case of which nothing can run needs no inputs.
+        # Where nothing can run, no inputs are needed.
         missing = [candidate.needs() for candidate in case.candidates]
         if all(missing):
-            for row, message in zip(self._rows, missing, strict=True):
-                row.status, row.message = ABSENT, message
+            self._refuse(ABSENT, *missing)
             return
         with torch.no_grad():
             try:
@@ -232,9 +237,9 @@ class CaseRun:
                 expected = case.reference(inputs)
                 tolerance = case.tolerance(inputs, expected) if callable(case.tolerance) else case.tolerance
             except Exception as error:
-                _refuse(self._rows, RAISED, f"the case could not be set up: {_describe(error)}")
+                self._refuse(RAISED, f"the case could not be set up: {_describe(error)}")
                 return
-            # Of a loop it takes a whole run to find.
+            # A loop's tolerance takes a whole run to find.
             case = replace(case, tolerance=tolerance)
             # The thread pool starts here, not in the first candidate's cold run.
             torch.ones(1 << 20).add_(1)
@@ -246,6 +251,10 @@ class CaseRun:
             for runner, seconds in warm:
                 runner.brief = seconds < _BRIEF_S
                 runner.row.calls = max(1, math.ceil(sample_s / seconds)) if seconds else 1
+
+    def _refuse(self, status: str, *messages: str | None) -> None:
+        for row, message in zip(self._rows, itertools.cycle(messages), strict=False):
+            row.status, row.message = status, message
 
     def measure(self, settings: Settings) -> None:
         """Time the candidates for a pass."""
@@ -261,13 +270,15 @@ class CaseRun:
         for runner in self._runners:
             if runner.row.status == OK:
                 runner.summarise()
-        if self.case.device == "cuda":
-            with torch.no_grad():
-                for runner in self._runners:
-                    _count(runner)
         for runner in self._runners:
-            if runner.row.status == OK:
-                _ask(runner)
+            row = runner.row
+            with torch.no_grad(), _noting(row):
+                if row.status == OK and self.case.device == "cuda":
+                    launches = count_launches(runner.work.call)
+                    row.launches = None if launches is None else launches / row.num_steps
+                    row.synchronizations = count_synchronizations(runner.work.call) / row.num_steps
+                if row.status == OK:
+                    row.facts = runner.work.facts()
         _compare(self._rows, self._runners, self.case.target)
         if self.case.nbytes is not None:
             _rate(self._rows, self.case.nbytes, copy_bandwidth)
@@ -289,12 +300,6 @@ def _row(case: Case, candidate: Candidate) -> Row:
         about=case.about,
         baseline=candidate.baseline,
     )
-
-
-def _refuse(rows: list[Row], status: str, message: str) -> list[Row]:
-    for row in rows:
-        row.status, row.message = status, message
-    return rows
 
 
 class _Runner:
@@ -325,16 +330,14 @@ def _time(runners: list[_Runner], settings: Settings, device: str) -> None:
         for done in range(settings.max_rounds):
             if done >= settings.min_rounds and time.perf_counter() - start > settings.budget_s:
                 break
-            for runner in tuple(active):
-                try:
+            for runner in active:
+                with _noting(runner.row):
                     if runner.brief:
                         runner.work.call()
                     runner.samples.append(_time_calls(runner.work.call, runner.row.calls, device))
                     for name, part in runner.work.parts.items():
                         runner.parts[name].append(_time_calls(part, runner.row.calls, device))
-                except Exception as error:
-                    runner.row.status, runner.row.message = RAISED, _describe(error)
-                    active.remove(runner)
+            active = [runner for runner in active if runner.row.status == OK]
     finally:
         if collecting:
             gc.enable()
@@ -343,17 +346,15 @@ def _time(runners: list[_Runner], settings: Settings, device: str) -> None:
 def _warm_up(runner: _Runner, device: str) -> float:
     """Call a few times; the seconds of the last call, 0 if it raises."""
     start = time.perf_counter()
-    try:
+    with _noting(runner.row):
         for part in runner.work.parts.values():
             part()
         for _ in range(_WARM_UP_CALLS):
             seconds = _time_calls(runner.work.call, 1, device)
             if time.perf_counter() - start > _WARM_UP_S:
                 break
-    except Exception as error:
-        runner.row.status, runner.row.message = RAISED, _describe(error)
-        return 0.0
-    return seconds
+        return seconds
+    return 0.0
 
 
 def _time_calls(call: Callable[[], Any], count: int, device: str) -> float:
@@ -365,25 +366,6 @@ def _time_calls(call: Callable[[], Any], count: int, device: str) -> float:
     return (time.perf_counter() - start) / count
 
 
-def _ask(runner: _Runner) -> None:
-    try:
-        runner.row.facts = runner.work.facts()
-    except Exception as error:
-        runner.row.status, runner.row.message = RAISED, _describe(error)
-
-
-def _count(runner: _Runner) -> None:
-    row = runner.row
-    if row.status != OK:
-        return
-    try:
-        launches = count_launches(runner.work.call)
-        row.launches = None if launches is None else launches / row.num_steps
-        row.synchronizations = count_synchronizations(runner.work.call) / row.num_steps
-    except Exception as error:
-        row.status, row.message = RAISED, _describe(error)
-
-
 def _compare(rows: list[Row], runners: list[_Runner], target: float | None) -> None:
     samples = {id(runner.row): runner.samples for runner in runners if runner.row.status == OK}
     ours = samples.get(id(rows[0]))
@@ -392,7 +374,7 @@ def _compare(rows: list[Row], runners: list[_Runner], target: float | None) -> N
         times = samples.get(id(row))
         if ours is None or times is None:
             continue
-        # Of the same rounds: what slows the machine down for a while slows both.
+        # Rounds are paired: what slows the machine down for a while slows both.
         quotients = [theirs / own for theirs, own in zip(times, ours, strict=True)]
         row.ratio_p20, row.ratio, row.ratio_p80 = (float(each) for each in np.percentile(quotients, (20, 50, 80)))
         row.target_met = None if row.target is None else row.ratio >= row.target
