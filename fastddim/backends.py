@@ -54,10 +54,6 @@ def try_fused(
     """The fused step's result, or None where the reference has to take the step.
 
     Where a GPU is left unused for a reason that its owner would not expect, that is logged, once.
-
-    Args:
-        backend: as in `ddim_step`.
-        model_output, sample, table, step, options: as in `fastddim.reference.ddim_step`.
     """
     if not takes_kernel(backend, (sample, model_output, options.noise, options.out, options.model_input)):
         return None
@@ -226,18 +222,8 @@ def ddim_step(
     if guidance is not None and not isinstance(guidance, Guidance):
         guidance = Guidance(guidance)
     options = StepOptions(
-        guidance=guidance,
-        limit=limit,
-        limit_values=limit_values,
-        noise=noise,
-        seeds=seeds,
-        first_row=first_row,
-        out=out,
-        return_x0=return_x0,
-        model_input=model_input,
-        advance=advance,
-        timesteps=timesteps,
-        next_timestep=next_timestep,
+        guidance=guidance, limit=limit, limit_values=limit_values, noise=noise, seeds=seeds, first_row=first_row, out=out,
+        return_x0=return_x0, model_input=model_input, advance=advance, timesteps=timesteps, next_timestep=next_timestep,
         workspace=workspace,
-    )
+    )  # fmt: skip
     return take_step(backend, model_output, sample, table, step, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -10,6 +11,9 @@ from fastddim.coefficients import Coefficient, StepCoefficients, StepTable
 from fastddim.config import Clip, DynamicThreshold, Limit
 from fastddim.noise import normal_for
 from fastddim.step import Guidance, StepOptions, check_step
+
+# A threshold's quantile of magnitudes: `[B, ...]` -> `[B]`.
+Quantile = Callable[[torch.Tensor, DynamicThreshold], torch.Tensor]
 
 # Above this many elements float32 no longer counts them one by one.
 EXACT_FLOAT32_COUNT = 1 << 24
@@ -43,8 +47,12 @@ def abs_quantile(sample: torch.Tensor, ratio: float) -> torch.Tensor:
     return torch.where(top.isnan(), top, torch.lerp(below, above, weight))
 
 
-def apply_limit(x0: torch.Tensor, limit: Limit) -> torch.Tensor:
-    """Clip or dynamically threshold a fresh `x0` `[B, ...]`, in place where that is possible."""
+def apply_limit(x0: torch.Tensor, limit: Limit, quantile: Quantile | None = None) -> torch.Tensor:
+    """Clip or dynamically threshold a fresh `x0` `[B, ...]`, in place where that is possible.
+
+    Args:
+        quantile: gives a threshold's `[B]` in place of `abs_quantile`, for graphs.
+    """
     if limit is None:
         return x0
     if isinstance(limit, Clip):
@@ -52,7 +60,8 @@ def apply_limit(x0: torch.Tensor, limit: Limit) -> torch.Tensor:
     if limit.max_value <= 1:
         # The quantile is clamped to [1, max_value] from above last, so it cannot matter.
         return x0.clamp_(-limit.max_value, limit.max_value).div_(limit.max_value)
-    scale = abs_quantile(x0, limit.ratio).clamp(1.0, limit.max_value).view(-1, *[1] * (x0.ndim - 1))
+    found = abs_quantile(x0, limit.ratio) if quantile is None else quantile(x0, limit)
+    scale = found.clamp(1.0, limit.max_value).view(-1, *[1] * (x0.ndim - 1))
     return torch.clamp(x0, -scale, scale).div_(scale)
 
 
@@ -69,8 +78,8 @@ def combine_guidance(model_output: torch.Tensor, guidance: Guidance) -> torch.Te
     Raises:
         ValueError: an odd number of rows, or per-sample values that are not `[B]`.
     """
-    batch, odd = divmod(model_output.shape[0], 2)
-    if odd:
+    batch = model_output.shape[0] // 2
+    if 2 * batch != model_output.shape[0]:
         raise ValueError(f"model_output: {model_output.shape[0]} rows; pass two halves of one batch, [2 * B, ...]")
     first, second = model_output[:batch], model_output[batch:]
     uncond, cond = (second, first) if guidance.cond_first else (first, second)
@@ -156,9 +165,10 @@ def step_with_row(
     limit: Limit,
     noise: torch.Tensor | None,
     out: torch.Tensor | None = None,
+    quantile: Quantile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The two lines of maths, on checked tensors of one dtype, in as few passes as torch has: `(x_next, x0)`."""
-    x0 = apply_limit(_combine(x, row.x0_from_x, output, row.x0_from_output), limit)
+    x0 = apply_limit(_combine(x, row.x0_from_x, output, row.x0_from_output), limit, quantile)
     if _is_zero(row.next_from_x):
         x_next = _combine(output, row.next_from_output, x0, row.next_from_x0, out)
     elif _is_zero(row.next_from_output):
@@ -248,5 +258,9 @@ def _look_up(
     columns = table.tensor(like.device, compute) if isinstance(table, StepTable) else table.to(compute)
     if not isinstance(step, torch.Tensor):
         return StepCoefficients(*columns[step].unbind())
-    rows = columns[step.to(columns.device).reshape(-1)]
+    return spread_columns(columns[step.to(columns.device).reshape(-1)], like)
+
+
+def spread_columns(rows: torch.Tensor, like: torch.Tensor) -> StepCoefficients:
+    """The columns of rows `[B, 6]` or `[1, 6]`, shaped to broadcast over `like`'s other dimensions."""
     return StepCoefficients(*(column.view(-1, *[1] * (like.ndim - 1)) for column in rows.unbind(1)))

@@ -1,5 +1,6 @@
 """Exported ONNX files, run with ONNX Runtime, against diffusers' loop, the sampler and torch's own quantile."""
 
+import functools
 import itertools
 import json
 import os
@@ -18,7 +19,7 @@ from PIL import Image
 
 import fastddim
 from damage import edit, flip_a_byte
-from fastddim import DDIMConfig, DynamicThreshold, Sampler
+from fastddim import DDIMConfig, DynamicThreshold, Sampler, StepTable
 from fastddim.cli import main
 from fastddim.export import (
     Bundle,
@@ -31,6 +32,7 @@ from fastddim.export import (
     denoisers,
     export_onnx,
     open_bundle,
+    step_module,
     validate,
     verify_bundle,
 )
@@ -42,6 +44,7 @@ from fastddim.models.policy import ActionUNet1d
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP, normal
 from fastddim.reference import apply_limit
 from fastddim.schedule import Schedule
+from oracle import ddim
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -240,20 +243,91 @@ def test_a_file_with_a_baked_schedule_needs_a_number_of_steps_alone(tmp_path):
     assert os.listdir(tmp_path) == ["bundle"]
 
 
-@pytest.mark.parametrize("largest_topk", [denoisers.LARGEST_TOPK, 0], ids=["topk", "bisection"])
+@pytest.mark.parametrize("largest_topk", [step_module.LARGEST_TOPK, 0], ids=["topk", "bisection"])
 @pytest.mark.parametrize("n", [2, 7, 100, 3000])
 def test_thresholds_are_torchs_quantile(largest_topk, n, monkeypatch):
-    monkeypatch.setattr(denoisers, "LARGEST_TOPK", largest_topk)
+    monkeypatch.setattr(step_module, "LARGEST_TOPK", largest_topk)
     for ratio, maximum, spread in itertools.product((0.0, 0.5, 0.995, 1.0), (1.2, 2.0, 9.0), (0.3, 1.0, 5.0)):
         x0 = spread * torch.randn(3, n, generator=torch.Generator().manual_seed(n))
         # Ties at the quantile.
         x0[0] = x0[0].round()
         limit = DynamicThreshold(ratio, maximum)
-        rank = denoisers.find_rank(limit, n)
+        rank = step_module.find_rank(limit, n)
         assert (rank is None) == (largest_topk == 0)
-        torch.testing.assert_close(
-            denoisers.limit_x0(x0, limit, rank), apply_limit(x0.clone(), limit), rtol=0, atol=2e-7
+        quantile = functools.partial(step_module.quantile_in_graph, rank=rank)
+        ours, theirs = apply_limit(x0.clone(), limit, quantile), apply_limit(x0.clone(), limit)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-7)
+
+
+class Given(torch.nn.Module):
+    """The model's output is an input."""
+
+    def forward(self, x, t, output):
+        return output.clone()
+
+
+BROKEN = {
+    "none": (DDIMConfig(clip_sample=False), True),
+    "clip": (DDIMConfig(), False),
+    "clip, guided": (DDIMConfig(), True),
+    "fixed": (DDIMConfig(thresholding=True, sample_max_value=0.5), False),
+    "threshold": (DDIMConfig(thresholding=True, sample_max_value=1.5, dynamic_thresholding_ratio=0.9), True),
+    "bisection": (DDIMConfig(thresholding=True, sample_max_value=1.5, dynamic_thresholding_ratio=0.9), False),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_infinities_nan_and_columns_of_zero_end_as_in_the_reference(tmp_path, name, monkeypatch):
+    """Whatever a file's operations make of them: where terms are left out, where infinities cancel, what NaN spreads to."""
+    config, guided = BROKEN[name]
+    if name == "bisection":
+        monkeypatch.setattr(step_module, "LARGEST_TOPK", 0)
+    options = ExportOptions(graph="step", guided=guided, stochastic=True)
+    examples = {"output": torch.zeros(3, 3, 5)}
+    bundle = export_onnx(
+        Given(), config, tmp_path / "bundle", options, sample_shape=(3, 5), example_kwargs=examples, parity_steps=()
+    )
+    session = onnxruntime.InferenceSession(bundle.model_path, providers=["CPUExecutionProvider"])
+    schedule = Schedule(config)
+    x, noise = (torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
+    drawn = torch.randn(4 if guided else 2, 3, 5, generator=torch.Generator().manual_seed(2))
+    places = [torch.zeros(len(drawn), 3, 5, dtype=torch.bool) for _ in range(3)]
+    places[0][0, 1, 2] = places[0][-1, 0, 0] = True
+    places[1][0] = places[1][-1, :2] = True
+    places[2][:] = True
+    for value, place, rederive, kind, scale in itertools.product(
+        (float("nan"), float("inf"), float("-inf")), places, (False, True), ("epsilon", "sample", "v_prediction"),
+        (0.3, 0.7, 1.0, 7.5) if guided else (None,),
+    ):  # fmt: skip
+        output = torch.where(place, value, drawn)
+        table = StepTable.build(
+            schedule, schedule.pairs(10), eta=1.0, use_clipped_model_output=rederive, prediction_type=kind
         )
+        rows = torch.tensor([4, 9])
+        feeds = {"sample": x, "timestep": torch.tensor([3, 1]), "noise": noise}
+        feeds["coefficients"] = torch.tensor(table.columns, dtype=torch.float32)[rows]
+        feeds |= {"uncond_output": output[:2], "guidance_scale": torch.full((2,), scale)} if guided else {}
+        actual = session.run(None, {key: tensor.numpy() for key, tensor in ({**feeds, "output": output[-2:]}).items()})
+        expected = fastddim.ddim_step(
+            output, x, table, rows, guidance=scale, limit=config.limit, noise=noise, backend="reference"
+        )
+        for found, wanted in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_an_infinite_output_that_is_clipped_leaves_a_finite_step(tmp_path):
+    """The oracle's numbers, for the file and the reference alike: epsilon is told from the clipped x0 alone."""
+    schedule = Schedule(DDIMConfig())
+    (pair,) = schedule.pairs(10)[6:7]
+    table = StepTable.build(schedule, [pair], use_clipped_model_output=True)
+    x, output = torch.tensor([[0.3, -0.2]]), torch.tensor([[-torch.inf, torch.inf]])
+    expected = ddim(x.double().numpy(), output.double().numpy(), *schedule.alpha_bar(pair), clip=1.0, rederive=True)
+    assert np.isfinite(expected.x_next).all()
+    inputs = {"sample": x, "coefficients": torch.tensor(table.columns, dtype=torch.float32)}
+    module = step_module.StepModule(denoisers.describe(Given(), (2,)), schedule.config.limit, False, False, False)
+    for x_next, x0 in (module.update(output, inputs), fastddim.ddim_step(output, x, table, 0, limit=fastddim.Clip())):
+        np.testing.assert_allclose(x_next, expected.x_next, rtol=1e-6)
+        np.testing.assert_allclose(x0, expected.x0, rtol=1e-6)
 
 
 def node_kinds(graphs):
@@ -266,7 +340,7 @@ def node_kinds(graphs):
 
 
 def test_large_samples_threshold_by_bisection_in_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(denoisers, "LARGEST_TOPK", 0)
+    monkeypatch.setattr(step_module, "LARGEST_TOPK", 0)
     config = DDIMConfig(thresholding=True, sample_max_value=1.5, dynamic_thresholding_ratio=0.8)
     bundle = export_tiny(tmp_path / "bundle", config)
     assert "TopK" not in node_kinds([onnx.load(bundle.model_path).graph])

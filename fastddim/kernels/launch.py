@@ -74,7 +74,7 @@ class _Launcher:
 
     def compiled(self, addresses: Sequence[int | None], tensors: Sequence[torch.Tensor | None]) -> tuple[Any, Any, Any]:
         """Triton's launch function, the kernel's handle and its metadata, for tensors aligned as these are."""
-        aligned = tuple([address is None or not address & 15 for address in addresses])
+        aligned = tuple([not address & 15 for address in addresses if address])
         compiled = self._compiled.get(aligned)
         if compiled is None:
             compiled = self._compiled[aligned] = self._compile(tensors)

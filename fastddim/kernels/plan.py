@@ -12,7 +12,7 @@ from fastddim.coefficients import Coefficient
 from fastddim.config import Limit, limit_kind, limit_numbers
 from fastddim.kernels.statistics import BINS, SLOTS, histogram_kernel, rescale_kernel
 from fastddim.kernels.step import ddim_step_kernel
-from fastddim.step import StepOptions
+from fastddim.step import Guidance, StepOptions
 
 STEP_POINTERS = (
     "output", "sample", "table", "step", "guidance", "rescale", "limit", "statistics", "noise", "seeds", "first_row",
@@ -77,19 +77,14 @@ class StepShape:
 
     def with_options(self, options: StepOptions) -> StepShape:
         """This shape with all that a step's options fix; of their tensors only the number of dimensions is looked at."""
-        guidance = options.guidance
-        guided = {}
-        if guidance is not None:
-            guided = {
-                "cond_first": bool(guidance.cond_first),
-                "scale_per_sample": _is_per_sample(guidance.scale),
-                "rescale": guidance.rescaled,
-                "rescale_per_sample": _is_per_sample(guidance.rescale),
-            }
+        guidance = options.guidance or Guidance(1.0)
         return replace(
             self,
-            guided=guidance is not None,
-            **guided,
+            guided=options.guidance is not None,
+            cond_first=bool(guidance.cond_first),
+            scale_per_sample=_is_per_sample(guidance.scale),
+            rescale=guidance.rescaled,
+            rescale_per_sample=_is_per_sample(guidance.rescale),
             limit=options.limit,
             limit_on_device=options.limit_values is not None,
             drawn=options.seeds is not None,

@@ -32,11 +32,7 @@ class PreparedStep:
     """
 
     def __init__(
-        self,
-        model_output: torch.Tensor,
-        sample: torch.Tensor,
-        table: StepTable,
-        options: StepOptions,
+        self, model_output: torch.Tensor, sample: torch.Tensor, table: StepTable, options: StepOptions
     ) -> None:
         """Check and plan. Arguments as `fastddim.kernels.launch.ddim_step`'s; nothing is launched.
 

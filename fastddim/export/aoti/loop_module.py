@@ -8,8 +8,8 @@ import torch
 from torch._higher_order_ops.while_loop import while_loop
 
 from fastddim.coefficients import NUM_COLUMNS
-from fastddim.export.denoisers import StepModule
 from fastddim.export.schedule_module import ScheduleModule
+from fastddim.export.step_module import StepModule
 
 _EXAMPLE_STEPS = 3
 

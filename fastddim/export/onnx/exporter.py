@@ -15,11 +15,12 @@ import fastddim
 from fastddim.coefficients import StepTable
 from fastddim.config import DDIMConfig, Limit
 from fastddim.export.bundle import Bundle, check_destination, write_bundle
-from fastddim.export.denoisers import DTYPES, Denoiser, StepModule, prepared
+from fastddim.export.denoisers import DTYPES, Denoiser, prepared
 from fastddim.export.manifest import NOTE_FILE, build_manifest, name_meanings, note
 from fastddim.export.onnx.graph import as_loop, fed_by, name_dims, sized_noise, strip, symbolic_dims
 from fastddim.export.onnx.noise_module import NoiseModule
 from fastddim.export.sampler_plan import ExportError, ExportOptions, SamplerPlan, plan_sampler
+from fastddim.export.step_module import StepModule
 from fastddim.export.tracing import quiet, told, trace
 from fastddim.export.validate import PARITY_STEPS, measure_parity
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP

@@ -1,0 +1,184 @@
+"""The step as a plain torch module that `torch.export` takes, around any of the supported denoisers.
+
+Everything that a request may change is an input; what is fixed at export is an `ExportOptions`. The arithmetic is the
+reference's own, in float32, but for the quantile of a dynamic threshold: `quantile_in_graph`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from fastddim.coefficients import NUM_COLUMNS
+from fastddim.config import DynamicThreshold, Limit
+from fastddim.export.denoisers import Denoiser
+from fastddim.reference import combine_guidance, spread_columns, step_with_row
+from fastddim.step import Guidance, StepOptions
+
+# TensorRT's limit for TopK.
+LARGEST_TOPK = 3840
+_BISECTIONS_TO_ONE_ULP = 24
+
+
+class StepModule(torch.nn.Module):
+    """One DDIM step with its model call.
+
+    Args:
+        denoiser: what is called.
+        limit: the limit applied to x0.
+        guided: the model is called with both halves of each condition.
+        rescale: `guidance_rescale` is an input.
+        stochastic: `noise` is an input.
+        dynamic_size: heights and widths are not those of the denoiser's `sample_shape` alone.
+        timestep_dtype: the dtype of the timesteps that the model is called with, int64 or float32.
+
+    The inputs of `forward`, in order, those in brackets where the options ask for them:
+        sample: `[B, ...]` float32, the state.
+        timestep: `[B]` int64 or float32.
+        coefficients: `[B, 6]` float32, a row of a `StepTable` for each sample.
+        [noise]: `[B, ...]` float32.
+        [guidance_scale], [guidance_rescale]: `[B]` float32.
+        conditions: by name, `[B, ...]`; with guidance also `uncond_<name>`.
+    Returns `(next_sample, pred_original_sample)`, `[B, ...]` float32.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        limit: Limit,
+        guided: bool,
+        rescale: bool,
+        stochastic: bool,
+        dynamic_size: bool = False,
+        timestep_dtype: torch.dtype = torch.int64,
+    ) -> None:
+        super().__init__()
+        self._timestep_dtype = timestep_dtype
+        self.model = denoiser.model
+        self._denoiser = denoiser
+        self.limit = limit
+        rank = None if dynamic_size else find_rank(limit, math.prod(denoiser.sample_shape))
+        self._quantile = functools.partial(quantile_in_graph, rank=rank)
+        self.guided, self.rescale, self.stochastic = guided, rescale, stochastic
+        self._model_dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+
+    def input_names(self) -> list[str]:
+        """In the order in which `forward` takes them."""
+        names = ["sample", "timestep", "coefficients"]
+        names += ["noise"] if self.stochastic else []
+        names += ["guidance_scale"] if self.guided else []
+        names += ["guidance_rescale"] if self.rescale else []
+        for name in self._denoiser.conditions:
+            names += [name, f"uncond_{name}"] if self.guided else [name]
+        return names
+
+    def example_inputs(self) -> dict[str, torch.Tensor]:
+        """Tensors of two samples to trace with."""
+        generator = torch.Generator().manual_seed(0)
+        state = (2, *self._denoiser.sample_shape)
+        values = {
+            "sample": torch.randn(state, generator=generator),
+            "timestep": torch.tensor([3, 1], dtype=self._timestep_dtype),
+            "coefficients": torch.full((2, NUM_COLUMNS), 0.5),
+            "noise": torch.randn(state, generator=generator),
+            "guidance_scale": torch.full((2,), 2.0),
+            "guidance_rescale": torch.full((2,), 0.5),
+        }
+        for name, condition in self._denoiser.conditions.items():
+            values[name] = condition.example[:2]
+            null = condition.example[:2].clone()
+            values[f"uncond_{name}"] = null if condition.null is None else null.fill_(condition.null)
+        return {name: values[name] for name in self.input_names()}
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.update(self._predict(inputs["sample"], inputs), inputs)
+
+    def options(self, inputs: Mapping[str, torch.Tensor]) -> StepOptions:
+        """What `forward`'s inputs ask of the step."""
+        guidance = None
+        if self.guided:
+            guidance = Guidance(inputs["guidance_scale"], inputs["guidance_rescale"] if self.rescale else 0.0)
+        return StepOptions(guidance=guidance, limit=self.limit, noise=inputs.get("noise"))
+
+    def update(self, output: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The step from the model's output `[B, ...]`, or `[2B, ...]` with guidance; results as `forward`'s."""
+        options, x, output = self.options(inputs), inputs["sample"], output.float()
+        if options.guidance is not None:
+            output = combine_guidance(output, options.guidance)
+        row = spread_columns(inputs["coefficients"], x)
+        return step_with_row(output, x, row, options.limit, options.noise, quantile=self._quantile)
+
+    def _predict(self, x: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        t = inputs["timestep"]
+        conditions = {name: inputs[name] for name in self._denoiser.conditions}
+        if self.guided:
+            x, t = torch.cat([x, x]), torch.cat([t, t])
+            conditions = {name: torch.cat([inputs[f"uncond_{name}"], value]) for name, value in conditions.items()}
+        return self._denoiser.call(x.to(self._model_dtype), t, conditions)
+
+
+def find_rank(limit: Limit, elements: int) -> float | None:
+    """The rank of a threshold among a sample's elements, in float32 as `torch.quantile` has it; None where `TopK` is too short.
+
+    Before a graph is traced: in a loop's body neither numpy's numbers nor new tensors of constants are traced well.
+    """
+    if not isinstance(limit, DynamicThreshold):
+        return None
+    rank = float(np.float32(limit.ratio) * np.float32(elements - 1))
+    return rank if elements - int(rank) <= LARGEST_TOPK else None
+
+
+def quantile_in_graph(x0: torch.Tensor, limit: DynamicThreshold, rank: float | None) -> torch.Tensor:
+    """`fastddim.reference.abs_quantile` in operations that ONNX Runtime and TensorRT both have.
+
+    Args:
+        x0: `[B, ...]` float32.
+        limit: its ratio is the quantile's, and its `max_value` bounds what matters.
+        rank: what `find_rank` gives, where the size is known when the graph is made.
+
+    Returns:
+        `[B]`: the same number where it is in `[1, max_value]`, else something on the same side of it.
+    """
+    magnitudes = x0.abs().flatten(1)
+    quantile = _bisect(magnitudes, limit) if rank is None else _take_top(magnitudes, rank)
+    # A NaN makes its sample's quantile NaN, whatever order a runtime gives it.
+    total = magnitudes.sum(1)
+    return torch.where(total.isnan(), total, quantile)
+
+
+def _take_top(magnitudes: torch.Tensor, rank: float) -> torch.Tensor:
+    lower = int(rank)
+    weight = rank - lower
+    largest = magnitudes.topk(magnitudes.shape[1] - lower, dim=1).values
+    return torch.lerp(largest[:, -1], largest[:, -2 if weight else -1], weight)
+
+
+def _bisect(magnitudes: torch.Tensor, limit: DynamicThreshold) -> torch.Tensor:
+    # In float32 too, of a size that may only be known later.
+    count = torch.ones_like(magnitudes[:1, :]).sum()
+    exact = limit.ratio * (count - 1)
+    rank = exact.floor()
+    weight = exact - rank
+    # Bisection between 1 and max_value ends at two neighbouring numbers, the upper of which is the order statistic.
+    low = torch.ones_like(magnitudes[:, :1])
+    high = low * limit.max_value
+    doublings = max(1, int(limit.max_value).bit_length())
+    for _ in range(_BISECTIONS_TO_ONE_ULP + doublings):
+        middle = low + (high - low) * 0.5
+        passes = (magnitudes <= middle).float().sum(1, keepdim=True) > rank
+        low, high = torch.where(passes, low, middle), torch.where(passes, middle, high)
+    below = torch.where(magnitudes <= high, magnitudes, 0.0).amax(1)
+    # Up to 1 the clamp decides, but for a rank whose neighbour is above 1.
+    at_most_one = torch.where(magnitudes <= 1.0, magnitudes, 0.0).amax(1)
+    below = torch.where((magnitudes <= 1.0).float().sum(1) > rank, at_most_one, below)
+    above = torch.where(magnitudes > below[:, None], magnitudes, torch.finfo(torch.float32).max).amin(1)
+    above = torch.where((magnitudes <= below[:, None]).float().sum(1) > rank + 1, below, above)
+    over = (magnitudes <= limit.max_value).float().sum(1) <= rank
+    quantile = torch.where(over, limit.max_value, torch.lerp(below, above, weight))
+    # torch.lerp starts from the nearer end, and from an infinite one infinities cancel.
+    finite = (magnitudes < torch.inf).float().sum(1) > rank + (weight >= 0.5).float()
+    return torch.where(finite, quantile, torch.nan)
