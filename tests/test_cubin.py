@@ -456,7 +456,7 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path, monkeypatch):
     [
         ([], "Missing option '--shape'. See fastddim export cubin --help."),
         (["--shape", "4x6", "--steps", "3"], "No such option: --steps"),
-        (["--shape", "4x6", "model"], "unexpected extra argument (model)"),
+        (["--shape", "4x6", "model"], "unexpected extra argument"),
         (["--shape", "4xa"], "--shape: 'a'"),
         (["--shape", "4x6", "--noise", "given,drawn"], "--noise: 'given,drawn' is not one of 'none', 'given', 'drawn'"),
         (["--shape", "4x6", "--guidance-rescale"], "--guidance-rescale: True without guided"),
