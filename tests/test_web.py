@@ -333,7 +333,7 @@ def test_the_page_in_a_browser(site, tmp_path):
     inputs = "num_inference_steps, sample, guidance_scale, class_labels, uncond_class_labels"
     fix = "export a model of one label with --guidance --bake-schedule alone, or with guidance from a table"
     messages = {
-        "missing": "bundle: 'missing/manifest.json' is missing; run fastddim export --guidance --bake-schedule",
+        "missing": "bundle: 'missing/manifest.json' is missing; run fastddim export onnx --guidance --bake-schedule",
         "compiled": "bundle: it is of runtime 'aoti', not 'onnx'; export it as onnx",
         "step": f"bundle: a step graph of {inputs}; {fix}",
         "noisy": f"bundle: a loop graph of {inputs}, noise; {fix}",

@@ -1,4 +1,4 @@
-// A kernel bundle: the folder that `fastddim export --format cubin` writes, as its kernel.json describes it.
+// A kernel bundle: the folder that `fastddim export cubin` writes, as its kernel.json describes it.
 #pragma once
 
 #include <algorithm>
@@ -233,7 +233,7 @@ inline KernelBundle open_kernels(const std::filesystem::path& folder) {
     std::error_code failed;
     if (!std::filesystem::is_regular_file(file, failed))
         throw BundleError("bundle: '" + file.string() +
-                          "' is missing; pass a folder that `fastddim export --format cubin` wrote");
+                          "' is missing; pass a folder that `fastddim export cubin` wrote");
     return {folder, parse_kernel_manifest(detail::read_all(file), file.string())};
 }
 
