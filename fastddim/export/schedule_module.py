@@ -31,11 +31,10 @@ class ScheduleModule(torch.nn.Module):
     ) -> None:
         super().__init__()
         self._config = schedule.config
-        if self._config.timestep_spacing == "quadratic":
-            raise ValueError(
-                "bake_schedule: True with timestep_spacing 'quadratic'; pass the table at run time instead"
-            )
-        # The clean end last, so that timestep -1 indexes it.
+        spacing = self._config.timestep_spacing
+        if spacing not in ("leading", "trailing", "linspace"):
+            raise ValueError(f"bake_schedule: True with timestep_spacing {spacing!r}; pass the table at run time instead")
+        # The clean end comes last, at the index `num_train_timesteps`.
         bars = np.append(schedule.alphas_cumprod, schedule.final_alpha_cumprod)
         self.register_buffer("alphas_cumprod", torch.from_numpy(bars))
         self._eta = eta
@@ -74,7 +73,7 @@ class ScheduleModule(torch.nn.Module):
         return num_inference_steps.clamp(1, self._config.num_train_timesteps)
 
     def _timesteps(self, k: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
-        """Of step k of n, as `make_timesteps` has it, in numpy's own float64 arithmetic; after the last step, any."""
+        """The timestep of step k of n, as `make_timesteps` has it, in numpy's own float64 arithmetic; after the last step, any."""
         config = self._config
         n_train = config.num_train_timesteps
         ascending = (n - 1 - k).clamp(min=0)
