@@ -33,7 +33,9 @@ class ScheduleModule(torch.nn.Module):
         self._config = schedule.config
         spacing = self._config.timestep_spacing
         if spacing not in ("leading", "trailing", "linspace"):
-            raise ValueError(f"bake_schedule: True with timestep_spacing {spacing!r}; pass the table at run time instead")
+            raise ValueError(
+                f"bake_schedule: True with timestep_spacing {spacing!r}; pass the table at run time instead"
+            )
         # The clean end comes last, at the index `num_train_timesteps`.
         bars = np.append(schedule.alphas_cumprod, schedule.final_alpha_cumprod)
         self.register_buffer("alphas_cumprod", torch.from_numpy(bars))
@@ -73,7 +75,7 @@ class ScheduleModule(torch.nn.Module):
         return num_inference_steps.clamp(1, self._config.num_train_timesteps)
 
     def _timesteps(self, k: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
-        """The timestep of step k of n, as `make_timesteps` has it, in numpy's own float64 arithmetic; after the last step, any."""
+        """The timestep of step k of n, as `make_timesteps` has it in numpy's float64; after the last step, any."""
         config = self._config
         n_train = config.num_train_timesteps
         ascending = (n - 1 - k).clamp(min=0)
