@@ -282,7 +282,7 @@ def test_infinities_nan_and_columns_of_zero_end_as_in_the_reference(tmp_path, na
     config, guided = BROKEN[name]
     if name == "bisection":
         monkeypatch.setattr(step_module, "LARGEST_TOPK", 0)
-    options = ExportOptions(graph="step", guided=guided, stochastic=True)
+    options = ExportOptions(kind="step", guided=guided, stochastic=True)
     examples = {"output": torch.zeros(3, 3, 5)}
     bundle = export_onnx(
         Given(), config, tmp_path / "bundle", options, sample_shape=(3, 5), example_kwargs=examples, parity_steps=()
