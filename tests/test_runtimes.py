@@ -19,6 +19,8 @@ from fastddim import Sampler
 from fastddim.cli import main
 from fastddim.export import BundleError, Runtime, get_runtime, open_bundle, open_sampler, register_runtime, runtimes
 from fastddim.export import runtime as registry
+from fastddim.noise import STREAM_INITIAL, normal_numpy
+from flow import SHAPE, START_SCALE, Wave, flow_table, plain_loop
 from test_export import class_pipeline
 
 BUILT_IN = ["onnx", "aoti", "tensorrt", "cubin"]
@@ -93,6 +95,16 @@ def test_a_toy_runtime_in_python(toy, pipeline, tmp_path):
         fastddim.export.OrtSampler(bundle)
     register_runtime(toy_runtime.RUNTIME)
     assert list(runtimes()) == [*BUILT_IN, "toy"]
+
+
+def test_a_toy_sampling_method_in_a_toy_runtime(toy, tmp_path):
+    model = Wave()
+    bundle = toy_runtime.export_toy(model, flow_table(), tmp_path / "bundle", sample_shape=SHAPE)
+    start = START_SCALE * normal_numpy([5, 6, 7], 0, SHAPE, STREAM_INITIAL)
+    expected = plain_loop(model, start)
+    for sampler in (Sampler(model, flow_table(), sample_shape=SHAPE), open_sampler(bundle)):
+        samples = np.asarray(sampler(3, seeds=5))
+        np.testing.assert_allclose(samples, expected, rtol=0, atol=1e-5)
 
 
 def test_an_unknown_runtime_gets_the_list(toy, pipeline, tmp_path, monkeypatch, capsys):

@@ -27,9 +27,9 @@ RUNTIME = Runtime(
 )
 
 
-def export_toy(model, scheduler, out, options=None, *, word="", force=False):
+def export_toy(model, scheduler_or_table, out, options=None, *, sample_shape=None, word="", force=False):
     target = check_destination(out, force)
-    plan = plan_sampler(model, scheduler, options)
+    plan = plan_sampler(model, scheduler_or_table, options, sample_shape)
     state = ["batch", *plan.denoiser.sample_shape]
     shapes = {
         "sample": state, "timesteps": ["steps"], "coefficients": ["steps", 6],
@@ -39,6 +39,7 @@ def export_toy(model, scheduler, out, options=None, *, word="", force=False):
 
     def described(name, shape):
         dtype = "float32" if name in ("sample", "samples", "coefficients") else "int64"
+        dtype = plan.table.timestep_dtype if name == "timesteps" else dtype
         return {"name": name, "dtype": dtype, "shape": shape, "meaning": meanings[name]}
 
     def fill(folder):
@@ -85,7 +86,7 @@ class ToySampler(BundleSampler):
         limit = (self.bundle.manifest["sample"]["range"] or [-np.inf, np.inf])[1]
         for t, c in zip(inputs["timesteps"], inputs["coefficients"], strict=True):
             with torch.no_grad():
-                timesteps = torch.full((len(x),), int(t))
+                timesteps = torch.full((len(x),), t.item())
                 output = self._denoiser.call(torch.from_numpy(x), timesteps, conditions).numpy()
             x0 = np.clip(c[0] * x + c[1] * output, -limit, limit)
             x = (c[2] * x + c[3] * output + c[4] * x0).astype(np.float32)
