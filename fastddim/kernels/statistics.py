@@ -116,11 +116,9 @@ def rescale_kernel(
     lanes = tl.arange(0, BLOCK)
     size = tl.minimum(n - start, BLOCK).to(tl.int32)
     live = lanes < size
-    out = load_guided(
-        output_ptr, guidance_ptr, b, batch, start, lanes, live, n, channels, COND_FIRST, SCALE_PER_SAMPLE,
-        OUTPUT_CHANNELS_LAST,
-    )  # fmt: skip
-    cond = load_cond(output_ptr, b, batch, start, lanes, live, n, channels, COND_FIRST, OUTPUT_CHANNELS_LAST)
+    where = (b, batch, start, lanes, n, channels)
+    out = load_guided(output_ptr, guidance_ptr, where, live, COND_FIRST, SCALE_PER_SAMPLE, OUTPUT_CHANNELS_LAST)
+    cond = load_cond(output_ptr, where, live, COND_FIRST, OUTPUT_CHANNELS_LAST)
     parts = statistics_ptr + batch * 2 + b * blocks * 4
     mean, square = part(out, live, size.to(tl.float32))
     cond_mean, cond_square = part(cond, live, size.to(tl.float32))
@@ -198,9 +196,10 @@ def histogram_kernel(
         if RESCALED:
             factor = tl.load(statistics_ptr + b * 2 + 1)
         x0_columns = load_x0_columns(table_ptr + row.to(tl.int32) * NUM_COLUMNS, 0.0, sample_ptr.dtype.element_ty)
+        where = (b, batch, start, lanes, n, channels)
         _, _, x0 = predict(
-            sample_ptr, output_ptr, guidance_ptr, b, batch, start, lanes, live, n, channels, x0_columns, factor, GUIDED,
-            RESCALED, COND_FIRST, SCALE_PER_SAMPLE, OUTPUT_CHANNELS_LAST,
+            sample_ptr, output_ptr, guidance_ptr, where, live, x0_columns, factor, GUIDED, RESCALED, COND_FIRST,
+            SCALE_PER_SAMPLE, OUTPUT_CHANNELS_LAST,
         )  # fmt: skip
         bits = tl.abs(x0).to(tl.int32, bitcast=True)
         if REFINE:
