@@ -24,6 +24,7 @@ from fastddim.backends import draw_start, prepare_step, take_step, takes_kernel
 from fastddim.coefficients import NUM_COLUMNS, StepTable
 from fastddim.config import Limit, limit_kind, limit_numbers
 from fastddim.cuda_graph import CaptureError, Graph, GraphCache, ModuleState
+from fastddim.noise import seed_bits
 from fastddim.step import Guidance, StepOptions
 
 Model = Callable[..., Any]
@@ -109,11 +110,6 @@ def upload(values: np.ndarray[Any, Any], out: torch.Tensor) -> torch.Tensor:
 def upload_new(values: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
     """An array as a new tensor on a device, without waiting for it."""
     return upload(values, torch.empty(values.shape, dtype=torch.from_numpy(values).dtype, device=device))
-
-
-def seed_words(seeds: Iterable[int]) -> np.ndarray[Any, Any]:
-    """`[B]` int64 with the 64 bits of each seed, as `noise.seed_tensor` has them."""
-    return np.array(list(seeds), dtype=np.uint64).view(np.int64)
 
 
 def prediction_of(output: Any) -> torch.Tensor:
@@ -225,7 +221,7 @@ class EagerLoop:
     def __call__(self, steps: Iterable[int], on_step: OnStep | None) -> torch.Tensor:
         """The final state `[B, ...]`."""
         run, buffers = self._run, self._buffers
-        seeds = None if run.seeds is None else upload_new(seed_words(run.seeds), run.device)
+        seeds = None if run.seeds is None else upload_new(seed_bits(run.seeds), run.device)
         if run.start is not None:
             self.x.copy_(run.start)
         else:
@@ -334,7 +330,7 @@ class StaticLoop:
         words = np.zeros(len(self._words), dtype=np.int64)
         numbers = words.view(np.float64)
         if run.seeds is not None:
-            words[at["seeds"]] = seed_words(run.seeds)
+            words[at["seeds"]] = seed_bits(run.seeds)
         if run.guidance is not None:
             numbers[at["guidance"]] = run.guidance.scale, run.guidance.rescale
         numbers[at["limit"]] = limit_numbers(run.limit)

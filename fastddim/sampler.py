@@ -19,8 +19,8 @@ from fastddim.coefficients import StepTable
 from fastddim.config import DDIMConfig, Limit
 from fastddim.cuda_graph import GraphCache
 from fastddim.interpolation import slerp
-from fastddim.loop import Loop, Model, Run, graph_mode, pad, seed_words, upload_new
-from fastddim.noise import STREAM_INITIAL, check_seeds, normal
+from fastddim.loop import Loop, Model, Run, graph_mode, pad, upload_new
+from fastddim.noise import STREAM_INITIAL, check_seeds, normal, seed_bits
 from fastddim.sampler_options import FIXED_BY_A_TABLE, SamplerOptions
 from fastddim.schedule import Pair, Schedule
 from fastddim.step import Guidance
@@ -386,7 +386,7 @@ class Sampler:
         """A given start, or what the seeds draw."""
         if start is not None:
             return start
-        words = upload_new(seed_words(seeds or ()), self.device)
+        words = upload_new(seed_bits(seeds or ()), self.device)
         drawn = torch.empty(shape, dtype=self.options.dtype, device=self.device)
         return draw_start(self.options.backend, words, drawn, self.table.start_scale)
 
