@@ -236,7 +236,7 @@ class StepTable:
         Args:
             schedule: where alpha_bar comes from.
             pairs: `(t, t_next)` in sampling order, e.g. `schedule.pairs(50)`; None is the clean end.
-            eta: in [0, 1], one for all steps or one per step; 0 is DDIM, 1 is DDPM.
+            eta: a number in [0, 1] for all steps, or one per step; 0 is DDIM, 1 is DDPM.
             variance_type: `"fixed_small"`, or `"fixed_large"` for the paper's sigma-hat (needs eta 1).
             prediction_type: what the model predicts; the schedule's own by default.
             use_clipped_model_output: derive epsilon from the limited x0 (Glide's convention).

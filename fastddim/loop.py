@@ -32,7 +32,7 @@ Model = Callable[..., Any]
 OnStep = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 GRAPH_MODES = ("auto", "loop", "step", "off")
-# Rows that a captured step has room for; runs of more steps get the next power of two.
+# The least number of rows that a captured step can take; runs of more steps get the next power of two.
 _LEAST_CAPACITY = 64
 _MAX_FAILURES = 256
 
@@ -55,7 +55,7 @@ class Run:
         start: the state to start from, on any device; None draws it from the seeds.
         seeds: one per sample, or None.
         noise: `[num_steps, B, ...]` to add instead of what the seeds give.
-        limit: limit applied to x0.
+        limit: the limit applied to x0.
         guidance: its values are numbers; None for a run without guidance.
         guided_steps: the steps with guidance; at the others the model is called with the conditional half alone.
         batched: one model call for both halves, or one for each.
@@ -286,7 +286,7 @@ class StaticLoop:
         kwargs = pytree.tree_unflatten(self._leaves, self._structure)
         self._buffers = _Buffers(model, replace(run, kwargs=kwargs))
         self.x = self._buffers.x
-        # Of the guided step and of the other one; a graph's own memory.
+        # The guided step's and the other one's, in the graphs' own memory.
         self._x0: dict[bool, torch.Tensor] = {}
         at = self._at = _layout(run)
         words = self._words = torch.zeros(at["table"].stop, dtype=torch.int64, device=run.device)

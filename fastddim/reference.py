@@ -24,7 +24,7 @@ def abs_quantile(sample: torch.Tensor, ratio: float) -> torch.Tensor:
 
     Args:
         sample: `[B, ...]`, float32 or float64.
-        ratio: in [0, 1].
+        ratio: the quantile's, in [0, 1].
 
     Returns:
         `[B]`, the dtype of `sample`. A sample with a NaN gives NaN.

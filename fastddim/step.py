@@ -23,7 +23,7 @@ class Guidance:
     """Classifier-free guidance (arXiv:2207.12598) with the rescale of arXiv:2305.08891, section 3.4.
 
     Attributes:
-        scale: in `uncond + scale * (cond - uncond)`, a number or a floating-point tensor `[B]`.
+        scale: the factor in `uncond + scale * (cond - uncond)`, a number or a floating-point tensor `[B]`.
         rescale: phi in [0, 1], a number or `[B]`: how far to pull each sample's standard deviation back to the conditional
             half's.
         cond_first: whether the conditional half of the model's output comes first, as in DiT.

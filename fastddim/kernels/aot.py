@@ -11,7 +11,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from fastddim.kernels.plan import KernelCall, StepShape, make_plan
 
-# Of pointers and numbers that are not exempt, as Triton specialises those that can be divided by it.
+# Triton specialises pointers and numbers that can be divided by it, those apart that a kernel exempts.
 ALIGNMENT = 16
 
 
@@ -90,7 +90,7 @@ def compile_call(call: KernelCall, types: dict[str, str], target: GPUTarget, **o
     """Compile a call's kernel, as `launch.py` lets Triton compile it.
 
     Args:
-        options: further ones of Triton's compiler.
+        options: further options of Triton's compiler.
     """
     return compile_source(make_source(call, types), call.num_warps, target, **options)
 

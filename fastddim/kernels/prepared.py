@@ -37,7 +37,7 @@ class PreparedStep:
         """Check and plan. Arguments as `fastddim.kernels.launch.ddim_step`'s; nothing is launched.
 
         Args:
-            model_output: with the shape, dtype and strides that all calls' will have.
+            model_output: a tensor of the shape, dtype and strides that all calls' will have.
             options: without `advance`; the row is given to each call.
 
         Raises:
