@@ -127,7 +127,7 @@ class GraphCache(Generic[T]):
             return sum(entry.nbytes for entry in self._entries.values())
 
     def keys(self) -> list[Hashable]:
-        """Of the kept captures, the least recently used first."""
+        """The kept captures' keys, the least recently used first."""
         with self._lock:
             return list(self._entries)
 

@@ -24,6 +24,7 @@ from fastddim.backends import draw_start, prepare_step, take_step, takes_kernel
 from fastddim.coefficients import NUM_COLUMNS, StepTable
 from fastddim.config import Limit, limit_kind, limit_numbers
 from fastddim.cuda_graph import CaptureError, Graph, GraphCache, ModuleState
+from fastddim.noise import seed_bits
 from fastddim.step import Guidance, StepOptions
 
 Model = Callable[..., Any]
@@ -31,7 +32,7 @@ Model = Callable[..., Any]
 OnStep = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 GRAPH_MODES = ("auto", "loop", "step", "off")
-# Rows that a captured step has room for; runs of more steps get the next power of two.
+# The least number of rows that a captured step can take; runs of more steps get the next power of two.
 _LEAST_CAPACITY = 64
 _MAX_FAILURES = 256
 
@@ -54,7 +55,7 @@ class Run:
         start: the state to start from, on any device; None draws it from the seeds.
         seeds: one per sample, or None.
         noise: `[num_steps, B, ...]` to add instead of what the seeds give.
-        limit: limit applied to x0.
+        limit: the limit applied to x0.
         guidance: its values are numbers; None for a run without guidance.
         guided_steps: the steps with guidance; at the others the model is called with the conditional half alone.
         batched: one model call for both halves, or one for each.
@@ -109,11 +110,6 @@ def upload(values: np.ndarray[Any, Any], out: torch.Tensor) -> torch.Tensor:
 def upload_new(values: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
     """An array as a new tensor on a device, without waiting for it."""
     return upload(values, torch.empty(values.shape, dtype=torch.from_numpy(values).dtype, device=device))
-
-
-def seed_words(seeds: Iterable[int]) -> np.ndarray[Any, Any]:
-    """`[B]` int64 with the 64 bits of each seed, as `noise.seed_tensor` has them."""
-    return np.array(list(seeds), dtype=np.uint64).view(np.int64)
 
 
 def prediction_of(output: Any) -> torch.Tensor:
@@ -225,7 +221,7 @@ class EagerLoop:
     def __call__(self, steps: Iterable[int], on_step: OnStep | None) -> torch.Tensor:
         """The final state `[B, ...]`."""
         run, buffers = self._run, self._buffers
-        seeds = None if run.seeds is None else upload_new(seed_words(run.seeds), run.device)
+        seeds = None if run.seeds is None else upload_new(seed_bits(run.seeds), run.device)
         if run.start is not None:
             self.x.copy_(run.start)
         else:
@@ -290,7 +286,7 @@ class StaticLoop:
         kwargs = pytree.tree_unflatten(self._leaves, self._structure)
         self._buffers = _Buffers(model, replace(run, kwargs=kwargs))
         self.x = self._buffers.x
-        # Of the guided step and of the other one; a graph's own memory.
+        # The guided step's and the other one's, in the graphs' own memory.
         self._x0: dict[bool, torch.Tensor] = {}
         at = self._at = _layout(run)
         words = self._words = torch.zeros(at["table"].stop, dtype=torch.int64, device=run.device)
@@ -334,7 +330,7 @@ class StaticLoop:
         words = np.zeros(len(self._words), dtype=np.int64)
         numbers = words.view(np.float64)
         if run.seeds is not None:
-            words[at["seeds"]] = seed_words(run.seeds)
+            words[at["seeds"]] = seed_bits(run.seeds)
         if run.guidance is not None:
             numbers[at["guidance"]] = run.guidance.scale, run.guidance.rescale
         numbers[at["limit"]] = limit_numbers(run.limit)

@@ -132,8 +132,14 @@ def normal_numpy(
     Returns:
         `[len(seeds), *shape]` float32. Sample k depends on `seeds[k]`, `step` and `stream` alone.
     """
+    return _draw_numpy(seed_bits(seeds), step, shape, stream)
+
+
+def _draw_numpy(
+    seeds: npt.NDArray[np.int64], step: int | npt.NDArray[np.int64], shape: Sequence[int], stream: int
+) -> npt.NDArray[np.float32]:
     n = int(np.prod(shape, dtype=np.int64))
-    words = [np.array([[seed >> shift & _MASK] for seed in seeds], dtype=np.int64) for shift in (0, 32)]
+    words = [(seeds[:, None] >> shift) & _MASK for shift in (0, 32)]
     values = normal_groups(np, words, np.arange((n + 3) // 4, dtype=np.int64)[None], step, stream)
     return np.ascontiguousarray(values[:, :n]).reshape(len(seeds), *shape)
 
@@ -156,11 +162,16 @@ def normal(
     return normal_for(seed_tensor(seeds, device), step, shape, stream).to(torch.float32 if dtype is None else dtype)
 
 
-def seed_tensor(seeds: Sequence[int], device: torch.device | str | None = None) -> torch.Tensor:
+def seed_bits(seeds: Sequence[int]) -> npt.NDArray[np.int64]:
     """`[len(seeds)]` int64 with the 64 bits of each seed in [0, 2**64): those from 2**63 on become negative."""
+    return np.array(seeds, dtype=np.uint64).view(np.int64)
+
+
+def seed_tensor(seeds: Sequence[int], device: torch.device | str | None = None) -> torch.Tensor:
+    """`seed_bits` as a tensor on a device."""
     import torch
 
-    return torch.tensor([seed - (seed >> 63 << 64) for seed in seeds], dtype=torch.int64, device=device)
+    return torch.tensor(seed_bits(seeds), device=device)
 
 
 def normal_for(
@@ -172,18 +183,15 @@ def normal_for(
     """
     import torch
 
-    n = int(np.prod(shape, dtype=np.int64))
     steps = step.reshape(-1, 1).long() & _MASK if isinstance(step, torch.Tensor) else step
     # On a CPU numpy has several times less to do for each of these many small operations.
     tensors = [value for value in (seeds, steps) if isinstance(value, torch.Tensor)]
     plain = all(type(value) is torch.Tensor and value.device.type == "cpu" for value in tensors)
     if plain and not torch.compiler.is_compiling():
         counters = steps.numpy() if isinstance(steps, torch.Tensor) else steps
-        keys = [(seeds.numpy()[:, None] >> shift) & _MASK for shift in (0, 32)]
-        drawn = normal_groups(np, keys, np.arange((n + 3) // 4, dtype=np.int64)[None], counters, stream)
-        values = torch.from_numpy(np.ascontiguousarray(drawn[:, :n]))
-    else:
-        words = [(seeds[:, None] >> shift) & _MASK for shift in (0, 32)]
-        group = torch.arange((n + 3) // 4, device=seeds.device)[None]
-        values = normal_groups(torch, words, group, steps, stream)[:, :n].contiguous()
+        return torch.from_numpy(_draw_numpy(seeds.numpy(), counters, shape, stream))
+    n = int(np.prod(shape, dtype=np.int64))
+    words = [(seeds[:, None] >> shift) & _MASK for shift in (0, 32)]
+    group = torch.arange((n + 3) // 4, device=seeds.device)[None]
+    values: torch.Tensor = normal_groups(torch, words, group, steps, stream)[:, :n].contiguous()
     return values.view(seeds.shape[0], *shape)

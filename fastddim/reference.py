@@ -24,7 +24,7 @@ def abs_quantile(sample: torch.Tensor, ratio: float) -> torch.Tensor:
 
     Args:
         sample: `[B, ...]`, float32 or float64.
-        ratio: in [0, 1].
+        ratio: the quantile's, in [0, 1].
 
     Returns:
         `[B]`, the dtype of `sample`. A sample with a NaN gives NaN.
@@ -207,22 +207,26 @@ def _combine(
     return torch.add(a, b, alpha=b_scale / a_scale, out=out).mul_(_scalar(a_scale, a.dtype))
 
 
-_SCALARS: dict[tuple[float, torch.dtype], torch.Tensor] = {}
+_CPU = torch.device("cpu")
+_SCALARS: dict[tuple[float, torch.dtype, torch.device], torch.Tensor] = {}
 
 
 def _scalar(value: float, dtype: torch.dtype) -> torch.Tensor | float:
-    """`value` as a kept 0-dim tensor: torch makes a new one of a Python factor each time, at the cost of a small operation."""
-    if torch.compiler.is_compiling():
-        return value
-    kept = _SCALARS.get((value, dtype))
+    """`value` as a tensor `[]`: torch makes a new one of a Python factor each time, at the cost of a small operation."""
+    return value if torch.compiler.is_compiling() else kept_scalar(value, dtype, _CPU)
+
+
+def kept_scalar(value: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A number as a tensor `[]` on a device, made once and kept; do not write to it."""
+    kept = _SCALARS.get((value, dtype, device))
     if kept is None:
         with torch.inference_mode(False):
-            kept = torch.tensor(value, dtype=dtype, device="cpu")
+            kept = torch.tensor(value, dtype=dtype, device=device)
         if type(kept) is not torch.Tensor:  # a tracer's stand-in must not outlive its trace
             return kept
         if len(_SCALARS) >= 4096:
             _SCALARS.clear()
-        _SCALARS[value, dtype] = kept
+        _SCALARS[value, dtype, device] = kept
     return kept
 
 

@@ -19,8 +19,8 @@ from fastddim.coefficients import StepTable
 from fastddim.config import DDIMConfig, Limit
 from fastddim.cuda_graph import GraphCache
 from fastddim.interpolation import slerp
-from fastddim.loop import Loop, Model, Run, graph_mode, pad, seed_words, upload_new
-from fastddim.noise import STREAM_INITIAL, check_seeds, normal
+from fastddim.loop import Loop, Model, Run, graph_mode, pad, upload_new
+from fastddim.noise import STREAM_INITIAL, check_seeds, normal, seed_bits
 from fastddim.sampler_options import FIXED_BY_A_TABLE, SamplerOptions
 from fastddim.schedule import Pair, Schedule
 from fastddim.step import Guidance
@@ -98,7 +98,7 @@ class Sampler:
         options: the `SamplerOptions`; each can be read as an attribute of the sampler too.
         table: the `StepTable` of a run.
         schedule, pairs: where the table comes from, a `Schedule` and its `(t, t_next)` pairs; None for a given table.
-        limit: limit applied to x0.
+        limit: the limit applied to x0.
         sample_shape: shape of one sample, None where it is not known.
         model_dtype, device: dtype of the model's input, and where it is called.
         graphs: the captured graphs, a `cuda_graph.GraphCache`: `len`, `nbytes`, `keys()`, `clear()`.
@@ -228,7 +228,7 @@ class Sampler:
                 state `[B, ...]` itself, which is taken as it is.
             seeds: one per sample, or an integer s for s, s + 1, ...; sample k depends on its own seed alone, whatever
                 the batch. Needed unless a state is given and no step adds noise.
-            uncond_kwargs: with guidance, the model keyword arguments of the unconditional half, for those that differ
+            uncond_kwargs: the unconditional half's model keyword arguments with guidance, for those that differ
                 (e.g. `{"class_labels": null_labels}`).
             progress: show a progress bar.
             callback: called after each step as `callback(step, t, x, x0)`; the next step writes over both, so clone what
@@ -386,7 +386,7 @@ class Sampler:
         """A given start, or what the seeds draw."""
         if start is not None:
             return start
-        words = upload_new(seed_words(seeds or ()), self.device)
+        words = upload_new(seed_bits(seeds or ()), self.device)
         drawn = torch.empty(shape, dtype=self.options.dtype, device=self.device)
         return draw_start(self.options.backend, words, drawn, self.table.start_scale)
 

@@ -26,15 +26,15 @@ class SamplerOptions:
     Attributes:
         num_inference_steps: number of model calls; timesteps spaced by the configuration's `timestep_spacing`.
         timesteps: an explicit descending list of training timesteps instead of `num_inference_steps`.
-        eta: in [0, 1], one number or one per step; 0 is DDIM, 1 is DDPM.
+        eta: a number in [0, 1] for all steps, or one per step; 0 is DDIM, 1 is DDPM.
         variance_type: `"fixed_large"` with eta 1 is DDPM with the paper's sigma-hat.
         guidance_scale: classifier-free guidance; None calls the model without it, once per step on `[B, ...]`.
-        guidance_rescale: in [0, 1]; arXiv:2305.08891, section 3.4.
-        limit: limit applied to x0, a `Clip`, a `DynamicThreshold` or None; by default (`"auto"`) the configuration's, and
+        guidance_rescale: a number in [0, 1]; arXiv:2305.08891, section 3.4.
+        limit: the limit applied to x0, a `Clip`, a `DynamicThreshold` or None; by default (`"auto"`) the configuration's, and
             none where a table is given.
         use_clipped_model_output: derive epsilon from the limited x0. True by default where x0 is limited: with the raw
             epsilon, guidance and a limit drift the state away from any picture.
-        strength: in (0, 1]; below 1 the run starts that far into the chain, from a noised state (image-to-image).
+        strength: a number in (0, 1]; below 1 the run starts that far into the chain, from a noised state (image-to-image).
         transitions: `"exact"`, or `"diffusers"` to reproduce its recomputed neighbours (see `Schedule.pairs`).
         sample_shape: shape of one sample, without the batch; read from a diffusers model's configuration by default.
         dtype: floating-point dtype of the state; the model is called in its own parameters' dtype.
@@ -46,7 +46,7 @@ class SamplerOptions:
             warning that says why.
         compile: a mode of `torch.compile` for the model, True for its default.
         channels_last: hand the model channels-last inputs; its weights are converted in place.
-        guidance_interval: from and to which fraction of the steps guidance is on (arXiv:2404.07724); at the others the
+        guidance_interval: fractions of the steps from and to which guidance is on (arXiv:2404.07724); at the others the
             model is called with the conditional half alone.
         batched_guidance: one model call for both halves, or, with less memory, one for each.
         batch_buckets: batch sizes to pad to, so that a few captures serve all of them.

@@ -143,7 +143,7 @@ class Schedule:
         Args:
             num_inference_steps: how many steps, spaced by `config.timestep_spacing`.
             timesteps: an explicit descending list instead.
-            strength: in (0, 1]; below 1 only the last `int(num_inference_steps * strength)` steps run, for
+            strength: a number in (0, 1]; below 1 only the last `int(num_inference_steps * strength)` steps run, for
                 image-to-image (diffusers' `get_timesteps`). The starting state then belongs at the first pair's `t`.
             transitions: `"exact"`: `t_next` is the list's own next timestep. `"diffusers"`: it is
                 `t - num_train_timesteps // num_inference_steps`, as diffusers' `DDIMScheduler.step` recomputes it;

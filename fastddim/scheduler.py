@@ -75,11 +75,6 @@ class _TimestepTable:
             row = self._rows[index] = StepCoefficients(*self._columns_of(torch.tensor(index))[0].tolist())
         return row
 
-    def gather(self, timestep: torch.Tensor, device: torch.device) -> StepCoefficients:
-        """The row of a device tensor's timestep, without reading it on the host."""
-        # Indexing with a 0-dim tensor would read it on the host.
-        return StepCoefficients(*self.on(timestep.device)[0][timestep.reshape(1)][0].to(device).unbind())
-
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Kept on a device: the rows of timesteps 0 ... N - 1, NaN, then -N ... -1; and those timesteps as 0-dim tensors."""
         kept = self._on_device.get(device)
@@ -113,6 +108,11 @@ def _traced_rows(
 ) -> torch.Tensor:
     """The rows on a device, found while torch traces instead of by the trace: its arguments are what the trace guards."""
     return scheduler._table(eta, use_clipped_model_output).on(device)[0]
+
+
+def _row_at(rows: torch.Tensor, index: torch.Tensor) -> StepCoefficients:
+    """The row of an index `[]`, which is not read on the host, as indexing with a 0-dim tensor would."""
+    return StepCoefficients(*rows[index.reshape(1)][0].unbind())
 
 
 class _TableStep:
@@ -163,25 +163,23 @@ class _TableStep:
         sample: torch.Tensor,
         noise: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        index: int | torch.Tensor
-        if torch.compiler.is_compiling():
-            rows = _traced_rows(self, self._run, eta, use_clipped_model_output, sample.device)
-            index = torch.as_tensor(timestep, device=sample.device).reshape(())
+        device, rows = sample.device, None
+        tracing = torch.compiler.is_compiling()
+        if tracing:
+            rows = _traced_rows(self, self._run, eta, use_clipped_model_output, device)
+            index = torch.as_tensor(timestep, device=device).reshape(())
+        elif device.type != "cpu" or self.backend != "auto":
+            table = self._table(eta, use_clipped_model_output)
+            rows, index = table.on(device)[0], table.index(timestep, device)
+        if rows is not None:
             fused = self._try_fused(rows, index, model_output, sample, noise)
             if fused is not None:
                 return fused
-            row = StepCoefficients(*rows[index.reshape(1)][0].unbind())
+        on_device = isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu"
+        if rows is not None and (tracing or on_device):
+            row = _row_at(rows, index)
         else:
-            table = self._table(eta, use_clipped_model_output)
-            if sample.is_cuda or self.backend != "auto":
-                rows, index = table.on(sample.device)[0], table.index(timestep, sample.device)
-                fused = self._try_fused(rows, index, model_output, sample, noise)
-                if fused is not None:
-                    return fused
-            if isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu":
-                row = table.gather(timestep, sample.device)
-            else:
-                row = table.row(timestep)
+            row = self._table(eta, use_clipped_model_output).row(timestep)
         dtype = sample.dtype
         if model_output.shape != sample.shape:
             model_output, sample = torch.broadcast_tensors(model_output, sample)  # type: ignore[no-untyped-call]

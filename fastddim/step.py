@@ -5,6 +5,7 @@ Each message names the argument, its value and the fix.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +17,13 @@ from fastddim.config import Clip, DynamicThreshold, Limit
 if TYPE_CHECKING:
     from fastddim.kernels import Workspace
 
-_INDEX_DTYPES = (torch.int32, torch.int64)
-
 
 @dataclass(frozen=True, slots=True)
 class Guidance:
     """Classifier-free guidance (arXiv:2207.12598) with the rescale of arXiv:2305.08891, section 3.4.
 
     Attributes:
-        scale: in `uncond + scale * (cond - uncond)`, a number or a floating-point tensor `[B]`.
+        scale: the factor in `uncond + scale * (cond - uncond)`, a number or a floating-point tensor `[B]`.
         rescale: phi in [0, 1], a number or `[B]`: how far to pull each sample's standard deviation back to the conditional
             half's.
         cond_first: whether the conditional half of the model's output comes first, as in DiT.
@@ -89,44 +88,37 @@ def check_step(model_output: Any, sample: Any, table: Any, step: Any, options: S
         ValueError: shapes, dtypes or devices that do not fit, or arguments that exclude each other.
         IndexError: an integer `step` outside the table.
     """
-    _check_float_tensor("sample", sample)
+    if not isinstance(sample, torch.Tensor):
+        raise TypeError(f"sample: {type(sample).__name__}; pass a tensor")
     shape = sample.shape
-    if not shape:
-        raise ValueError("sample: a scalar; pass a state [B, ...]")
+    if not shape or not sample.is_floating_point():
+        raise ValueError(f"sample: {sample.dtype} of shape {tuple(shape)}; pass a floating-point state [B, ...]")
     guidance, noise, seeds, first_row = options.guidance, options.noise, options.seeds, options.first_row
     if guidance is not None:
         _check_guidance(guidance, sample)
     batch = shape[0]
-    stacked = shape if guidance is None else (2 * batch, *shape[1:])
-    states: tuple[tuple[str, Any, tuple[int, ...]], ...] = (
-        ("model_output", model_output, stacked),
-        ("noise", noise, shape),
-        ("out", options.out, shape),
-        ("model_input", options.model_input, stacked),
-    )
-    for name, tensor, wanted in states:
-        if tensor is None and name != "model_output":
-            continue
-        _check_float_tensor(name, tensor)
-        if tensor.shape != wanted:
-            halves = " (unconditional and conditional halves stacked)" if wanted is not shape else ""
-            raise ValueError(
-                f"{name}: shape {tuple(tensor.shape)}; for a state of {tuple(shape)} pass {tuple(wanted)}{halves}"
-            )
-        _check_device(name, tensor, sample)
+    stacked, halves = (2 * batch, *shape[1:]), " (unconditional and conditional halves stacked)"
+    if guidance is None:
+        stacked, halves = shape, ""
+    _check_tensor("model_output", model_output, sample, stacked, hint=halves)
+    if noise is not None:
+        _check_tensor("noise", noise, sample, shape)
+    if options.out is not None:
+        _check_tensor("out", options.out, sample, shape)
+    if options.model_input is not None:
+        _check_tensor("model_input", options.model_input, sample, stacked, hint=halves)
     _check_limit(options.limit, options.limit_values, sample)
     if noise is not None and seeds is not None:
         raise ValueError("noise, seeds: both given; pass the noise, or the seeds to draw it from")
     if first_row is not None and seeds is None:
         raise ValueError("first_row: given without seeds; it only counts the steps of the noise that seeds draw")
-    for name, tensor in (("seeds", seeds), ("first_row", first_row)):
-        if tensor is not None:
-            _check_index(name, tensor, sample, ((batch,),))
-    if seeds is not None and seeds.dtype != torch.int64:
-        raise ValueError(f"seeds: dtype {seeds.dtype}; pass an int64 tensor, e.g. fastddim.noise.seed_tensor(...)")
+    if seeds is not None:
+        _check_tensor("seeds", seeds, sample, (batch,), kind="an int64", hint=", e.g. fastddim.noise.seed_tensor(...)")
+    if first_row is not None:
+        _check_tensor("first_row", first_row, sample, (batch,), kind="an int64 or int32")
     _check_table(table, sample)
     if isinstance(step, torch.Tensor):
-        _check_index("step", step, sample, ((), (batch,)))
+        _check_tensor("step", step, sample, (), (batch,), kind="an int64 or int32")
     elif isinstance(step, bool) or not isinstance(step, int):
         raise TypeError(f"step: {type(step).__name__}; pass an integer, or an integer tensor [] or [{batch}]")
     elif not 0 <= step < len(table):
@@ -144,19 +136,11 @@ def num_rows(table: StepTable | torch.Tensor) -> int:
 
 
 def _check_guidance(guidance: Any, sample: torch.Tensor) -> None:
-    batch = sample.shape[0]
     if not isinstance(guidance, Guidance):
         raise TypeError(f"guidance: {type(guidance).__name__}; pass a Guidance")
     for name, value in (("guidance.scale", guidance.scale), ("guidance.rescale", guidance.rescale)):
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            continue
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{name}: {type(value).__name__}; pass a number or a tensor [{batch}]")
-        if tuple(value.shape) not in ((), (batch,)):
-            raise ValueError(f"{name}: shape {tuple(value.shape)}; pass a number or a tensor [{batch}]")
-        if not value.is_floating_point():
-            raise ValueError(f"{name}: dtype {value.dtype}; pass a floating-point tensor")
-        _check_device(name, value, sample)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            _check_tensor(name, value, sample, (), sample.shape[:1], kind="a number or a floating-point")
 
 
 def _check_limit(limit: Any, limit_values: Any, sample: torch.Tensor) -> None:
@@ -168,13 +152,7 @@ def _check_limit(limit: Any, limit_values: Any, sample: torch.Tensor) -> None:
         raise ValueError(
             "limit_values: given without a limit; pass a Clip or a DynamicThreshold for them, or leave them out"
         )
-    if not isinstance(limit_values, torch.Tensor):
-        raise TypeError(f"limit_values: {type(limit_values).__name__}; pass a float64 tensor [2]")
-    if limit_values.dtype != torch.float64 or tuple(limit_values.shape) != (2,) or not limit_values.is_contiguous():
-        raise ValueError(
-            f"limit_values: {limit_values.dtype} of shape {tuple(limit_values.shape)}; pass a contiguous float64 tensor [2]"
-        )
-    _check_device("limit_values", limit_values, sample)
+    _check_tensor("limit_values", limit_values, sample, (2,), kind="a contiguous float64")
 
 
 def _check_advance(step: Any, sample: torch.Tensor, num_steps: int, options: StepOptions) -> None:
@@ -187,38 +165,44 @@ def _check_advance(step: Any, sample: torch.Tensor, num_steps: int, options: Ste
         return
     if not options.advance:
         raise ValueError("next_timestep: given without advance; pass advance=True with a tensor step")
-    for name, tensor, wanted in (
-        ("timesteps", timesteps, num_steps),
-        ("next_timestep", next_timestep, sample.shape[0] * (1 if options.guidance is None else 2)),
-    ):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name}: {type(tensor).__name__}; pass a tensor [{wanted}]")
-        if tuple(tensor.shape) != (wanted,) or not tensor.is_contiguous():
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)}; pass a contiguous tensor [{wanted}]")
-        _check_device(name, tensor, sample)
+    copies = 1 if options.guidance is None else 2
+    _check_tensor("timesteps", timesteps, sample, (num_steps,), kind="a contiguous")
+    _check_tensor("next_timestep", next_timestep, sample, (copies * sample.shape[0],), kind="a contiguous")
 
 
-def _check_float_tensor(name: str, tensor: Any) -> None:
+# What a tensor has to be, as messages say it.
+_KINDS: dict[str, Callable[[torch.Tensor], bool]] = {
+    "a floating-point": torch.Tensor.is_floating_point,
+    "a number or a floating-point": torch.Tensor.is_floating_point,
+    "an int64": lambda tensor: tensor.dtype == torch.int64,
+    "an int64 or int32": lambda tensor: tensor.dtype in (torch.int64, torch.int32),
+    "a contiguous": torch.Tensor.is_contiguous,
+    "a contiguous float64": lambda tensor: tensor.dtype == torch.float64 and tensor.is_contiguous(),
+}
+
+
+def _check_tensor(
+    name: str,
+    tensor: Any,
+    sample: torch.Tensor,
+    *shapes: tuple[int, ...],
+    kind: str = "a floating-point",
+    hint: str = "",
+) -> None:
+    """Check an argument against the state: its type, one of `_KINDS`, one of `shapes`, and the state's device."""
+    error: type[Exception] = ValueError
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name}: {type(tensor).__name__}; pass a tensor")
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name}: dtype {tensor.dtype}; pass a floating-point tensor")
-
-
-def _check_device(name: str, tensor: torch.Tensor, sample: torch.Tensor) -> None:
-    if tensor.device != sample.device:
+        error, found = TypeError, type(tensor).__name__
+    elif tensor.shape not in shapes:
+        found = f"shape {tuple(tensor.shape)}"
+    elif not _KINDS[kind](tensor):
+        found = f"dtype {tensor.dtype}, strides {tensor.stride()}"
+    elif tensor.device != sample.device:
         raise ValueError(f"{name}: on {tensor.device}, but the state is on {sample.device}; move one of them")
-
-
-def _check_index(name: str, tensor: Any, sample: torch.Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
-    wanted = " or ".join(f"[{', '.join(map(str, shape))}]" for shape in shapes)
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name}: {type(tensor).__name__}; pass an integer tensor {wanted}")
-    if tensor.dtype not in _INDEX_DTYPES:
-        raise ValueError(f"{name}: dtype {tensor.dtype}; pass int64 (or int32)")
-    if tuple(tensor.shape) not in shapes:
-        raise ValueError(f"{name}: shape {tuple(tensor.shape)}; for a state of {tuple(sample.shape)} pass {wanted}")
-    _check_device(name, tensor, sample)
+    else:
+        return
+    wanted = " or ".join(str(list(shape)) for shape in shapes)
+    raise error(f"{name}: {found}; for a state of {tuple(sample.shape)} pass {kind} tensor {wanted}{hint}")
 
 
 def _check_table(table: Any, sample: torch.Tensor) -> None:

@@ -316,6 +316,17 @@ def test_the_operator_refuses_what_a_graph_has_no_place_for():
         ddim_step(draw(2, 3), draw(2, 3), TABLE, torch.tensor(0), StepOptions(advance=True))
 
 
+def test_the_operator_takes_seeds_and_first_rows_of_any_strides():
+    from fastddim.kernels.operator import ddim_step
+
+    table = StepTable.build(SCHEDULE, SCHEDULE.pairs(10), eta=1.0)
+    x, output, steps = draw(2, 50), draw(2, 50, seed=1), torch.tensor([6, 4])
+    seeds, first = torch.tensor([[1, 8], [2, 9]]), torch.tensor([[1, 8], [3, 9]])
+    strided = StepOptions(seeds=seeds[:, 0], first_row=first[:, 0])
+    whole = StepOptions(seeds=seeds[:, 0].clone(), first_row=first[:, 0].clone())
+    assert torch.equal(ddim_step(output, x, table, steps, strided)[0], ddim_step(output, x, table, steps, whole)[0])
+
+
 def test_the_operator_runs_eagerly_too():
     """Through the oracle, as an exported program would call it."""
     from fastddim.kernels.operator import ddim_step

@@ -562,37 +562,46 @@ def good():
 
 BAD = {
     "sample: list; pass a tensor": {"sample": [1.0]},
-    "model_output: NoneType; pass a tensor": {"model_output": None},
-    "model_output: shape (2, 4); for a state of (2, 5) pass (2, 5)": {"model_output": torch.zeros(2, 4)},
-    "model_output: shape (2, 5); for a state of (2, 5) pass (4, 5) (unconditional and": {"guidance": 2.0},
+    "model_output: NoneType; for a state of (2, 5) pass a floating-point tensor [2, 5]": {"model_output": None},
+    "model_output: shape (2, 4); for a state of (2, 5) pass a floating-point tensor": {
+        "model_output": torch.zeros(2, 4)
+    },
+    "model_output: shape (2, 5); for a state of (2, 5) pass a floating-point tensor [4, 5] (uncond": {"guidance": 2.0},
     "noise: shape (5,)": {"noise": torch.zeros(5)},
     "noise, seeds: both given": {"noise": torch.zeros(2, 5), "seeds": torch.zeros(2, dtype=torch.int64)},
     "out: dtype torch.int64": {"out": torch.zeros(2, 5, dtype=torch.int64)},
     "sample: dtype torch.float64; the fused step takes float32": {"sample": torch.zeros(2, 5, dtype=torch.float64)},
     "noise: dtype torch.float64; the fused step takes float32": {"noise": torch.zeros(2, 5, dtype=torch.float64)},
     "limit_values: given without a limit": {"limit_values": torch.ones(2, dtype=torch.float64)},
-    "limit_values: torch.float32": {"limit": Clip(), "limit_values": torch.ones(2)},
+    "limit_values: dtype torch.float32": {"limit": Clip(), "limit_values": torch.ones(2)},
     "limit_values: list": {"limit": Clip(), "limit_values": [1.0, 1.0]},
     "table: torch.float16": {"table": torch.zeros(4, 6, dtype=torch.float16)},
     "table: torch.float32 of shape (6,)": {"table": torch.zeros(6)},
     "step: 10 is outside the table of 10 steps": {"step": 10},
     "step: -1 is outside": {"step": -1},
     "step: str; pass an integer": {"step": "3"},
-    "step: shape (3,); for a state of (2, 5) pass [] or [2]": {"step": torch.zeros(3, dtype=torch.int64)},
+    "step: shape (3,); for a state of (2, 5) pass an int64 or int32 tensor [] or": {
+        "step": torch.zeros(3, dtype=torch.int64)
+    },
     "step: dtype torch.float32": {"step": torch.zeros(2)},
     "seeds: dtype torch.int32": {"seeds": torch.zeros(2, dtype=torch.int32)},
     "seeds: shape (1,)": {"seeds": torch.zeros(1, dtype=torch.int64)},
     "seeds: list": {"seeds": [1, 2]},
     "first_row: given without seeds": {"first_row": torch.zeros(2, dtype=torch.int64)},
     "limit: float; pass a Clip, a DynamicThreshold or None": {"limit": 1.0},
-    "guidance.scale: str; pass a number or a tensor [2]": {"guidance": "2", "model_output": torch.zeros(4, 5)},
+    "guidance.scale: str; for a state of (2, 5) pass a number or a floating-point tensor [] or [2]": {
+        "guidance": "2",
+        "model_output": torch.zeros(4, 5),
+    },
     "guidance.scale: shape (3,)": {"guidance": torch.ones(3), "model_output": torch.zeros(4, 5)},
     "guidance.rescale: bool": {"guidance": Guidance(2.0, True), "model_output": torch.zeros(4, 5)},
     "guidance.rescale: dtype torch.int64": {
         "guidance": Guidance(2.0, torch.ones(2, dtype=torch.int64)),
         "model_output": torch.zeros(4, 5),
     },
-    "model_input: shape (4, 5); for a state of (2, 5) pass (2, 5)": {"model_input": torch.zeros(4, 5)},
+    "model_input: shape (4, 5); for a state of (2, 5) pass a floating-point tensor [2, 5]": {
+        "model_input": torch.zeros(4, 5)
+    },
     "out: strides (1, 2); pass a contiguous tensor": {"out": torch.zeros(5, 2).T},
     "model_input: strides (1, 2)": {"model_input": torch.zeros(5, 2).T},
     "advance: True, but step is the number 3": {"advance": True},

@@ -254,7 +254,7 @@ def test_the_step_is_differentiable(prediction_type):
     ("changes", "error", "parts"),
     [
         ({"model_output": torch.zeros(2, 3, 4)}, ValueError, ["model_output", "(2, 3, 4)", "(2, 3, 4, 4)"]),
-        ({"guidance": 2.0}, ValueError, ["model_output", "(2, 3, 4, 4)", "(4, 3, 4, 4)", "stacked"]),
+        ({"guidance": 2.0}, ValueError, ["model_output", "(2, 3, 4, 4)", "[4, 3, 4, 4]", "stacked"]),
         ({"noise": torch.zeros(1, 3, 4, 4)}, ValueError, ["noise", "(1, 3, 4, 4)"]),
         ({"out": torch.zeros(2)}, ValueError, ["out", "(2,)"]),
         ({"sample": torch.zeros(())}, ValueError, ["sample", "[B, ...]"]),

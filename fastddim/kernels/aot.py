@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import triton
@@ -10,7 +11,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from fastddim.kernels.plan import KernelCall, StepShape, make_plan
 
-# Of pointers and numbers that are not exempt, as Triton specialises those that can be divided by it.
+# Triton specialises pointers and numbers that can be divided by it, those apart that a kernel exempts.
 ALIGNMENT = 16
 
 
@@ -49,37 +50,47 @@ def pointer_types(
 
 def make_source(call: KernelCall, types: dict[str, str]) -> ASTSource:
     """A call's kernel with the specialisation that Triton gives it for aligned tensors of `types`."""
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int], Any] = {}
-    aligned = [["tt.divisibility", ALIGNMENT]]
-    loose = {p.name for p in call.kernel.params if p.do_not_specialize or p.do_not_specialize_on_alignment}
     names = call.kernel.arg_names
-    for i, (name, pointer) in enumerate(zip(names, call.pointers, strict=False)):
-        if pointer in types:
-            signature[name] = f"*{types[pointer]}"
-            if name not in loose:
-                attributes[(i,)] = aligned
+    pointers = {name: types[pointer] for name, pointer in zip(names, call.pointers, strict=False) if pointer in types}
+    numbers = dict(zip(names[len(call.pointers) :], call.numbers, strict=False))
+    return specialise(call.kernel, pointers, numbers, call.constants)
+
+
+def specialise(
+    kernel: Any, pointers: Mapping[str, str], numbers: Mapping[str, int], constants: Mapping[str, Any]
+) -> ASTSource:
+    """A kernel as Triton specialises it for aligned tensors.
+
+    Args:
+        pointers: the dtypes of its tensors, by argument.
+        numbers: its integers, by argument.
+        constants: its compile-time arguments; what is in none of the three is None.
+    """
+    loose = {p.name for p in kernel.params if p.do_not_specialize or p.do_not_specialize_on_alignment}
+    fixed = {**constants, **{name: 1 for name, number in numbers.items() if number == 1 and name not in loose}}
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int], Any] = {}
+    for i, name in enumerate(kernel.arg_names):
+        aligned = name not in loose
+        if name in pointers:
+            signature[name] = f"*{pointers[name]}"
+        elif name in numbers and name not in fixed:
+            signature[name] = "i32" if numbers[name] < 1 << 31 else "i64"
+            aligned = aligned and numbers[name] % ALIGNMENT == 0
         else:
-            signature[name], constants[name] = "constexpr", None
-    for i, number in enumerate(call.numbers, start=len(call.pointers)):
-        name = names[i]
-        if number == 1 and name not in loose:
-            signature[name], constants[name] = "constexpr", 1
+            signature[name] = "constexpr"
             continue
-        signature[name] = "i32" if number < 1 << 31 else "i64"
-        if number % ALIGNMENT == 0 and name not in loose:
-            attributes[(i,)] = aligned
-    for name, value in call.constants.items():
-        signature[name], constants[name] = "constexpr", value
-    return ASTSource(call.kernel, signature, constants, attributes)
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", ALIGNMENT]]
+    values = {name: fixed.get(name) for name, kind in signature.items() if kind == "constexpr"}
+    return ASTSource(kernel, signature, values, attributes)
 
 
 def compile_call(call: KernelCall, types: dict[str, str], target: GPUTarget, **options: Any) -> CompiledKernel:
     """Compile a call's kernel, as `launch.py` lets Triton compile it.
 
     Args:
-        options: further ones of Triton's compiler.
+        options: further options of Triton's compiler.
     """
     return compile_source(make_source(call, types), call.num_warps, target, **options)
 

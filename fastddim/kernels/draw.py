@@ -23,7 +23,7 @@ def normal_kernel(out_ptr, seeds_ptr, n, step, STREAM: tl.constexpr, SAMPLE_AXIS
     lanes = tl.arange(0, BLOCK)
     live = lanes < tl.minimum(n - start, BLOCK).to(tl.int32)
     noise = normal_block(tl.load(seeds_ptr + b), tl.cast(step, tl.int64), start, BLOCK, STREAM)
-    store(out_ptr, b * n, start, lanes, live, n, 1, noise, False)
+    store(out_ptr, b * n, (b, tl.num_programs(SAMPLE_AXIS), start, lanes, n, 1), live, noise, False)
 
 
 def draw_normal(seeds: torch.Tensor, out: torch.Tensor, stream: int, step: int = 0) -> torch.Tensor:

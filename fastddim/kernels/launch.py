@@ -18,6 +18,7 @@ from triton.runtime import driver
 from fastddim.coefficients import Coefficient, StepTable
 from fastddim.config import DynamicThreshold
 from fastddim.kernels.plan import ARGUMENT_OF, STEP_POINTERS, KernelCall, Plan, StepShape, make_plan
+from fastddim.reference import kept_scalar
 from fastddim.step import StepOptions, check_step, num_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -128,7 +129,6 @@ class Entry:
 
 
 _ENTRIES: dict[Any, Entry] = {}
-_SCALARS: dict[tuple[float, torch.device], torch.Tensor] = {}
 
 
 def ddim_step(
@@ -272,24 +272,24 @@ def _key(model_output: Any, sample: Any, table: Any, step: Any, options: StepOpt
     if guidance is not None:
         scale, rescale = guidance.scale, guidance.rescale
         guided = (
-            _spec(scale) if isinstance(scale, torch.Tensor) else type(scale),
-            _spec(rescale) if isinstance(rescale, torch.Tensor) else (type(rescale), rescale != 0),
+            spec(scale) if isinstance(scale, torch.Tensor) else type(scale),
+            spec(rescale) if isinstance(rescale, torch.Tensor) else (type(rescale), rescale != 0),
             guidance.cond_first,
         )
     rest: Any = None
     # One comparison for what most steps do not have.
     if not (limit_values is seeds is first_row is timesteps is next_timestep is None):
         rest = tuple(
-            [None if t is None else _spec(t) for t in (limit_values, seeds, first_row, timesteps, next_timestep)]
+            [None if t is None else spec(t) for t in (limit_values, seeds, first_row, timesteps, next_timestep)]
         )
     return (
-        _spec(model_output),
-        _spec(sample),
-        None if noise is None else _spec(noise),
-        None if out is None else out is sample or _spec(out),
-        None if model_input is None else _spec(model_input),
-        _spec(table) if isinstance(table, torch.Tensor) else len(table),
-        _spec(step) if isinstance(step, torch.Tensor) else type(step),
+        spec(model_output),
+        spec(sample),
+        None if noise is None else spec(noise),
+        None if out is None else out is sample or spec(out),
+        None if model_input is None else spec(model_input),
+        spec(table) if isinstance(table, torch.Tensor) else len(table),
+        spec(step) if isinstance(step, torch.Tensor) else type(step),
         guided,
         options.limit,
         options.advance,
@@ -371,7 +371,8 @@ def make_entry(
     )
 
 
-def _spec(tensor: torch.Tensor) -> tuple[Any, ...]:
+def spec(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype, tuple[int, ...], torch.device]:
+    """What of a tensor decides how it is launched with."""
     return tensor.shape, tensor.dtype, tensor.stride(), tensor.device
 
 
@@ -411,13 +412,7 @@ def scalar_tensor(value: Coefficient, device: torch.device) -> torch.Tensor:
         return value.contiguous()
     if torch.compiler.is_compiling():
         return torch.full((), value, dtype=torch.float32, device=device)
-    kept = _SCALARS.get((value, device))
-    if kept is None:
-        if len(_SCALARS) >= _MAX_KEPT:
-            _SCALARS.clear()
-        with torch.inference_mode(False):
-            kept = _SCALARS[value, device] = torch.tensor(value, dtype=torch.float32, device=device)
-    return kept
+    return kept_scalar(value, torch.float32, device)
 
 
 def _find_apart(

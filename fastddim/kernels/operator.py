@@ -48,15 +48,14 @@ def _write_step(
         "sample": sample.contiguous() if entry.copied[1] else sample,
         "table": table,
         "step": step,
-        "guidance": guidance_scale,
-        "rescale": guidance_rescale,
         "noise": noise.contiguous() if noise is not None and entry.copied[2] else noise,
-        "seeds": seeds,
-        "first_row": first_row,
         "next": out,
         "x0": x0,
         "input": model_input,
     }
+    # Here and not before the operator: a traced graph is later called with tensors of other strides.
+    values = {"guidance": guidance_scale, "rescale": guidance_rescale, "seeds": seeds, "first_row": first_row}
+    slots |= {name: value.contiguous() for name, value in values.items() if value is not None}
     if plan.statistics:
         slots["statistics"] = torch.zeros(plan.statistics, dtype=torch.float32, device=sample.device)
         slots["counters"] = torch.zeros(plan.counters, dtype=torch.int32, device=sample.device)

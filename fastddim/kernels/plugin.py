@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastddim.kernels.aot import ALIGNMENT, compile_source
+from fastddim.kernels.aot import compile_source, specialise
 from fastddim.kernels.plan import StepShape, make_grid, make_plan
 from fastddim.kernels.step import ddim_step_kernel
 from fastddim.step import StepOptions
@@ -149,23 +149,11 @@ def compile_plugin_step(step: PluginStep, model_dtype: str, capability: int) -> 
 
 
 def _source(step: PluginStep, model_dtype: str) -> ASTSource:
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int], Any] = {}
-    for i, name in enumerate(ddim_step_in_plugin.arg_names):
-        aligned = True
-        if name in (*step.inputs, *OUTPUTS):
-            # TensorRT's tensors begin at multiples of 256 bytes.
-            signature[name] = f"*{model_dtype if name == 'model_output' else 'fp32'}"
-        elif name in NUMBERS:
-            signature[name] = "i32"
-            aligned = name == "n" and step.elements % ALIGNMENT == 0
-        else:
-            signature[name], constants[name] = "constexpr", step.constants.get(name)
-            continue
-        if aligned:
-            attributes[(i,)] = [["tt.divisibility", ALIGNMENT]]
-    return ASTSource(ddim_step_in_plugin, signature, constants, attributes)
+    # TensorRT's tensors begin at multiples of 256 bytes.
+    pointers = dict.fromkeys((*step.inputs, *OUTPUTS), "fp32") | {"model_output": model_dtype}
+    # An n of 1 would become a constant, and TensorRT passes it all the same.
+    numbers = {"n": max(2, step.elements), "batch": 0}
+    return specialise(ddim_step_in_plugin, pointers, numbers, step.constants)
 
 
 def _parameters(step: PluginStep) -> list[str]:

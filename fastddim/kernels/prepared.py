@@ -10,7 +10,7 @@ import triton
 from triton.runtime import driver
 
 from fastddim.coefficients import StepTable
-from fastddim.kernels.launch import Workspace, assemble
+from fastddim.kernels.launch import Workspace, assemble, spec
 from fastddim.kernels.plan import STEP_POINTERS
 from fastddim.step import StepOptions
 
@@ -37,7 +37,7 @@ class PreparedStep:
         """Check and plan. Arguments as `fastddim.kernels.launch.ddim_step`'s; nothing is launched.
 
         Args:
-            model_output: with the shape, dtype and strides that all calls' will have.
+            model_output: a tensor of the shape, dtype and strides that all calls' will have.
             options: without `advance`; the row is given to each call.
 
         Raises:
@@ -53,7 +53,7 @@ class PreparedStep:
         step = next((k for k, row in enumerate(table.rows) if row.noise_scale == 0), 0)
         self._request = assemble(model_output, sample, table, step, options)
         self.x_next, self.x0 = self._request.x_next, self._request.x0
-        self._spec = (model_output.shape, model_output.dtype, model_output.stride(), model_output.device)
+        self._spec = spec(model_output)
         self._rows = table.on(sample.device)[1]
         self._guided = options.guidance is not None
         self._contiguous = model_output.is_contiguous()
@@ -64,13 +64,7 @@ class PreparedStep:
 
     def fits(self, model_output: torch.Tensor) -> bool:
         """Whether `model_output` has the shape, dtype, strides and device that this step was prepared for."""
-        shape, dtype, strides, device = self._spec
-        return (
-            model_output.shape == shape
-            and model_output.dtype == dtype
-            and model_output.stride() == strides
-            and model_output.device == device
-        )
+        return spec(model_output) == self._spec
 
     def __call__(self, model_output: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Take the step: `(x_next, x0)`, the same tensors each time.
@@ -89,8 +83,7 @@ class PreparedStep:
         ):
             raise ValueError(
                 f"model_output: {model_output.dtype} {tuple(model_output.shape)} on {model_output.device} with strides"
-                f" {model_output.stride()}; this step was prepared for {self._spec[1]} {tuple(self._spec[0])} on"
-                f" {self._spec[3]} with {self._spec[2]}"
+                f" {model_output.stride()}; this step was prepared for {dtype} {tuple(shape)} on {device} with {strides}"
             )
         if step < 0:
             raise IndexError(f"step: {step} is outside the table of {len(self._rows)} steps")

@@ -116,11 +116,9 @@ def rescale_kernel(
     lanes = tl.arange(0, BLOCK)
     size = tl.minimum(n - start, BLOCK).to(tl.int32)
     live = lanes < size
-    out = load_guided(
-        output_ptr, guidance_ptr, b, batch, start, lanes, live, n, channels, COND_FIRST, SCALE_PER_SAMPLE,
-        OUTPUT_CHANNELS_LAST,
-    )  # fmt: skip
-    cond = load_cond(output_ptr, b, batch, start, lanes, live, n, channels, COND_FIRST, OUTPUT_CHANNELS_LAST)
+    where = (b, batch, start, lanes, n, channels)
+    out = load_guided(output_ptr, guidance_ptr, where, live, COND_FIRST, SCALE_PER_SAMPLE, OUTPUT_CHANNELS_LAST)
+    cond = load_cond(output_ptr, where, live, COND_FIRST, OUTPUT_CHANNELS_LAST)
     parts = statistics_ptr + batch * 2 + b * blocks * 4
     mean, square = part(out, live, size.to(tl.float32))
     cond_mean, cond_square = part(cond, live, size.to(tl.float32))
@@ -134,44 +132,6 @@ def rescale_kernel(
         cond_std = tl.sqrt_rn(combined_square(parts + 2, blocks, n, BLOCK))
         phi = tl.load(rescale_ptr + (b if RESCALE_PER_SAMPLE else 0)).to(tl.float32)
         tl.store(statistics_ptr + b * 2 + 1, rescale_factor(cond_std, std, phi))
-
-
-@triton.jit
-def magnitude_bits(
-    sample_ptr,
-    output_ptr,
-    table_ptr,
-    step_ptr,
-    guidance_ptr,
-    statistics_ptr,
-    b,
-    start,
-    lanes,
-    live,
-    n,
-    batch,
-    num_steps,
-    channels,
-    GUIDED: tl.constexpr,
-    RESCALED: tl.constexpr,
-    COND_FIRST: tl.constexpr,
-    SCALE_PER_SAMPLE: tl.constexpr,
-    ROW_PER_SAMPLE: tl.constexpr,
-    OUTPUT_CHANNELS_LAST: tl.constexpr,
-):
-    """Bit patterns of |x0| before the limit, as the step kernel computes it."""
-    row = tl.load(step_ptr + (b if ROW_PER_SAMPLE else 0)).to(tl.int64)
-    inside = table_row(row, num_steps)
-    columns = table_ptr + inside.to(tl.int32) * NUM_COLUMNS
-    factor = tl.full([], 1.0, tl.float32)
-    if RESCALED:
-        factor = tl.load(statistics_ptr + b * 2 + 1)
-    x0_columns = load_x0_columns(columns, 0.0, sample_ptr.dtype.element_ty)
-    _, _, x0 = predict(
-        sample_ptr, output_ptr, guidance_ptr, b, batch, start, lanes, live, n, channels, x0_columns, factor, GUIDED,
-        RESCALED, COND_FIRST, SCALE_PER_SAMPLE, OUTPUT_CHANNELS_LAST,
-    )  # fmt: skip
-    return tl.abs(x0).to(tl.int32, bitcast=True)
 
 
 @triton.jit(
@@ -230,11 +190,18 @@ def histogram_kernel(
     bin = tl.load(workspace + BIN)
     # A sample whose threshold the first launch knew is not read again.
     if not REFINE or bin != DONE:
-        bits = magnitude_bits(
-            sample_ptr, output_ptr, table_ptr, step_ptr, guidance_ptr, statistics_ptr, b, start, lanes, live, n,
-            batch, num_steps, channels, GUIDED, RESCALED, COND_FIRST, SCALE_PER_SAMPLE, ROW_PER_SAMPLE,
-            OUTPUT_CHANNELS_LAST,
+        # x0 before the limit, as the step kernel computes it.
+        row = table_row(tl.load(step_ptr + (b if ROW_PER_SAMPLE else 0)).to(tl.int64), num_steps)
+        factor = tl.full([], 1.0, tl.float32)
+        if RESCALED:
+            factor = tl.load(statistics_ptr + b * 2 + 1)
+        x0_columns = load_x0_columns(table_ptr + row.to(tl.int32) * NUM_COLUMNS, 0.0, sample_ptr.dtype.element_ty)
+        where = (b, batch, start, lanes, n, channels)
+        _, _, x0 = predict(
+            sample_ptr, output_ptr, guidance_ptr, where, live, x0_columns, factor, GUIDED, RESCALED, COND_FIRST,
+            SCALE_PER_SAMPLE, OUTPUT_CHANNELS_LAST,
         )  # fmt: skip
+        bits = tl.abs(x0).to(tl.int32, bitcast=True)
         if REFINE:
             # UP_TO_ONE is an empty bin: all of (1, ...) is above it.
             floor = ONE_BITS + 1 + tl.maximum(bin - FIRST_BIN, 0) * (1 << shift)

@@ -77,26 +77,27 @@ def table_row(row, num_steps):
 
 
 @triton.jit
-def spread(start, lanes, n, channels, CHANNELS_LAST: tl.constexpr):
-    """Offsets in memory of elements `start + lanes` (in C order) of a sample of n elements."""
+def locate(ptr, first, where, CHANNELS_LAST: tl.constexpr):
+    """The addresses of elements `start + lanes` (in C order) of the sample whose memory begins at `ptr + first`.
+
+    where: `(b, batch, start, lanes, n, channels)`: the sample, how many there are, and what it is of n elements and
+    channels.
+    """
+    _, _, start, lanes, n, channels = where
     if CHANNELS_LAST:
         element = start.to(tl.int32) + lanes
         pixels = n // channels
-        offsets = (element % pixels) * channels + element // pixels
-    else:
-        offsets = start + lanes
-    return offsets
-
-
-@triton.jit
-def load(ptr, first, start, lanes, live, n, channels, CHANNELS_LAST: tl.constexpr):
-    """float32 elements `start + lanes` of the sample whose memory begins at `ptr + first`."""
-    if CHANNELS_LAST:
-        address = ptr + first + spread(start, lanes, n, channels, CHANNELS_LAST)
+        address = ptr + first + ((element % pixels) * channels + element // pixels)
     else:
         # The scalars first: one 64-bit addition a program, and the lanes stay 32-bit.
         address = (ptr + (first + start)) + lanes
-    return tl.load(address, mask=live).to(tl.float32)
+    return address
+
+
+@triton.jit
+def load(ptr, first, where, live, CHANNELS_LAST: tl.constexpr):
+    """The elements that `locate` finds, in float32."""
+    return tl.load(locate(ptr, first, where, CHANNELS_LAST), mask=live).to(tl.float32)
 
 
 @triton.jit
@@ -113,31 +114,23 @@ def narrow(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def store(ptr, first, start, lanes, live, n, channels, x, CHANNELS_LAST: tl.constexpr):
+def store(ptr, first, where, live, x, CHANNELS_LAST: tl.constexpr):
     """The counterpart of `load`, rounded to the pointer's dtype."""
-    if CHANNELS_LAST:
-        address = ptr + first + spread(start, lanes, n, channels, CHANNELS_LAST)
-    else:
-        address = (ptr + (first + start)) + lanes
-    tl.store(address, narrow(x, ptr.dtype.element_ty), mask=live)
+    tl.store(locate(ptr, first, where, CHANNELS_LAST), narrow(x, ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit
 def load_guided(
     output_ptr,
     guidance_ptr,
-    b,
-    batch,
-    start,
-    lanes,
+    where,
     live,
-    n,
-    channels,
     COND_FIRST: tl.constexpr,
     SCALE_PER_SAMPLE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
     """`uncond + scale * (cond - uncond)` of the stacked model output."""
+    b, batch, _, _, n, _ = where
     scale = tl.load(guidance_ptr + (b if SCALE_PER_SAMPLE else 0)).to(tl.float32)
     # torch.lerp starts from the nearer end, which decides where infinities cancel; here by swapping the pointers.
     from_cond = scale >= 0.5
@@ -147,29 +140,25 @@ def load_guided(
     first = b * n
     base_first = first + tl.where(base_second, half, 0)
     other_first = first + tl.where(base_second, 0, half)
-    base = load(output_ptr, base_first, start, lanes, live, n, channels, CHANNELS_LAST)
-    other = load(output_ptr, other_first, start, lanes, live, n, channels, CHANNELS_LAST)
+    base = load(output_ptr, base_first, where, live, CHANNELS_LAST)
+    other = load(output_ptr, other_first, where, live, CHANNELS_LAST)
     return fused(weight, other - base, base)
 
 
 @triton.jit
 def load_cond(
     output_ptr,
-    b,
-    batch,
-    start,
-    lanes,
+    where,
     live,
-    n,
-    channels,
     COND_FIRST: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
     """The conditional half of the stacked model output."""
+    b, batch, _, _, n, _ = where
     first = b * n
     if not COND_FIRST:
         first += batch.to(tl.int64) * n
-    return load(output_ptr, first, start, lanes, live, n, channels, CHANNELS_LAST)
+    return load(output_ptr, first, where, live, CHANNELS_LAST)
 
 
 @triton.jit
@@ -177,13 +166,8 @@ def predict(
     sample_ptr,
     output_ptr,
     guidance_ptr,
-    b,
-    batch,
-    start,
-    lanes,
+    where,
     live,
-    n,
-    channels,
     x0_columns,
     factor,
     GUIDED: tl.constexpr,
@@ -193,16 +177,15 @@ def predict(
     CHANNELS_LAST: tl.constexpr,
 ):
     """The state, the model's (guided, rescaled) output, and x0 before the limit, of columns from `load_x0_columns`."""
-    x = load(sample_ptr, b * n, start, lanes, live, n, channels, False)
+    b, _, _, _, n, _ = where
+    first = b * n
+    x = load(sample_ptr, first, where, live, False)
     if GUIDED:
-        out = load_guided(
-            output_ptr, guidance_ptr, b, batch, start, lanes, live, n, channels, COND_FIRST, SCALE_PER_SAMPLE,
-            CHANNELS_LAST,
-        )  # fmt: skip
+        out = load_guided(output_ptr, guidance_ptr, where, live, COND_FIRST, SCALE_PER_SAMPLE, CHANNELS_LAST)
         if RESCALED:
             out = out * factor
     else:
-        out = load(output_ptr, b * n, start, lanes, live, n, channels, CHANNELS_LAST)
+        out = load(output_ptr, first, where, live, CHANNELS_LAST)
     x0_from_x, x0_from_output, ratio, ratio_low = x0_columns
     if sample_ptr.dtype.element_ty != tl.float32 and ratio != 0.0:
         total = fused(ratio, out, x)
@@ -448,24 +431,20 @@ def ddim_step_kernel(
     if WHOLE:
         every = tl.arange(0, BLOCK)
         present = every < tl.cast(n, tl.int32)
+        sample = (b, batch, start, every, n, channels)
         if GUIDED and rescale_ptr is not None:
             phi = tl.load(rescale_ptr + (b if RESCALE_PER_SAMPLE else 0)).to(tl.float32)
-            std_cond = deviation(
-                load_cond(output_ptr, b, batch, start, every, present, n, channels, COND_FIRST, OUTPUT_CHANNELS_LAST),
-                present, n,
-            )  # fmt: skip
+            std_cond = deviation(load_cond(output_ptr, sample, present, COND_FIRST, OUTPUT_CHANNELS_LAST), present, n)
             tl.debug_barrier()
             guided = load_guided(
-                output_ptr, guidance_ptr, b, batch, start, every, present, n, channels, COND_FIRST, SCALE_PER_SAMPLE,
-                OUTPUT_CHANNELS_LAST,
-            )  # fmt: skip
+                output_ptr, guidance_ptr, sample, present, COND_FIRST, SCALE_PER_SAMPLE, OUTPUT_CHANNELS_LAST
+            )
             factor = rescale_factor(std_cond, deviation(guided, present, n), phi)
             tl.debug_barrier()
         if LIMIT == "threshold":
             _, _, whole = predict(
-                sample_ptr, output_ptr, guidance_ptr, b, batch, start, every, present, n, channels, x0_columns,
-                factor, GUIDED, rescale_ptr is not None, COND_FIRST, SCALE_PER_SAMPLE,
-                OUTPUT_CHANNELS_LAST,
+                sample_ptr, output_ptr, guidance_ptr, sample, present, x0_columns, factor, GUIDED, rescale_ptr is not None,
+                COND_FIRST, SCALE_PER_SAMPLE, OUTPUT_CHANNELS_LAST,
             )  # fmt: skip
             scale = threshold_scale(whole, present, n, ratio, limit_range)
             tl.debug_barrier()
@@ -485,9 +464,10 @@ def ddim_step_kernel(
         live = None
         if not EVEN:
             live = lanes < tl.minimum(n - here, CHUNK).to(tl.int32)
+        where = (b, batch, here, lanes, n, channels)
         x, out, x0 = predict(
-            sample_ptr, output_ptr, guidance_ptr, b, batch, here, lanes, live, n, channels, x0_columns,
-            factor, GUIDED, rescale_ptr is not None, COND_FIRST, SCALE_PER_SAMPLE, OUTPUT_CHANNELS_LAST,
+            sample_ptr, output_ptr, guidance_ptr, where, live, x0_columns, factor, GUIDED, rescale_ptr is not None, COND_FIRST,
+            SCALE_PER_SAMPLE, OUTPUT_CHANNELS_LAST,
         )  # fmt: skip
         if LIMIT == "clip":
             x0 = clamp(x0, limit_range)
@@ -499,7 +479,7 @@ def ddim_step_kernel(
         x_next = add_term(next_from_x0 * x0, next_from_output, out)
         x_next = add_term(x_next, next_from_x, x)
         if noise_ptr is not None:
-            noise = load(noise_ptr, first, here, lanes, live, n, channels, False)
+            noise = load(noise_ptr, first, where, live, False)
             x_next = add_term(x_next, noise_scale, noise)
         if seeds_ptr is not None:
             if noise_scale != 0.0:
@@ -509,14 +489,14 @@ def ddim_step_kernel(
                 noise = normal_block(tl.load(seeds_ptr + b), noise_step, here, CHUNK, STREAM_STEP)
                 x_next = fused(noise_scale, noise, x_next)
 
-        store(next_ptr, first, here, lanes, live, n, channels, x_next, False)
+        store(next_ptr, first, where, live, x_next, False)
         if x0_ptr is not None:
-            store(x0_ptr, first, here, lanes, live, n, channels, x0, False)
+            store(x0_ptr, first, where, live, x0, False)
         if input_ptr is not None:
-            store(input_ptr, first, here, lanes, live, n, channels, x_next, INPUT_CHANNELS_LAST)
+            store(input_ptr, first, where, live, x_next, INPUT_CHANNELS_LAST)
             if GUIDED:
                 second = first + batch.to(tl.int64) * n
-                store(input_ptr, second, here, lanes, live, n, channels, x_next, INPUT_CHANNELS_LAST)
+                store(input_ptr, second, where, live, x_next, INPUT_CHANNELS_LAST)
 
     if ADVANCE:
         # Every warp has to have read the index before one of them moves it on.
