@@ -1,5 +1,6 @@
 """Runtimes: one from outside the package, from its registration to a picture; and the commands of all of them."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -93,6 +94,16 @@ def test_a_toy_runtime_in_python(toy, pipeline, tmp_path):
         fastddim.export.OrtSampler(bundle)
     register_runtime(toy_runtime.RUNTIME)
     assert list(runtimes()) == [*BUILT_IN, "toy"]
+
+
+def test_the_note_of_a_runtime_without_a_sampler_names_none(fresh, tmp_path):
+    register_runtime(dataclasses.replace(toy_runtime.RUNTIME, sampler=None))
+    pipe = class_pipeline()
+    bundle = toy_runtime.export_toy(pipe.unet, pipe.scheduler, tmp_path / "bundle")
+    note = (bundle.path / "README.md").read_text("utf-8")
+    assert "Python's pickle loads it." in note and "With Python" not in note and "(FOLDER)" not in note
+    with pytest.raises(BundleError, match="is for 'toy', which has no sampler in Python"):
+        open_sampler(bundle)
 
 
 def test_an_unknown_runtime_gets_the_list(toy, pipeline, tmp_path, monkeypatch, capsys):

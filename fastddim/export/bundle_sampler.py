@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastddim.coefficients import StepTable
+from fastddim.config import require_int
 from fastddim.export.bundle import Bundle, BundleError, open_bundle, require_runtime
 from fastddim.export.runtime import get_runtime
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP, check_seeds, normal_numpy
@@ -226,7 +227,6 @@ class BundleSampler(ABC):
         if self._sampling["baked_schedule"]:
             if timesteps is not None or (eta is not None and eta != self._sampling["eta"]):
                 raise ValueError("timesteps, eta: this bundle derives its table itself; pass num_inference_steps alone")
-            num_inference_steps = num_inference_steps or len(default)
         if num_inference_steps is None and timesteps is None and eta is None:
             return default
         if num_inference_steps is None and timesteps is None:
@@ -256,13 +256,17 @@ class BundleSampler(ABC):
             return (int(start), *own)
         if not self.bundle.any_size and tuple(size) != tuple(own[-2:]):
             raise ValueError(f"size: {tuple(size)}; this bundle makes samples of {tuple(own[-2:])} alone")
+        for side in size:
+            require_int("size", side, 1)
         return (int(start), own[0], *size)
 
     def _scales(self, batch: int, scale: Any, rescale: Any) -> dict[str, Any]:
         feeds = {}
         if not self._sampling["guided"]:
             if scale is not None:
-                raise ValueError(f"guidance_scale: {scale!r}, but this bundle was exported without guidance")
+                raise ValueError(
+                    f"guidance_scale: {scale!r}, but this bundle was exported without guidance; leave it out"
+                )
         elif scale is None:
             raise ValueError("guidance_scale: None; this bundle has guidance, pass a number or one per sample")
         else:
@@ -270,13 +274,15 @@ class BundleSampler(ABC):
         if self._sampling["guidance_rescale"]:
             feeds["guidance_rescale"] = self._per_sample("guidance_rescale", rescale, batch)
         elif np.any(_on_host(rescale) != 0):
-            raise ValueError(f"guidance_rescale: {rescale!r}, but this bundle was exported without it")
+            raise ValueError(f"guidance_rescale: {rescale!r}, but this bundle was exported without it; leave it out")
         return feeds
 
     def _condition_feeds(
         self, batch: int, conditions: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None
     ) -> dict[str, Any]:
         uncond = dict(uncond_kwargs or {})
+        if uncond and not self._sampling["guided"]:
+            raise ValueError("uncond_kwargs: given, but this bundle was exported without guidance; leave them out")
         for name in (*conditions, *uncond):
             if name not in self._conditions:
                 raise ValueError(f"{name}: this bundle takes {', '.join(self._conditions) or 'no conditions'}")

@@ -139,6 +139,9 @@ def note(manifest: Mapping[str, Any]) -> str:
     runtime = get_runtime(manifest["runtime"])
     runner = (components and runtime.pipeline) or runtime.sampler
     command = "" if components else "`fastddim run FOLDER --seed 0 --out samples.png`, or "
+    python = (
+        f"\nWith Python: {command}`{public_name(runner)}(FOLDER)`, which needs {runtime.needs}.\n" if runner else ""
+    )
     return f"""# An exported DDIM sampler
 
 `{manifest["model"]}` holds the model and its sampler: {kind}. {runtime.loads}
@@ -148,9 +151,7 @@ in fastddim.
 {_tables(manifest)}
 
 Limit of x0: {limit_text(read_limit(manifest))}. {compared}
-
-With Python: {command}`{public_name(runner or "")}(FOLDER)`, which needs {runtime.needs}.
-{components}"""
+{python}{components}"""
 
 
 def _tables(described: Mapping[str, Any]) -> str:

@@ -179,7 +179,7 @@ def require_servable(engine: Mapping[str, Any], options: InferenceServerOptions)
     if engine["flavour"] != "standard":
         raise ValueError(
             f"flavour: {engine['flavour']!r}, but the server's backend loads the standard TensorRT's engines; build one"
-            " with flavour='standard' (--trt standard)"
+            " with flavour='standard' (--flavour standard)"
         )
     if engine["options"]["strip_plan"]:
         raise ValueError("strip_plan: True, but the server has no weights for such an engine; build one with them")
