@@ -29,7 +29,6 @@ from fastddim.export import (
     NotFiniteError,
     OrtSampler,
     ParityError,
-    denoisers,
     export_onnx,
     open_bundle,
     step_module,
@@ -39,6 +38,7 @@ from fastddim.export import (
 from fastddim.export.bundle import FORMAT, write_bundle
 from fastddim.export.onnx import exporter
 from fastddim.export.onnx.graph import symbolic_dims
+from fastddim.export.sampler_plan import plan_sampler
 from fastddim.export.schedule_module import ScheduleModule
 from fastddim.models.policy import ActionUNet1d
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP, normal
@@ -286,7 +286,7 @@ def test_infinities_nan_and_columns_of_zero_end_as_in_the_reference(tmp_path, na
     config, guided = BROKEN[name]
     if name == "bisection":
         monkeypatch.setattr(step_module, "LARGEST_TOPK", 0)
-    options = ExportOptions(graph="step", guided=guided, stochastic=True)
+    options = ExportOptions(kind="step", guided=guided, stochastic=True)
     examples = {"output": torch.zeros(3, 3, 5)}
     bundle = export_onnx(
         Given(), config, tmp_path / "bundle", options, sample_shape=(3, 5), example_kwargs=examples, parity_steps=()
@@ -328,7 +328,7 @@ def test_an_infinite_output_that_is_clipped_leaves_a_finite_step(tmp_path):
     expected = ddim(x.double().numpy(), output.double().numpy(), *schedule.alpha_bar(pair), clip=1.0, rederive=True)
     assert np.isfinite(expected.x_next).all()
     inputs = {"sample": x, "coefficients": torch.tensor(table.columns, dtype=torch.float32)}
-    module = step_module.StepModule(denoisers.describe(Given(), (2,)), schedule.config.limit, False, False, False)
+    module = step_module.StepModule(plan_sampler(Given(), schedule, None, (2,)))
     for x_next, x0 in (module.update(output, inputs), fastddim.ddim_step(output, x, table, 0, limit=fastddim.Clip())):
         np.testing.assert_allclose(x_next, expected.x_next, rtol=1e-6)
         np.testing.assert_allclose(x0, expected.x0, rtol=1e-6)

@@ -224,9 +224,9 @@ class BundleSampler(ABC):
             raise ValueError(
                 f"num_inference_steps: {num_inference_steps!r}; pass an integer, or export with per_sample_steps=True"
             )
-        if self._sampling["baked_schedule"]:
-            if timesteps is not None or (eta is not None and eta != self._sampling["eta"]):
-                raise ValueError("timesteps, eta: this bundle derives its table itself; pass num_inference_steps alone")
+        other_eta = eta is not None and eta != self._sampling["eta"]
+        if self._sampling["baked_schedule"] and (timesteps is not None or other_eta):
+            raise ValueError("timesteps, eta: this bundle derives its table itself; pass num_inference_steps alone")
         if num_inference_steps is None and timesteps is None and eta is None:
             return default
         if num_inference_steps is None and timesteps is None:

@@ -108,6 +108,14 @@ class SamplerPlan:
         dtype: torch.dtype = getattr(torch, self.table.timestep_dtype)
         return dtype
 
+    @property
+    def state_dims(self) -> list[str | int]:
+        """The dimensions of a batch of states, a name for each that differs from call to call."""
+        dims: list[str | int] = ["batch", *self.denoiser.sample_shape]
+        if self.options.dynamic_size:
+            dims[2:] = ["height", "width"]
+        return dims
+
     def baked_schedule(self) -> ScheduleModule:
         """What makes the tables in a file with a baked schedule."""
         assert self.schedule is not None

@@ -15,12 +15,12 @@ import fastddim
 from fastddim.coefficients import StepTable
 from fastddim.config import DDIMConfig, Limit
 from fastddim.export.bundle import Bundle, check_destination, write_bundle
-from fastddim.export.denoisers import DTYPES, Denoiser, prepared
+from fastddim.export.denoisers import DTYPES, prepared
 from fastddim.export.manifest import NOTE_FILE, build_manifest, name_meanings, note
 from fastddim.export.onnx.graph import as_loop, fed_by, name_dims, sized_noise, strip, symbolic_dims
 from fastddim.export.onnx.noise_module import NoiseModule
 from fastddim.export.sampler_plan import ExportError, ExportOptions, SamplerPlan, plan_sampler
-from fastddim.export.step_module import StepModule
+from fastddim.export.step_module import STEP_OUTPUTS, StepModule
 from fastddim.export.tracing import quiet, told, trace
 from fastddim.export.validate import PARITY_STEPS, measure_parity
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP
@@ -101,16 +101,7 @@ def write_sampler(
     """
     denoiser, options = plan.denoiser, plan.options
     with prepared(denoiser.model, DTYPES[options.dtype]):
-        module = StepModule(
-            denoiser,
-            plan.limit,
-            options.guided,
-            options.guidance_rescale,
-            options.stochastic,
-            options.dynamic_size,
-            plan.timestep_dtype,
-        )
-        graph = _step_graph(module, denoiser, options, folder / MODEL_FILE)
+        graph = _step_graph(plan, folder / MODEL_FILE)
         opset = graph.opset_import[0].version
         if options.seeded and options.stochastic:
             graph = fed_by(graph, _noise_graph(denoiser.sample_shape, "noise", opset), "noise_")
@@ -130,18 +121,14 @@ def write_sampler(
     return manifest
 
 
-def _step_graph(module: StepModule, denoiser: Denoiser, options: ExportOptions, path: Path) -> onnx.ModelProto:
-    examples = module.example_inputs()
-    resized = ("sample", "noise") if options.dynamic_size else ()
-    graph = to_graph(
-        module,
-        examples,
-        ["next_sample", "pred_original_sample"],
-        type(denoiser.model).__name__,
-        path,
-        resized=resized,
-    )
-    name_dims(graph.graph, _named_dims(graph.graph, denoiser, options))
+def _step_graph(plan: SamplerPlan, path: Path) -> onnx.ModelProto:
+    module = StepModule(plan)
+    kind = type(plan.denoiser.model).__name__
+    resized = ("sample", "noise") if plan.options.dynamic_size else ()
+    graph = to_graph(module, module.example_inputs(), STEP_OUTPUTS, kind, path, resized=resized)
+    states = ("sample", "noise", *STEP_OUTPUTS)
+    dims = symbolic_dims(graph.graph).items()
+    name_dims(graph.graph, {name: plan.state_dims if name in states else ["batch", *own[1:]] for name, own in dims})
     return graph
 
 
@@ -266,17 +253,6 @@ def _require_symbolic(graph: onnx.GraphProto, dynamic: Mapping[str, Sequence[int
                     f"model: its code fixes dimension {index} of {name!r} to {dims[name][index]}, so the file would take"
                     " no other; leave out dynamic_size, or change the model"
                 )
-
-
-def _named_dims(graph: onnx.GraphProto, denoiser: Denoiser, options: ExportOptions) -> dict[str, list[str | int]]:
-    state: list[str | int] = ["batch", *denoiser.sample_shape]
-    if options.dynamic_size:
-        state[2:] = ["height", "width"]
-    named = {}
-    for name, dims in symbolic_dims(graph).items():
-        is_state = name in ("sample", "noise", "next_sample", "pred_original_sample")
-        named[name] = state if is_state else ["batch", *dims[1:]]
-    return named
 
 
 def save(graph: onnx.ModelProto, path: Path) -> None:
