@@ -77,7 +77,7 @@ class BundleSampler(ABC):
 
     Attributes:
         runtime: the manifest's name of what runs the file.
-        bundle: with its manifest.
+        bundle: the opened bundle.
 
     Raises:
         BundleError: a bundle that is damaged, or of another runtime.
@@ -143,7 +143,7 @@ class BundleSampler(ABC):
         Args:
             start: how many samples to draw from `seeds`, or the starting state `[B, ...]`. A seeded bundle takes no state.
             seeds: one per sample, or an integer s for s, s + 1, ...
-            num_inference_steps, timesteps, eta: of this run; the bundle's own by default. A baked schedule takes
+            num_inference_steps, timesteps, eta: the steps of this run; the bundle's own by default. A baked schedule takes
                 `num_inference_steps` alone, one for each sample where it was exported with `per_sample_steps`. A bundle
                 made from a table takes none of them: it runs its own.
             guidance_scale, guidance_rescale: numbers or `[B]`, for bundles with guidance.
@@ -376,11 +376,11 @@ def fit_array(
     """An argument as an input of a graph.
 
     Args:
-        name: of the argument, for errors.
+        name: the argument's name, for errors.
         value: the array.
         item: the manifest's description of the input.
         batch: the first dimension, where it is known.
-        arrays: of the runtime; numpy's by default.
+        arrays: the runtime's library of arrays; numpy's by default.
 
     Raises:
         ValueError: another shape, or a dtype that does not convert.

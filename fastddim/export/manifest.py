@@ -58,8 +58,7 @@ def build_manifest(
         inputs, outputs: `name`, `dtype`, `shape` and `meaning` of each.
         runtime: what runs the file.
     """
-    denoiser, options, table = plan.denoiser, plan.options, plan.table
-    schedule, limit = plan.schedule, plan.limit
+    denoiser, options, table, schedule, limit = plan.denoiser, plan.options, plan.table, plan.schedule, plan.limit
     return {
         "format": FORMAT.name,
         "format_version": FORMAT.version,
@@ -115,7 +114,7 @@ def _versions() -> dict[str, str]:
 
 
 def limit_text(limit: Limit) -> str:
-    """A limit of x0 in words."""
+    """A limit on x0 in words."""
     if isinstance(limit, Clip):
         return f"clip to [-{limit.range:g}, {limit.range:g}]"
     if isinstance(limit, DynamicThreshold):

@@ -133,14 +133,7 @@ def plan_sampler(
     example_kwargs: Mapping[str, torch.Tensor] | None = None,
     limit: Limit = None,
 ) -> SamplerPlan:
-    """Check what is to be exported, before any work.
-
-    Args:
-        model, scheduler_or_table, options, sample_shape, example_kwargs, limit: as `export_onnx`'s.
-
-    Raises:
-        TypeError: no module; ValueError: options or configurations that cannot be exported.
-    """
+    """Check what is to be exported, before any work; arguments and errors as `export_onnx`'s."""
     options = ExportOptions() if options is None else options
     schedule = None
     if isinstance(scheduler_or_table, StepTable):

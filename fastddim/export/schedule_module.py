@@ -16,7 +16,7 @@ class ScheduleModule(torch.nn.Module):
 
     Args:
         schedule: gives alpha_bar, spacing and prediction type.
-        eta: of every step.
+        eta: the noise of every step, as in `StepTable.build`.
         use_clipped_model_output: as in `StepTable.build`.
         per_sample: each sample has a number of steps of its own.
 
@@ -74,7 +74,7 @@ class ScheduleModule(torch.nn.Module):
         return num_inference_steps.clamp(1, self._config.num_train_timesteps)
 
     def _timesteps(self, k: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
-        """Of step k of n, as `make_timesteps` has it, in numpy's own float64 arithmetic; after the last step, any."""
+        """The timestep of step k of n, as `make_timesteps` has it in numpy's own float64 arithmetic; any after the last step."""
         config = self._config
         n_train = config.num_train_timesteps
         ascending = (n - 1 - k).clamp(min=0)

@@ -38,14 +38,14 @@ class _Component:
     """A graph beside the sampler's.
 
     Attributes:
-        model: whose weights it has.
-        module: takes a dictionary of inputs, returns a tuple.
+        model: the module whose weights it has.
+        module: what is exported; it takes a dictionary of inputs and returns a tuple.
         outputs: names of what it returns.
         batches: inputs `[B, ...]` to trace and to compare with.
-        dtype: of the weights.
-        meaning: for the manifest.
+        dtype: the dtype of the weights.
+        meaning: what the manifest says of it.
         resized: inputs of any height and width.
-        facts: more of the manifest's entry.
+        facts: more fields of the manifest's entry.
     """
 
     model: torch.nn.Module

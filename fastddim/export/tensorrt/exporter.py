@@ -65,7 +65,7 @@ def export_tensorrt(
         The bundle, opened; its manifest has `engine`.
 
     Raises:
-        ImportError: TensorRT is not there, or with `fused_step` Triton.
+        ImportError: TensorRT is not there, or with `fused_step` triton.
         ValueError: options that this flavour or version of TensorRT does not have, or that do not fit the bundle.
         ExportError: TensorRT refuses a graph; the message names its nodes.
         BundleError: `source` is damaged, or no ONNX bundle.
@@ -235,9 +235,9 @@ class _Build:
 
     Attributes:
         library: TensorRT.
-        settings: of the builder's configuration.
-        ranges: of the dimensions, for each profile.
-        timing_cache: a file.
+        settings: what is set on the builder's configuration.
+        ranges: each dimension's range, for each profile.
+        timing_cache: the file of measured kernels.
         progress: as `export_tensorrt`'s.
         fused: graphs with a plugin, by the names of the files whose place they take.
     """
@@ -250,14 +250,7 @@ class _Build:
     fused: Mapping[str, onnx.ModelProto]
 
     def write(self, graph: Path, described: Mapping[str, Any], engine: Path, lines: list[str]) -> None:
-        """Build an engine and write it.
-
-        Args:
-            graph: the ONNX file.
-            described: the manifest's entry for it.
-            engine: the file to write.
-            lines: of the log, which grows.
-        """
+        """Build the file `engine` from an ONNX file that the manifest describes; the log's lines grow."""
         trt = self.library.module
         start = len(lines)
         logger = self.library.logger(lines.append)
