@@ -29,7 +29,6 @@ from fastddim.export import (
     NotFiniteError,
     OrtSampler,
     ParityError,
-    denoisers,
     export_onnx,
     open_bundle,
     step_module,
@@ -39,6 +38,7 @@ from fastddim.export import (
 from fastddim.export.bundle import FORMAT, write_bundle
 from fastddim.export.onnx import exporter
 from fastddim.export.onnx.graph import symbolic_dims
+from fastddim.export.sampler_plan import plan_sampler
 from fastddim.export.schedule_module import ScheduleModule
 from fastddim.models.policy import ActionUNet1d
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP, normal
@@ -238,6 +238,10 @@ def test_a_file_with_a_baked_schedule_needs_a_number_of_steps_alone(tmp_path):
         np.testing.assert_allclose(actual, sample_tiny(config, steps, eta=1.0), atol=2e-5)
     with pytest.raises(ValueError, match="timesteps, eta: this bundle derives its table itself"):
         run_tiny(bundle, eta=0.0)
+    with pytest.raises(ValueError, match="num_inference_steps: 0"):
+        run_tiny(bundle, num_inference_steps=0)
+    with pytest.raises(ValueError, match="uncond_kwargs: given, but this bundle was exported without guidance"):
+        OrtSampler(bundle)(3, seeds=5, labels=LABELS.numpy(), uncond_kwargs={"labels": LABELS.numpy()})
     with pytest.raises(ValueError, match="quadratic"):
         export_tiny(tmp_path / "other", DDIMConfig(timestep_spacing="quadratic"), bake_schedule=True)
     assert os.listdir(tmp_path) == ["bundle"]
@@ -324,7 +328,7 @@ def test_an_infinite_output_that_is_clipped_leaves_a_finite_step(tmp_path):
     expected = ddim(x.double().numpy(), output.double().numpy(), *schedule.alpha_bar(pair), clip=1.0, rederive=True)
     assert np.isfinite(expected.x_next).all()
     inputs = {"sample": x, "coefficients": torch.tensor(table.columns, dtype=torch.float32)}
-    module = step_module.StepModule(denoisers.describe(Given(), (2,)), schedule.config.limit, False, False, False)
+    module = step_module.StepModule(plan_sampler(Given(), schedule, None, (2,)))
     for x_next, x0 in (module.update(output, inputs), fastddim.ddim_step(output, x, table, 0, limit=fastddim.Clip())):
         np.testing.assert_allclose(x_next, expected.x_next, rtol=1e-6)
         np.testing.assert_allclose(x0, expected.x0, rtol=1e-6)
@@ -362,6 +366,9 @@ def test_dynamic_sizes_stay_symbolic_and_work(tmp_path):
     actual = OrtSampler(bundle)(2, seeds=1, num_inference_steps=4, eta=0.5, size=(12, 16))
     expected = Sampler(unet, config, 4, eta=0.5, sample_shape=(1, 12, 16))(2, seeds=1)
     np.testing.assert_allclose(actual, expected, atol=1e-4)
+    for size in ((0, 16), (12, 16.0)):
+        with pytest.raises(ValueError, match=r"size: (0|16\.0); pass an integer >= 1"):
+            OrtSampler(bundle)(2, seeds=1, size=size)
 
 
 def conditional_unet(**options):

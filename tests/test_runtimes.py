@@ -1,5 +1,6 @@
 """Runtimes: one from outside the package, from its registration to a picture; and the commands of all of them."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -105,6 +106,16 @@ def test_a_toy_sampling_method_in_a_toy_runtime(toy, tmp_path):
     for sampler in (Sampler(model, flow_table(), sample_shape=SHAPE), open_sampler(bundle)):
         samples = np.asarray(sampler(3, seeds=5))
         np.testing.assert_allclose(samples, expected, rtol=0, atol=1e-5)
+
+
+def test_the_note_of_a_runtime_without_a_sampler_names_none(fresh, tmp_path):
+    register_runtime(dataclasses.replace(toy_runtime.RUNTIME, sampler=None))
+    pipe = class_pipeline()
+    bundle = toy_runtime.export_toy(pipe.unet, pipe.scheduler, tmp_path / "bundle")
+    note = (bundle.path / "README.md").read_text("utf-8")
+    assert "Python's pickle loads it." in note and "With Python" not in note and "(FOLDER)" not in note
+    with pytest.raises(BundleError, match="is for 'toy', which has no sampler in Python"):
+        open_sampler(bundle)
 
 
 def test_an_unknown_runtime_gets_the_list(toy, pipeline, tmp_path, monkeypatch, capsys):

@@ -25,7 +25,7 @@ from fastddim.config import Clip, DDIMConfig, DynamicThreshold, Limit
 from fastddim.export.runtime import get_runtime, public_name
 
 _HASH_BLOCK = 1 << 20
-# The limits of x0 by their names in a manifest.
+# The limits on x0 by their names in a manifest.
 _LIMITS: dict[str, type[Clip | DynamicThreshold]] = {"clip": Clip, "threshold": DynamicThreshold}
 
 
@@ -97,14 +97,12 @@ class Bundle(Folder):
     @property
     def kind(self) -> str:
         """`"loop"`, a file that takes all steps, or `"step"`, one that takes one."""
-        kind: str = self.manifest["kind"]
-        return kind
+        return str(self.manifest["kind"])
 
     @property
     def runtime(self) -> str:
         """The name of what runs the file, such as `"onnx"`."""
-        name: str = self.manifest["runtime"]
-        return name
+        return str(self.manifest["runtime"])
 
     @property
     def schedule(self) -> DDIMConfig | None:
@@ -136,8 +134,7 @@ class Bundle(Folder):
     @property
     def device(self) -> str:
         """What the file was compiled for, `"cpu"` or `"cuda"`; the CPU where it is not compiled."""
-        name: str = self.manifest.get("target", {}).get("device", "cpu")
-        return name
+        return str(self.manifest.get("target", {}).get("device", "cpu"))
 
     @property
     def model_path(self) -> Path:
@@ -245,7 +242,7 @@ def write_folder(path: Path, force: bool, fill: Callable[[Path], None], workplac
     """Write a folder whole or not at all.
 
     Args:
-        path: of the folder to be.
+        path: the folder to be.
         force: replace the one there.
         fill: writes the files to a folder.
         workplace: where that folder is until it is whole, on the same file system; beside `path` by default.
@@ -328,7 +325,7 @@ def require_runtime(bundle: Bundle, runtime: str) -> None:
     """Check that a bundle is of a runtime.
 
     Raises:
-        BundleError: of another one; the message names the class that runs it.
+        BundleError: a bundle of another one; the message names the class that runs it.
     """
     if bundle.runtime != runtime:
         sampler = get_runtime(bundle.runtime).sampler

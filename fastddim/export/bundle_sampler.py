@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastddim.coefficients import StepTable
+from fastddim.config import require_int
 from fastddim.export.bundle import Bundle, BundleError, open_bundle, require_runtime
 from fastddim.export.runtime import get_runtime
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP, check_seeds, normal_numpy
@@ -76,7 +77,7 @@ class BundleSampler(ABC):
 
     Attributes:
         runtime: the manifest's name of what runs the file.
-        bundle: with its manifest.
+        bundle: the opened bundle.
 
     Raises:
         BundleError: a bundle that is damaged, or of another runtime.
@@ -142,7 +143,7 @@ class BundleSampler(ABC):
         Args:
             start: how many samples to draw from `seeds`, or the starting state `[B, ...]`. A seeded bundle takes no state.
             seeds: one per sample, or an integer s for s, s + 1, ...
-            num_inference_steps, timesteps, eta: of this run; the bundle's own by default. A baked schedule takes
+            num_inference_steps, timesteps, eta: the steps of this run; the bundle's own by default. A baked schedule takes
                 `num_inference_steps` alone, one for each sample where it was exported with `per_sample_steps`. A bundle
                 made from a table takes none of them: it runs its own.
             guidance_scale, guidance_rescale: numbers or `[B]`, for bundles with guidance.
@@ -223,10 +224,9 @@ class BundleSampler(ABC):
             raise ValueError(
                 f"num_inference_steps: {num_inference_steps!r}; pass an integer, or export with per_sample_steps=True"
             )
-        if self._sampling["baked_schedule"]:
-            if timesteps is not None or (eta is not None and eta != self._sampling["eta"]):
-                raise ValueError("timesteps, eta: this bundle derives its table itself; pass num_inference_steps alone")
-            num_inference_steps = num_inference_steps or len(default)
+        other_eta = eta is not None and eta != self._sampling["eta"]
+        if self._sampling["baked_schedule"] and (timesteps is not None or other_eta):
+            raise ValueError("timesteps, eta: this bundle derives its table itself; pass num_inference_steps alone")
         if num_inference_steps is None and timesteps is None and eta is None:
             return default
         if num_inference_steps is None and timesteps is None:
@@ -256,13 +256,17 @@ class BundleSampler(ABC):
             return (int(start), *own)
         if not self.bundle.any_size and tuple(size) != tuple(own[-2:]):
             raise ValueError(f"size: {tuple(size)}; this bundle makes samples of {tuple(own[-2:])} alone")
+        for side in size:
+            require_int("size", side, 1)
         return (int(start), own[0], *size)
 
     def _scales(self, batch: int, scale: Any, rescale: Any) -> dict[str, Any]:
         feeds = {}
         if not self._sampling["guided"]:
             if scale is not None:
-                raise ValueError(f"guidance_scale: {scale!r}, but this bundle was exported without guidance")
+                raise ValueError(
+                    f"guidance_scale: {scale!r}, but this bundle was exported without guidance; leave it out"
+                )
         elif scale is None:
             raise ValueError("guidance_scale: None; this bundle has guidance, pass a number or one per sample")
         else:
@@ -270,13 +274,15 @@ class BundleSampler(ABC):
         if self._sampling["guidance_rescale"]:
             feeds["guidance_rescale"] = self._per_sample("guidance_rescale", rescale, batch)
         elif np.any(_on_host(rescale) != 0):
-            raise ValueError(f"guidance_rescale: {rescale!r}, but this bundle was exported without it")
+            raise ValueError(f"guidance_rescale: {rescale!r}, but this bundle was exported without it; leave it out")
         return feeds
 
     def _condition_feeds(
         self, batch: int, conditions: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None
     ) -> dict[str, Any]:
         uncond = dict(uncond_kwargs or {})
+        if uncond and not self._sampling["guided"]:
+            raise ValueError("uncond_kwargs: given, but this bundle was exported without guidance; leave them out")
         for name in (*conditions, *uncond):
             if name not in self._conditions:
                 raise ValueError(f"{name}: this bundle takes {', '.join(self._conditions) or 'no conditions'}")
@@ -370,11 +376,11 @@ def fit_array(
     """An argument as an input of a graph.
 
     Args:
-        name: of the argument, for errors.
+        name: the argument's name, for errors.
         value: the array.
         item: the manifest's description of the input.
         batch: the first dimension, where it is known.
-        arrays: of the runtime; numpy's by default.
+        arrays: the runtime's library of arrays; numpy's by default.
 
     Raises:
         ValueError: another shape, or a dtype that does not convert.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from fastddim.loop import prediction_of
+from fastddim.loop import Model, prediction_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What CLIP's text encoders take.
@@ -76,44 +77,27 @@ def describe(
     if sample_shape is None:
         raise ValueError(f"sample_shape: not known for a {kind}; pass the shape of one sample, without the batch")
     conditions = {name: Condition(value) for name, value in (example_kwargs or {}).items()}
-    return Denoiser(model, _Call(model), tuple(sample_shape), conditions)
+    return Denoiser(model, functools.partial(_call, model), tuple(sample_shape), conditions)
 
 
-class _Call:
+def _call(model: Model, x: torch.Tensor, t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """`model(x, t, **conditions)`, whatever it returns."""
-
-    def __init__(self, model: torch.nn.Module, **fixed: Any) -> None:
-        self._model, self._fixed = model, fixed
-
-    def __call__(self, x: torch.Tensor, t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return prediction_of(self._model(x, t, **self._arguments(conditions), **self._fixed))
-
-    def _arguments(self, conditions: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        return dict(conditions)
+    return prediction_of(model(x, t, **conditions))
 
 
-class _TextCall(_Call):
-    """A UNet whose conditions are float32, whatever its dtype."""
-
-    def __call__(self, x: torch.Tensor, t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        # The embeddings of SDXL's other two are float32 until the UNet itself casts them.
-        states = conditions["encoder_hidden_states"].to(x.dtype)
-        return super().__call__(x, t, {**conditions, "encoder_hidden_states": states})
-
-
-class _XLCall(_TextCall):
-    """SDXL's UNet, whose pooled text and sizes come in a dictionary."""
-
-    def _arguments(self, conditions: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        added = {name: conditions[name] for name in ("text_embeds", "time_ids")}
-        return {"encoder_hidden_states": conditions["encoder_hidden_states"], "added_cond_kwargs": added}
+def _call_condition_unet(
+    model: Model, x: torch.Tensor, t: torch.Tensor, conditions: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """A UNet whose text states are float32, whatever its dtype, and SDXL's pooled text and sizes in a dictionary."""
+    # The embeddings of the added two are float32 until the UNet itself casts them.
+    added = {name: value for name, value in conditions.items() if name != "encoder_hidden_states"}
+    states = conditions["encoder_hidden_states"].to(x.dtype)
+    return prediction_of(model(x, t, states, added_cond_kwargs=added or None))
 
 
-class _MeanOnly(_Call):
+def _call_dit(model: Model, x: torch.Tensor, t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """A model that predicts a variance too, in its second half of channels."""
-
-    def __call__(self, x: torch.Tensor, t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return super().__call__(x, t, conditions)[:, : x.shape[1]]
+    return _call(model, x, t, conditions)[:, : x.shape[1]]
 
 
 def _square(config: Any, sample_shape: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -135,7 +119,7 @@ def _describe_unet(model: torch.nn.Module, config: Any, sample_shape: tuple[int,
         null = config.num_class_embeds - 1
         labels = torch.zeros(2, dtype=torch.int64)
         conditions["class_labels"] = Condition(labels, null, f"class of each sample; {null} is no class")
-    return Denoiser(model, _Call(model, return_dict=False), _square(config, sample_shape), conditions, resizable=True)
+    return Denoiser(model, functools.partial(_call, model), _square(config, sample_shape), conditions, resizable=True)
 
 
 def _describe_condition_unet(model: torch.nn.Module, config: Any, sample_shape: tuple[int, ...] | None) -> Denoiser:
@@ -149,18 +133,20 @@ def _describe_condition_unet(model: torch.nn.Module, config: Any, sample_shape: 
     conditions = {
         "encoder_hidden_states": Condition(torch.zeros(2, TOKENS, width), meaning="the text encoder's states")
     }
-    if kind is None:
-        return Denoiser(model, _TextCall(model, return_dict=False), _square(config, sample_shape), conditions, True)
-    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    conditions["text_embeds"] = Condition(torch.zeros(2, pooled), meaning="the pooled text embedding")
-    conditions["time_ids"] = Condition(torch.zeros(2, 6), meaning="original size, crop corner, target size: h, w each")
-    return Denoiser(model, _XLCall(model, return_dict=False), _square(config, sample_shape), conditions, True)
+    if kind is not None:
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        conditions["text_embeds"] = Condition(torch.zeros(2, pooled), meaning="the pooled text embedding")
+        sizes = "original size, crop corner, target size: h, w each"
+        conditions["time_ids"] = Condition(torch.zeros(2, 6), meaning=sizes)
+    call = functools.partial(_call_condition_unet, model)
+    return Denoiser(model, call, _square(config, sample_shape), conditions, resizable=True)
 
 
 def _describe_dit(model: torch.nn.Module, config: Any, sample_shape: tuple[int, ...] | None) -> Denoiser:
     null = config.num_embeds_ada_norm
     labels = Condition(torch.zeros(2, dtype=torch.int64), null, f"class of each sample; {null} is no class")
-    return Denoiser(model, _MeanOnly(model, return_dict=False), _square(config, sample_shape), {"class_labels": labels})
+    call = functools.partial(_call_dit, model)
+    return Denoiser(model, call, _square(config, sample_shape), {"class_labels": labels})
 
 
 _DESCRIBED: dict[str, Callable[[torch.nn.Module, Any, tuple[int, ...] | None], Denoiser]] = {

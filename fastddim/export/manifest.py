@@ -58,8 +58,7 @@ def build_manifest(
         inputs, outputs: `name`, `dtype`, `shape` and `meaning` of each.
         runtime: what runs the file.
     """
-    denoiser, options, table = plan.denoiser, plan.options, plan.table
-    schedule, limit = plan.schedule, plan.limit
+    denoiser, options, table, schedule, limit = plan.denoiser, plan.options, plan.table, plan.schedule, plan.limit
     return {
         "format": FORMAT.name,
         "format_version": FORMAT.version,
@@ -115,7 +114,7 @@ def _versions() -> dict[str, str]:
 
 
 def limit_text(limit: Limit) -> str:
-    """A limit of x0 in words."""
+    """A limit on x0 in words."""
     if isinstance(limit, Clip):
         return f"clip to [-{limit.range:g}, {limit.range:g}]"
     if isinstance(limit, DynamicThreshold):
@@ -139,6 +138,9 @@ def note(manifest: Mapping[str, Any]) -> str:
     runtime = get_runtime(manifest["runtime"])
     runner = (components and runtime.pipeline) or runtime.sampler
     command = "" if components else "`fastddim run FOLDER --seed 0 --out samples.png`, or "
+    python = (
+        f"\nWith Python: {command}`{public_name(runner)}(FOLDER)`, which needs {runtime.needs}.\n" if runner else ""
+    )
     return f"""# An exported DDIM sampler
 
 `{manifest["model"]}` holds the model and its sampler: {kind}. {runtime.loads}
@@ -148,9 +150,7 @@ in fastddim.
 {_tables(manifest)}
 
 Limit of x0: {limit_text(read_limit(manifest))}. {compared}
-
-With Python: {command}`{public_name(runner or "")}(FOLDER)`, which needs {runtime.needs}.
-{components}"""
+{python}{components}"""
 
 
 def _tables(described: Mapping[str, Any]) -> str:

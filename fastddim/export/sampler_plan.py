@@ -108,6 +108,14 @@ class SamplerPlan:
         dtype: torch.dtype = getattr(torch, self.table.timestep_dtype)
         return dtype
 
+    @property
+    def state_dims(self) -> list[str | int]:
+        """The dimensions of a batch of states, a name for each that differs from call to call."""
+        dims: list[str | int] = ["batch", *self.denoiser.sample_shape]
+        if self.options.dynamic_size:
+            dims[2:] = ["height", "width"]
+        return dims
+
     def baked_schedule(self) -> ScheduleModule:
         """What makes the tables in a file with a baked schedule."""
         assert self.schedule is not None
@@ -125,14 +133,7 @@ def plan_sampler(
     example_kwargs: Mapping[str, torch.Tensor] | None = None,
     limit: Limit = None,
 ) -> SamplerPlan:
-    """Check what is to be exported, before any work.
-
-    Args:
-        model, scheduler_or_table, options, sample_shape, example_kwargs, limit: as `export_onnx`'s.
-
-    Raises:
-        TypeError: no module; ValueError: options or configurations that cannot be exported.
-    """
+    """Check what is to be exported, before any work; arguments and errors as `export_onnx`'s."""
     options = ExportOptions() if options is None else options
     schedule = None
     if isinstance(scheduler_or_table, StepTable):

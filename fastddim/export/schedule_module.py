@@ -16,7 +16,7 @@ class ScheduleModule(torch.nn.Module):
 
     Args:
         schedule: gives alpha_bar, spacing and prediction type.
-        eta: of every step.
+        eta: the noise of every step, as in `StepTable.build`.
         use_clipped_model_output: as in `StepTable.build`.
         per_sample: each sample has a number of steps of its own.
 

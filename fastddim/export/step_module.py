@@ -15,10 +15,12 @@ import torch
 
 from fastddim.coefficients import NUM_COLUMNS
 from fastddim.config import DynamicThreshold, Limit
-from fastddim.export.denoisers import Denoiser
+from fastddim.export.sampler_plan import SamplerPlan
 from fastddim.reference import combine_guidance, spread_columns, step_with_row
 from fastddim.step import Guidance, StepOptions
 
+# The names of what `StepModule` returns.
+STEP_OUTPUTS = ("next_sample", "pred_original_sample")
 # TensorRT's limit for TopK.
 LARGEST_TOPK = 3840
 _BISECTIONS_TO_ONE_ULP = 24
@@ -27,16 +29,7 @@ _BISECTIONS_TO_ONE_ULP = 24
 class StepModule(torch.nn.Module):
     """One DDIM step with its model call.
 
-    Args:
-        denoiser: what is called.
-        limit: the limit applied to x0.
-        guided: the model is called with both halves of each condition.
-        rescale: `guidance_rescale` is an input.
-        stochastic: `noise` is an input.
-        dynamic_size: heights and widths are not those of the denoiser's `sample_shape` alone.
-        timestep_dtype: the dtype of the timesteps that the model is called with, int64 or float32.
-
-    The inputs of `forward`, in order, those in brackets where the options ask for them:
+    The inputs of `forward`, in order, those in brackets where the plan's options ask for them:
         sample: `[B, ...]` float32, the state.
         timestep: `[B]` int64 or float32.
         coefficients: `[B, 6]` float32, a row of a `StepTable` for each sample.
@@ -46,53 +39,36 @@ class StepModule(torch.nn.Module):
     Returns `(next_sample, pred_original_sample)`, `[B, ...]` float32.
     """
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        limit: Limit,
-        guided: bool,
-        rescale: bool,
-        stochastic: bool,
-        dynamic_size: bool = False,
-        timestep_dtype: torch.dtype = torch.int64,
-    ) -> None:
+    def __init__(self, plan: SamplerPlan) -> None:
         super().__init__()
-        self._timestep_dtype = timestep_dtype
-        self.model = denoiser.model
-        self._denoiser = denoiser
-        self.limit = limit
-        rank = None if dynamic_size else find_rank(limit, math.prod(denoiser.sample_shape))
-        self._quantile = functools.partial(quantile_in_graph, rank=rank)
-        self.guided, self.rescale, self.stochastic = guided, rescale, stochastic
+        self._plan = plan
+        self.model = plan.denoiser.model
+        size = None if plan.options.dynamic_size else math.prod(plan.denoiser.sample_shape)
+        self._quantile = functools.partial(quantile_in_graph, rank=find_rank(plan.limit, size))
         self._model_dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
 
-    def input_names(self) -> list[str]:
-        """In the order in which `forward` takes them."""
-        names = ["sample", "timestep", "coefficients"]
-        names += ["noise"] if self.stochastic else []
-        names += ["guidance_scale"] if self.guided else []
-        names += ["guidance_rescale"] if self.rescale else []
-        for name in self._denoiser.conditions:
-            names += [name, f"uncond_{name}"] if self.guided else [name]
-        return names
-
     def example_inputs(self) -> dict[str, torch.Tensor]:
-        """Tensors of two samples to trace with."""
+        """Tensors of two samples to trace with, in the order of the inputs."""
         generator = torch.Generator().manual_seed(0)
-        state = (2, *self._denoiser.sample_shape)
+        state = (2, *self._plan.denoiser.sample_shape)
+        options = self._plan.options
         values = {
             "sample": torch.randn(state, generator=generator),
-            "timestep": torch.tensor([3, 1], dtype=self._timestep_dtype),
+            "timestep": torch.tensor([3, 1], dtype=self._plan.timestep_dtype),
             "coefficients": torch.full((2, NUM_COLUMNS), 0.5),
-            "noise": torch.randn(state, generator=generator),
-            "guidance_scale": torch.full((2,), 2.0),
-            "guidance_rescale": torch.full((2,), 0.5),
         }
-        for name, condition in self._denoiser.conditions.items():
+        if options.stochastic:
+            values["noise"] = torch.randn(state, generator=generator)
+        if options.guided:
+            values["guidance_scale"] = torch.full((2,), 2.0)
+        if options.guidance_rescale:
+            values["guidance_rescale"] = torch.full((2,), 0.5)
+        for name, condition in self._plan.denoiser.conditions.items():
             values[name] = condition.example[:2]
-            null = condition.example[:2].clone()
-            values[f"uncond_{name}"] = null if condition.null is None else null.fill_(condition.null)
-        return {name: values[name] for name in self.input_names()}
+            if options.guided:
+                null = condition.example[:2].clone()
+                values[f"uncond_{name}"] = null if condition.null is None else null.fill_(condition.null)
+        return values
 
     def forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         return self.update(self._predict(inputs["sample"], inputs), inputs)
@@ -100,9 +76,9 @@ class StepModule(torch.nn.Module):
     def options(self, inputs: Mapping[str, torch.Tensor]) -> StepOptions:
         """What `forward`'s inputs ask of the step."""
         guidance = None
-        if self.guided:
-            guidance = Guidance(inputs["guidance_scale"], inputs["guidance_rescale"] if self.rescale else 0.0)
-        return StepOptions(guidance=guidance, limit=self.limit, noise=inputs.get("noise"))
+        if self._plan.options.guided:
+            guidance = Guidance(inputs["guidance_scale"], inputs.get("guidance_rescale", 0.0))
+        return StepOptions(guidance=guidance, limit=self._plan.limit, noise=inputs.get("noise"))
 
     def update(self, output: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The step from the model's output `[B, ...]`, or `[2B, ...]` with guidance; results as `forward`'s."""
@@ -114,19 +90,21 @@ class StepModule(torch.nn.Module):
 
     def _predict(self, x: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         t = inputs["timestep"]
-        conditions = {name: inputs[name] for name in self._denoiser.conditions}
-        if self.guided:
+        conditions = {name: inputs[name] for name in self._plan.denoiser.conditions}
+        if self._plan.options.guided:
             x, t = torch.cat([x, x]), torch.cat([t, t])
             conditions = {name: torch.cat([inputs[f"uncond_{name}"], value]) for name, value in conditions.items()}
-        return self._denoiser.call(x.to(self._model_dtype), t, conditions)
+        return self._plan.denoiser.call(x.to(self._model_dtype), t, conditions)
 
 
-def find_rank(limit: Limit, elements: int) -> float | None:
-    """The rank of a threshold among a sample's elements, in float32 as `torch.quantile` has it; None where `TopK` is too short.
+def find_rank(limit: Limit, elements: int | None) -> float | None:
+    """The rank of a threshold among a sample's elements, in float32 as `torch.quantile` has it.
+
+    None where `TopK` is too short, or the number of elements is not known.
 
     Before a graph is traced: in a loop's body neither numpy's numbers nor new tensors of constants are traced well.
     """
-    if not isinstance(limit, DynamicThreshold):
+    if not isinstance(limit, DynamicThreshold) or elements is None:
         return None
     rank = float(np.float32(limit.ratio) * np.float32(elements - 1))
     return rank if elements - int(rank) <= LARGEST_TOPK else None

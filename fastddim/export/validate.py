@@ -184,13 +184,12 @@ def _draw_conditions(
     generator = torch.Generator().manual_seed(1)
     conditions, uncond = {}, {}
     for name, condition in denoiser.conditions.items():
-        shape = (batch, *condition.example.shape[1:])
-        if condition.example.is_floating_point():
-            conditions[name] = torch.randn(shape, generator=generator).to(condition.example.dtype)
-            uncond[name] = torch.randn(shape, generator=generator).to(condition.example.dtype)
+        shape, dtype = (batch, *condition.example.shape[1:]), condition.example.dtype
+        if dtype.is_floating_point:
+            drawn, other = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
         else:
             highest = max(1, int(condition.example.max()) if condition.null is None else condition.null)
-            conditions[name] = torch.randint(0, highest, shape, generator=generator)
-            uncond[name] = torch.full(shape, 0 if condition.null is None else condition.null)
-    placed = [{name: value.to(device) for name, value in group.items()} for group in (conditions, uncond)]
-    return placed[0], placed[1]
+            drawn = torch.randint(0, highest, shape, generator=generator)
+            other = torch.full(shape, condition.null or 0)
+        conditions[name], uncond[name] = drawn.to(device), other.to(device)
+    return conditions, uncond

@@ -109,8 +109,8 @@ class AotiSampler : public detail::BundleSampler<AotiSampler, at::Tensor> {
     friend Base;
 
    public:
-    /// bundle: of `open_bundle`.
-    /// device_index: of the GPU, for packages for CUDA; the current one by default.
+    /// bundle: what `open_bundle` gives.
+    /// device_index: the GPU's number, for packages for CUDA; the current one by default.
     /// check_finite: look for NaN and infinities in results, and find the step at which they appeared.
     /// runners: how many calls may run at a time, each with memory of its own.
     ///

@@ -62,7 +62,7 @@ struct Manifest {
         /// `clip` to [-bound, bound], or `threshold`, the dynamic one of at most `bound`.
         std::string kind;
         double bound = 1;
-        /// Of a threshold: the quantile.
+        /// The quantile of a threshold.
         double ratio = 1;
     };
 
@@ -91,27 +91,27 @@ struct Manifest {
         std::vector<TensorInfo> inputs;
         std::vector<TensorInfo> outputs;
         std::string meaning;
-        /// Of a decoder: an image's pixels for each of a latent, along a side.
+        /// A decoder's pixels for each of a latent, along a side.
         std::optional<std::int64_t> upscale;
     };
 
-    /// Of compiled files: the machines that they run on.
+    /// The machines that compiled files run on.
     struct Target {
         std::string device;
         std::string platform;
         std::string machine;
         /// As Linux names them, without underscores.
         std::vector<std::string> cpu_features;
-        /// Of the GPU, such as 9.0.
+        /// The GPU's, such as 9.0.
         std::string compute_capability;
     };
 
-    /// Of TensorRT engines: what they were built with and for.
+    /// What TensorRT engines were built with and for.
     struct Engine {
         /// `standard` or `rtx`.
         std::string flavour;
         std::string version;
-        /// Of the GPUs, such as 8.9; all that the flavour has where it is empty.
+        /// The GPUs', such as 8.9; all that the flavour has where it is empty.
         std::vector<std::string> compute_capabilities;
         /// For each optimisation profile, the least, best and largest size of each named dimension.
         std::vector<std::map<std::string, std::array<std::int64_t, 3>>> profiles;
@@ -140,7 +140,7 @@ struct Manifest {
     Sample sample;
     /// By name; none but for a whole pipeline.
     std::map<std::string, Component> components;
-    /// Of a whole pipeline: no negative prompt means embeddings of zeros.
+    /// In a whole pipeline no negative prompt means embeddings of zeros.
     bool zeros_for_empty_prompt = false;
     std::map<std::string, std::string> versions;
 
@@ -243,7 +243,7 @@ class Field {
     }
 
     /// The index of a string in a list of names.
-    std::size_t choice(std::initializer_list<const char*> names) const {
+    std::size_t choice(const std::vector<const char*>& names) const {
         const std::string& value = string();
         std::string listed;
         std::size_t index = 0;
@@ -321,15 +321,14 @@ inline DDIMConfig parse_schedule(const Field& field) {
     const auto integer = [](std::int64_t& to) { return [&to](const Field& f) { to = f.integer(0); }; };
     const auto number = [](double& to) { return [&to](const Field& f) { to = f.number(); }; };
     const auto boolean = [](bool& to) { return [&to](const Field& f) { to = f.boolean(); }; };
+    const auto choice = [](auto& to, std::vector<const char*> names) {
+        return [&to, names](const Field& f) { to = static_cast<std::decay_t<decltype(to)>>(f.choice(names)); };
+    };
     const std::map<std::string, std::function<void(const Field&)>> readers{
         {"num_train_timesteps", integer(config.num_train_timesteps)},
         {"beta_start", number(config.beta_start)},
         {"beta_end", number(config.beta_end)},
-        {"beta_schedule",
-         [&](const Field& f) {
-             config.beta_schedule =
-                 static_cast<BetaSchedule>(f.choice({"linear", "scaled_linear", "squaredcos_cap_v2"}));
-         }},
+        {"beta_schedule", choice(config.beta_schedule, {"linear", "scaled_linear", "squaredcos_cap_v2"})},
         {"trained_betas",
          [&](const Field& f) {
              if (f.is_null()) return;
@@ -339,19 +338,12 @@ inline DDIMConfig parse_schedule(const Field& field) {
         {"clip_sample", boolean(config.clip_sample)},
         {"set_alpha_to_one", boolean(config.set_alpha_to_one)},
         {"steps_offset", integer(config.steps_offset)},
-        {"prediction_type",
-         [&](const Field& f) {
-             config.prediction_type = static_cast<PredictionType>(f.choice({"epsilon", "sample", "v_prediction"}));
-         }},
+        {"prediction_type", choice(config.prediction_type, {"epsilon", "sample", "v_prediction"})},
         {"thresholding", boolean(config.thresholding)},
         {"dynamic_thresholding_ratio", number(config.dynamic_thresholding_ratio)},
         {"clip_sample_range", number(config.clip_sample_range)},
         {"sample_max_value", number(config.sample_max_value)},
-        {"timestep_spacing",
-         [&](const Field& f) {
-             config.timestep_spacing =
-                 static_cast<TimestepSpacing>(f.choice({"leading", "trailing", "linspace", "quadratic"}));
-         }},
+        {"timestep_spacing", choice(config.timestep_spacing, {"leading", "trailing", "linspace", "quadratic"})},
         {"rescale_betas_zero_snr", boolean(config.rescale_betas_zero_snr)},
     };
     for (const auto& [name, value] : field.members()) {

@@ -47,8 +47,8 @@ struct Call {
     std::optional<Array<float>> start;
     /// One per sample, or an integer s for s, s + 1, ...
     std::optional<Seeds> seeds;
-    /// Of this run; the bundle's own by default. A baked schedule takes `num_inference_steps` alone; a bundle made from a
-    /// table takes none of the three.
+    /// The steps of this run; the bundle's own by default. A baked schedule takes `num_inference_steps` alone; a bundle
+    /// made from a table takes none of the three.
     std::optional<std::int64_t> num_inference_steps;
     std::optional<std::vector<std::int64_t>> timesteps;
     std::optional<double> eta;
@@ -75,7 +75,7 @@ struct Feed {
 struct PreparedCall {
     StepTable table;
     Array<float> start;
-    /// Of the steps' noise, where they add any.
+    /// The seeds of the steps' noise, where they add any.
     std::optional<std::vector<std::uint64_t>> noise_seeds;
     std::vector<Feed> feeds;
 };

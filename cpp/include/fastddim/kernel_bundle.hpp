@@ -41,7 +41,7 @@ struct KernelManifest {
     struct Parameter {
         std::string name;
         bool pointer = false;
-        /// Of a number: 4 or 8.
+        /// A number's size: 4 or 8.
         std::size_t bytes = 8;
         std::int64_t divisible_by = 1;
     };

@@ -20,7 +20,7 @@ class OrtSampler : public detail::BundleSampler<OrtSampler, Ort::Value> {
     friend Base;
 
    public:
-    /// bundle: of `open_bundle`.
+    /// bundle: what `open_bundle` gives.
     /// options: ONNX Runtime's, for threads and execution providers.
     /// check_finite: look for NaN and infinities in results, and find the step at which they appeared.
     ///

@@ -304,7 +304,7 @@ class DeviceTable {
 /// one stream at a time; without scratch memory several threads and streams may launch.
 class StepKernel {
    public:
-    /// bundle: of `open_kernels`.
+    /// bundle: what `open_kernels` gives.
     /// batch: one of the sizes that it was exported for.
     ///
     /// Throws std::invalid_argument: another size; BundleError: a damaged bundle, or no code for this GPU; CudaError: what

@@ -254,7 +254,7 @@ class TrtExecution {
     TrtLog& log_;
     std::map<std::string, std::unique_ptr<DeviceMemory>> memory_;
     std::map<std::string, bool> loaded_;
-    /// Of the last call: its inputs' shapes, and those of inputs and outputs.
+    /// The shapes of the last call's inputs, and those of inputs and outputs.
     Shapes inputs_, shapes_;
     std::int64_t steps_ = 0;
     bool warm_ = false;
@@ -281,7 +281,7 @@ class TrtSampler : public detail::BundleSampler<TrtSampler, detail::TrtTensor> {
     friend Base;
 
    public:
-    /// bundle: of `open_bundle`.
+    /// bundle: what `open_bundle` gives.
     ///
     /// Throws BundleError: no TensorRT bundle, one of another flavour, version or GPU, one that does not load, or with
     /// inputs of a dtype that is not supported here. Calls throw std::runtime_error for what TensorRT or CUDA refuses.

@@ -21,13 +21,13 @@ from fastddim.export.denoisers import DTYPES, prepared
 from fastddim.export.machine import compute_capability, cpu_features
 from fastddim.export.manifest import NOTE_FILE, build_manifest, name_meanings, note
 from fastddim.export.sampler_plan import ExportError, ExportOptions, SamplerPlan, plan_sampler
+from fastddim.export.step_module import STEP_OUTPUTS
 from fastddim.export.tracing import quiet, told, trace
 from fastddim.export.validate import PARITY_STEPS, measure_parity
 from fastddim.schedule import Schedule
 
 MODEL_FILE = "model.pt2"
 DEVICES = ("cpu", "cuda")
-_STATES = ("sample", "noise", "samples", "next_sample", "pred_original_sample")
 # Of each x86-64 instruction set: the compiler's architecture, the vectors' bits, and the features as Linux names them.
 _AVX2 = ("abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
 _ISAS = {
@@ -140,43 +140,24 @@ def _require_compiler() -> None:
 
 def _trace(plan: SamplerPlan, device: str) -> tuple[ExportedProgram, dict[str, list[str | int]]]:
     """The graph, and each input's and output's dimensions, names where they may differ."""
-    denoiser, options = plan.denoiser, plan.options
-    step = FusedStepModule(
-        denoiser,
-        plan.limit,
-        options.guided,
-        options.guidance_rescale,
-        options.stochastic,
-        options.dynamic_size,
-        plan.timestep_dtype,
-    )
-    module: torch.nn.Module = step
-    examples = step.example_inputs()
-    if options.kind == "loop":
-        module = loop = LoopModule(step, plan.baked_schedule() if options.bake_schedule else None)
-        examples = loop.example_inputs()
+    module: FusedStepModule | LoopModule
+    module = step = FusedStepModule(plan)
+    if plan.options.kind == "loop":
+        module = LoopModule(step, plan.baked_schedule() if plan.options.bake_schedule else None)
+    examples = module.example_inputs()
     # A number of steps sizes tensors on the host.
     examples = {name: value if name == "num_inference_steps" else value.to(device) for name, value in examples.items()}
-    dims = _name_dims(plan, examples)
-    dynamic = {name: [index for index, dim in enumerate(dims[name]) if isinstance(dim, str)] for name in examples}
-    return trace(module, examples, dynamic, type(denoiser.model).__name__), dims
-
-
-def _name_dims(plan: SamplerPlan, examples: Mapping[str, torch.Tensor]) -> dict[str, list[str | int]]:
-    state: list[str | int] = ["batch", *plan.denoiser.sample_shape]
-    if plan.options.dynamic_size:
-        state[2:] = ["height", "width"]
-    loop = plan.options.kind == "loop"
     dims: dict[str, list[str | int]] = {name: ["batch", *value.shape[1:]] for name, value in examples.items()}
-    dims |= dict.fromkeys(_STATES, state)
-    if loop:
+    dims |= dict.fromkeys(("sample", "noise", "samples", *STEP_OUTPUTS), plan.state_dims)
+    if plan.options.kind == "loop":
         dims |= {
             "timesteps": ["steps"],
             "coefficients": ["steps", 6],
-            "noise": ["steps", *state],
+            "noise": ["steps", *plan.state_dims],
             "num_inference_steps": [],
         }
-    return dims
+    dynamic = {name: [index for index, dim in enumerate(dims[name]) if isinstance(dim, str)] for name in examples}
+    return trace(module, examples, dynamic, type(plan.denoiser.model).__name__), dims
 
 
 def _compile(program: ExportedProgram, path: Path, cpu_options: Mapping[str, Any], kind: str) -> None:
@@ -217,8 +198,7 @@ def _manifest(
 ) -> dict[str, Any]:
     assert program.example_inputs is not None
     (examples,), _ = program.example_inputs
-    loop = plan.options.kind == "loop"
-    outputs = ("samples",) if loop else ("next_sample", "pred_original_sample")
+    outputs = ("samples",) if plan.options.kind == "loop" else STEP_OUTPUTS
     dtypes = {name: str(value.dtype).removeprefix("torch.") for name, value in examples.items()}
     meanings = name_meanings(plan)
 

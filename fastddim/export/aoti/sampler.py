@@ -30,7 +30,7 @@ class AotiSampler(BundleSampler):
         check_finite: look for NaN and infinities in the result, and find the step at which they appeared.
 
     Attributes:
-        bundle: with its manifest.
+        bundle: the opened bundle.
 
     Raises:
         BundleError: a bundle that is damaged, of another runtime, or compiled for other machines than this one.
@@ -68,13 +68,11 @@ class AotiSampler(BundleSampler):
 
     def _call(self, inputs: Mapping[str, Any]) -> Any:
         with torch.no_grad():
-            return self._package({name: inputs[name] for name in self._inputs})
+            # A number of steps is numpy's, and stays on the host.
+            return self._package({name: torch.as_tensor(inputs[name]) for name in self._inputs})
 
     def _sample_loop(self, inputs: Mapping[str, Any]) -> Any:
-        given = dict(inputs)
-        if "num_inference_steps" in given:
-            given["num_inference_steps"] = torch.from_numpy(given["num_inference_steps"])
-        (samples,) = self._call(given)
+        (samples,) = self._call(inputs)
         return samples
 
     def _run_steps(self, sample: Any, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Any]) -> Any:

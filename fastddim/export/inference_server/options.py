@@ -29,20 +29,20 @@ class InferenceServerOptions:
     """How the server runs a model.
 
     Attributes:
-        name: of the model; the bundle's folder's by default.
+        name: the model's name; that of the bundle's folder by default.
         max_batch_size: samples in a batch; the server joins requests up to it. 0: requests run one by one, as they are.
         preferred_batch_sizes: batches that run without waiting for more requests.
         max_queue_delay_microseconds: how long a request waits for others to join it.
         queue_timeout_microseconds: how long a request may wait in all; 0 is without end.
         timeout_action: `"reject"` such a request, or `"delay"` it behind the others.
         max_queue_size: requests beyond it are rejected; 0 is any number.
-        instances: of the model, for each GPU or on the CPU.
+        instances: how many of the model run, on each GPU or on the CPU.
         kind: `"cpu"`, `"gpu"`, or `"auto"` for GPUs where there are any.
         gpus: the devices to use; all by default.
         warmup_batch_sizes: run once each before the model counts as ready.
-        parameters: of the ONNX Runtime backend, such as `{"intra_op_thread_count": "4"}`.
-        accelerator: of the ONNX Runtime backend: `"tensorrt"`, `"cuda"` or `"openvino"`.
-        accelerator_parameters: such as `{"precision_mode": "FP16"}`.
+        parameters: settings of the ONNX Runtime backend, such as `{"intra_op_thread_count": "4"}`.
+        accelerator: the ONNX Runtime backend's execution provider, `"tensorrt"`, `"cuda"` or `"openvino"`.
+        accelerator_parameters: its settings, such as `{"precision_mode": "FP16"}`.
         versions: the server loads the latest `n`, `"all"`, or those of a tuple. Version 1 is what is written.
 
     Raises:

@@ -112,16 +112,7 @@ def check_repository(out: str | Path, name: str, force: bool) -> Path:
 
 
 def model_config(bundle: Bundle, name: str, options: InferenceServerOptions) -> dict[str, Any]:
-    """A model's configuration, as `to_pbtxt` takes it.
-
-    Args:
-        bundle: opened.
-        name: of the model.
-        options: how the server runs it.
-
-    Raises:
-        ValueError: a bundle that the server cannot run, or cannot batch.
-    """
+    """A model's configuration, as `to_pbtxt` takes it; ValueError for a bundle that the server cannot run or batch."""
     runtime, manifest = bundle.runtime, bundle.manifest
     backend, _ = _backend(bundle)
     if bundle.components:
@@ -156,7 +147,15 @@ def model_config(bundle: Bundle, name: str, options: InferenceServerOptions) -> 
         # The server takes the first one alone where none is named.
         config["instance_group"][0]["profile"] = [str(index) for index in range(len(manifest["engine"]["profiles"]))]
     if batched:
-        config["dynamic_batching"] = _dynamic_batching(options)
+        config["dynamic_batching"] = {
+            "preferred_batch_size": list(options.preferred_batch_sizes),
+            "max_queue_delay_microseconds": options.max_queue_delay_microseconds,
+            "default_queue_policy": {
+                "timeout_action": _Word(options.timeout_action.upper()),
+                "default_timeout_microseconds": options.queue_timeout_microseconds,
+                "max_queue_size": options.max_queue_size,
+            },
+        }
     if options.accelerator is not None:
         accelerator = {"name": options.accelerator, "parameters": _entries(options.accelerator_parameters)}
         which = f"{ACCELERATORS[options.accelerator]}_execution_accelerator"
@@ -167,15 +166,7 @@ def model_config(bundle: Bundle, name: str, options: InferenceServerOptions) -> 
 
 
 def require_servable(engine: Mapping[str, Any], options: InferenceServerOptions) -> None:
-    """Check that the server's TensorRT backend takes an engine.
-
-    Args:
-        engine: `flavour`, `options` and `profiles` as a manifest's `engine` has them.
-        options: how the server runs it.
-
-    Raises:
-        ValueError: an engine that it does not load, or not with these options.
-    """
+    """Check that the server's TensorRT backend loads an engine, described as in a manifest, with these options."""
     if engine["flavour"] != "standard":
         raise ValueError(
             f"flavour: {engine['flavour']!r}, but the server's backend loads the standard TensorRT's engines; build one"
@@ -271,18 +262,6 @@ def _version_policy(versions: int | str | Sequence[int]) -> dict[str, Any]:
     if isinstance(versions, int):
         return {"latest": {"num_versions": versions}}
     return {"all": {}} if isinstance(versions, str) else {"specific": {"versions": list(versions)}}
-
-
-def _dynamic_batching(options: InferenceServerOptions) -> dict[str, Any]:
-    return {
-        "preferred_batch_size": list(options.preferred_batch_sizes),
-        "max_queue_delay_microseconds": options.max_queue_delay_microseconds,
-        "default_queue_policy": {
-            "timeout_action": _Word(options.timeout_action.upper()),
-            "default_timeout_microseconds": options.queue_timeout_microseconds,
-            "max_queue_size": options.max_queue_size,
-        },
-    }
 
 
 def _warmup(manifest: Mapping[str, Any], size: int, batched: bool) -> dict[str, Any]:

@@ -10,17 +10,18 @@ from typing import Any
 import onnx
 import onnx_ir
 import torch
+from torch.export import ExportedProgram
 
 import fastddim
 from fastddim.coefficients import StepTable
 from fastddim.config import DDIMConfig, Limit
 from fastddim.export.bundle import Bundle, check_destination, write_bundle
-from fastddim.export.denoisers import DTYPES, Denoiser, prepared
+from fastddim.export.denoisers import DTYPES, prepared
 from fastddim.export.manifest import NOTE_FILE, build_manifest, name_meanings, note
 from fastddim.export.onnx.graph import as_loop, fed_by, name_dims, sized_noise, strip, symbolic_dims
 from fastddim.export.onnx.noise_module import NoiseModule
 from fastddim.export.sampler_plan import ExportError, ExportOptions, SamplerPlan, plan_sampler
-from fastddim.export.step_module import StepModule
+from fastddim.export.step_module import STEP_OUTPUTS, StepModule
 from fastddim.export.tracing import quiet, told, trace
 from fastddim.export.validate import PARITY_STEPS, measure_parity
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP
@@ -56,9 +57,9 @@ def export_onnx(
             then takes. Timesteps that are floating-point numbers call the model with float32, integers with int64.
         out: the folder to write.
         options: what is fixed in the file.
-        limit: of a table, what keeps the predicted x0 in range, `Clip`, `DynamicThreshold` or None; a scheduler's
+        limit: with a table, what keeps the predicted x0 in range, `Clip`, `DynamicThreshold` or None; a scheduler's
             configuration has its own.
-        sample_shape: of one sample; a diffusers model's own by default.
+        sample_shape: the shape of one sample; a diffusers model's own by default.
         example_kwargs: keyword tensors `[B, ...]`, B >= 2, that any other module takes.
         force: replace a bundle that is there.
         parity_steps: numbers of steps after which the file is compared with torch.
@@ -86,31 +87,10 @@ def export_onnx(
 def write_sampler(
     folder: Path, plan: SamplerPlan, parity_steps: Sequence[int], tolerance: float | None
 ) -> dict[str, Any]:
-    """Write the sampler's graph to a folder and compare it with torch.
-
-    Args:
-        folder: of the bundle that is being written.
-        plan: from `plan_sampler`.
-        parity_steps, tolerance: as `export_onnx`'s.
-
-    Returns:
-        The manifest, without `files`.
-
-    Raises:
-        ExportError, ParityError: as `export_onnx`.
-    """
+    """Write the sampler's graph to a bundle's folder and compare it with torch; returns the manifest, without `files`."""
     denoiser, options = plan.denoiser, plan.options
     with prepared(denoiser.model, DTYPES[options.dtype]):
-        module = StepModule(
-            denoiser,
-            plan.limit,
-            options.guided,
-            options.guidance_rescale,
-            options.stochastic,
-            options.dynamic_size,
-            plan.timestep_dtype,
-        )
-        graph = _step_graph(module, denoiser, options, folder / MODEL_FILE)
+        graph = _step_graph(plan, folder / MODEL_FILE)
         opset = graph.opset_import[0].version
         if options.seeded and options.stochastic:
             graph = fed_by(graph, _noise_graph(denoiser.sample_shape, "noise", opset), "noise_")
@@ -130,18 +110,14 @@ def write_sampler(
     return manifest
 
 
-def _step_graph(module: StepModule, denoiser: Denoiser, options: ExportOptions, path: Path) -> onnx.ModelProto:
-    examples = module.example_inputs()
-    resized = ("sample", "noise") if options.dynamic_size else ()
-    graph = to_graph(
-        module,
-        examples,
-        ["next_sample", "pred_original_sample"],
-        type(denoiser.model).__name__,
-        path,
-        resized=resized,
-    )
-    name_dims(graph.graph, _named_dims(graph.graph, denoiser, options))
+def _step_graph(plan: SamplerPlan, path: Path) -> onnx.ModelProto:
+    module = StepModule(plan)
+    kind = type(plan.denoiser.model).__name__
+    resized = ("sample", "noise") if plan.options.dynamic_size else ()
+    graph = to_graph(module, module.example_inputs(), STEP_OUTPUTS, kind, path, resized=resized)
+    states = ("sample", "noise", *STEP_OUTPUTS)
+    dims = symbolic_dims(graph.graph).items()
+    name_dims(graph.graph, {name: plan.state_dims if name in states else ["batch", *own[1:]] for name, own in dims})
     return graph
 
 
@@ -170,20 +146,12 @@ def to_graph(
     names = list(examples)
     dynamic = {name: (0, 2, 3) if name in resized else (0,) for name in names}
     program = trace(module, examples, dynamic, kind)
-    with quiet():
-        try:
-            exported = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=_BFLOAT16_OPSET if _has_bfloat16(module) else _OPSET,
-                input_names=names,
-                output_names=list(outputs),
-                verbose=False,
-            )
-        except Exception as error:
-            raise ExportError(f"model: {kind} cannot be exported: {told(error)}") from error
-    assert exported is not None
-    graph = _to_proto(exported.model, path)
+    half = any(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
+    try:
+        exported = _to_onnx(program, names, outputs, _BFLOAT16_OPSET if half else _OPSET)
+    except Exception as error:
+        raise ExportError(f"model: {kind} cannot be exported: {told(error)}") from error
+    graph = _to_proto(exported, path)
     _require_symbolic(graph.graph, dynamic)
     return strip(graph)
 
@@ -197,8 +165,18 @@ def _to_proto(model: onnx_ir.Model, path: Path) -> onnx.ModelProto:
     return onnx.load(path, load_external_data=False)
 
 
-def _has_bfloat16(module: torch.nn.Module) -> bool:
-    return any(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
+def _to_onnx(program: ExportedProgram, inputs: Iterable[str], outputs: Iterable[str], opset: int) -> onnx_ir.Model:
+    with quiet():
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=opset,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            verbose=False,
+        )
+    assert exported is not None
+    return exported.model
 
 
 def _schedule_graph(plan: SamplerPlan, opset: int) -> onnx.ModelProto:
@@ -241,16 +219,7 @@ def _plain_graph(
     shapes = tuple(dict.fromkeys(range(example.ndim), torch.export.Dim.DYNAMIC) for example in examples)
     with quiet():
         program = torch.export.export(module, examples, dynamic_shapes=shapes)
-        exported = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=opset,
-            input_names=list(inputs),
-            output_names=list(outputs),
-            verbose=False,
-        )
-    assert exported is not None
-    graph: onnx.ModelProto = exported.model_proto
+    graph = onnx_ir.to_proto(_to_onnx(program, inputs, outputs, opset))
     _require_symbolic(graph.graph, {name: range(len(dims)) for name, (_, dims) in inputs.items()})
     name_dims(graph.graph, {**{name: dims for name, (_, dims) in inputs.items()}, **outputs})
     return strip(graph)
@@ -266,17 +235,6 @@ def _require_symbolic(graph: onnx.GraphProto, dynamic: Mapping[str, Sequence[int
                     f"model: its code fixes dimension {index} of {name!r} to {dims[name][index]}, so the file would take"
                     " no other; leave out dynamic_size, or change the model"
                 )
-
-
-def _named_dims(graph: onnx.GraphProto, denoiser: Denoiser, options: ExportOptions) -> dict[str, list[str | int]]:
-    state: list[str | int] = ["batch", *denoiser.sample_shape]
-    if options.dynamic_size:
-        state[2:] = ["height", "width"]
-    named = {}
-    for name, dims in symbolic_dims(graph).items():
-        is_state = name in ("sample", "noise", "next_sample", "pred_original_sample")
-        named[name] = state if is_state else ["batch", *dims[1:]]
-    return named
 
 
 def save(graph: onnx.ModelProto, path: Path) -> None:

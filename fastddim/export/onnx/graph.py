@@ -3,6 +3,7 @@ its step becomes one node."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -100,8 +101,7 @@ def as_loop(step: onnx.ModelProto, per_sample: bool = False) -> onnx.ModelProto:
         result = "next_state"
     nodes = []
     for node in graph.node:
-        copied = onnx.NodeProto()
-        copied.CopyFrom(node)
+        copied = copy.deepcopy(node)
         copied.input[:] = [renamed.get(name, name) for name in node.input]
         nodes.append(copied)
     body = helper.make_graph(
@@ -166,15 +166,13 @@ def fed_by(model: onnx.ModelProto, producer: onnx.ModelProto, prefix: str) -> on
     outside = made | {value.name for value in source.input}
     nodes, weights = [], []
     for node in source.node:
-        copied = onnx.NodeProto()
-        copied.CopyFrom(node)
+        copied = copy.deepcopy(node)
         copied.name = prefix + node.name
         for names in (copied.input, copied.output):
             names[:] = [name if not name or name in outside else prefix + name for name in names]
         nodes.append(copied)
     for weight in source.initializer:
-        named = TensorProto()
-        named.CopyFrom(weight)
+        named = copy.deepcopy(weight)
         named.name = prefix + weight.name
         weights.append(named)
     inputs = {value.name: value for value in (*source.input, *model.graph.input) if value.name not in made}
@@ -195,8 +193,8 @@ def sized_noise(
 
     Args:
         groups: from `seed`, `group` `[groups]` and numbers to `values` `[B, 4 * groups]`.
-        shape: of one sample.
-        name: of the output `[B, *shape]`.
+        shape: the shape of one sample.
+        name: the name of the output `[B, *shape]`.
         fixed: the numbers that are known.
         scale: a factor of the noise, rounded to float32.
 

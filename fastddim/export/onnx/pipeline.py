@@ -27,7 +27,7 @@ class OrtPipeline:
         check_finite: as `OrtSampler`'s.
 
     Attributes:
-        bundle: with its manifest.
+        bundle: the opened bundle.
         sampler: the `OrtSampler` between the text encoders and the decoder.
         zeros_for_empty_prompt: without a negative prompt the unconditional embeddings are zeros, as the pipeline's
             configuration has it (`force_zeros_for_empty_prompt`, SDXL).
@@ -86,7 +86,7 @@ class OrtPipeline:
                 its tokenizers pad differently.
             negative_input_ids: the same of the negative prompts; None, with `zeros_for_empty_prompt` alone, for none.
             seeds: one per picture, or an integer s for s, s + 1, ...
-            num_inference_steps, eta: of this run; the bundle's own by default.
+            num_inference_steps, eta: the steps and the noise of this run; the bundle's own by default.
             guidance_scale, guidance_rescale: numbers or `[B]`.
             size: `(height, width)` in pixels, for bundles of any size; the model's own by default.
             original_size, crops_coords_top_left, target_size: SDXL's `(height, width)`, `(top, left)` and

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import torch
 
 from fastddim.export.bundle import Bundle, check_destination, write_bundle
@@ -15,9 +18,10 @@ from fastddim.export.manifest import NOTE_FILE, note
 from fastddim.export.models import TEXT_TO_IMAGE, denoiser_of, is_text_to_image
 from fastddim.export.onnx.exporter import describe_values, export_onnx, save, to_graph, write_sampler
 from fastddim.export.onnx.graph import name_dims, symbolic_dims
-from fastddim.export.onnx.parity import measure_component
+from fastddim.export.onnx.parity import runnable
+from fastddim.export.onnx.sampler import yielding_options
 from fastddim.export.sampler_plan import ExportOptions, plan_sampler
-from fastddim.export.validate import LARGEST_BATCH, PARITY_STEPS, verify_bundle
+from fastddim.export.validate import LARGEST_BATCH, PARITY_STEPS, TOLERANCES, require_parity, verify_bundle
 from fastddim.noise import STREAM_INITIAL, normal
 
 _MEANINGS = {
@@ -34,14 +38,14 @@ class _Component:
     """A graph beside the sampler's.
 
     Attributes:
-        model: whose weights it has.
-        module: takes a dictionary of inputs, returns a tuple.
+        model: the module whose weights it has.
+        module: what is exported; it takes a dictionary of inputs and returns a tuple.
         outputs: names of what it returns.
         batches: inputs `[B, ...]` to trace and to compare with.
-        dtype: of the weights.
-        meaning: for the manifest.
+        dtype: the dtype of the weights.
+        meaning: what the manifest says of it.
         resized: inputs of any height and width.
-        facts: more of the manifest's entry.
+        facts: more fields of the manifest's entry.
     """
 
     model: torch.nn.Module
@@ -179,7 +183,32 @@ def verify_pipeline(
 
 
 def _measure(path: Path, name: str, component: _Component, tolerance: float | None) -> list[dict[str, Any]]:
-    return measure_component(path, name, component.module, component.batches, component.dtype, tolerance=tolerance)
+    """Largest differences between a component's file and its module, for the manifest.
+
+    The default tolerance is what the dtype explains, relative to the largest value where that is above 1.
+    """
+    with runnable(path, component.module, component.dtype) as (file, dtype), torch.no_grad():
+        session = onnxruntime.InferenceSession(str(file), yielding_options(), providers=["CPUExecutionProvider"])
+        pairs = [
+            (component.module(inputs), session.run(None, {key: value.numpy() for key, value in inputs.items()}))
+            for inputs in component.batches
+        ]
+    results = []
+    for inputs, (expected, actual) in zip(component.batches, pairs, strict=True):
+        first = next(iter(inputs.values()))
+        largest = max(float(value.abs().max()) for value in expected)
+        # numpy's maximum keeps a NaN, Python's need not.
+        error = float(np.max([np.abs(have - want.numpy()).max() for have, want in zip(actual, expected, strict=True)]))
+        entry = {
+            "component": name,
+            "batch": first.shape[0],
+            "size": list(first.shape[1:]),
+            "largest_error": error if math.isfinite(error) else math.inf,
+            "tolerance": TOLERANCES[dtype] * max(1.0, largest) if tolerance is None else tolerance,
+        }
+        require_parity(entry, f"in {name}, a batch of {first.shape[0]} of {tuple(first.shape[1:])}")
+        results.append(entry)
+    return results
 
 
 _Maker = Callable[[Any, str, ExportOptions, tuple[int, ...]], _Component]

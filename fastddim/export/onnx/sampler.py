@@ -71,7 +71,7 @@ class OrtSampler(BundleSampler):
         check_finite: look for NaN and infinities in the result, and find the step at which they appeared.
 
     Attributes:
-        bundle: with its manifest.
+        bundle: the opened bundle.
         session: ONNX Runtime's.
 
     Raises:

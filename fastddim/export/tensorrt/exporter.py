@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter, methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ def export_tensorrt(
         The bundle, opened; its manifest has `engine`.
 
     Raises:
-        ImportError: TensorRT is not there, or with `fused_step` Triton.
+        ImportError: TensorRT is not there, or with `fused_step` triton.
         ValueError: options that this flavour or version of TensorRT does not have, or that do not fit the bundle.
         ExportError: TensorRT refuses a graph; the message names its nodes.
         BundleError: `source` is damaged, or no ONNX bundle.
@@ -114,7 +115,7 @@ def export_tensorrt(
         return write_bundle(target, force or reuse, functools.partial(_fill, bundle, engine, build))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _opened(source: str | Path | Bundle | Callable[[Path], Bundle]) -> Iterator[Bundle]:
     if callable(source):
         with tempfile.TemporaryDirectory(prefix="fastddim-onnx-") as folder:
@@ -154,92 +155,56 @@ def _find_kept(target: Path, force: bool) -> Bundle | None:
     return None
 
 
-Setting = Callable[[Any], None]
+Setting = Callable[[Any], object]
 
 
 def _settings(library: Library, options: TensorRTOptions) -> list[Setting]:
     """What is to be set on a builder's configuration, all of it there in this flavour and version."""
-    trt = library.module
+    trt, rtx = library.module, library.flavour == "rtx"
+
+    def part(option: str, path: str, there: bool = True) -> Any:
+        """What an option needs of the library's API."""
+        with contextlib.suppress(AttributeError):
+            if there:
+                return attrgetter(path)(trt)
+        raise ValueError(f"{option}: {library.name} (flavour {library.flavour!r}) has no such option; leave it out")
+
     settings: list[Setting] = []
-
-    def add(option: str, *members: str, setting: Setting, refused: bool = False) -> None:
-        missing = [path for path in members if not _has(trt, path)]
-        if missing or refused:
-            raise ValueError(f"{option}: {library.name} (flavour {library.flavour!r}) has no such option; leave it out")
-        settings.append(setting)
-
-    rtx = library.flavour == "rtx"
-    flags = {
-        "version_compatible": options.version_compatible,
-        "refit": options.refit,
-        "strip_plan": options.strip_plan,
-        "weight_streaming": options.weight_streaming,
-    }
-    for name, wanted in flags.items():
-        if wanted:
-            flag = f"BuilderFlag.{name.upper()}"
-            add(name, flag, setting=lambda config, flag=flag: config.set_flag(_get(trt, flag)))  # type: ignore[misc]
+    for option in ("version_compatible", "refit", "strip_plan", "weight_streaming"):
+        if getattr(options, option):
+            settings.append(methodcaller("set_flag", part(option, f"BuilderFlag.{option.upper()}")))
     if not options.tf32:
-        add("tf32", "BuilderFlag.TF32", setting=lambda config: config.clear_flag(trt.BuilderFlag.TF32))
+        settings.append(methodcaller("clear_flag", part("tf32", "BuilderFlag.TF32")))
     if options.workspace is not None:
-        add(
-            "workspace",
-            "MemoryPoolType.WORKSPACE",
-            setting=lambda config: config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace),
-        )
+        pool = part("workspace", "MemoryPoolType.WORKSPACE")
+        settings.append(methodcaller("set_memory_pool_limit", pool, options.workspace))
     if options.builder_optimization_level is not None:
-        add(
-            "builder_optimization_level",
-            "IBuilderConfig.builder_optimization_level",
-            setting=lambda config: setattr(config, "builder_optimization_level", options.builder_optimization_level),
-        )
+        option = "builder_optimization_level"
+        part(option, f"IBuilderConfig.{option}")
+        settings.append(methodcaller("__setattr__", option, options.builder_optimization_level))
     if options.hardware_compatibility is not None:
-        level = f"HardwareCompatibilityLevel.{options.hardware_compatibility.upper()}"
+        path = f"HardwareCompatibilityLevel.{options.hardware_compatibility.upper()}"
         # TensorRT-RTX has the attribute, and ignores it with a warning.
-        add(
-            "hardware_compatibility",
-            level,
-            setting=lambda config: setattr(config, "hardware_compatibility_level", _get(trt, level)),
-            refused=rtx,
-        )
+        level = part("hardware_compatibility", path, there=not rtx)
+        settings.append(methodcaller("__setattr__", "hardware_compatibility_level", level))
     if options.timing_cache is not None:
         # TensorRT-RTX compiles on the machine that runs the engine, and keeps a cache there.
-        add("timing_cache", "IBuilderConfig.create_timing_cache", setting=lambda config: None, refused=rtx)
+        part("timing_cache", "IBuilderConfig.create_timing_cache", there=not rtx)
     if options.compute_capabilities:
-        add(
-            "compute_capabilities",
-            "IBuilderConfig.set_compute_capability",
-            setting=functools.partial(_set_capabilities, _capability_members(library, options.compute_capabilities)),
-            refused=not rtx,
-        )
+        part("compute_capabilities", "IBuilderConfig.set_compute_capability", there=rtx)
+        members = [_capability(library, capability) for capability in options.compute_capabilities]
+        settings.append(functools.partial(_set_capabilities, members))
     return settings
 
 
-def _get(module: Any, path: str) -> Any:
-    return functools.reduce(getattr, path.split("."), module)
-
-
-def _has(module: Any, path: str) -> bool:
-    try:
-        _get(module, path)
-    except AttributeError:
-        return False
-    return True
-
-
-def _capability_members(library: Library, capabilities: Sequence[str]) -> list[Any]:
-    kinds = getattr(library.module, "ComputeCapability", None)
-    if kinds is None:
-        return []
-    members = []
-    for capability in capabilities:
-        name = f"SM{capability.replace('.', '')}"
-        if not hasattr(kinds, name):
-            known = [f"{key[2:-1]}.{key[-1]}" for key in dir(kinds) if key.startswith("SM") and key[2:].isdecimal()]
-            known.sort(key=float)
-            raise ValueError(f"compute_capabilities: {capability!r}; {library.name} builds for {', '.join(known)}")
-        members.append(getattr(kinds, name))
-    return members
+def _capability(library: Library, capability: str) -> Any:
+    kinds = library.module.ComputeCapability
+    name = f"SM{capability.replace('.', '')}"
+    if not hasattr(kinds, name):
+        known = [f"{key[2:-1]}.{key[-1]}" for key in dir(kinds) if key.startswith("SM") and key[2:].isdecimal()]
+        known.sort(key=float)
+        raise ValueError(f"compute_capabilities: {capability!r}; {library.name} builds for {', '.join(known)}")
+    return getattr(kinds, name)
 
 
 def _set_capabilities(members: Sequence[Any], config: Any) -> None:
@@ -270,9 +235,9 @@ class _Build:
 
     Attributes:
         library: TensorRT.
-        settings: of the builder's configuration.
-        ranges: of the dimensions, for each profile.
-        timing_cache: a file.
+        settings: what is set on the builder's configuration.
+        ranges: each dimension's range, for each profile.
+        timing_cache: the file of measured kernels.
         progress: as `export_tensorrt`'s.
         fused: graphs with a plugin, by the names of the files whose place they take.
     """
@@ -285,14 +250,7 @@ class _Build:
     fused: Mapping[str, onnx.ModelProto]
 
     def write(self, graph: Path, described: Mapping[str, Any], engine: Path, lines: list[str]) -> None:
-        """Build an engine and write it.
-
-        Args:
-            graph: the ONNX file.
-            described: the manifest's entry for it.
-            engine: the file to write.
-            lines: of the log, which grows.
-        """
+        """Build the file `engine` from an ONNX file that the manifest describes; the log's lines grow."""
         trt = self.library.module
         start = len(lines)
         logger = self.library.logger(lines.append)

@@ -48,13 +48,12 @@ class Library:
 
     @property
     def version(self) -> str:
-        """Of the library."""
-        text: str = self.module.__version__
-        return text
+        """The library's version."""
+        return str(self.module.__version__)
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The library with its version, for messages."""
         return f"TensorRT {self.version}" if self.flavour == "standard" else f"TensorRT-RTX {self.version}"
 
     @property
@@ -107,12 +106,7 @@ def first_error(lines: list[str]) -> str:
 
 
 def require_loadable(bundle: Bundle, model: Path, library: Library) -> None:
-    """Check an engine's description, its first bytes, version and platform, before TensorRT reads it.
-
-    Args:
-        bundle: whose manifest describes it.
-        model: the engine's file.
-        library: of the bundle's flavour.
+    """Check an engine's description, its first bytes, version and platform, before TensorRT reads the file `model`.
 
     Raises:
         BundleError: a damaged engine, or one of another flavour, version or platform.
@@ -152,15 +146,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def require_capability(bundle: Bundle, capability: str) -> None:
-    """Check that an engine is for a GPU.
-
-    Args:
-        bundle: whose manifest describes it.
-        capability: the GPU's compute capability, such as `"8.9"`.
-
-    Raises:
-        BundleError: it is for others; the message names them.
-    """
+    """Check that an engine is for a GPU of a compute capability such as `"8.9"`; a BundleError names those it is for."""
     engine: Mapping[str, Any] = bundle.manifest["engine"]
     built = engine["compute_capabilities"]
     ampere = engine["options"]["hardware_compatibility"] == "ampere_plus" and _numbers(capability) >= (8,)

@@ -22,8 +22,8 @@ class Profile:
 
     Attributes:
         batch: samples in a call.
-        steps: of a loop; 1, the bundle's default table and its training timesteps by default.
-        height, width: of a bundle with any size, which has no default for them.
+        steps: the steps of a loop; 1, the bundle's default table and its training timesteps by default.
+        height, width: the sizes for a bundle of any size, which has no default for them.
 
     Raises:
         ValueError: a range that is not `1 <= min <= opt <= max`.
@@ -50,7 +50,7 @@ class Profile:
 
     @classmethod
     def parse(cls, text: str) -> Profile:
-        """Of a text such as `batch=1:4:8,steps=1:50:100`.
+        """The profile in a text such as `batch=1:4:8,steps=1:50:100`.
 
         Raises:
             ValueError: another form, an unknown dimension, or a range that is not one.
@@ -71,7 +71,7 @@ class Profile:
         """The range of each dimension that a bundle's inputs leave open.
 
         Args:
-            manifest: of the bundle.
+            manifest: the bundle's manifest.
 
         Raises:
             ValueError: a dimension that the bundle does not have, or that needs a range.

@@ -44,7 +44,7 @@ class TensorRTSampler(BundleSampler):
         check_finite: look for NaN and infinities in the result, and find the step at which they appeared.
 
     Attributes:
-        bundle: with its manifest.
+        bundle: the opened bundle.
         engine: TensorRT's.
 
     Raises:
@@ -227,12 +227,9 @@ class TensorRTSampler(BundleSampler):
         return _Execution(self, kept.context, inputs)
 
     def _sample_loop(self, inputs: Mapping[str, Any]) -> Any:
-        given = dict(inputs)
-        if "num_inference_steps" in given:
-            # A shape tensor: TensorRT reads it on the host.
-            given["num_inference_steps"] = torch.from_numpy(given["num_inference_steps"])
         with self._turn():
-            execution = self._start(given)
+            # A number of steps stays on the host, where TensorRT reads it.
+            execution = self._start({name: torch.as_tensor(value) for name, value in inputs.items()})
             execution.run()
             return self._kept(execution.result("samples"))
 
@@ -380,5 +377,5 @@ def _keep_in(lines: list[str], name: str) -> Callable[[str], None]:
 
 
 def _stream_handle(device: torch.device) -> int:
-    """Of the current stream; 0 without CUDA."""
+    """The current stream's handle; 0 without CUDA."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
