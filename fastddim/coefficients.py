@@ -99,14 +99,11 @@ def noise_factors(
     `fixed_small` is equation 16, sigma_t(eta). `fixed_large` keeps the direction of eta 1 and draws noise at the
     paper's sigma-hat, `sqrt(1 - alpha_bar / alpha_bar_next)` (appendix D.3): DDPM with the larger variance.
     """
-    tiny = np.finfo(np.float64).tiny
-    # Products of many alphas underflow: between two states without signal the variances are those of an alpha of 0.
-    signal_next = xp.clip(alpha_bar_next, tiny, None)
-    large = 1 - alpha_bar / signal_next
-    ratio = (1 - alpha_bar_next) / xp.clip(1 - alpha_bar, tiny, None)
+    large = 1 - alpha_bar / alpha_bar_next
+    ratio = (1 - alpha_bar_next) / xp.clip(1 - alpha_bar, np.finfo(np.float64).tiny, None)
     std_dev = eta * xp.sqrt(ratio * large)
     # 1 - alpha_bar_next - std_dev**2 as a sum of positive terms: at eta 1 the difference cancels to nothing.
-    direction = xp.sqrt(ratio * ((1 - eta**2) * large + alpha_bar * (1 - alpha_bar_next) / signal_next))
+    direction = xp.sqrt(ratio * ((1 - eta**2) * large + alpha_bar * (1 - alpha_bar_next) / alpha_bar_next))
     return direction, std_dev if variance_type == "fixed_small" else xp.sqrt(large)
 
 
@@ -250,16 +247,14 @@ class StepTable:
         etas = _check_eta(eta, len(pairs), variance_type)
         direction, noise_scale = noise_factors(alpha_bar, alpha_bar_next, etas, variance_type)
         sigma, signal = np.sqrt(1 - alpha_bar), np.sqrt(alpha_bar)
-        invertible = alpha_bar_next.all() and not noise_scale.any()
         return cls.from_columns(
             [t for t, _ in pairs],
             columns(signal, sigma, np.sqrt(alpha_bar_next), direction, noise_scale, kind, use_clipped_model_output),
             noising=(float(signal[0]), float(sigma[0])),
-            inverse=cls.build_inverse(schedule, pairs, prediction_type=kind) if invertible else None,
+            inverse=None if noise_scale.any() else cls.build_inverse(schedule, pairs, prediction_type=kind),
         )
 
     @classmethod
-    @np.errstate(divide="ignore", invalid="ignore")
     def build_inverse(
         cls, schedule: Schedule, pairs: Sequence[Pair], *, prediction_type: str | None = None
     ) -> StepTable:
@@ -278,14 +273,9 @@ class StepTable:
             One row per pair, from the clean state to the first pair's `t`; none adds noise.
 
         Raises:
-            ValueError: what `build` raises for the same arguments, and pairs that pass through a state without signal.
+            ValueError: what `build` raises for the same arguments.
         """
         kind, alpha_bar, alpha_bar_next = _check_transitions(schedule, pairs, prediction_type)
-        if not alpha_bar_next.all():
-            lost = pairs[int(alpha_bar_next.argmin())]
-            raise ValueError(
-                f"pairs: {lost} ends without signal, which no inverse brings back; leave out such timesteps"
-            )
         timesteps = [t for t, _ in pairs]
         called = [*timesteps[1:], timesteps[-1]]
         called_alpha_bar = schedule.alpha_bar(called)
