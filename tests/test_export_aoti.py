@@ -240,7 +240,7 @@ def test_each_runtime_refuses_the_others_bundle(kept, tmp_path):
         AotiSampler(other)
     assert type(open_sampler(kept)) is AotiSampler and type(open_sampler(other)) is OrtSampler
     edit(other.path, lambda manifest: manifest.update(runtime="abacus"))
-    with pytest.raises(BundleError, match=r"\$.runtime: 'abacus' is not one of"):
+    with pytest.raises(BundleError, match="runtime: 'abacus' is not one of 'onnx', 'aoti', 'tensorrt', 'cubin'"):
         open_sampler(other.path)
 
 

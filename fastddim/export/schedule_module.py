@@ -74,7 +74,7 @@ class ScheduleModule(torch.nn.Module):
         return num_inference_steps.clamp(1, self._config.num_train_timesteps)
 
     def _timesteps(self, k: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
-        """The timestep of step k of n, as `make_timesteps` has it in numpy's own float64 arithmetic; any after the last step."""
+        """The timestep of step k of n, as `make_timesteps` has it in numpy's own float64 arithmetic; any after the last."""
         config = self._config
         n_train = config.num_train_timesteps
         ascending = (n - 1 - k).clamp(min=0)
