@@ -104,7 +104,9 @@ def _explain(error: Any) -> str:
     if getattr(error, "possibilities", None) == []:
         options = [name for option in error.ctx.command.params for name in option.opts if name.startswith("-")]
         message += f" (Possible options: {', '.join(options)})"
-    return f"{message} See {error.ctx.command_path} --help."
+    # An option without its value, or a flag with one, comes without a context.
+    read_on = "" if error.ctx is None else f" See {error.ctx.command_path} --help."
+    return f"{message.rstrip('.')}.{read_on}"
 
 
 def _fail(message: str) -> int:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from fastddim.cli_options import number
+from fastddim.cli_options import integer, number
 from fastddim.config import require_choice, require_int
 from fastddim.files import check_writable
 
@@ -43,7 +43,9 @@ def bench(
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(metavar="NUMBER", help="torch's, on a CPU. Default: one a core; with --quick one in all."),
+        typer.Option(
+            parser=integer, metavar="INTEGER", help="torch's, on a CPU. Default: one a core; with --quick one in all."
+        ),
     ] = None,
     allocator: Annotated[
         str, typer.Option(help="Memory of large CPU tensors: keep (reused), fresh (new from the kernel) or system.")
