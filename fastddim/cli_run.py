@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from fastddim.cli_options import Json, Out, integer, number, parse_integers, with_options
+from fastddim.cli_options import (
+    DEFAULT_GUIDANCE,
+    Json,
+    Out,
+    check_classes,
+    integer,
+    integers,
+    number,
+    parse_integers,
+    with_options,
+)
 from fastddim.export.command_options import ComparisonFlags, Model, load_model, report
 
 if TYPE_CHECKING:
@@ -21,53 +31,34 @@ if TYPE_CHECKING:
     from fastddim.export.bundle_sampler import BundleSampler
     from fastddim.export.runtime import Runtime
 
-# The guidance of class labels; a text-to-image pipeline has its own default.
-_GUIDANCE = 2.0
-
 app = typer.Typer()
 
 
 @app.command()
 def run(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that `fastddim export` wrote.")],
-    num_images: Annotated[
-        int | None,
-        typer.Option(
-            parser=integer, metavar="INTEGER", help="How many. Default: one for each label or prompt, else 10."
-        ),
-    ] = None,
-    labels: Annotated[
-        str | None, typer.Option(metavar="INTEGERS", help='Classes such as "0,1,2", repeated in turn.')
-    ] = None,
+    num_images: Annotated[int | None, integer(help="How many. Default: one for each label or prompt, else 10.")] = None,
+    labels: Annotated[str | None, integers(help='Classes such as "0,1,2", repeated in turn.')] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="What to show, for text-to-image bundles; may repeat.")
     ] = None,
     negative_prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What the pictures should not show. Default: empty.")
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(parser=integer, metavar="INTEGER", help="Model calls. Default: the bundle's.")
-    ] = None,
-    eta: Annotated[
-        float | None, typer.Option(parser=number, metavar="NUMBER", help="0 is DDIM, 1 is DDPM. Default: the bundle's.")
-    ] = None,
+    steps: Annotated[int | None, integer(help="Model calls. Default: the bundle's.")] = None,
+    eta: Annotated[float | None, number(help="0 is DDIM, 1 is DDPM. Default: the bundle's.")] = None,
     guidance_scale: Annotated[
-        float | None,
-        typer.Option(parser=number, metavar="NUMBER", help="For bundles with guidance. Default: 2; with prompts 7.5."),
+        float | None, number(help="For bundles with guidance. Default: 2; with prompts 7.5.")
     ] = None,
     size: Annotated[
         str | None, typer.Option(metavar="HEIGHTxWIDTH", help="In pixels, for bundles of any size.")
     ] = None,
-    seed: Annotated[
-        int, typer.Option(parser=integer, metavar="INTEGER", help="The first image's seed; the others count up.")
-    ] = 0,
+    seed: Annotated[int, integer(help="The first image's seed; the others count up.")] = 0,
     providers: Annotated[
-        str | None,
-        typer.Option(metavar="NAMES", help="ONNX: cpu, cuda, tensorrt. Default: cuda where it is there."),
+        str | None, typer.Option(metavar="NAMES", help="ONNX: cpu, cuda, tensorrt. Default: cuda where it is there.")
     ] = None,
     weights: Annotated[
-        Path | None,
-        typer.Option(metavar="BUNDLE", help="TensorRT: the ONNX bundle to take an engine's weights from."),
+        Path | None, typer.Option(metavar="BUNDLE", help="TensorRT: the ONNX bundle to take an engine's weights from.")
     ] = None,
     check_finite: Annotated[
         bool, typer.Option("--check-finite", help="Report the step at which NaN or infinities appear.")
@@ -138,14 +129,9 @@ def _pick_labels(labels: str | None, manifest: Mapping[str, Any]) -> list[int] |
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise ValueError(f"bundle: its samples are {shape}, no pictures; use fastddim.export.open_sampler")
     null = manifest["sampling"]["null_values"].get("class_labels")
-    if null is None:
-        if labels is not None:
-            raise ValueError(f"--labels: {labels!r}, but this bundle has no classes; leave them out")
-        return None
-    given = list(range(null)) if labels is None else parse_integers(labels, "--labels")
-    if max(given) > null:
-        raise ValueError(f"--labels: {max(given)}; pass integers in [0, {null}] ({null} is no class)")
-    return given
+    classes = None if labels is None else parse_integers(labels, "--labels")
+    check_classes(classes, null, "bundle")
+    return list(range(max(null, 1))) if classes is None and null is not None else classes
 
 
 def _parse_size(text: str) -> tuple[int, int]:
@@ -161,7 +147,7 @@ def _load_sampler(
     """What draws the samples, and the sampler."""
     fixed: dict[str, Any] = {} if labels is None else {"class_labels": np.array(labels, dtype=np.int64)}
     if sampler.bundle.manifest["sampling"]["guided"]:
-        fixed["guidance_scale"] = _GUIDANCE
+        fixed["guidance_scale"] = DEFAULT_GUIDANCE
     return functools.partial(sampler, num_images, **fixed), sampler
 
 

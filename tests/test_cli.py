@@ -181,8 +181,8 @@ def test_seed_decides_the_bytes(run: Run, folders: dict[str, str]) -> None:
 BAD_VALUES = [
     (["--steps", "0"], "--steps: 0; pass an integer >= 1"),
     (["--steps", "1001"], "--steps: 1001; pass an integer in [1, 1000]"),
-    (["--steps", "many"], "'--steps': 'many'; pass an integer"),
-    (["--eta", "some"], "'--eta': 'some'; pass a number"),
+    (["--steps", "many"], "--steps: 'many'; pass an integer. See"),
+    (["--eta", "some"], "--eta: 'some'; pass a number. See"),
     (["--stps", "3"], "No such option: --stps (Possible options: --steps). See fastddim sample --help."),
     (["--steps"], "Option '--steps' requires an argument."),
     (["--json=yes"], "Option '--json' does not take a value."),
