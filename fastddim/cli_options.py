@@ -122,12 +122,12 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
             default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
             kind = inspect.Parameter.KEYWORD_ONLY
             parameters.append(inspect.Parameter(field.name, kind, default=default, annotation=types[field.name]))
-    options = {parameter.name: _option_of(parameter) for parameter in parameters}
+    options = {parameter.name: option for parameter in parameters if (option := _option_of(parameter))}
 
     def command(**given: Any) -> None:
         for name, group in groups.items():
             given[name] = group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
-        with _naming_options({name: option for name, option in options.items() if option is not None}):
+        with _naming_options(options):
             function(**given)
 
     command.__name__, command.__doc__ = function.__name__, function.__doc__
@@ -147,7 +147,7 @@ def _option_of(parameter: inspect.Parameter) -> str | None:
 @contextlib.contextmanager
 def _naming_options(options: Mapping[str, str]) -> Iterator[None]:
     """Put options for the names of the library's arguments: at a message's start, in `name=value`, after "with"."""
-    names = "|".join(options)
+    names = "|".join(options) or "(?!)"
     pattern = re.compile(rf"^({names})(?=:)|\b({names})(=True\b|=)|(?<=with )({names})\b|(?<=without )({names})\b")
 
     def typed(match: re.Match[str]) -> str:

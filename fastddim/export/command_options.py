@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastddim.cli_options import Json, choice, integer, integers, naming, number, parse_integers, quiet_diffusers
+from fastddim.config import require_number
 
 if TYPE_CHECKING:
     from fastddim.export.bundle import Folder
@@ -55,6 +57,10 @@ class ComparisonFlags:
 
     tolerance: Annotated[float | None, number(help="Largest difference from torch.")] = None
     parity_steps: Annotated[str, integers(help="Compare after these.")] = "1,10,50"
+
+    def __post_init__(self) -> None:
+        if self.tolerance is not None:
+            require_number("--tolerance", self.tolerance, 0.0, math.inf)
 
     def steps(self) -> Sequence[int]:
         """The numbers of steps after which results are compared."""
