@@ -62,17 +62,7 @@ _MOST_IMAGES = 100_000
 # typer may bring its own copy of click, and exports of it only this subclass of the usage error.
 _UsageError: Any = typer.BadParameter.__base__
 
-# Each package under the names of its builds.
-_PACKAGES = {
-    "torch": ("torch",),
-    "triton": ("triton", "pytorch-triton-rocm", "triton-rocm", "triton-windows"),
-    "diffusers": ("diffusers",),
-    "numpy": ("numpy",),
-    "onnx": ("onnx",),
-    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
-    "tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
-    "tensorrt_rtx": ("tensorrt-rtx",),
-}
+_PACKAGES = ("torch", "triton", "diffusers", "numpy", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx")
 
 # Plain help: typer's tables cut names and waste half of a screen.
 app = typer.Typer(
@@ -360,7 +350,7 @@ def _check_strip(
 
 @app.command()
 def invert(
-    pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE...", help="Anything that Pillow opens.")],
+    pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE", help="Anything that Pillow opens.")],
     model: Model = None,
     steps: Steps = 50,
     guidance_scale: _StripGuidance = None,
@@ -482,11 +472,10 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON ob
 
 def _versions() -> dict[str, str | None]:
     versions: dict[str, str | None] = {"fastddim": fastddim.__version__, "python": platform.python_version()}
-    for package, distributions in _PACKAGES.items():
-        versions[package] = None
-        for distribution in distributions:
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                versions[package] = versions[package] or importlib.metadata.version(distribution)
+    # A package's builds have names of their own, such as onnxruntime-gpu.
+    builds = importlib.metadata.packages_distributions()
+    for package in _PACKAGES:
+        versions[package] = importlib.metadata.version(builds[package][0]) if package in builds else None
     return versions
 
 

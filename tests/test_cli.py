@@ -397,7 +397,7 @@ def test_interpolate_without_classes_and_with_the_embedded_model(run: Run, folde
 
 
 BAD_STRIPS = [
-    ("invert", [], "Missing argument 'PICTURE...'"),
+    ("invert", [], "Missing argument 'PICTURE'"),
     ("invert", ["none.png"], "PICTURE: 'none.png' is no file; pass a picture"),
     ("invert", ["."], "PICTURE: '.' is no file; pass a picture"),
     ("invert", ["0.png", "text.png"], "PICTURE: 'text.png' cannot be read as a picture (cannot identify"),

@@ -109,8 +109,9 @@ def _require_defaults(sampler: SamplerFlags, comparison: ComparisonFlags, sample
         for field in dataclasses.fields(flags)
         if getattr(flags, field.name) != field.default
     ]
-    for name in given or (["sampler_only"] if sampler_only else []):
-        raise ValueError(f"{name}: is decided in the ONNX bundle; leave it out")
+    given += ["sampler_only"] * sampler_only
+    if given:
+        raise ValueError(f"{given[0]}: is decided in the ONNX bundle; leave it out")
 
 
 @contextlib.contextmanager
