@@ -422,7 +422,7 @@ def interpolate(
     for seed in ends:
         require_int("--seeds", seed, 0, 2**64 - 1)
     if len(ends) % 2:
-        raise ValueError(f"--seeds: {len(ends)} in {seeds!r}; pass two for each row")
+        raise ValueError(f"--seeds: {seeds!r} has {len(ends)}; pass two for each row")
     pairs = list(zip(ends[::2], ends[1::2], strict=True))
     require_int("--num", num, 2, _MOST_IMAGES // len(pairs))
     classes = _check_strip(len(pairs), steps, guidance_scale, labels, None, out)
