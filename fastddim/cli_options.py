@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
+import typer.models
 from typer.core import TyperGroup
 
 import fastddim
 
 if TYPE_CHECKING:
+    import torch
+
     from fastddim.pipeline import DDIMPipeline
+
+
+# The guidance towards class labels, where none is given.
+DEFAULT_GUIDANCE = 2.0
 
 
 class CommandGroup(TyperGroup):
@@ -27,28 +36,30 @@ class CommandGroup(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-# typer's own message for these leaves out the value.
-def integer(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r}; pass an integer.") from None
+def _parser(kind: type[int] | type[float], noun: str) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            return kind(text)
+        except ValueError:
+            # typer's own message leaves out the value.
+            raise typer.BadParameter(f"{text!r}; pass {noun}") from None
+
+    return parse
 
 
-def number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r}; pass a number.") from None
-
+# Options by what their text is.
+integer = functools.partial(typer.Option, parser=_parser(int, "an integer"), metavar="INTEGER")
+number = functools.partial(typer.Option, parser=_parser(float, "a number"), metavar="NUMBER")
+integers = functools.partial(typer.Option, metavar="INTEGERS")
+choice = functools.partial(typer.Option, metavar="NAME")
 
 Model = Annotated[
     str | None,
     typer.Option(metavar="FOLDER_OR_HUB_ID", help="A diffusers folder or hub id. Default: the embedded digits."),
 ]
-Steps = Annotated[int, typer.Option(parser=integer, metavar="INTEGER", help="Model calls per image.")]
-Out = Annotated[Path, typer.Option(help="The picture: .png, .jpg, .webp, .bmp or .tif.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda[:N]. Default: cuda where there is one.")]
+Steps = Annotated[int, integer(help="Model calls per image.")]
+Out = Annotated[Path, typer.Option(metavar="FILE", help="The picture: .png, .jpg, .webp, .bmp or .tif.")]
+Device = Annotated[str | None, choice(help="cpu or cuda[:N]. Default: cuda where there is one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and no progress bar.")]
 
 
@@ -61,6 +72,26 @@ def parse_integers(text: str, option: str) -> list[int]:
     return integers
 
 
+def check_classes(classes: list[int] | None, null: int | None, owner: str) -> None:
+    """Refuse classes that a model or a bundle does not have; `null` is its no class, None without any."""
+    if classes is not None and null is None:
+        raise ValueError(f"--labels: {','.join(map(str, classes))}, but this {owner} has no classes; leave them out")
+    for label in classes or ():
+        if null is not None and label > null:
+            raise ValueError(f"--labels: {label}; pass integers in [0, {null}] ({null} is no class)")
+
+
+def pick_device(device: str | None) -> torch.device:
+    """The device that `--device` names, or by default a GPU where there is one."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    valid = [*(["cuda"] if gpus else []), "cpu", *(f"cuda:{index}" for index in range(gpus))]
+    if device is not None and device not in valid:
+        raise ValueError(f"--device: {device!r} is not on this machine; pass one of {', '.join(valid)}")
+    return torch.device(device or valid[0])
+
+
 @contextlib.contextmanager
 def naming(argument: str, option: str) -> Iterator[None]:
     """Let an error that the library raises for an argument name the option that the user typed."""
@@ -70,34 +101,14 @@ def naming(argument: str, option: str) -> Iterator[None]:
         raise ValueError(f"{option}: {str(error).removeprefix(f'{argument}: ')}") from error
 
 
-@contextlib.contextmanager
-def naming_options(options: type[Any], **renamed: str) -> Iterator[None]:
-    """Let errors for the fields of a dataclass of options name the options that the user typed.
-
-    Args:
-        options: the dataclass; a field `tf32` is the option `--tf32`.
-        **renamed: the options of fields that have another name, and of further arguments.
-    """
-    try:
-        yield
-    except (ValueError, ImportError, OSError) as error:
-        name, colon, rest = str(error).partition(":")
-        named = {field.name: option_of(field.name) for field in dataclasses.fields(options)} | renamed
-        raise ValueError(f"{named.get(name, name)}{colon}{rest}") from error
-
-
-def option_of(name: str) -> str:
-    """The option that typer makes of a parameter."""
-    return f"--{name.replace('_', '-')}"
-
-
 def with_options(function: Callable[..., None]) -> Callable[..., None]:
     """The command that a function is: parameters that are dataclasses become an option for each of their fields.
 
-    typer reads parameters from a signature, so that commands which share options need not repeat them.
+    typer reads parameters from a signature, so that commands which share options need not repeat them. Errors that the
+    library raises for its arguments name the options that the user typed.
     """
     groups: dict[str, type[Any]] = {}
-    parameters = []
+    parameters: list[inspect.Parameter] = []
     hints = get_type_hints(function, include_extras=True)
     for name, parameter in inspect.signature(function).parameters.items():
         group = hints[name]
@@ -111,15 +122,45 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
             default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
             kind = inspect.Parameter.KEYWORD_ONLY
             parameters.append(inspect.Parameter(field.name, kind, default=default, annotation=types[field.name]))
+    options = {parameter.name: option for parameter in parameters if (option := _option_of(parameter))}
 
     def command(**given: Any) -> None:
         for name, group in groups.items():
             given[name] = group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
-        function(**given)
+        with _naming_options(options):
+            function(**given)
 
     command.__name__, command.__doc__ = function.__name__, function.__doc__
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return command
+
+
+def _option_of(parameter: inspect.Parameter) -> str | None:
+    """The option of a parameter, which typer makes of its name where none is given; None for an argument."""
+    (information,) = parameter.annotation.__metadata__
+    if isinstance(information, typer.models.ArgumentInfo):
+        return None
+    given = information.default
+    return given if isinstance(given, str) else f"--{parameter.name.replace('_', '-')}"
+
+
+@contextlib.contextmanager
+def _naming_options(options: Mapping[str, str]) -> Iterator[None]:
+    """Put options for the names of the library's arguments: at a message's start, in `name=value`, after "with"."""
+    names = "|".join(options) or "(?!)"
+    pattern = re.compile(rf"^({names})(?=:)|\b({names})(=True\b|=)|(?<=with )({names})\b|(?<=without )({names})\b")
+
+    def typed(match: re.Match[str]) -> str:
+        name = next(filter(None, match.group(1, 2, 4, 5)))
+        return options[name] + (" " if match[3] == "=" else "")
+
+    try:
+        yield
+    except (ValueError, ImportError, OSError) as error:
+        message = pattern.sub(typed, str(error))
+        if message == str(error):
+            raise
+        raise ValueError(message) from error
 
 
 def load_model(model: str | None) -> DDIMPipeline:

@@ -2,72 +2,65 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
 
-from fastddim.cli_options import Json, Out, integer, number, parse_integers, with_options
+from fastddim.cli_options import (
+    DEFAULT_GUIDANCE,
+    Json,
+    Out,
+    check_classes,
+    integer,
+    integers,
+    naming,
+    number,
+    parse_integers,
+    with_options,
+)
+from fastddim.config import require_int
 from fastddim.export.command_options import ComparisonFlags, Model, load_model, report
 
 if TYPE_CHECKING:
     from fastddim.export.bundle import Bundle
-    from fastddim.export.bundle_sampler import BundleSampler
     from fastddim.export.runtime import Runtime
-
-# The guidance of class labels; a text-to-image pipeline has its own default.
-_GUIDANCE = 2.0
 
 app = typer.Typer()
 
 
 @app.command()
+@with_options
 def run(
+    *,
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that `fastddim export` wrote.")],
-    num_images: Annotated[
-        int | None,
-        typer.Option(
-            parser=integer, metavar="INTEGER", help="How many. Default: one for each label or prompt, else 10."
-        ),
-    ] = None,
-    labels: Annotated[
-        str | None, typer.Option(metavar="INTEGERS", help='Classes such as "0,1,2", repeated in turn.')
-    ] = None,
+    num_images: Annotated[int | None, integer(help="How many. Default: one for each label or prompt, else 10.")] = None,
+    labels: Annotated[str | None, integers(help='Classes such as "0,1,2", repeated in turn.')] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="What to show, for text-to-image bundles; may repeat.")
     ] = None,
     negative_prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What the pictures should not show. Default: empty.")
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(parser=integer, metavar="INTEGER", help="Model calls. Default: the bundle's.")
-    ] = None,
-    eta: Annotated[
-        float | None, typer.Option(parser=number, metavar="NUMBER", help="0 is DDIM, 1 is DDPM. Default: the bundle's.")
-    ] = None,
+    num_inference_steps: Annotated[int | None, integer("--steps", help="Model calls. Default: the bundle's.")] = None,
+    eta: Annotated[float | None, number(help="0 is DDIM, 1 is DDPM. Default: the bundle's.")] = None,
     guidance_scale: Annotated[
-        float | None,
-        typer.Option(parser=number, metavar="NUMBER", help="For bundles with guidance. Default: 2; with prompts 7.5."),
+        float | None, number(help="For bundles with guidance. Default: 2; with prompts 7.5.")
     ] = None,
     size: Annotated[
         str | None, typer.Option(metavar="HEIGHTxWIDTH", help="In pixels, for bundles of any size.")
     ] = None,
-    seed: Annotated[
-        int, typer.Option(parser=integer, metavar="INTEGER", help="The first image's seed; the others count up.")
-    ] = 0,
+    seeds: Annotated[int, integer("--seed", help="The first image's seed; the others count up.")] = 0,
     providers: Annotated[
-        str | None,
-        typer.Option(metavar="NAMES", help="ONNX: cpu, cuda, tensorrt. Default: cuda where it is there."),
+        str | None, typer.Option(metavar="NAMES", help="ONNX: cpu, cuda, tensorrt. Default: cuda where it is there.")
     ] = None,
     weights: Annotated[
-        Path | None,
-        typer.Option(metavar="BUNDLE", help="TensorRT: the ONNX bundle to take an engine's weights from."),
+        Path | None, typer.Option(metavar="BUNDLE", help="TensorRT: the ONNX bundle to take an engine's weights from.")
     ] = None,
     check_finite: Annotated[
         bool, typer.Option("--check-finite", help="Report the step at which NaN or infinities appear.")
@@ -95,17 +88,14 @@ def run(
             raise ValueError("--prompt, --negative-prompt: this bundle has no text encoder; leave them out")
         cycle, upscale = _pick_labels(labels, opened.manifest), 1
     num_images = (len(cycle) if cycle else 10) if num_images is None else num_images
-    if num_images < 1:
-        raise ValueError(f"--num-images: {num_images}; pass an integer >= 1")
+    require_int("--num-images", num_images, 1)
     names = None if cycle is None else [cycle[k % len(cycle)] for k in range(num_images)]
     pixels = None if size is None else _parse_size(size)
     height, width = pixels or [side * upscale for side in opened.manifest["sample"]["shape"][-2:]]
     # Texts are too long for a picture's margin.
     shown = None if opened.components else names
-    check_picture(out, GridLayout.plan(num_images, height, width, shown).size)
-    options: dict[str, Any] = {"seeds": seed, "num_inference_steps": steps, "eta": eta, "size": pixels}
-    if guidance_scale is not None:
-        options["guidance_scale"] = guidance_scale
+    with naming("path", "--out"):
+        check_picture(out, GridLayout.plan(num_images, height, width, shown).size)
     path = runtime.pipeline if opened.components else runtime.sampler
     if path is None:
         raise ValueError(f"bundle: runtime {opened.runtime!r} has no sampler in Python")
@@ -117,14 +107,27 @@ def run(
         if name not in inspect.signature(loaded).parameters:
             raise ValueError(f"--{name}: '{given}', but this bundle is of runtime {opened.runtime!r}; leave it out")
         settings[name] = given.split(",") if isinstance(given, str) else given
+    draw = loaded(opened, **settings)
+    options: dict[str, Any] = {"seeds": seeds, "num_inference_steps": num_inference_steps, "eta": eta, "size": pixels}
+    if guidance_scale is not None:
+        options["guidance_scale"] = guidance_scale
+    inputs: list[Any]
     if opened.components:
-        draw, sampler = _load_pipeline(loaded(opened, **settings), names or (), negative_prompt)
+        sampler, inputs = draw.sampler, [draw.tokenize(names), None]
+        if negative_prompt is not None or not draw.zeros_for_empty_prompt:
+            inputs[1] = draw.tokenize([negative_prompt or ""] * num_images)
     else:
-        draw, sampler = _load_sampler(loaded(opened, **settings), names, num_images)
+        sampler, inputs = draw, [num_images]
+        if names is not None:
+            options["class_labels"] = np.array(names, dtype=np.int64)
+        if opened.manifest["sampling"]["guided"]:
+            options.setdefault("guidance_scale", DEFAULT_GUIDANCE)
     start = time.perf_counter()
-    samples = draw(**options)
+    samples = draw(*inputs, **options)
     seconds = time.perf_counter() - start
-    save_picture(make_grid(samples, labels=shown), out)
+    picture = make_grid(samples, labels=shown)
+    with naming("path", "--out"):
+        save_picture(picture, out)
     device = sampler.device()
     if as_json:
         typer.echo(json.dumps({"path": str(out), "num_images": num_images, "seconds": seconds, "provider": device}))
@@ -138,14 +141,9 @@ def _pick_labels(labels: str | None, manifest: Mapping[str, Any]) -> list[int] |
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise ValueError(f"bundle: its samples are {shape}, no pictures; use fastddim.export.open_sampler")
     null = manifest["sampling"]["null_values"].get("class_labels")
-    if null is None:
-        if labels is not None:
-            raise ValueError(f"--labels: {labels!r}, but this bundle has no classes; leave them out")
-        return None
-    given = list(range(null)) if labels is None else parse_integers(labels, "--labels")
-    if max(given) > null:
-        raise ValueError(f"--labels: {max(given)}; pass integers in [0, {null}] ({null} is no class)")
-    return given
+    classes = None if labels is None else parse_integers(labels, "--labels")
+    check_classes(classes, null, "bundle")
+    return list(range(max(null, 1))) if classes is None and null is not None else classes
 
 
 def _parse_size(text: str) -> tuple[int, int]:
@@ -153,27 +151,6 @@ def _parse_size(text: str) -> tuple[int, int]:
     if not (by and height.isdecimal() and width.isdecimal()):
         raise ValueError(f"--size: {text!r}; pass height and width in pixels, such as 512x768")
     return int(height), int(width)
-
-
-def _load_sampler(
-    sampler: BundleSampler, labels: Sequence[Any] | None, num_images: int
-) -> tuple[Callable[..., Any], BundleSampler]:
-    """What draws the samples, and the sampler."""
-    fixed: dict[str, Any] = {} if labels is None else {"class_labels": np.array(labels, dtype=np.int64)}
-    if sampler.bundle.manifest["sampling"]["guided"]:
-        fixed["guidance_scale"] = _GUIDANCE
-    return functools.partial(sampler, num_images, **fixed), sampler
-
-
-def _load_pipeline(
-    pipeline: Any, prompts: Sequence[Any], negative_prompt: str | None
-) -> tuple[Callable[..., Any], BundleSampler]:
-    """What draws the pictures, and their sampler."""
-    ids = pipeline.tokenize(prompts)
-    if negative_prompt is None and pipeline.zeros_for_empty_prompt:
-        return functools.partial(pipeline, ids, None), pipeline.sampler
-    negative = pipeline.tokenize([negative_prompt or ""] * len(prompts))
-    return functools.partial(pipeline, ids, negative), pipeline.sampler
 
 
 @app.command()

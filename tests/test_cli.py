@@ -181,9 +181,11 @@ def test_seed_decides_the_bytes(run: Run, folders: dict[str, str]) -> None:
 BAD_VALUES = [
     (["--steps", "0"], "--steps: 0; pass an integer >= 1"),
     (["--steps", "1001"], "--steps: 1001; pass an integer in [1, 1000]"),
-    (["--steps", "many"], "'--steps': 'many'; pass an integer"),
-    (["--eta", "some"], "'--eta': 'some'; pass a number"),
-    (["--stps", "3"], "No such option: --stps"),
+    (["--steps", "many"], "--steps: 'many'; pass an integer. See"),
+    (["--eta", "some"], "--eta: 'some'; pass a number. See"),
+    (["--stps", "3"], "No such option: --stps (Possible options: --steps). See fastddim sample --help."),
+    (["--steps"], "Option '--steps' requires an argument."),
+    (["--json=yes"], "Option '--json' does not take a value."),
     (["--num-images", "0"], "--num-images: 0; pass an integer in [1, 100000]"),
     (["--num-images", "1000000000000"], "--num-images: 1000000000000; pass an integer in [1, 100000]"),
     (["--eta", "1.5"], "--eta: 1.5; pass a number in [0, 1]"),
@@ -395,7 +397,7 @@ def test_interpolate_without_classes_and_with_the_embedded_model(run: Run, folde
 
 
 BAD_STRIPS = [
-    ("invert", [], "Missing argument 'PICTURE...'"),
+    ("invert", [], "Missing argument 'PICTURE'"),
     ("invert", ["none.png"], "PICTURE: 'none.png' is no file; pass a picture"),
     ("invert", ["."], "PICTURE: '.' is no file; pass a picture"),
     ("invert", ["0.png", "text.png"], "PICTURE: 'text.png' cannot be read as a picture (cannot identify"),
@@ -412,8 +414,8 @@ BAD_STRIPS = [
     ("invert", ["0.png", "--guidance-scale", "nan"], "--guidance-scale: nan; pass a number in"),
     ("invert", ["0.png", "--batch-size", "0"], "--batch-size: 0; pass an integer >= 1"),
     ("invert", ["0.png", "--device", "gpu"], "--device: 'gpu' is not on this machine"),
-    ("interpolate", ["--seeds", "1"], "--seeds: 1 in '1'; pass two for each row"),
-    ("interpolate", ["--seeds", "1,2,3"], "--seeds: 3 in '1,2,3'; pass two for each row"),
+    ("interpolate", ["--seeds", "1"], "--seeds: '1' has 1; pass two for each row"),
+    ("interpolate", ["--seeds", "1,2,3"], "--seeds: '1,2,3' has 3; pass two for each row"),
     ("interpolate", ["--seeds", "1,x"], "--seeds: 'x' in '1,x'; pass integers with commas"),
     ("interpolate", ["--seeds", f"1,{2**64}"], f"--seeds: {2**64}; pass an integer in [0, "),
     ("interpolate", ["--num", "1"], "--num: 1; pass an integer in [2, 100000]"),

@@ -459,7 +459,7 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path, monkeypatch):
         (["--shape", "4x6", "model"], "unexpected extra argument"),
         (["--shape", "4xa"], "--shape: 'a'"),
         (["--shape", "4x6", "--noise", "given,drawn"], "--noise: 'given,drawn' is not one of 'none', 'given', 'drawn'"),
-        (["--shape", "4x6", "--guidance-rescale"], "--guidance-rescale: True without guided"),
+        (["--shape", "4x6", "--guidance-rescale"], "--guidance-rescale: True without --guidance; pass both"),
         (["--shape", "4x6", "--limit", "clip=x"], "--limit: 'clip=x'"),
         (["--shape", "4x6", "--limit", "threshold=2:2"], "--limit: 'threshold=2:2'"),
     ],

@@ -50,6 +50,17 @@ def told(capsys):
     return " ".join(capsys.readouterr().err.split())
 
 
+BAD_RUNS = {
+    "--steps 0": "--steps: 0; pass an integer in [1, 1000]",
+    "--seed -1": "--seed: -1; pass integers in [0, 2**64)",
+    "--eta 2": "--eta: 2.0; pass numbers in [0, 1]",
+    "--size 3x3": "--size: (3, 3); this bundle makes samples of (8, 8) alone",
+    "--num-images 0": "--num-images: 0; pass an integer >= 1",
+    "--out grid.txt": "--out: 'grid.txt' has the suffix '.txt'; pass one of .png",
+    "--labels 99": "--labels: 99; pass integers in [0, ",
+}
+
+
 def test_a_toy_runtime_from_its_registration_to_a_picture(toy, pipeline, tmp_path, capsys):
     out = tmp_path / "bundle"
     assert main(["export"]) == 0
@@ -80,6 +91,11 @@ def test_a_toy_runtime_from_its_registration_to_a_picture(toy, pipeline, tmp_pat
     assert ours.shape == theirs.shape and np.abs(ours - theirs).max() <= 1
     assert main(["run", str(out), "--providers", "cpu"]) == 2
     assert "--providers: 'cpu', but this bundle is of runtime 'toy'; leave it out" in told(capsys)
+    for line, message in BAD_RUNS.items():
+        assert main(["run", str(out), *line.split()]) == 2
+        assert f"error: {message}" in told(capsys)
+    assert main(["verify", str(out), str(pipeline), "--parity-steps", "1,1001"]) == 2
+    assert "error: --parity-steps: 1001; pass an integer in [1, 1000]" in told(capsys)
     assert main(["verify", str(out), str(pipeline), "--parity-steps", "1,8"]) == 0
     assert capsys.readouterr().out.count("largest difference from torch") == 4
     assert main(["export", "repository", str(out), "--out", str(tmp_path / "models")]) == 2
@@ -275,9 +291,12 @@ def test_the_new_spelling_can_be_pasted(fresh, capsys):
         (["onnx", "a", "b", "--out", "x"], "unexpected extra argument"),
         (["tensorrt"], "Missing option '--out'. See fastddim export tensorrt --help."),
         (["onnx", "--out", "x", "--kind", "all"], "--kind: 'all' is not one of 'loop', 'step'"),
-        (["onnx", "--out", "x", "--guidance-rescale"], "--guidance-rescale: True without guided"),
-        (["aoti", "--out", "x", "--eta", "1"], "--eta: 1.0 adds noise"),
+        (["onnx", "--out", "x", "--guidance-rescale"], "--guidance-rescale: True without --guidance; pass both"),
+        (["aoti", "--out", "x", "--eta", "1"], "--eta: 1.0 adds noise; pass --noise, which makes noise an input"),
         (["onnx", "--out", "x", "--steps", "0"], "--steps: 0; pass an integer >= 1"),
+        (["onnx", "--out", "x", "--tolerance", "nan"], "--tolerance: nan; pass a number in [0, inf]"),
+        (["aoti", "--out", "no/x"], "/no' is no folder; create it first"),
+        (["onnx", "--out", "/proc/x"], "error: --out: '/proc' cannot be written to (No such file or directory); pass"),
         (["onnx", "./nowhere", "--out", "x"], "MODEL: 'nowhere' is no folder; pass a diffusers folder or a hub id"),
         (["repository", "nowhere", "--out", "x"], "manifest.json' is missing; pass a folder that `fastddim export` wrote"),
     ],

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from fastddim.cli_options import number
+from fastddim.cli_options import choice, integer, number, pick_device
 from fastddim.config import require_choice, require_int
 from fastddim.files import check_writable
 
@@ -28,7 +28,7 @@ app = typer.Typer()
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Option(help="step, loop, export, serve, import or all.")] = "all",
+    suite: Annotated[str, choice(help="step, loop, export, serve, import or all.")] = "all",
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, and nothing that compiles for long.")] = False,
     case: Annotated[
         list[str] | None, typer.Option("--case", metavar="PATTERN", help="Cases whose name has this in it, or fits it.")
@@ -36,17 +36,17 @@ def bench(
     baseline: Annotated[
         list[str] | None, typer.Option("--baseline", metavar="NAME", help="These baselines alone, beside ours.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    device: Annotated[str | None, choice(help="cpu or cuda. Default: cuda where there is one.")] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(parser=number, metavar="NUMBER", help="Start no further case after so many minutes."),
+        number(help="Start no further case after so many minutes."),
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(metavar="NUMBER", help="torch's, on a CPU. Default: one a core; with --quick one in all."),
+        integer(help="torch's, on a CPU. Default: one a core; with --quick one in all."),
     ] = None,
     allocator: Annotated[
-        str, typer.Option(help="Memory of large CPU tensors: keep (reused), fresh (new from the kernel) or system.")
+        str, choice(help="Memory of large CPU tensors: keep (reused), fresh (new from the kernel) or system.")
     ] = "keep",
     json_file: Annotated[
         Path | None,
@@ -85,7 +85,9 @@ def bench(
 
         plots.check_folder(plot)
     old = None if compare is None else report.read_report(compare, "--compare")
-    place = _pick_device(device)
+    if device is not None:
+        require_choice("--device", device, _DEVICES)
+    place = pick_device(device).type
 
     console = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
@@ -122,17 +124,6 @@ def bench(
     changes = compare_runs(old["rows"], rows)
     table.print_changes(changes, output)
     return FAILED if has_failed(made) or has_regressed(changes) else 0
-
-
-def _pick_device(name: str | None) -> str:
-    if name is not None:
-        require_choice("--device", name, _DEVICES)
-    # torch takes seconds to import; what needs none comes first.
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: 'cuda', but torch finds no GPU; leave it out, or pass cpu")
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _show_failures(rows: Sequence[Row], console: Console) -> None:

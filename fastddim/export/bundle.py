@@ -197,8 +197,13 @@ def check_destination(path: str | Path, force: bool, format: Format = FORMAT) ->
     parent = target.parent
     if not parent.is_dir():
         raise NotADirectoryError(f"out: {str(parent)!r} is no folder; create it first")
-    if not os.access(parent, os.W_OK):
-        raise PermissionError(f"out: {str(parent)!r} cannot be written to; pass another folder")
+    try:
+        # A probe, as permission bits say nothing of read-only mounts.
+        os.rmdir(tempfile.mkdtemp(dir=parent))
+    except OSError as error:
+        raise type(error)(
+            f"out: {str(parent)!r} cannot be written to ({error.strerror}); pass another folder"
+        ) from error
     if target.exists() or target.is_symlink():
         if not force:
             raise FileExistsError(f"out: {str(target)!r} exists; pass another folder, or --force to replace it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastddim.cli_options import Json, integer, naming, naming_options, number, parse_integers, quiet_diffusers
+from fastddim.cli_options import Json, choice, integer, integers, naming, number, parse_integers, quiet_diffusers
+from fastddim.config import require_number
 
 if TYPE_CHECKING:
     from fastddim.export.bundle import Folder
-    from fastddim.export.sampler_plan import ExportOptions
 
 Model = Annotated[
     str | None,
@@ -35,55 +36,31 @@ class Destination:
 
 @dataclass(frozen=True, slots=True)
 class SamplerFlags:
-    """What is fixed in a file with a model and its sampler."""
+    """What is fixed in a file with a model and its sampler: fields of `ExportOptions`."""
 
-    kind: Annotated[str, typer.Option(metavar="NAME", help="loop: all steps; step: one.")] = "loop"
-    guidance: Annotated[bool, typer.Option("--guidance", help="Guidance, its scale an input.")] = False
+    kind: Annotated[str, choice(help="loop: all steps; step: one.")] = "loop"
+    guided: Annotated[bool, typer.Option("--guidance", help="Guidance, its scale an input.")] = False
     guidance_rescale: Annotated[
         bool, typer.Option("--guidance-rescale", help="The guidance's rescale is an input too.")
     ] = False
-    noise: Annotated[bool, typer.Option("--noise", help="Noise is an input; eta may be above 0.")] = False
+    stochastic: Annotated[bool, typer.Option("--noise", help="Noise is an input; eta may be above 0.")] = False
     bake_schedule: Annotated[bool, typer.Option("--bake-schedule", help="Take a number of steps, not a table.")] = False
     dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Take any height and width.")] = False
-    dtype: Annotated[str, typer.Option(metavar="NAME", help="float32, float16, bfloat16.")] = "float32"
-    steps: Annotated[int, typer.Option(parser=integer, metavar="INTEGER", help="Steps of the default table.")] = 50
-    eta: Annotated[float, typer.Option(parser=number, metavar="NUMBER", help="Eta of the default table.")] = 0.0
-
-    def options(self, **more: bool) -> ExportOptions:
-        """The exporters' options.
-
-        Args:
-            **more: further fields.
-
-        Raises:
-            ValueError: options that exclude each other, by the names that the user typed.
-        """
-        from fastddim.export.sampler_plan import ExportOptions
-
-        with naming_options(ExportOptions, guided="--guidance", stochastic="--noise", num_inference_steps="--steps"):
-            return ExportOptions(
-                kind=self.kind,
-                guided=self.guidance,
-                guidance_rescale=self.guidance_rescale,
-                stochastic=self.noise,
-                bake_schedule=self.bake_schedule,
-                num_inference_steps=self.steps,
-                eta=self.eta,
-                dtype=self.dtype,
-                dynamic_size=self.dynamic_size,
-                **more,
-            )
+    dtype: Annotated[str, choice(help="float32, float16, bfloat16.")] = "float32"
+    num_inference_steps: Annotated[int, integer("--steps", help="Steps of the default table.")] = 50
+    eta: Annotated[float, number(help="Eta of the default table.")] = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class ComparisonFlags:
     """How a file is compared with torch."""
 
-    tolerance: Annotated[
-        float | None,
-        typer.Option(parser=number, metavar="NUMBER", help="Largest difference from torch."),
-    ] = None
-    parity_steps: Annotated[str, typer.Option(metavar="INTEGERS", help="Compare after these.")] = "1,10,50"
+    tolerance: Annotated[float | None, number(help="Largest difference from torch.")] = None
+    parity_steps: Annotated[str, integers(help="Compare after these.")] = "1,10,50"
+
+    def __post_init__(self) -> None:
+        if self.tolerance is not None:
+            require_number("--tolerance", self.tolerance, 0.0, math.inf)
 
     def steps(self) -> Sequence[int]:
         """The numbers of steps after which results are compared."""

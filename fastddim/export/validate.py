@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastddim.coefficients import StepTable
+from fastddim.config import require_int
 from fastddim.export.bundle import Bundle
 from fastddim.export.bundle_sampler import BundleSampler, load_sampler_class
 from fastddim.export.denoisers import DTYPES, Denoiser, describe, prepared
@@ -67,6 +68,8 @@ def measure_parity(
 
 def _tables(bundle: Bundle, steps: Sequence[int]) -> list[StepTable]:
     """The runs to compare, by their numbers of steps."""
+    for count in steps:
+        require_int("parity_steps", count, 1, None if bundle.schedule is None else bundle.schedule.num_train_timesteps)
     if bundle.schedule is None:
         own = len(bundle.table)
         return [_with_steps(bundle, count).table for count in sorted({min(count, own) for count in steps})]

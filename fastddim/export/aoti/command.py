@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Annotated
 
-import typer
-
-from fastddim.cli_options import with_options
+from fastddim.cli_options import choice, with_options
 from fastddim.export.command_options import ComparisonFlags, Destination, Model, SamplerFlags, load_model, report
 
 
@@ -17,10 +16,8 @@ def export_command(
     model: Model = None,
     destination: Destination,
     sampler: SamplerFlags,
-    device: Annotated[str, typer.Option(metavar="NAME", help="cpu or cuda.")] = "cpu",
-    cpu_isa: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The CPU needs avx2 or avx512. Default: avx2.")
-    ] = None,
+    device: Annotated[str, choice(help="cpu or cuda.")] = "cpu",
+    cpu_isa: Annotated[str | None, choice(help="The CPU needs avx2 or avx512. Default: avx2.")] = None,
     comparison: ComparisonFlags,
 ) -> None:
     """Compile a model and its sampler for libtorch.
@@ -30,8 +27,9 @@ def export_command(
     from fastddim.export.aoti.exporter import export_aoti
     from fastddim.export.bundle import check_destination
     from fastddim.export.models import denoiser_of
+    from fastddim.export.sampler_plan import ExportOptions
 
-    options = sampler.options()
+    options = ExportOptions(**dataclasses.asdict(sampler))
     compared = comparison.arguments()
     # Before a model is fetched and read.
     check_destination(destination.out, destination.force)

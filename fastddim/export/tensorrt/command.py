@@ -4,27 +4,52 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from fastddim.cli_options import integer, naming_options, option_of, with_options
+from fastddim.cli_options import choice, integer, with_options
 from fastddim.export.command_options import ComparisonFlags, Destination, SamplerFlags, SamplerOnly, load_model, report
 
 if TYPE_CHECKING:
-    from fastddim.export import Bundle, ExportOptions
+    from fastddim.export import Bundle
 
-_RENAMED = {
-    "profiles": "--profile",
-    "compute_capabilities": "--compute-capability",
-    "builder_optimization_level": "--optimization-level",
-}
+
+@dataclass(frozen=True, slots=True)
+class EngineFlags:
+    """How an engine is built: fields of `TensorRTOptions`."""
+
+    flavour: Annotated[str, choice(help="standard, rtx or auto.")] = "auto"
+    profiles: Annotated[
+        list[str] | None,
+        typer.Option("--profile", metavar="SIZES", help="Such as batch=1:4:8,steps=1:50:100; repeats."),
+    ] = None
+    compute_capabilities: Annotated[
+        list[str] | None,
+        typer.Option("--compute-capability", metavar="NUMBER", help="rtx: a GPU to build for; repeats."),
+    ] = None
+    workspace: Annotated[int | None, integer(metavar="BYTES", help="A layer's largest scratch memory.")] = None
+    builder_optimization_level: Annotated[
+        int | None, integer("--optimization-level", help="0 to 5; higher builds longer.")
+    ] = None
+    tf32: Annotated[bool, typer.Option("--tf32", help="Let float32 products round to TF32.")] = False
+    version_compatible: Annotated[bool, typer.Option("--version-compatible", help="Later TensorRT loads it too.")] = (
+        False
+    )
+    hardware_compatibility: Annotated[str | None, choice(help="ampere_plus or same_compute_capability.")] = None
+    refit: Annotated[bool, typer.Option("--refit", help="Weights may be replaced later.")] = False
+    strip_plan: Annotated[bool, typer.Option("--strip-plan", help="Leave the weights in the ONNX bundle.")] = False
+    weight_streaming: Annotated[bool, typer.Option("--weight-streaming", help="Weights may stay on the host.")] = False
+    timing_cache: Annotated[Path | None, typer.Option(metavar="FILE", help="standard: measured kernels, kept.")] = None
+    fused_step: Annotated[bool, typer.Option("--fused-step", help="standard, kind step: the step is our kernel.")] = (
+        False
+    )
 
 
 @with_options
@@ -35,33 +60,7 @@ def export_command(
         typer.Argument(metavar="MODEL_OR_BUNDLE", help="As `export onnx`, or an ONNX bundle."),
     ] = None,
     destination: Destination,
-    flavour: Annotated[str, typer.Option(metavar="NAME", help="standard, rtx or auto.")] = "auto",
-    profile: Annotated[
-        list[str] | None, typer.Option(metavar="SIZES", help="Such as batch=1:4:8,steps=1:50:100; repeats.")
-    ] = None,
-    compute_capability: Annotated[
-        list[str] | None, typer.Option(metavar="NUMBER", help="rtx: a GPU to build for; repeats.")
-    ] = None,
-    workspace: Annotated[
-        int | None, typer.Option(parser=integer, metavar="BYTES", help="A layer's largest scratch memory.")
-    ] = None,
-    optimization_level: Annotated[
-        int | None, typer.Option(parser=integer, metavar="INTEGER", help="0 to 5; higher builds longer.")
-    ] = None,
-    tf32: Annotated[bool, typer.Option("--tf32", help="Let float32 products round to TF32.")] = False,
-    version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="Later TensorRT loads it too.")
-    ] = False,
-    hardware_compatibility: Annotated[
-        str | None, typer.Option(metavar="NAME", help="ampere_plus or same_compute_capability.")
-    ] = None,
-    refit: Annotated[bool, typer.Option("--refit", help="Weights may be replaced later.")] = False,
-    strip_plan: Annotated[bool, typer.Option("--strip-plan", help="Leave the weights in the ONNX bundle.")] = False,
-    weight_streaming: Annotated[bool, typer.Option("--weight-streaming", help="Weights may stay on the host.")] = False,
-    timing_cache: Annotated[Path | None, typer.Option(metavar="FILE", help="standard: measured kernels, kept.")] = None,
-    fused_step: Annotated[
-        bool, typer.Option("--fused-step", help="standard, kind step: the step is our kernel.")
-    ] = False,
+    engine: EngineFlags,
     reuse: Annotated[bool, typer.Option("--reuse", help="Keep an engine that would come out the same.")] = False,
     sampler: SamplerFlags,
     sampler_only: SamplerOnly = False,
@@ -69,52 +68,37 @@ def export_command(
 ) -> None:
     """Build TensorRT engines from a model or an ONNX bundle."""
     from fastddim.export.bundle import FORMAT, check_destination, open_bundle
+    from fastddim.export.onnx.pipeline_exporter import export_loaded
+    from fastddim.export.sampler_plan import ExportOptions
     from fastddim.export.tensorrt.exporter import export_tensorrt
     from fastddim.export.tensorrt.options import Profile, TensorRTOptions
 
-    naming_engine = functools.partial(naming_options, TensorRTOptions, **_RENAMED)
-    with naming_engine():
-        engine = TensorRTOptions(
-            flavour=flavour,
-            profiles=tuple(map(Profile.parse, profile)) if profile else (Profile(),),
-            compute_capabilities=tuple(compute_capability or ()),
-            workspace=workspace,
-            builder_optimization_level=optimization_level,
-            tf32=tf32,
-            version_compatible=version_compatible,
-            hardware_compatibility=hardware_compatibility,
-            refit=refit,
-            strip_plan=strip_plan,
-            weight_streaming=weight_streaming,
-            timing_cache=timing_cache,
-            fused_step=fused_step,
-        )
+    parsed = {
+        "profiles": tuple(map(Profile.parse, engine.profiles)) if engine.profiles else (Profile(),),
+        "compute_capabilities": tuple(engine.compute_capabilities or ()),
+    }
+    options = TensorRTOptions(**dataclasses.asdict(engine) | parsed)
     start = time.perf_counter()
     graphs: Bundle | Callable[[Path], Bundle]
     if source is not None and (Path(source) / FORMAT.file).is_file():
         _require_defaults(sampler, comparison, sampler_only)
         graphs = open_bundle(source)
     else:
-        if fused_step and sampler.kind != "step":
+        if engine.fused_step and sampler.kind != "step":
             raise ValueError(f"--fused-step: given with --kind {sampler.kind}; pass --kind step, or leave it out")
-        options = sampler.options()
+        exported = ExportOptions(**dataclasses.asdict(sampler))
         compared = comparison.arguments()
         # Before a model is fetched and read.
         check_destination(destination.out, destination.force or reuse)
-        graphs = functools.partial(_export_graphs, source, options, sampler_only, compared)
-    with _build_progress(destination.as_json) as progress, naming_engine():
+
+        def graphs(folder: Path) -> Bundle:
+            return export_loaded(load_model(source), folder, exported, sampler_only, **compared)
+
+    with _build_progress(destination.as_json) as progress:
         bundle = export_tensorrt(
-            graphs, destination.out, engine, force=destination.force, reuse=reuse, progress=progress
+            graphs, destination.out, options, force=destination.force, reuse=reuse, progress=progress
         )
     report(bundle, start, bundle.kind, destination.as_json, parity=bundle.manifest["parity"])
-
-
-def _export_graphs(
-    model: str | None, options: ExportOptions, sampler_only: bool, compared: Mapping[str, Any], folder: Path
-) -> Bundle:
-    from fastddim.export.onnx.pipeline_exporter import export_loaded
-
-    return export_loaded(load_model(model), folder, options, sampler_only, **compared)
 
 
 def _require_defaults(sampler: SamplerFlags, comparison: ComparisonFlags, sampler_only: bool) -> None:
@@ -125,8 +109,9 @@ def _require_defaults(sampler: SamplerFlags, comparison: ComparisonFlags, sample
         for field in dataclasses.fields(flags)
         if getattr(flags, field.name) != field.default
     ]
-    for name in given or (["sampler_only"] if sampler_only else []):
-        raise ValueError(f"{option_of(name)}: is decided in the ONNX bundle; leave it out")
+    given += ["sampler_only"] * sampler_only
+    if given:
+        raise ValueError(f"{given[0]}: is decided in the ONNX bundle; leave it out")
 
 
 @contextlib.contextmanager
