@@ -286,7 +286,7 @@ class StaticLoop:
         kwargs = pytree.tree_unflatten(self._leaves, self._structure)
         self._buffers = _Buffers(model, replace(run, kwargs=kwargs))
         self.x = self._buffers.x
-        # The guided step's and the other one's, in the graphs' own memory.
+        # x0 of the guided step and of the other one, in the graphs' own memory.
         self._x0: dict[bool, torch.Tensor] = {}
         at = self._at = _layout(run)
         words = self._words = torch.zeros(at["table"].stop, dtype=torch.int64, device=run.device)
@@ -447,12 +447,12 @@ def _capture_key(run: Run, mode: str) -> Hashable:
         (len(run.table), guided) if mode == "loop" else frozenset(guided),
         _capacity(run.table),
         run.table.timestep_dtype,
-        run.table.start_scale == 1,
         run.shape,
         run.dtype,
         run.model_dtype,
         run.device,
         run.start is None,
+        run.start is None and run.table.start_scale != 1,
         run.seeds is None,
         run.noise is None,
         limit_kind(run.limit, numbers_change=True) if _loads_limit(run) else run.limit,
