@@ -428,6 +428,19 @@ def test_options_that_cannot_be_are_named(options, message):
         KernelOptions(**options)
 
 
+def test_timesteps_are_of_the_tables_dtype(tmp_path):
+    options = "fastddim.export.KernelOptions(shape=(4, 6), advance=True, timestep_dtype='float32')"
+    code = f"import fastddim.export, sys; fastddim.export.export_cubin(sys.argv[1], {options})"
+    run_without_interpreter("-c", code, tmp_path / "kernels")
+    arguments = open_kernels(tmp_path / "kernels").manifest["arguments"]
+    assert {arguments[name]["dtype"] for name in ("timesteps", "next_timestep")} == {"float32"}
+    assert arguments["step"]["dtype"] == "int64"
+    with pytest.raises(ValueError, match="timestep_dtype: 'float32' without advance"):
+        KernelOptions(shape=(4, 6), timestep_dtype="float32")
+    with pytest.raises(ValueError, match="timestep_dtype: 'float16' is not one of 'int64', 'float32'"):
+        KernelOptions(shape=(4, 6), advance=True, timestep_dtype="float16")
+
+
 def test_nothing_is_left_of_an_export_that_fails(tmp_path, monkeypatch):
     options = KernelOptions(shape=(4,))
     monkeypatch.setattr(exporter.triton.knobs.runtime, "interpret", True)

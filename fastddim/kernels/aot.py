@@ -24,6 +24,7 @@ def pointer_types(
     model_input: bool = False,
     noise: bool = False,
     first_row: bool = False,
+    timesteps: str = "i64",
 ) -> dict[str, str]:
     """The dtype of every pointer that a step's kernels get, by its name in the plan; the others are None.
 
@@ -31,6 +32,7 @@ def pointer_types(
         shape: what is asked of the step.
         state, model: Triton's dtypes of the state (and x0, and the noise), and of the model's output and input.
         x0, model_input, noise, first_row: the optional ones that `shape` says nothing of.
+        timesteps: Triton's dtype of the timesteps, where the row moves on.
     """
     types = {"output": model, "sample": state, "table": "fp64", "step": "i64", "next": state}
     types |= {"x0": state} if x0 else {}
@@ -41,7 +43,7 @@ def pointer_types(
     types |= {"noise": state} if noise else {}
     types |= {"seeds": "i64"} if shape.drawn else {}
     types |= {"first_row": "i64"} if first_row else {}
-    types |= {"timesteps": "i64", "next_timestep": "i64"} if shape.advance else {}
+    types |= {"timesteps": timesteps, "next_timestep": timesteps} if shape.advance else {}
     plan = make_plan(shape)
     types |= {"tickets": "i32"} if plan.tickets else {}
     types |= {"statistics": "fp32", "counters": "i32"} if plan.statistics else {}

@@ -34,6 +34,7 @@ class KernelFlags:
     x0: Annotated[bool, typer.Option("--x0", help="Write the prediction of x0 too.")] = False
     model_input: Annotated[bool, typer.Option("--model-input", help="Write the next model input too.")] = False
     advance: Annotated[bool, typer.Option("--advance", help="Move the row on, for captured launches.")] = False
+    timestep_dtype: Annotated[str, choice(help="With --advance: int64 or float32.")] = "int64"
 
 
 @with_options

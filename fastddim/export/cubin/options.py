@@ -13,6 +13,7 @@ from fastddim.kernels.plan import StepShape
 from fastddim.step import Guidance, StepOptions
 
 TRITON_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+TIMESTEP_DTYPES = {"int64": "i64", "float32": "fp32"}
 NOISES = ("none", "given", "drawn")
 _MAX_ELEMENTS = (1 << 31) - 1
 
@@ -34,6 +35,7 @@ class KernelOptions:
         x0: the prediction of x0 is a result.
         model_input: the next model input is a result.
         advance: the step moves its row's index on and writes the next timestep, so that a captured launch serves all steps.
+        timestep_dtype: with `advance`, the dtype of the table's timesteps: `"int64"` or `"float32"`.
 
     Raises:
         ValueError: options out of range, or that exclude each other.
@@ -51,6 +53,7 @@ class KernelOptions:
     x0: bool = False
     model_input: bool = False
     advance: bool = False
+    timestep_dtype: str = "int64"
 
     def __post_init__(self) -> None:
         if not self.shape:
@@ -65,6 +68,9 @@ class KernelOptions:
         for name in ("state_dtype", "model_dtype"):
             require_choice(name, getattr(self, name), TRITON_DTYPES)
         require_choice("noise", self.noise, NOISES)
+        require_choice("timestep_dtype", self.timestep_dtype, TIMESTEP_DTYPES)
+        if self.timestep_dtype != "int64" and not self.advance:
+            raise ValueError(f"timestep_dtype: {self.timestep_dtype!r} without advance, which takes them; pass both")
         if self.guidance_rescale and not self.guided:
             raise ValueError("guidance_rescale: True without guided; pass both")
 
@@ -91,4 +97,5 @@ class KernelOptions:
             model_input=self.model_input,
             noise=self.noise == "given",
             first_row=self.noise == "drawn" and self.per_sample,
+            timesteps=TIMESTEP_DTYPES[self.timestep_dtype],
         )
