@@ -39,18 +39,24 @@ class StepCoefficients(NamedTuple):
     next_from_output: Coefficient
     next_from_x0: Coefficient
     noise_scale: Coefficient
+    next_from_previous_x0: Coefficient = 0.0
 
 
-NUM_COLUMNS = len(StepCoefficients._fields)
+# A method that looks back at the previous x0 has one column more.
+NUM_COLUMNS = 6
 
 
-def _epsilon_factors(signal: FloatArray, sigma: FloatArray, prediction_type: str) -> tuple[FloatArray, FloatArray]:
+def _epsilon_factors(
+    signal: FloatArray, sigma: FloatArray, prediction_type: str, data_scale: float = 1.0
+) -> tuple[FloatArray, FloatArray]:
     """`(from_x, from_output)`: the model's epsilon in terms of the state and its output, `[n]` each."""
     if prediction_type == "epsilon":
         return signal * 0, signal * 0 + 1
     if prediction_type == "sample":
         return 1 / sigma, -signal / sigma
-    return sigma, signal
+    if prediction_type == "flow":
+        return signal * 0 + 1, signal
+    return sigma, (-data_scale if prediction_type == "edm" else data_scale) * signal
 
 
 def columns(
@@ -62,6 +68,7 @@ def columns(
     prediction_type: str,
     use_clipped_model_output: bool,
     xp: Any = np,
+    data_scale: float = 1.0,
 ) -> FloatArray:
     """`[n, 6]` float64 columns of `n` steps from their square roots, `[n]` each.
 
@@ -70,9 +77,10 @@ def columns(
         signal_next: `sqrt(alpha_bar_next)`.
         direction: the factor of epsilon, `sqrt(1 - alpha_bar_next - std_dev**2)`.
         noise_scale: the factor of the noise.
-        prediction_type: what the model predicts: `epsilon`, `sample` or `v_prediction`.
+        prediction_type: what the model predicts: `epsilon`, `sample`, `v_prediction`, `flow` (noise - x0), or `edm`.
         use_clipped_model_output: derive epsilon from the limited x0 instead of the raw model output.
         xp: `numpy`, or `torch` for tensors.
+        data_scale: EDM's sigma_data, which makes `(data_scale * signal)**2 + sigma**2` 1 for `v_prediction` and `edm`.
     """
     zero = signal * 0
     # A step from pure noise (signal 0) or from a clean state (sigma 0) has infinite columns, as diffusers' step has.
@@ -81,9 +89,12 @@ def columns(
             x0 = (1 / signal, -sigma / signal)
         elif prediction_type == "sample":
             x0 = (zero, zero + 1)
+        elif prediction_type == "flow":
+            x0 = (zero + 1, -sigma)
         else:
-            x0 = (signal, -sigma)
-        eps = (*_epsilon_factors(signal, sigma, prediction_type), zero)
+            sign = 1 if prediction_type == "edm" else -1
+            x0 = (data_scale * data_scale * signal, sign * data_scale * sigma)
+        eps = (*_epsilon_factors(signal, sigma, prediction_type, data_scale), zero)
         if use_clipped_model_output:
             eps = (1 / sigma, zero, -signal / sigma)
         from_x, from_output, from_x0 = (direction * factor for factor in eps)
@@ -206,8 +217,8 @@ class StepTable:
         """
         owned = np.array(values, dtype=np.float64)
         called = _check_called(timesteps)
-        if owned.shape != (len(called), NUM_COLUMNS):
-            raise ValueError(f"columns: shape {owned.shape}; pass ({len(called)}, {NUM_COLUMNS})")
+        if owned.shape not in ((len(called), NUM_COLUMNS), (len(called), NUM_COLUMNS + 1)):
+            raise ValueError(f"columns: shape {owned.shape}; pass ({len(called)}, {NUM_COLUMNS} or {NUM_COLUMNS + 1})")
         if not 0 < start_scale < float("inf"):
             raise ValueError(f"start_scale: {start_scale!r}; pass a finite number > 0")
         if noising is not None and (len(noising) != 2 or not np.isfinite(noising).all()):
@@ -298,7 +309,7 @@ class StepTable:
     @property
     def stochastic(self) -> bool:
         """Whether any step adds noise."""
-        return bool((self.columns[:, -1] != 0).any())
+        return bool((self.columns[:, 5] != 0).any())
 
     def tensor(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         """`[num_steps, 6]` copy of the columns on a device, float64 by default."""

@@ -1,0 +1,1 @@
+"""Sampling methods: a file each, with one function that reads like its paper and returns a `StepTable`."""
