@@ -143,8 +143,8 @@ def test_dpm_solver(n, algorithm, order, options, monkeypatch):
 def test_orders_of_convergence():
     """Data of deviation c: the ideal eps is `sigma / (c**2 signal**2 + sigma**2) * x`, and the ODE keeps `x / deviation`."""
     c, errors = 0.4, {}
-    for n in (40, 80, 160):
-        sigmas = np.append(np.geomspace(20, 0.05, n), 0.02)
+    for n in (80, 160, 320):
+        sigmas = np.geomspace(20, 0.02, n + 1)
         levels = scaled_levels(np.arange(n, 0.0, -1), sigmas, "epsilon")
         by_timestep = dict(zip(levels.timesteps, zip(levels.signal, levels.sigma, strict=True), strict=False))
 
