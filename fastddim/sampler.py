@@ -313,7 +313,10 @@ class Sampler:
         self._require_deterministic("inversion")
         inverse = self.table.inverse
         if inverse is None:
-            raise ValueError("table: it has no inverse; pass inverse= to StepTable.from_columns")
+            raise ValueError(
+                "table: it has no inverse; pass inverse= to StepTable.from_columns, or, with a schedule, leave out the"
+                " timesteps without signal"
+            )
         self._check_observers(None, progress, False)
         self._check_state("x0", x0, "B")
         run = self._run(x0, None, model_kwargs, uncond_kwargs)

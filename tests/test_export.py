@@ -229,6 +229,15 @@ def test_a_baked_schedule_is_the_schedules_own_for_every_number_of_steps(spacing
             np.testing.assert_allclose(coefficients, table.columns, rtol=1e-6, atol=1e-7)
 
 
+def test_a_baked_schedule_goes_through_states_without_signal():
+    schedule = Schedule(DDIMConfig(beta_start=0.9, beta_end=0.99, prediction_type="v_prediction"))
+    _, coefficients = ScheduleModule(schedule, 0.5, False)(torch.tensor(10))
+    # Equation 16 between two alpha_bar of 0: v's epsilon is the state, of which sqrt(1 - eta**2) stays.
+    expected = torch.tensor([0, -1, 0.75**0.5, 0, 0, 0.5])
+    torch.testing.assert_close(coefficients[:8], expected.expand(8, 6))
+    assert coefficients.isfinite().all()
+
+
 def test_a_file_with_a_baked_schedule_needs_a_number_of_steps_alone(tmp_path):
     config = DDIMConfig(timestep_spacing="trailing", prediction_type="v_prediction")
     bundle = export_tiny(tmp_path / "bundle", config, bake_schedule=True, stochastic=True, eta=1.0)
