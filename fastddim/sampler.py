@@ -35,8 +35,10 @@ _FIXED = {*_OPTIONS, "options", "table", "schedule", "pairs", "model", "model_dt
 Callback = Callable[[int, float, torch.Tensor, torch.Tensor], None]
 
 
-def to_schedule(scheduler: Schedule | DDIMConfig | Any) -> Schedule:
+def to_schedule(scheduler: Schedule | DDIMConfig | Any, argument: str = "scheduler") -> Schedule:
     """A `Schedule` from one, from a `DDIMConfig`, or from any diffusers scheduler whose configuration DDIM can take.
+
+    `argument` is what messages call it: one that takes a `StepTable` too.
 
     Raises:
         TypeError: something else.
@@ -49,7 +51,8 @@ def to_schedule(scheduler: Schedule | DDIMConfig | Any) -> Schedule:
     config = getattr(scheduler, "config", None)
     if not isinstance(config, Mapping):
         raise TypeError(
-            f"scheduler: {type(scheduler).__name__}; pass a fastddim Schedule, a DDIMConfig or a diffusers scheduler"
+            f"{argument}: {type(scheduler).__name__}; pass a fastddim Schedule, a DDIMConfig, a diffusers scheduler or a"
+            " StepTable"
         )
     return Schedule(DDIMConfig.from_dict(config, ignore_unknown=True))
 

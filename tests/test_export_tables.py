@@ -143,6 +143,8 @@ def test_what_a_table_or_a_scheduler_does_not_take_is_named(tmp_path):
         export_flow(tmp_path / "bundle", flow_table(noise=0.1))
     with pytest.raises(ValueError, match=r"limit: Clip\(range=1.0\), but a scheduler's configuration has its own"):
         export_flow(tmp_path / "bundle", DDIMConfig(), Clip())
+    with pytest.raises(TypeError, match=r"scheduler_or_table: str; pass a fastddim Schedule.* or a StepTable"):
+        export_flow(tmp_path / "bundle", "ddim")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -295,7 +295,7 @@ def fail(*args, **kwargs):
 @pytest.mark.parametrize(
     ("options", "error", "parts"),
     [
-        ({"scheduler": 5}, TypeError, ["scheduler", "int", "Schedule"]),
+        ({"scheduler": 5}, TypeError, ["scheduler", "int", "Schedule", "StepTable"]),
         ({"model": 5}, TypeError, ["model", "int"]),
         ({"num_inference_steps": 1001}, ValueError, ["num_inference_steps", "1001", "[1, 1000]"]),
         ({"num_inference_steps": None}, ValueError, ["num_inference_steps", "timesteps"]),

@@ -142,7 +142,7 @@ def plan_sampler(
     else:
         if limit is not None:
             raise ValueError(f"limit: {limit!r}, but a scheduler's configuration has its own; leave it out")
-        schedule = to_schedule(scheduler_or_table)
+        schedule = to_schedule(scheduler_or_table, "scheduler_or_table")
         limit = schedule.config.limit
         rederive = options.use_clipped_model_output
         options = replace(

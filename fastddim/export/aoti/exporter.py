@@ -28,7 +28,7 @@ from fastddim.schedule import Schedule
 
 MODEL_FILE = "model.pt2"
 DEVICES = ("cpu", "cuda")
-# Of each x86-64 instruction set: the compiler's architecture, the vectors' bits, and the features as Linux names them.
+# For each x86-64 instruction set the compiler's architecture, the vectors' bits, and the features as Linux names them.
 _AVX2 = ("abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
 _ISAS = {
     "avx2": ("x86-64-v3", 256, _AVX2),
