@@ -97,3 +97,41 @@ def test_a_prepared_step_makes_few_calls_beside_the_drivers_own_launch():
     (prepared,) = (count for name, count in counts.items() if name.startswith("PreparedStep"))
     assert 0 < driver < prepared <= driver + 8
     assert prepared < counts["plain Triton launch"] / 3
+
+
+CONSTANT_NUMBERS = """
+from kernel_budget import TARGETS
+from fastddim.config import Clip, DynamicThreshold
+from fastddim.kernels.aot import compile_source, pointer_types, specialise
+from fastddim.kernels.plan import StepShape, make_plan
+
+threshold = DynamicThreshold(0.995, 2.0)
+shapes = [
+    StepShape(1, 16384, guided=True, limit=Clip(1.0), num_steps=50),
+    StepShape(2, 16384, guided=True, cond_first=True, limit=Clip(1.0), advance=True),
+    StepShape(1, 3 * 64 * 64, guided=True, drawn=True, row_per_sample=True, advance=True),
+    StepShape(1, 4096, guided=True, rescale=True, limit=threshold, output_channels_last=True, input_channels_last=True),
+    StepShape(1, 65536, guided=True, rescale=True, limit=threshold),
+    StepShape(1, 65536, guided=True, rescale=True, limit=DynamicThreshold(0.5, 1.0004), output_channels_last=True),
+    StepShape(1, 1, guided=True, limit=threshold, drawn=True),
+]
+constant = set()
+for shape in shapes:
+    types = pointer_types(shape, x0=True, model_input=True, first_row=shape.drawn)
+    for call in make_plan(shape).calls:
+        names = call.kernel.arg_names
+        pointers = {name: types[pointer] for name, pointer in zip(names, call.pointers) if pointer in types}
+        numbers = dict(zip(names[len(call.pointers):], call.numbers))
+        ones = {name: 1 for name, number in numbers.items() if number == 1}
+        others = {name: number for name, number in numbers.items() if number != 1}
+        compile_source(specialise(call.kernel, pointers, others, {**call.constants, **ones}), call.num_warps, TARGETS["sm_90"])
+        constant |= ones.keys()
+print(*sorted(constant))
+"""
+
+
+def test_the_kernels_compile_where_an_integer_of_1_is_a_constant():
+    """torch's Inductor makes it one, whatever the kernel says of its specialisation."""
+    done = run("-c", CONSTANT_NUMBERS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["batch", "channels", "n", "num_steps", "rows", "shift"]

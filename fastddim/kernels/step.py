@@ -136,7 +136,7 @@ def load_guided(
     from_cond = scale >= 0.5
     weight = tl.where(from_cond, 1.0 - scale, scale)
     base_second = from_cond if not COND_FIRST else scale < 0.5
-    half = batch.to(tl.int64) * n
+    half = tl.cast(batch, tl.int64) * n
     first = b * n
     base_first = first + tl.where(base_second, half, 0)
     other_first = first + tl.where(base_second, 0, half)
@@ -157,7 +157,7 @@ def load_cond(
     b, batch, _, _, n, _ = where
     first = b * n
     if not COND_FIRST:
-        first += batch.to(tl.int64) * n
+        first += tl.cast(batch, tl.int64) * n
     return load(output_ptr, first, where, live, CHANNELS_LAST)
 
 
@@ -495,7 +495,7 @@ def ddim_step_kernel(
         if input_ptr is not None:
             store(input_ptr, first, where, live, x_next, INPUT_CHANNELS_LAST)
             if GUIDED:
-                second = first + batch.to(tl.int64) * n
+                second = first + tl.cast(batch, tl.int64) * n
                 store(input_ptr, second, where, live, x_next, INPUT_CHANNELS_LAST)
 
     if ADVANCE:
