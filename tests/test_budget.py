@@ -135,3 +135,34 @@ def test_the_kernels_compile_where_an_integer_of_1_is_a_constant():
     done = run("-c", CONSTANT_NUMBERS)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == ["batch", "channels", "n", "num_steps", "rows", "shift"]
+
+
+FUSION = r"""
+import re
+from collections import Counter
+from kernel_budget import TARGETS, case_types, make_cases
+from fastddim.kernels.aot import compile_call
+from fastddim.kernels.plan import make_plan
+
+drawn = "guidance + clip + drawn noise"
+wanted = (f"{drawn}, fp32", f"{drawn}, bf16", "threshold + rescale", "large threshold + rescale")
+for case in make_cases():
+    for call in make_plan(case.shape).calls if case.name in wanted else ():
+        for target in ("sm_90", "sm_120"):
+            counts, contractible = [], []
+            for fusion in (False, True):
+                ptx = compile_call(call, case_types(case), TARGETS[target], enable_fp_fusion=fusion).asm["ptx"]
+                counts.append(Counter(re.findall(r"\bfma[.\w]*", ptx)).most_common())
+                products = set(re.findall(r"\bmul(?:\.f32x2|\.f32|\.f64)\s+(%\w+)", ptx))
+                sums = re.findall(r"\b(?:add|sub)\.f(?:32x2|32|64)\s+%\w+, (%\w+), (%\w+)", ptx)
+                contractible += [terms for terms in sums if products & set(terms)]
+            print(case.name, call.kernel.__name__, target, counts, contractible)
+            assert counts[0] and counts[0] == counts[1] and not contractible
+"""
+
+
+def test_no_product_is_contracted_where_the_compiler_is_free_to():
+    """Inductor drops `enable_fp_fusion=False`; the bits of drawn noise, and of the statistics, must not depend on it."""
+    done = run("-c", FUSION)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert len(done.stdout.splitlines()) == 14
