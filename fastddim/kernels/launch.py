@@ -127,6 +127,11 @@ class Entry:
     launchers: tuple[_Launcher, ...]
     apart: tuple[tuple[int, int, int, int, bool], ...] = ()
 
+    @property
+    def reordered(self) -> bool:
+        """Whether the model's output has its elements in another order than the results."""
+        return bool(self.plan.calls[-1].constants["OUTPUT_CHANNELS_LAST"])
+
 
 _ENTRIES: dict[Any, Entry] = {}
 
@@ -147,7 +152,7 @@ def ddim_step(
         - `model_output` and `model_input` may be channels-last beside a contiguous state; where everything is
           channels-last, and no seeds are given, so are the results. Other strides are copied first.
         - `out`, `model_input` and what moves on may not share memory with anything else, except `out` with `sample`, or
-          with an unguided `model_output`.
+          with an unguided `model_output` of its layout.
         - An index tensor is not read on the host: a row outside the table gives NaN.
         - Samples of more than 16,384 elements take two more launches with dynamic thresholding, and one more with a
           guidance rescale.
@@ -189,10 +194,15 @@ class Request(NamedTuple):
 
     def _launch(self, device: torch.device) -> None:
         launchers = self.entry.launchers
-        if len(launchers) > 1:
+        if self.counters is not None:
             slots = {**dict(zip(STEP_POINTERS, self.tensors, strict=True)), "counters": self.counters}
-            for launcher in launchers[:-1]:
-                launcher([slots[name] for name in launcher.call.pointers], device)
+            try:
+                for launcher in launchers[:-1]:
+                    launcher([slots[name] for name in launcher.call.pointers], device)
+            except BaseException:
+                # What one launch counted waits for the next; without that it would go into the next step's statistics.
+                self.counters.zero_()
+                raise
         launchers[-1](self.tensors, device)
 
 
@@ -214,7 +224,7 @@ def assemble(
     if entry is None:
         entry = make_entry(model_output, sample, table, step, options)
         # Not there: traced tensors have no size in bytes.
-        entry = replace(entry, apart=_find_apart(model_output, sample, table, step, options))
+        entry = replace(entry, apart=_find_apart(entry, model_output, sample, table, step, options))
         if len(_ENTRIES) >= _MAX_KEPT:
             _ENTRIES.clear()
         _ENTRIES[key] = entry
@@ -416,7 +426,7 @@ def scalar_tensor(value: Coefficient, device: torch.device) -> torch.Tensor:
 
 
 def _find_apart(
-    model_output: Any, sample: Any, table: Any, step: Any, options: StepOptions
+    entry: Entry, model_output: Any, sample: Any, table: Any, step: Any, options: StepOptions
 ) -> tuple[tuple[int, int, int, int, bool], ...]:
     """`Entry.apart`."""
     given = {"output": model_output, "sample": sample, "table": table, "step": step}
@@ -428,13 +438,14 @@ def _find_apart(
     # have as many bytes.
     sizes = {name: (value.nbytes, value.numel()) for name, value in given.items() if isinstance(value, torch.Tensor)}
     written = ("next", "input", "step", "next_timestep") if options.advance else ("next", "input")
+    in_place = ("sample",) if entry.reordered else ("sample", "output")
     return tuple(
         (
             STEP_POINTERS.index(name),
             STEP_POINTERS.index(other),
             sizes[name][0],
             sizes[other][0],
-            name == "next" and other in ("sample", "output") and sizes[name] == sizes[other],
+            name == "next" and other in in_place and sizes[name] == sizes[other],
         )
         for name in written
         for other in sizes

@@ -55,7 +55,7 @@ class PreparedStep:
         self.x_next, self.x0 = self._request.x_next, self._request.x0
         self._spec = spec(model_output)
         self._rows = table.on(sample.device)[1]
-        self._guided = options.guidance is not None
+        self._in_place = options.guidance is None and not self._request.entry.reordered
         self._contiguous = model_output.is_contiguous()
         self._out, self._out_end = _span(self.x_next)
         self._input, self._input_end = (0, 0) if options.model_input is None else _span(options.model_input)
@@ -89,7 +89,7 @@ class PreparedStep:
             raise IndexError(f"step: {step} is outside the table of {len(self._rows)} steps")
         address = model_output.data_ptr()
         end = address + self._nbytes
-        if address < self._out_end and self._out < end and (self._guided or address != self._out):
+        if address < self._out_end and self._out < end and not (self._in_place and address == self._out):
             raise ValueError("model_output: shares memory with out; pass memory of its own")
         if address < self._input_end and self._input < end:
             raise ValueError("model_output: shares memory with model_input; pass memory of its own")
