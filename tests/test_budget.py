@@ -166,3 +166,55 @@ def test_no_product_is_contracted_where_the_compiler_is_free_to():
     done = run("-c", FUSION)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert len(done.stdout.splitlines()) == 14
+
+
+HOOKS = """
+import gc, json, weakref
+import stub_cuda
+stub = stub_cuda.install()
+import torch
+import triton
+from fastddim import Clip, DynamicThreshold, Schedule, DDIMConfig, StepTable, ddim_step
+from fastddim.kernels import PreparedStep, launch
+from fastddim.kernels.step import ddim_step_kernel
+from fastddim.step import StepOptions
+
+launch._DEVICE_TYPES = ("cuda", "cpu")
+schedule = Schedule(DDIMConfig())
+table = StepTable.build(schedule, schedule.pairs(10))
+x = torch.randn(1, 20000)
+prepared = PreparedStep(x, x.clone(), table, StepOptions(limit=Clip()))
+told = []
+before, after = (lambda metadata, when=when: told.append((when, metadata.get()["name"])) for when in ("before", "after"))
+
+def step():
+    ddim_step(x, x.clone(), table, 3, limit=DynamicThreshold(0.9, 2.0), backend="triton")
+    prepared(x, 3)
+
+step()
+hooks = triton.knobs.runtime
+hooks.launch_enter_hook.add(before)
+hooks.launch_exit_hook.add(after)
+step()
+hooks.launch_enter_hook.remove(before)
+step()
+hooks.launch_exit_hook.remove(after)
+step()
+kernels = [weakref.ref(kernel) for kernel in ddim_step_kernel.device_caches[0][0].values()]
+ddim_step_kernel.device_caches.clear()
+gc.collect()
+kept = sum(kernel() is not None for kernel in kernels)
+print(json.dumps({"told": told, "launches": stub.launches, "kernels": len(kernels), "kept": kept}))
+"""
+
+
+def test_tritons_launch_hooks_are_told_of_every_launch_and_the_compiled_kernels_are_kept():
+    """Hooks as profilers set them. From Triton 3.8 on a compiled kernel that nobody keeps takes its code with it."""
+    done = run("-c", HOOKS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout)
+    names = ["histogram_kernel"] * 2 + ["ddim_step_kernel"] * 2
+    both = [[when, name] for name in names for when in ("before", "after")]
+    assert report["told"] == both + [["after", name] for name in names]
+    assert report["launches"] == 4 * len(names)
+    assert report["kept"] == report["kernels"] == 2

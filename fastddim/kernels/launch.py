@@ -58,7 +58,7 @@ class _Launcher:
     def __init__(self, call: KernelCall) -> None:
         self.call = call
         self.tail = (*call.numbers, *call.constants.values())
-        self._compiled: dict[tuple[bool, ...], tuple[Any, Any, Any]] = {}
+        self._compiled: dict[tuple[bool, ...], tuple[Any, Any, Any, Any]] = {}
 
     def __call__(self, tensors: Sequence[torch.Tensor | None], device: torch.device) -> None:
         call = self.call
@@ -66,22 +66,25 @@ class _Launcher:
             call.kernel[call.grid](*tensors, *call.numbers, **call.constants)
             return
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        run, function, metadata = self.compiled(addresses, tensors)
-        hooks = triton.knobs.runtime
-        run(
-            *call.grid, 1, driver.active.get_current_stream(device.index), function, metadata, None,
-            hooks.launch_enter_hook, hooks.launch_exit_hook, *addresses, *self.tail,
-        )  # fmt: skip
+        run, function, metadata, kernel = self.compiled(addresses, tensors)
+        stream = driver.active.get_current_stream(device.index)
+        hooks = launch_hooks(kernel, call.grid, stream)
+        run(*call.grid, 1, stream, function, metadata, *hooks, *addresses, *self.tail)
 
-    def compiled(self, addresses: Sequence[int | None], tensors: Sequence[torch.Tensor | None]) -> tuple[Any, Any, Any]:
-        """Triton's launch function, the kernel's handle and its metadata, for tensors aligned as these are."""
+    def compiled(
+        self, addresses: Sequence[int | None], tensors: Sequence[torch.Tensor | None]
+    ) -> tuple[Any, Any, Any, Any]:
+        """Triton's launch function, the kernel's handle, its metadata and itself, for tensors aligned as these are.
+
+        From Triton 3.8 on the handle is good for as long as the kernel itself is kept.
+        """
         aligned = tuple([not address & 15 for address in addresses if address])
         compiled = self._compiled.get(aligned)
         if compiled is None:
             compiled = self._compiled[aligned] = self._compile(tensors)
         return compiled
 
-    def _compile(self, tensors: Sequence[torch.Tensor | None]) -> tuple[Any, Any, Any]:
+    def _compile(self, tensors: Sequence[torch.Tensor | None]) -> tuple[Any, Any, Any, Any]:
         call = self.call
         try:
             compiled = call.kernel.warmup(
@@ -101,7 +104,16 @@ class _Launcher:
             raise KernelUnavailableError(
                 f"the fused step does not compile here: {type(error).__name__}: {reason}"
             ) from error
-        return run, compiled.function, compiled.packed_metadata
+        return run, compiled.function, compiled.packed_metadata, compiled
+
+
+def launch_hooks(kernel: Any, grid: tuple[int, int], stream: int) -> tuple[Any, Any, Any]:
+    """What Triton's hooks are told of a launch, and those before and after it: None where nobody listens."""
+    hooks = triton.knobs.runtime
+    before, after = hooks.launch_enter_hook, hooks.launch_exit_hook
+    if getattr(before, "calls", before) or getattr(after, "calls", after):
+        return kernel.launch_metadata(grid, stream), before, after
+    return None, None, None
 
 
 def _interpreted() -> bool:
