@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import fastddim
 from fastddim import Clip, DDIMConfig, DynamicThreshold, Guidance, Schedule, StepTable
 from fastddim.config import limit_kind
-from fastddim.kernels import Workspace, draw_normal, launch, plan
+from fastddim.kernels import KernelUnavailableError, PreparedStep, Workspace, draw_normal, launch, plan
 from fastddim.noise import STREAM_INITIAL, normal, normal_numpy, seed_tensor
 from fastddim.reference import abs_quantile
 from fastddim.step import StepOptions
@@ -648,6 +648,52 @@ def test_memory_that_is_shared_is_refused():
     expected, _ = ddim_step(output, x, table(), 1)
     x_next, _ = ddim_step(output, x, table(), 1, out=output)
     assert torch.equal(x_next, expected)
+
+
+def test_the_memory_of_a_model_output_in_another_order_is_refused():
+    storage, shape = draw((2 * 3 * 32 * 32,)), (2, 3, 32, 32)
+    out = storage.view(shape)
+    output = storage.view(2, 32, 32, 3).permute(0, 3, 1, 2)
+    x = draw(shape)
+    with pytest.raises(ValueError, match=r"^out: shares memory with model_output"):
+        ddim_step(output, x, table(), 1, out=out)
+    prepared = PreparedStep(output.clone(), x, table(), StepOptions(out=out))
+    with pytest.raises(ValueError, match=r"^model_output: shares memory with out"):
+        prepared(output, 1)
+    # All of them channels-last is one order.
+    everything = x.contiguous(memory_format=torch.channels_last)
+    expected, _ = reference_step(output.clone(), x, table(), 1)
+    for step in (functools.partial(ddim_step, table=table(), out=output), _prepared_in_place):
+        storage_before = storage.clone()
+        x_next, _ = step(model_output=output, sample=everything, step=1)
+        torch.testing.assert_close(x_next, expected, rtol=1e-5, atol=1e-5)
+        storage.copy_(storage_before)
+
+
+def _prepared_in_place(model_output, sample, step):
+    return PreparedStep(model_output, sample, table(), StepOptions(out=model_output))(model_output, step)
+
+
+@pytest.mark.usefixtures("_small_statistics")
+@pytest.mark.parametrize("error", [KeyboardInterrupt, KernelUnavailableError])
+def test_a_step_interrupted_between_its_launches_leaves_its_workspace_clear(error, monkeypatch):
+    """The next sample's threshold is 1, which the first launch knows: nothing would clear what was counted before."""
+    limit, workspace, launches = DynamicThreshold(0.9, 3.0), Workspace(), []
+    x, large, small = torch.zeros(1, 333, device=DEVICE), draw((1, 333)), draw((1, 333)) * 0.1
+    call = launch._Launcher.__call__
+
+    def interrupted(*arguments):
+        if launches:
+            raise error
+        launches.append(call(*arguments))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launch._Launcher, "__call__", interrupted)
+        with pytest.raises(error):
+            ddim_step(large, x, IDENTITY, 0, limit=limit, workspace=workspace)
+    assert launches and not workspace._kept["counters"].any()
+    _, x0 = ddim_step(small, x, IDENTITY, 0, limit=limit, workspace=workspace)
+    assert torch.equal(x0, small)
 
 
 def test_gradients_are_refused():

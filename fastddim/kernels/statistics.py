@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastddim.kernels.philox import product
 from fastddim.kernels.step import (
     INFINITY_BITS,
     LARGEST_INT,
@@ -64,7 +65,7 @@ def part(x, live, size):
     """Mean of a program's elements, and the sum of their squared distances from it."""
     mean = tl.sum(tl.where(live, x, 0.0), 0) / size
     centred = tl.where(live, x - mean, 0.0)
-    return mean, tl.sum(centred * centred, 0)
+    return mean, tl.sum(product(centred, centred), 0)
 
 
 @triton.jit
@@ -75,7 +76,7 @@ def combined_square(parts, blocks, n, BLOCK: tl.constexpr):
         block = k + tl.arange(0, CHUNK)
         sizes = tl.minimum(tl.maximum(n - block.to(tl.int64) * BLOCK, 0), BLOCK).to(tl.float32)
         means = tl.load(parts + block * 4, mask=block < blocks, other=0.0, volatile=True)
-        total += tl.sum(sizes * means, 0)
+        total += tl.sum(product(sizes, means), 0)
     mean = total / tl.cast(n, tl.float32)
     square = tl.full([], 0.0, tl.float32)
     for k in range(0, blocks, CHUNK):
@@ -83,7 +84,7 @@ def combined_square(parts, blocks, n, BLOCK: tl.constexpr):
         sizes = tl.minimum(tl.maximum(n - block.to(tl.int64) * BLOCK, 0), BLOCK).to(tl.float32)
         means = tl.load(parts + block * 4, mask=block < blocks, other=0.0, volatile=True)
         inner = tl.load(parts + block * 4 + 1, mask=block < blocks, other=0.0, volatile=True)
-        square += tl.sum(tl.where(block < blocks, inner + sizes * (means - mean) * (means - mean), 0.0), 0)
+        square += tl.sum(tl.where(block < blocks, inner + product(sizes * (means - mean), means - mean), 0.0), 0)
     return square
 
 
