@@ -325,12 +325,8 @@ class DDIMScheduler(_TableStep, diffusers.DDIMScheduler):  # type: ignore[misc]
                 noise = randn_tensor(
                     model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
                 )
-        prev_sample, pred_original_sample = self._step(
-            eta, bool(use_clipped_model_output), timestep, model_output, sample, noise
-        )
-        if not return_dict:
-            return prev_sample, pred_original_sample
-        return DDIMSchedulerOutput(prev_sample, pred_original_sample)
+        stepped = self._step(eta, bool(use_clipped_model_output), timestep, model_output, sample, noise)
+        return DDIMSchedulerOutput(*stepped) if return_dict else stepped
 
 
 class DDIMInverseScheduler(_TableStep, diffusers.DDIMInverseScheduler):  # type: ignore[misc]
@@ -354,7 +350,5 @@ class DDIMInverseScheduler(_TableStep, diffusers.DDIMInverseScheduler):  # type:
         Raises:
             ValueError: called before `set_timesteps`.
         """
-        prev_sample, pred_original_sample = self._step(0.0, False, timestep, model_output, sample, None)
-        if not return_dict:
-            return prev_sample, pred_original_sample
-        return DDIMSchedulerOutput(prev_sample, pred_original_sample)
+        stepped = self._step(0.0, False, timestep, model_output, sample, None)
+        return DDIMSchedulerOutput(*stepped) if return_dict else stepped

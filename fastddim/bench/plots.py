@@ -154,31 +154,23 @@ def _draw_loops(rows: Sequence[Row], report: dict[str, Any]) -> Figure:
 
 
 def _draw_breakdown(axes: Axes, rows: Sequence[Row]) -> None:
-    unit, scale = ("ms", 1e3) if max(row.median_s or 0 for row in rows) / rows[0].num_steps >= 1e-3 else ("µs", 1e6)
-    for place, row in enumerate(rows):
-        assert row.median_s is not None
-        total, left = scale * row.median_s / row.num_steps, 0.0
-        if not row.parts:
-            axes.barh(place, total, color=_COLOURS[6], label="not broken down")
+    seconds = [(row.median_s or 0) / row.num_steps for row in rows]
+    unit, scale = ("ms", 1e3) if max(seconds) >= 1e-3 else ("µs", 1e6)
+    for place, (row, total) in enumerate(zip(rows, (scale * each for each in seconds), strict=True)):
+        left = 0.0
         for index, name in enumerate(("model", "step")):
             if name in row.parts:
                 # On a busy machine a part alone may take longer than the whole.
                 width = min(scale * row.parts[name] / row.num_steps, total - left)
                 axes.barh(place, width, left=left, color=_COLOURS[index], label=name)
                 left += width
-        if row.parts and total > left:
-            axes.barh(place, total - left, left=left, color=_COLOURS[2], label="everything else")
-        axes.annotate(
-            f"{total:.3g} {unit}",
-            (total, place),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-        )
+        colour, label = (_COLOURS[2], "everything else") if row.parts else (_COLOURS[6], "not broken down")
+        # Behind the parts.
+        whole = axes.barh(place, total, color=colour, label=label, zorder=0)
+        axes.bar_label(whole, [f"{total:.3g} {unit}"], padding=4, fontsize=8)
     axes.set_yticks(range(len(rows)), [row.candidate for row in rows], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.14 * max(scale * (row.median_s or 0) / row.num_steps for row in rows))
+    axes.set_xlim(0, 1.14 * scale * max(seconds))
     axes.set_title(rows[0].case, fontsize=9, loc="left")
     axes.set_xlabel(f"{unit} per step", fontsize=8)
     axes.tick_params(axis="x", labelsize=8)

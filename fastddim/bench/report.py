@@ -241,7 +241,7 @@ def cells_of(row: Row) -> dict[str, str]:
         "launches/step": "" if row.launches is None else f"{row.launches:.3g}",
         "syncs/step": "" if row.synchronizations is None else f"{row.synchronizations:.3g}",
         "peak MiB": "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.3g}",
-        "size MB": _scaled(row, "size_bytes", 1e6),
+        "size MB": f"{row.facts['size_bytes'] / 1e6:.3g}" if "size_bytes" in row.facts else "",
         "build": format_seconds(row.facts.get("build_s")),
         "load": format_seconds(row.facts.get("load_s")),
         "latency p50": format_seconds(row.facts.get("latency_p50_s")),
@@ -252,10 +252,6 @@ def cells_of(row: Row) -> dict[str, str]:
 
 def _verdict(row: Row) -> str:
     return row.message or "" if row.status == ABSENT else f"{row.status.upper()}, {row.message}"
-
-
-def _scaled(row: Row, fact: str, scale: float) -> str:
-    return f"{row.facts[fact] / scale:.3g}" if fact in row.facts else ""
 
 
 def _throughput(row: Row) -> str:
