@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fastddim import cuda_graph
-from fastddim.cuda_graph import CaptureError, Graph, GraphCache, ModuleState
+from fastddim.capture_checks import ModelState
+from fastddim.cuda_graph import CaptureError, Graph, GraphCache
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -49,12 +50,19 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     reserved = iter([100, 164])
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: next(reserved))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    for name in ("_cuda_clearCublasWorkspaces", "_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *given, name=name: log.append((name, *given)), raising=False)
     return log
 
 
+CLEARED = ("_cuda_clearCublasWorkspaces",)
+
+
 def test_a_capture_follows_the_warm_up_and_replays_do_not_call_the_body(stand_ins):
-    graph = Graph(lambda: stand_ins.append("body"), CUDA, pool=(0, 7))
-    assert stand_ins == ["wait", "body", "body", "capture (0, 7) thread_local", "body", "captured", "wait"]
+    graph = Graph(lambda: stand_ins.append("body"), CUDA)
+    captured = [CLEARED, "capture (0, 7) thread_local", "body", "captured", CLEARED]
+    assert stand_ins == ["wait", "body", "body", *captured, "wait"]
     assert graph.nbytes == 64
     graph.replay()
     assert stand_ins[-1] == "replay" and stand_ins.count("body") == 3
@@ -228,7 +236,7 @@ def cast(module):
 )
 def test_what_makes_a_capture_stale(change):
     module = make_module()
-    state = ModuleState(module)
+    state = ModelState(module)
     assert not state.changed()
     change(module)
     assert state.changed()
@@ -237,7 +245,7 @@ def test_what_makes_a_capture_stale(change):
 def test_a_setting_that_is_replaced_makes_a_capture_stale():
     module = make_module()
     module[0].processor = object()
-    state = ModuleState(module)
+    state = ModelState(module)
     assert not state.changed()
     module[0].processor = object()
     assert state.changed()
@@ -245,7 +253,7 @@ def test_a_setting_that_is_replaced_makes_a_capture_stale():
 
 def test_weights_that_change_in_place_keep_a_capture():
     module = make_module()
-    state = ModuleState(module)
+    state = ModelState(module)
     with torch.no_grad():
         module[0].weight.mul_(2)
     module.load_state_dict(make_module().state_dict())
