@@ -148,10 +148,8 @@ def _end_failed_capture(device: torch.device, pool: MemoryPool) -> None:
         torch._C._cuda_endAllocateToPool(device.index, pool.handle)
         torch._C._cuda_releasePool(device.index, pool.handle)
     if torch.__version__ < (2, 13):  # type: ignore[operator]
-        with (
-            contextlib.suppress(RuntimeError),
-            torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(device)),
-        ):  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
             torch.zeros(1, device=device)
 
 

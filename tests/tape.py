@@ -1,7 +1,7 @@
 """CUDA graphs on a CPU: torch.cuda's names for captures over a tape of aten operations, which a replay runs again.
 
-It is stricter than a device. An operation that a capture refuses raises; a replay that reads memory which was freed since raises
-too; and what a body leaves in memory that nobody holds is NaN before the next replay.
+It is stricter than a device. An operation that a capture refuses raises; a replay that reads memory which was freed since
+raises too; and what a body leaves in memory that nobody holds is NaN before the next replay.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ class Stream:
 
 
 def normal_as_on_a_device(*args: Any) -> torch.Tensor:
-    with mock.patch.object(torch.compiler, "is_compiling", lambda: True):
+    with mock.patch.object(torch.compiler, "is_compiling", return_value=True):
         return noise.normal_for(*args)
 
 

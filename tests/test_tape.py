@@ -77,7 +77,7 @@ def test_the_tape_notices_freed_memory_and_leftovers(tape):
     with pytest.raises(AssertionError, match="nobody may hold"):
         tape.check_reads(y)
     held.clear()
-    with pytest.raises(RuntimeError, match="memory that was freed.*test_tape"):
+    with pytest.raises(RuntimeError, match=r"memory that was freed.*test_tape"):
         graph.replay()
     leftovers = capture(tape, lambda: y.copy_(torch.empty(3)))
     leftovers.replay()
