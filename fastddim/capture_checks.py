@@ -6,6 +6,7 @@ same.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
@@ -19,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_TORCH = str(Path(torch.__file__).parent)
+_NOT_THE_MODEL: tuple[str, ...] = (str(Path(torch.__file__).parent) + os.sep, __file__)
 _aten = torch.ops.aten
 _COPIES = (_aten.copy_.default, _aten._to_copy.default)
 _MASKED = (_aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default)
@@ -98,7 +99,7 @@ def _storage(tensor: torch.Tensor) -> StorageWeakRef:
 
 def _caller(frame: FrameType | None) -> str:
     """The innermost line outside of torch: the model's."""
-    while frame is not None and (frame.f_code.co_filename.startswith(_TORCH) or frame.f_globals.get("Probe") is Probe):
+    while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_MODEL):
         frame = frame.f_back
     return "the model" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
@@ -122,7 +123,7 @@ class _Members(NamedTuple):
 
 class ModelState:
     """What a capture of a model is of beside its inputs, to tell whether it still is: parameters, buffers, submodules and the
-    number of hooks; attributes of its modules, and of plain objects that these hold, such as attention processors; what
+    number of hooks; attributes of its modules, and of objects to call that these hold, such as attention processors; what
     functions close over.
 
     Weights that change in place need no new capture: it reads the same memory. Globals are not noticed, nor what changes
@@ -147,7 +148,7 @@ class ModelState:
                 continue
             self._watch(vars(holder), path)
             for name, value in vars(holder).items():
-                if name not in _OWN and _is_plain_object(value):
+                if name not in _OWN and callable(value) and _is_plain_object(value):
                     self._watch(vars(value), f"{path}{name}.")
             if isinstance(holder, torch.nn.Module):
                 for members in (holder._modules, holder._parameters, holder._buffers):

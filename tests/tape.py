@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastddim import backends, cuda_graph, loop, noise, reference
+from fastddim import backends, capture_checks, cuda_graph, loop, noise, reference
 from fastddim.capture_checks import Probe
 
 aten = torch.ops.aten
@@ -204,6 +204,17 @@ def line_outside_torch() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
+class StreamContext:
+    def __init__(self, tape: Tape, stream: Stream) -> None:
+        self.tape, self.stream = tape, stream
+
+    def __enter__(self) -> None:
+        self.before, self.tape.current.stream = self.tape.current_stream(), self.stream
+
+    def __exit__(self, *error: Any) -> None:
+        self.tape.current.stream = self.before
+
+
 class Tape:
     """The emulated device.
 
@@ -274,6 +285,7 @@ class Tape:
         for module in (cuda_graph, loop):
             monkeypatch.setattr(module, "is_captured", lambda device: True)
         monkeypatch.setattr(cuda_graph, "Probe", TapedProbe)
+        monkeypatch.setattr(capture_checks, "_NOT_THE_MODEL", (*capture_checks._NOT_THE_MODEL, __file__))
         # What the reference takes a shorter way for where tensors are on the host.
         for module in (backends, reference):
             monkeypatch.setattr(module, "normal_for", normal_as_on_a_device)
@@ -298,13 +310,8 @@ class Tape:
     def current_stream(self) -> Stream:
         return getattr(self.current, "stream", self.default)
 
-    @contextlib.contextmanager
-    def stream(self, stream: Stream):
-        before, self.current.stream = self.current_stream(), stream
-        try:
-            yield
-        finally:
-            self.current.stream = before
+    def stream(self, stream: Stream) -> StreamContext:
+        return StreamContext(self, stream)
 
     def synchronize(self, device: Any = None) -> None:
         if self.recording:

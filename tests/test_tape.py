@@ -1,13 +1,15 @@
 """Captured runs on an emulated device: every option against the eager loop, and what a capture must not do."""
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
 from torch.utils import _pytree as pytree
 
 import test_accelerate as pipelines
-from fastddim import Clip, DDIMConfig, DynamicThreshold, accelerate, unaccelerate
+from fastddim import Clip, DDIMConfig, DynamicThreshold, accelerate, loop, unaccelerate
 from tape import REFUSED, Tape
 from test_loop import MODES, SHAPE, Denoiser, labels, make
 
@@ -226,3 +228,165 @@ def test_each_accelerated_pipeline_is_captured(tape, name, graph, caplog):
         tape.check_reads(static, pipelines.denoiser(pipe))
         unaccelerate(pipe)
     assert not pipelines.log_lines(caplog)
+
+
+# What a capture must not do.
+
+
+@pytest.fixture
+def without_collector():
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def runs(sampler, count=1, batch=2, **call):
+    """Results of equal runs."""
+    return [sampler(batch, seeds=0, **call) for _ in range(count)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_capture_under_autocast_reads_the_weights_themselves(tape, mode):
+    model = Denoiser()
+    sampler, eager = (make(model, graph=graph, guidance_scale=2.0) for graph in (mode, "off"))
+    for k in range(4):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.is_autocast_cache_enabled()
+            (got,), (expected,) = runs(sampler, **labels(2)), runs(eager, **labels(2))
+            assert torch.is_autocast_cache_enabled()
+        torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02)
+        with torch.no_grad():
+            model.conv.weight.mul_(1 + k)
+    assert len(tape.graphs) == {"step": 2, "loop": 1}[mode]
+
+
+def test_what_is_dropped_is_free_at_once(tape, model, without_collector):
+    sampler = make(model, graph="step", max_graphs=1)
+    sampler.warmup(1)
+    refs = [weakref.ref(static) for static in sampler.graphs._entries.values()]
+    refs += [weakref.ref(graph) for graph in tape.graphs]
+    tape.graphs.clear()
+    sampler.warmup(2)
+    assert [ref() for ref in refs] == [None] * 3
+    refs = [weakref.ref(static) for static in sampler.graphs._entries.values()]
+    sampler.graphs.clear()
+    assert refs[0]() is None
+
+
+def test_an_unaccelerated_pipeline_holds_no_captures(tape, without_collector):
+    pipe, call = pipelines.make("ours")
+    accelerate(pipe, graph="step")
+    for _ in range(2):
+        pipelines.run(pipe, call)
+    static = weakref.ref(next(iter(pipe._acceleration._loop.graphs._entries.values())))
+    unaccelerate(pipe)
+    assert static() is None
+
+
+class Failing(Denoiser):
+    """Fails in captures alone, as other threads' doings make it; `failures` of them."""
+
+    def __init__(self, tape, failures, error=lambda: RuntimeError("another thread has synchronized")):
+        super().__init__()
+        self.tape, self.failures, self.error = tape, failures, error
+
+    def forward(self, x, t, **kwargs):
+        if self.tape.recording and self.failures:
+            self.failures.pop()
+            raise self.error()
+        return super().forward(x, t, **kwargs)
+
+
+def test_a_capture_that_failed_is_tried_again_in_another_pool(tape, monkeypatch):
+    sampler = make(Failing(tape, [1, 2]), graph="loop")
+    expected = make(Denoiser(), graph="off")(2, seeds=0)
+    default = tape.current_stream()
+    with pytest.warns(RuntimeWarning, match=r"another thread has synchronized.*\(to be tried again\)") as caught:
+        results = runs(sampler, 5)
+    assert len(caught) == 1
+    for result in results:
+        close(result, expected)
+    assert len(tape.captures) == 3 == len({pool for pool, _ in tape.captures}) == len({id(s) for _, s in tape.captures})
+    # torch leaves the stream of a failed capture current, and its pool in use.
+    assert tape.current_stream() is default and not tape.recording
+    assert tape.log.count("release pool") == 2 and len(sampler.graphs) == 1
+
+
+def test_three_failures_are_the_last(tape):
+    sampler = make(Failing(tape, [1] * 10), graph="loop")
+    with pytest.warns(RuntimeWarning) as caught:
+        runs(sampler, 7)
+    assert len(tape.captures) == 3
+    assert ["tried again" in str(each.message) for each in caught] == [True, False]
+
+
+@pytest.mark.parametrize(("version", "captures"), [("2.11.0+cu130", 3), ("2.12.1", 3), ("2.13.0", 2)])
+def test_before_torch_2_13_a_failed_capture_is_followed_by_one_that_ends_it(tape, monkeypatch, version, captures):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    sampler = make(Failing(tape, [1]), graph="loop")
+    with pytest.warns(RuntimeWarning, match="another thread"):
+        runs(sampler, 2)
+    assert tape.generator_captures == (version == "2.13.0")
+    runs(sampler)
+    assert len(tape.captures) == captures and len(sampler.graphs) == 1
+
+
+def test_without_memory_the_half_built_capture_is_free_before_the_run_goes_on(tape, monkeypatch, without_collector):
+    model = Failing(tape, [], lambda: torch.cuda.OutOfMemoryError("2 GiB"))
+    sampler = make(model, graph="step")
+    sampler.warmup(1)
+    runs(sampler)
+    model.failures = [1]
+    built, alive = [], []
+    own_load = loop.StaticLoop.load
+
+    def load(self, run):
+        built.append(weakref.ref(self))
+        own_load(self, run)
+
+    monkeypatch.setattr(loop.StaticLoop, "load", load)
+    monkeypatch.setattr(loop.EagerLoop, "__init__", lambda *args: alive.extend(ref() for ref in built))
+    monkeypatch.setattr(loop.EagerLoop, "__call__", lambda *args: torch.zeros(2, *SHAPE))
+    with pytest.warns(RuntimeWarning, match="2 GiB"):
+        runs(sampler)
+    assert built and alive == [None] * len(built) and len(sampler.graphs) == 0
+
+
+class Reading(Denoiser):
+    def __init__(self, read):
+        super().__init__()
+        self.read = read
+
+    def forward(self, x, t, **kwargs):
+        return super().forward(x, t, **kwargs) + self.read(x)
+
+
+@pytest.mark.parametrize(
+    ("read", "reason"),
+    [
+        (lambda x: 0 * x.sum().item(), "waits for the device"),
+        (lambda x: 0 * len(x[x > 0]), "waits for the device"),
+        (lambda x: 0 * x.clone().index_put_((x > 0,), x[x > 0]), "waits for the device"),
+        (lambda x: 0 * len(torch.unique(x)), "waits for the device"),
+        (lambda x: 0 * torch.equal(x, x), "waits for the device"),
+    ],
+)
+def test_a_model_that_reads_on_the_host_never_reaches_a_capture(tape, read, reason):
+    sampler = make(Reading(read), graph="step")
+    line = read.__code__.co_firstlineno
+    with pytest.warns(RuntimeWarning, match=rf"test_tape\.py:{line} {reason}") as caught:
+        results = runs(sampler, 4)
+    # One capture, that of the start.
+    assert len(caught) == 1 and len(tape.captures) == 1 and not tape.generator_captures
+    close(results[-1], make(Denoiser(), graph="off")(2, seeds=0))
+
+
+def test_one_value_at_a_mask_and_numbers_from_the_host_are_no_reads(tape):
+    def masked(x):
+        kept = x.clone()
+        kept[kept > 0] = 0.5
+        return torch.tensor(0.25) * kept * int(torch.tensor(1.0))
+
+    sampler, eager = (make(Reading(masked), graph=graph) for graph in ("step", "off"))
+    close(runs(sampler, 3)[2], runs(eager)[0])
+    assert len(sampler.graphs) == 1
