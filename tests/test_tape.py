@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import warnings
 import weakref
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 import test_accelerate as pipelines
-from fastddim import Clip, DDIMConfig, DynamicThreshold, accelerate, loop, unaccelerate
+from fastddim import Clip, DDIMConfig, DynamicThreshold, Sampler, accelerate, loop, unaccelerate
+from fastddim.cuda_graph import CaptureError, Graph
 from tape import REFUSED, Tape
 from test_loop import MODES, SHAPE, Denoiser, labels, make
 
@@ -390,3 +392,318 @@ def test_one_value_at_a_mask_and_numbers_from_the_host_are_no_reads(tape):
     sampler, eager = (make(Reading(masked), graph=graph) for graph in ("step", "off"))
     close(runs(sampler, 3)[2], runs(eager)[0])
     assert len(sampler.graphs) == 1
+
+
+def test_the_captures_of_a_cache_share_a_stream_and_a_pool_until_it_is_cleared(tape, model):
+    sampler = make(model, graph="step", guidance_scale=2.0, guidance_interval=(0.3, 0.7))
+    for batch in (1, 2, 3):
+        sampler.warmup(batch, **labels(batch))
+    assert len(tape.captures) == 9 and len(set(tape.captures)) == 1
+    sampler.graphs.clear()
+    sampler.warmup(1, **labels(1))
+    (pool, stream), (other_pool, other_stream) = tape.captures[0], tape.captures[-1]
+    assert pool != other_pool and stream is not other_stream
+    other = make(model, graph="step")
+    other.warmup(1)
+    assert tape.captures[-1][0] != other_pool and tape.captures[-1][1] is not other_stream
+
+
+def test_workspaces_are_cleared_around_every_capture(tape, model):
+    make(model, graph="step").warmup(2)
+    assert tape.log == ["clear workspaces", "capture", "clear workspaces"] * 2
+
+
+def test_a_failed_capture_leaves_no_workspace_in_its_pool(tape):
+    with pytest.warns(RuntimeWarning):
+        make(Failing(tape, [1]), graph="loop").warmup(2)
+    assert tape.log[:2] == ["clear workspaces", "capture"] and "clear workspaces" in tape.log[2:4]
+
+
+def test_the_reason_is_the_models_own_error_and_not_what_was_handled_before(tape):
+    def body():
+        if tape.recording:
+            try:
+                raise torch.cuda.OutOfMemoryError("no 2 GiB left\nand more lines")
+            except torch.cuda.OutOfMemoryError as error:
+                raise ValueError("the model's own") from error
+
+    try:
+        raise LookupError("handled by the caller")
+    except LookupError:
+        with pytest.raises(CaptureError) as raised:
+            Graph(body, CPU)
+    assert str(raised.value) == (
+        "OutOfMemoryError: no 2 GiB left; then ValueError: the model's own; then RuntimeError: operation failed due to a"
+        " previous error during capture"
+    )
+    assert isinstance(raised.value.__cause__, torch.cuda.OutOfMemoryError) and not raised.value.permanent
+
+
+def test_the_bytes_of_a_capture_are_not_those_that_its_start_releases(tape):
+    def body():
+        if not tape.recording:
+            tape.cached += 1 << 20
+
+    assert Graph(body, CPU).nbytes == 64
+
+
+def test_the_first_run_of_a_kind_is_not_captured(tape, model):
+    sampler = make(model, graph="step", guidance_scale=2.0)
+    for batch in (1, 2, 3):
+        sampler(batch, seeds=0, **labels(batch))
+    assert not tape.captures and len(sampler.graphs) == 0
+    sampler(2, seeds=0, **labels(2))
+    assert len(sampler.graphs) == 1
+    captures = len(tape.captures)
+    sampler.replace(num_inference_steps=9, eta=1.0)(2, seeds=4, **labels(2))
+    assert len(tape.captures) == captures
+
+
+@pytest.mark.parametrize("start", [2, torch.zeros(2, *SHAPE)], ids=["drawn", "given"])
+def test_a_warm_up_captures_at_once_what_calls_need(tape, model, start):
+    sampler = make(model, graph="step")
+    warmup = sampler.warmup(start)
+    captures = len(tape.captures)
+    assert len(sampler.graphs) == 1 and warmup.graph_bytes == sampler.graphs.nbytes > 64
+    sampler(start, **({"seeds": 3} if isinstance(start, int) else {}))
+    assert len(tape.captures) == captures
+
+
+# Python, which a replay does not run.
+
+
+class Counting(Denoiser):
+    """Counts its calls in one way or another, and its output depends on the number."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.count = 0
+        self.processor = Processor()
+        self.register_buffer("calls_so_far", torch.zeros(()))
+        self.last = torch.zeros(())
+
+    def forward(self, x, t, **kwargs):
+        return super().forward(x, t, **kwargs) + 0.1 * self.how(self)
+
+
+class Processor:
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self):
+        self.count += 1
+        return self.count
+
+
+def by_attribute(model):
+    model.count += 1
+    return model.count
+
+
+def by_processor(model):
+    return model.processor()
+
+
+def by_rebound_buffer(model):
+    model.calls_so_far = model.calls_so_far + 1
+    return model.calls_so_far
+
+
+def by_tensor_attribute(model):
+    model.last = model.last + 1
+    return model.last
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        (by_attribute, "the model changes its 'count' whenever it is called"),
+        (by_processor, "the model changes its 'processor.count' whenever it is called"),
+        (by_rebound_buffer, "memory that is freed after the call"),
+        (by_tensor_attribute, "memory that is freed after the call"),
+    ],
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_that_keeps_count_runs_step_by_step_as_the_eager_loop_does(tape, mode, how, reason):
+    captured, eager = Counting(how), Counting(how)
+    sampler, reference = make(captured, graph=mode), make(eager, graph="off")
+    runs(sampler), runs(reference)
+    with pytest.warns(RuntimeWarning, match=reason) as caught:
+        runs(sampler)
+    assert len(caught) == 1
+    with torch.no_grad():
+        for count in (captured, eager):
+            count.count = count.processor.count = 0
+            count.calls_so_far, count.last = torch.zeros(()), torch.zeros(())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        close(runs(sampler, 3)[2], runs(reference, 3)[2])
+    assert len(sampler.graphs) == 0
+
+
+class Noting(Denoiser):
+    """Leaves things on itself that it does not read again, or makes them once."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1))
+        self.scale = torch.ones(())
+        self.table = None
+
+    def forward(self, x, t, **kwargs):
+        if self.table is None:
+            self.table = torch.linspace(0, 1, 8)
+        self.scale = self.conv.weight.mean()
+        self.seen = x.mean()[None]
+        self.rate = 0.25
+        return super().forward(x, t, **kwargs) * self.scale + self.table * self.rate
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_a_model_only_leaves_behind_is_captured_once(tape, mode):
+    noting = Noting()
+    sampler = make(noting, graph=mode)
+    got = runs(sampler, 4)[3]
+    captures = len(tape.captures)
+    close(got, make(noting, graph="off")(2, seeds=0))
+    runs(sampler, 2)
+    assert len(sampler.graphs) == 1 and len(tape.captures) == captures
+    with torch.no_grad():
+        noting.conv.weight.mul_(2)
+    close(runs(sampler)[0], make(noting, graph="off")(2, seeds=0))
+    assert len(tape.captures) == captures
+
+
+def changes_of(model, change):
+    """A run after each change, against the eager loop."""
+    sampler, eager = (Sampler(model, DDIMConfig(), 3, sample_shape=SHAPE, graph=graph) for graph in ("step", "off"))
+    runs(sampler, 2)
+    for k in range(3):
+        change(k)
+        close(runs(sampler)[0], runs(eager)[0])
+
+
+def test_what_a_function_closes_over_is_noticed(tape):
+    network, condition, scale = Denoiser(), torch.ones(2, *SHAPE), 0.5
+
+    def model(x, t):
+        return network(x, t) * scale + condition
+
+    def change(k):
+        nonlocal condition, scale
+        if k == 0:
+            condition = torch.full((2, *SHAPE), 0.3)
+        elif k == 1:
+            scale = 0.7
+        else:
+            network.conv.weight = torch.nn.Parameter(network.conv.weight * 0.5)
+
+    changes_of(model, change)
+
+
+def test_attributes_hooks_and_processors_are_noticed(tape):
+    model = Counting(lambda model: model.count + model.processor.count)
+
+    def change(k):
+        if k == 0:
+            model.count = 3
+        elif k == 1:
+            model.processor.count = 2
+        else:
+            model.conv.register_forward_hook(lambda module, given, output: output * 0.5)
+
+    changes_of(model, change)
+
+
+def test_a_model_that_changes_between_all_runs_is_named_once(tape, caplog):
+    model = Counting(lambda model: model.count)
+    sampler = make(model, graph="step")
+    for k in range(9):
+        model.count = k
+        runs(sampler)
+    lines = [record.getMessage() for record in caplog.records if record.name == "fastddim"]
+    assert lines == ["the model is captured again and again, as its 'count' changes between runs"]
+
+
+# Models compiled to capture CUDA graphs of their own.
+
+
+def reduce_overhead(model):
+    return torch.compile(model, mode="reduce-overhead")
+
+
+def compiled_in_part(model):
+    model.conv.compile(mode="reduce-overhead")
+    return model
+
+
+def within_a_function(model):
+    compiled = reduce_overhead(model)
+    return lambda x, t: compiled(x, t)
+
+
+@pytest.mark.parametrize("how", [reduce_overhead, compiled_in_part, within_a_function])
+def test_a_model_with_graphs_of_its_own_is_refused_in_a_graph(tape, how):
+    model = how(Denoiser())
+    with pytest.raises(ValueError, match="model: compiled to capture CUDA graphs of its own.*graph='off'"):
+        Sampler(model, DDIMConfig(), 3, sample_shape=SHAPE, graph="step")
+    Sampler(model, DDIMConfig(), 3, sample_shape=SHAPE, graph="off")
+    Sampler(torch.compile(Denoiser()), DDIMConfig(), 3, sample_shape=SHAPE, graph="step")
+
+
+def test_one_that_is_compiled_so_later_is_called_step_by_step(tape, monkeypatch):
+    model = Denoiser()
+    sampler = make(model, graph="step")
+    runs(sampler)
+    # What is compiled needs no compiler to be called here.
+    model.compile(mode="reduce-overhead")
+    monkeypatch.setattr(torch.nn.Module, "__call__", torch.nn.Module._call_impl)
+    with pytest.warns(RuntimeWarning, match="the model is compiled to capture CUDA graphs of its own"):
+        close(runs(sampler)[0], make(Denoiser(), graph="off")(2, seeds=0))
+    assert not tape.captures
+
+
+def test_an_accelerated_pipeline_with_such_a_denoiser_runs_its_own_loop(caplog):
+    pipe, call = pipelines.make("ddim")
+    expected, _ = pipelines.run(pipe, call)
+    mid_block = pipe.unet.mid_block
+    pipe.unet.mid_block.compile(mode="reduce-overhead")
+    compiled, mid_block._compiled_call_impl = mid_block._compiled_call_impl, None
+    mid_block._compiled_call_impl = Disguise(mid_block._call_impl, compiled.get_compiler_config)
+    try:
+        accelerate(pipe, graph="step")
+        images, _ = pipelines.run(pipe, call)
+    finally:
+        mid_block._compiled_call_impl = None
+    assert torch.equal(images, expected)
+    assert any(
+        "compiled to capture CUDA graphs of its own; pass graph='off'" in line for line in pipelines.log_lines(caplog)
+    )
+
+
+class Disguise:
+    """What torch has compiled, without the compiler's work."""
+
+    def __init__(self, call, get_compiler_config):
+        self.call, self.get_compiler_config = call, get_compiler_config
+
+    def __call__(self, *args, **kwargs):
+        return self.call(*args, **kwargs)
+
+
+class OneOutput(Denoiser):
+    """Writes each output over the last one, as a model with CUDA graphs of its own does."""
+
+    def forward(self, x, t, **kwargs):
+        output = super().forward(x, t, **kwargs)
+        if not hasattr(self, "output"):
+            self.output = torch.empty_like(output)
+        return self.output.copy_(output)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_two_calls_do_not_need_an_output_each(channels_last):
+    options = {"guidance_scale": 3.0, "channels_last": channels_last, "graph": "off"}
+    expected = make(Denoiser(), **options)(2, seeds=0, **labels(2))
+    close(make(OneOutput(), batched_guidance=False, **options)(2, seeds=0, **labels(2)), expected)
