@@ -20,6 +20,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
+from fastddim.capture_checks import owns_graphs
 from fastddim.coefficients import StepTable
 from fastddim.config import limit_from
 from fastddim.loop import Loop, Model, Run, call_model, graph_mode
@@ -390,6 +391,8 @@ def _reason_against(pipe: Any, pipeline: type, base: type, kind: _Kind, argument
     if torch.is_autocast_enabled(device.type):
         return "torch.autocast is on"
     captures = graph_mode(pipe._acceleration.options.graph, device) != "off"
+    if captures and any(map(owns_graphs, (denoiser, *_parts(denoiser)))):
+        return f"the {kind.denoiser} is compiled to capture CUDA graphs of its own; pass graph='off'"
     for part in _parts(denoiser):
         members = vars(part)
         if "_hf_hook" in members or "_diffusers_hook" in members:

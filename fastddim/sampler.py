@@ -15,6 +15,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fastddim.backends import draw_start
+from fastddim.capture_checks import captures_itself
 from fastddim.coefficients import StepTable
 from fastddim.config import DDIMConfig, Limit
 from fastddim.cuda_graph import GraphCache
@@ -168,6 +169,11 @@ class Sampler:
             if options.compile:
                 model = torch.compile(model, mode=None if options.compile is True else options.compile)
             loop = Loop(model, options.graph, options.max_graphs, module)
+            if graph_mode(options.graph, self.device) != "off" and captures_itself(model):
+                raise ValueError(
+                    "model: compiled to capture CUDA graphs of its own; compile it with mode='default' or"
+                    " 'max-autotune-no-cudagraphs', or pass graph='off'"
+                )
         self._loop = loop
 
     if TYPE_CHECKING:
@@ -267,18 +273,23 @@ class Sampler:
         x = self._loop(run, _steps(run, progress), on_step)[:batch]
         return (x, torch.stack(trajectory)) if return_trajectory else x
 
+    @torch.no_grad()
     def warmup(
         self, start: int | torch.Tensor, *, uncond_kwargs: Mapping[str, Any] | None = None, **model_kwargs: Any
     ) -> Warmup:
-        """Compile, capture and allocate for calls like this one, so that a server's first request does not.
+        """Compile, capture and allocate for calls like this one, so that a server's first requests do not: without it the
+        first call of a shape goes step by step, and the second one is captured.
 
         Args:
             start, uncond_kwargs, model_kwargs: as in a call; seeds are not needed.
         """
+        # Without seeds where a call needs none, as such calls are captured apart.
+        seeds = 0 if isinstance(start, int) or self.table.stochastic else None
+        run = self._pad(self._run(start, seeds, model_kwargs, uncond_kwargs))
         times = []
         for _ in range(2):
             begin = time.perf_counter()
-            self(start, seeds=0, uncond_kwargs=uncond_kwargs, **model_kwargs)
+            self._loop(run, at_once=True)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             times.append(time.perf_counter() - begin)
