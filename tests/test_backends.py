@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -162,8 +163,6 @@ def test_a_model_that_returns_its_input_is_not_written_over():
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("state", [torch.float32, torch.float16])
 def test_the_drop_in_scheduler_gives_diffusers_numbers_with_the_kernel(prediction_type, eta, state):
-    import diffusers
-
     config = {"prediction_type": prediction_type, "thresholding": True, "sample_max_value": 1.5}
     ours, theirs = DDIMScheduler(**config), diffusers.DDIMScheduler(**config)
     ours.backend = "triton"
@@ -256,6 +255,21 @@ def test_the_drop_ins_step_compiles_without_a_break_on_a_cpu(index):
         scheduler.set_timesteps(n)
         expected = scheduler.step(output, index, x, return_dict=False)
         torch.testing.assert_close(step(output, index, x)[0], expected[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_step_tells_schedulers_apart():
+    schedulers = [DDIMScheduler(beta_end=beta_end) for beta_end in (0.02, 0.01)]
+    x, output = draw(2, 3, 4, 4), draw(2, 3, 4, 4, seed=1)
+    torch._dynamo.reset()
+    step = torch.compile(lambda s, o, x: s.step(o, 501, x, return_dict=False), backend="eager", fullgraph=True)
+    for scheduler in schedulers:
+        scheduler.set_timesteps(10)
+        expected = diffusers.DDIMScheduler.from_config(scheduler.config)
+        expected.set_timesteps(10)
+        wanted = expected.step(output, 501, x).prev_sample
+        # A step before, so that both have the same attributes.
+        for own in (scheduler.step(output, 501, x, return_dict=False), step(scheduler, output, x)):
+            torch.testing.assert_close(own[0], wanted, rtol=1e-5, atol=1e-5)
 
 
 # Triton's kernels cannot be traced where its interpreter has replaced them.

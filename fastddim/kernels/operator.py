@@ -4,6 +4,7 @@ from typing import Any, List, Optional  # noqa: UP035
 
 import torch
 from torch.library import triton_op, wrap_triton
+from triton.runtime.jit import JITFunction
 
 from fastddim.coefficients import StepTable
 from fastddim.config import Clip, DynamicThreshold, Limit, limit_numbers
@@ -60,7 +61,9 @@ def _write_step(
         slots["statistics"] = torch.zeros(plan.statistics, dtype=torch.float32, device=sample.device)
         slots["counters"] = torch.zeros(plan.counters, dtype=torch.int32, device=sample.device)
     for call in plan.calls:
-        wrap_triton(call.kernel)[call.grid](
+        # torch 2.11 refuses to wrap a kernel that Triton interprets.
+        kernel = wrap_triton(call.kernel) if isinstance(call.kernel, JITFunction) else call.kernel
+        kernel[call.grid](
             *(slots[name] for name in call.pointers),
             *call.numbers,
             **call.constants,

@@ -177,6 +177,8 @@ def _compile(program: ExportedProgram, path: Path, cpu_options: Mapping[str, Any
             "aot_inductor.enable_line_tables": False,
             # They would stay in Inductor's cache, 100 MB for each set of options.
             "aot_inductor.precompile_headers": False,
+            # torch 2.11 looks up the nodes of the loop's body in the graph around it (pytorch #184623).
+            "allow_buffer_reuse": torch.__version__ >= "2.13",
             **cpu_options,
         }
         try:
