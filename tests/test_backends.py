@@ -30,7 +30,7 @@ def draw(*shape, seed=0):
 
 
 @pytest.fixture
-def on_gpu(monkeypatch):
+def on_gpu(monkeypatch, machine):
     """CPU tensors pass for a GPU's, and nothing of the module's state outlives the test."""
     monkeypatch.setattr(backends, "_is_on_gpu", lambda sample: isinstance(sample, torch.Tensor))
     monkeypatch.setattr(backends, "_logged", set())
@@ -130,6 +130,7 @@ class Halved(torch.nn.Linear):
         return super().forward(x)
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("guidance_scale", [None, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("eta", [0.0, 0.6])
@@ -148,6 +149,7 @@ def test_the_sampler_gives_the_same_samples_with_the_kernel(guidance_scale, dtyp
     torch.testing.assert_close(actual, expected, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=2e-2)
 
 
+@pytest.mark.usefixtures("machine")
 def test_a_model_that_returns_its_input_is_not_written_over():
     for guidance_scale in (None, 2.0):
         results = [
@@ -159,6 +161,7 @@ def test_a_model_that_returns_its_input_is_not_written_over():
         torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("state", [torch.float32, torch.float16])
@@ -180,6 +183,7 @@ def test_the_drop_in_scheduler_gives_diffusers_numbers_with_the_kernel(predictio
     assert kernel_ran()
 
 
+@pytest.mark.usefixtures("machine")
 def test_the_drop_in_promotes_and_broadcasts_as_before():
     scheduler = DDIMScheduler()
     scheduler.backend = "triton"
@@ -191,6 +195,7 @@ def test_the_drop_in_promotes_and_broadcasts_as_before():
     assert prev_sample.shape == x.shape
 
 
+@pytest.mark.usefixtures("machine")
 class TestPreparedStep:
     def make(self):
         self.x, self.output = draw(2, 6), draw(4, 6, seed=1)
@@ -330,6 +335,7 @@ def test_the_operator_refuses_what_a_graph_has_no_place_for():
         ddim_step(draw(2, 3), draw(2, 3), TABLE, torch.tensor(0), StepOptions(advance=True))
 
 
+@pytest.mark.usefixtures("machine")
 def test_the_operator_takes_seeds_and_first_rows_of_any_strides():
     from fastddim.kernels.operator import ddim_step
 
@@ -341,6 +347,7 @@ def test_the_operator_takes_seeds_and_first_rows_of_any_strides():
     assert torch.equal(ddim_step(output, x, table, steps, strided)[0], ddim_step(output, x, table, steps, whole)[0])
 
 
+@pytest.mark.usefixtures("machine")
 def test_the_operator_runs_eagerly_too():
     """Through the oracle, as an exported program would call it."""
     from fastddim.kernels.operator import ddim_step

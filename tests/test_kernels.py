@@ -1,4 +1,4 @@
-"""The fused step in Triton's interpreter (on the GPU where there is one) against the oracle and the reference."""
+"""The fused step, as PTX on a machine in tests/ptx (on the GPU where there is one), against the oracle and the reference."""
 
 import dataclasses
 import functools
@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+import triton
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,14 +24,17 @@ from fastddim.step import StepOptions
 from oracle import ddim, guide
 
 ddim_step, reference_step = (functools.partial(fastddim.ddim_step, backend=name) for name in ("triton", "reference"))
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SCHEDULE = Schedule(DDIMConfig())
 PAIRS = SCHEDULE.pairs(10)
 # x0 is the model output and x_next is x0: what a limit does, and nothing else.
 IDENTITY = torch.tensor([[0.0, 1.0, 0.0, 0.0, 1.0, 0.0]], device=DEVICE)
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning"),
+    pytest.mark.usefixtures("machine"),
+]
 
 
 def table(eta=0.0, rederive=False, prediction_type="epsilon"):
@@ -124,6 +128,7 @@ def test_float32_is_within_2_ulp_of_the_oracle(shape, limit, guided, noise):
     assert last_plan().tier == ("whole" if limit == "threshold" else "elements")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("state", DTYPES)
 @pytest.mark.parametrize("model", DTYPES)
 @pytest.mark.parametrize("limit", ["clip", "threshold"])
@@ -319,6 +324,7 @@ def test_any_threshold_is_exact(values, ratio, maximum, large):
     torch.testing.assert_close(x0, output.clamp(-scale, scale) / scale, rtol=0, atol=0)
 
 
+@pytest.mark.sampled
 def test_a_sample_of_16384_takes_one_program_and_one_more_element_three_launches():
     limit = DynamicThreshold(0.995, 2.0)
     for n, tier, launches in ((16384, "whole", 1), (16385, "statistics", 3)):
@@ -347,6 +353,7 @@ def test_a_threshold_of_at_most_one_is_dispatched_as_a_clip():
     assert torch.equal(x0, output.clamp(-1, 1))
 
 
+@pytest.mark.sampled
 @pytest.mark.usefixtures("_small_statistics")
 @pytest.mark.parametrize("cond_first", [False, True])
 @pytest.mark.parametrize("limit", ["none", "clip", "threshold"])
@@ -391,6 +398,7 @@ def test_nan_and_infinity_in_the_model_output_end_as_in_the_reference(value, gui
             assert ours[0][-1].isnan().any() and ours[1][-1].isnan().any()
 
 
+@pytest.mark.sampled
 def test_drawn_noise_is_noise_pys_for_any_batch_block_and_position(monkeypatch):
     """The bits of the noise itself: nothing else in the row."""
     only_noise = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 1.0]] * 8, device=DEVICE)
@@ -432,6 +440,7 @@ def test_first_row_counts_the_steps_of_the_noise_from_each_samples_own_start():
     assert np.array_equal(x_next[0].cpu(), normal_numpy([4], 2, (50,))[0])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("elements", [40, 700])
 @pytest.mark.parametrize("guided", [True, False])
@@ -474,6 +483,7 @@ def test_an_index_outside_the_table_gives_nan_instead_of_someone_elses_memory():
     torch.testing.assert_close(x_next[[0, 2]], expected[[0, 2]])
 
 
+@pytest.mark.sampled
 def test_a_channels_last_model_beside_a_contiguous_state():
     shape = (2, 3, 6, 10)
     x, output = draw(shape), draw((4, *shape[1:]), torch.bfloat16, seed=1)
@@ -715,7 +725,7 @@ def test_threads_share_the_plans():
     inputs = [(draw((2, 50 + k % 3), seed=k), draw((2, 50 + k % 3), seed=k + 100)) for k in range(12)]
     expected = [reference_step(output, x, table(), 4, limit=Clip())[0] for output, x in inputs]
     # The interpreter patches triton.language while a kernel runs, so it takes one thread at a time.
-    with ThreadPoolExecutor(1 if DEVICE == "cpu" else 4) as pool:
+    with ThreadPoolExecutor(1 if triton.knobs.runtime.interpret else 4) as pool:
         results = list(pool.map(lambda pair: ddim_step(*pair, table(), 4, limit=Clip())[0], inputs))
     for actual, wanted in zip(results, expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)

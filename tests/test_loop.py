@@ -90,7 +90,7 @@ def test_a_graph_gives_what_the_eager_loop_gives(model, mode, name):
     assert not torch.equal(sampler(3, seeds=50, **kwargs), again)
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the kernel on a CPU needs Triton's interpreter")
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["eta", "interval", "rescaled", "threshold", "half state"])
 def test_with_the_fused_step_a_graph_gives_the_eager_loops_bits(model, mode, name):

@@ -1,7 +1,6 @@
 """Sampling methods from outside the package: a `StepTable` is all that `Sampler` needs of them."""
 
 import math
-import os
 
 import diffusers
 import numpy as np
@@ -13,11 +12,7 @@ from fastddim.noise import STREAM_INITIAL, normal_numpy
 
 SHAPE = (3, 4)
 MODES = ("off", "step", "loop")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS = [
-    "reference",
-    pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")),
-]
+BACKENDS = ("reference", "triton")
 EULER_SCALE = 157.4073
 
 
@@ -74,6 +69,7 @@ def start_of(seeds, scale=1.0):
     return scale * normal_numpy(seeds, 0, SHAPE, STREAM_INITIAL).astype(np.float64)
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", MODES)
 def test_flow_matching_from_outside_is_a_plain_loop_and_diffusers(mode, backend):
@@ -102,6 +98,7 @@ TIMESTEPS = {
 }
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", TIMESTEPS)
@@ -126,6 +123,7 @@ def test_the_model_is_called_with_the_tables_timesteps(mode, name, backend):
         assert seen == list(enumerate(timesteps)) and len(trajectory) == 5
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("batched", [True, False])
@@ -166,6 +164,7 @@ def test_the_timesteps_dtype_is_another_capture_and_other_tables_are_not():
         assert len(sampler.graphs) == captures
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_drawn_start_has_the_tables_scale_and_a_given_one_its_own(mode, backend):
@@ -192,6 +191,7 @@ def test_a_drawn_start_has_the_tables_scale_and_a_given_one_its_own(mode, backen
         assert torch.equal(final, sampler(2, seeds=5))
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

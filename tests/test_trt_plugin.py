@@ -49,7 +49,7 @@ from test_export_tensorrt import dit
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::RuntimeWarning")
 
 TARGETS = {80: "sm_80", 90: "sm_90a", 100: "sm_100a", 120: "sm_120a"}
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
 
 # Values.
 
@@ -91,6 +91,7 @@ GUIDANCE = [
 ]
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize(("shape", "guided", "rescale"), GUIDANCE)
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("noise", [False, True])
@@ -133,6 +134,7 @@ def test_the_step_is_the_oracles(shape, limit, guided, rescale, noise):
             np.testing.assert_allclose(found[one].numpy(), wanted, rtol=0, atol=2e-6 * max(1.0, largest))
 
 
+@pytest.mark.usefixtures("machine")
 def test_blocks_are_the_first_profiles_and_the_grid_holds_any_batch():
     plan = functools.partial(plan_plugin_step, 4, 5000, StepOptions(limit=Clip()))
     step = plan(70_000)
@@ -257,6 +259,7 @@ def fuse(bundle, fake):
     return trt_plugin.fuse(Library("standard", fake), bundle, [{"batch": (1, 4, 9)}], "9.0")[0]
 
 
+@pytest.mark.usefixtures("machine")
 # ONNX Runtime has no bfloat16 convolution.
 @pytest.mark.parametrize("name", [name for name in BUNDLES if name != "bfloat16"])
 def test_the_graph_with_the_plugin_computes_the_graph(bundles, driven, fake, name):
