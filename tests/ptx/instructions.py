@@ -133,6 +133,33 @@ def fuse(a: Any, b: Any, c: Any) -> Any:
     return result
 
 
+def _add_exactly(a: Any, b: Any) -> tuple[Any, Any]:
+    """a + b of float64 as its rounded value and the rest."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
+
+
+def _halves(a: Any) -> tuple[Any, Any]:
+    """A float64 as two numbers of 26 bits."""
+    scaled = a * 134217729.0
+    high = scaled - (scaled - a)
+    return high, a - high
+
+
+def fuse_wide(a: Any, b: Any, c: Any) -> Any:
+    """a * b + c of float64, rounded once (Boldo and Melquiond, "Emulation of a FMA", 2008)."""
+    a, b, c = (np.asarray(operand, dtype=F64) for operand in (a, b, c))
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = a * b
+        (a_high, a_low), (b_high, b_low) = _halves(a), _halves(b)
+        rest = ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
+        high, low = _add_exactly(c, rest)
+        total, error = _add_exactly(product, high)
+        exact = total + add_once(low, error)
+        return np.where(np.isfinite(exact), exact, product + c)
+
+
 def pairwise(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of float32 on 64-bit registers that hold two."""
 
@@ -148,6 +175,7 @@ for _name, _function, _arity in _FLOAT_OPERATIONS:
     _same(f"{_name}.rn", "f32 f64", _function, _arity)
     _define(f"{_name}.rn.f32x2", pairwise(_function), "b64", *["b64"] * _arity)
 _same("fma.rn", "f32", fuse, 3)
+_same("fma.rn", "f64", fuse_wide, 3)
 _define("fma.rn.f32x2", pairwise(fuse), "b64", "b64", "b64", "b64")
 # numpy's division and square root are the processor's, which are rounded correctly.
 _same("div.rn", "f32 f64", np.divide, 2)
