@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastddim.bench.report import rows_of
 from fastddim.bench.timing import OK, Row
-from fastddim.files import write_whole
+from fastddim.files import check_folder, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +25,7 @@ _DPI = 130
 _LEAST_SIZES = 3
 
 
-def check_folder(folder: Path) -> None:
+def check_plots(folder: Path) -> None:
     """Refuse before a run what `draw_all` could not do.
 
     Raises:
@@ -35,10 +34,7 @@ def check_folder(folder: Path) -> None:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot: matplotlib is not installed; pip install 'fastddim[bench]'")
-    if not folder.is_dir():
-        raise NotADirectoryError(f"--plot: {str(folder)!r} is no folder; create it first")
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"--plot: {str(folder)!r} is write-protected; pass another folder")
+    check_folder(folder, "--plot")
 
 
 def draw_all(report: dict[str, Any], folder: Path) -> list[Path]:

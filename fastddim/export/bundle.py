@@ -23,6 +23,7 @@ from jsonschema.exceptions import best_match
 from fastddim.coefficients import StepTable
 from fastddim.config import Clip, DDIMConfig, DynamicThreshold, Limit
 from fastddim.export.runtime import get_runtime, public_name
+from fastddim.files import check_folder
 
 _HASH_BLOCK = 1 << 20
 # The limits on x0 by their names in a manifest.
@@ -194,16 +195,7 @@ def check_destination(path: str | Path, force: bool, format: Format = FORMAT) ->
         NotADirectoryError, PermissionError: the folder it goes to is none, or cannot be written to.
     """
     target = Path(path).expanduser().absolute()
-    parent = target.parent
-    if not parent.is_dir():
-        raise NotADirectoryError(f"out: {str(parent)!r} is no folder; create it first")
-    try:
-        # A probe, as permission bits say nothing of read-only mounts.
-        os.rmdir(tempfile.mkdtemp(dir=parent))
-    except OSError as error:
-        raise type(error)(
-            f"out: {str(parent)!r} cannot be written to ({error.strerror}); pass another folder"
-        ) from error
+    check_folder(target.parent, "out")
     if target.exists() or target.is_symlink():
         if not force:
             raise FileExistsError(f"out: {str(target)!r} exists; pass another folder, or --force to replace it")
