@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
+from itertools import chain
 from operator import is_, itemgetter
 from pathlib import Path
 from types import CellType, FrameType, FunctionType, MethodType, ModuleType
@@ -111,14 +112,12 @@ _MISSING = object()
 
 
 class _Members(NamedTuple):
-    """A dictionary of members as it was: its size, and the values of the names that matter."""
+    """A dictionary of a model's, its size, and those of its values that matter."""
 
-    now: Mapping[str, Any]
+    now: dict[Any, Any]
     path: str
     size: int
-    names: tuple[str, ...]
-    get: Callable[[Mapping[str, Any]], tuple[Any, ...]]
-    values: tuple[Any, ...]
+    values: dict[str, Any]
 
 
 class ModelState:
@@ -138,66 +137,93 @@ class ModelState:
         self._ignored = ignored
         self._members: list[_Members] = []
         self._cells: list[tuple[CellType, str, Any]] = []
-        tensors: dict[str, torch.Tensor] = {}
         for holder, path in _holders(model):
-            if isinstance(holder, FunctionType):
-                if hasattr(holder, "_torchdynamo_orig_callable"):
-                    continue
+            if not isinstance(holder, FunctionType):
+                self._watch(holder, path)
+            elif not hasattr(holder, "_torchdynamo_orig_callable"):
                 cells = zip(holder.__closure__ or (), holder.__code__.co_freevars, strict=True)
                 self._cells += [(cell, name, _contents(cell)) for cell, name in cells if name not in ignored]
-                continue
-            self._watch(vars(holder), path)
-            for name, value in vars(holder).items():
-                if name not in _OWN and callable(value) and _is_plain_object(value):
-                    self._watch(vars(value), f"{path}{name}.")
-            if isinstance(holder, torch.nn.Module):
-                for members in (holder._modules, holder._parameters, holder._buffers):
-                    self._watch(members, path)
-                    tensors |= {path + name: it for name, it in members.items() if isinstance(it, torch.Tensor)}
-                for hooks in (holder._forward_hooks, holder._forward_pre_hooks):
-                    self._members.append(_Members(hooks, f"{path}hooks", len(hooks), (), tuple, ()))  # type: ignore[arg-type]
-        tensors |= {name: value for _, name, value in self._cells if isinstance(value, torch.Tensor)}
-        self._tensors = {name: value for name, value in tensors.items() if name not in ignored}
+        self._compare_in_few_passes()
+
+    def _watch(self, holder: Any, path: str) -> None:
+        attributes = vars(holder)
+        self._note(attributes, path)
+        for name, value in attributes.items():
+            if name not in _OWN and callable(value) and _is_plain_object(value):
+                self._note(vars(value), f"{path}{name}.")
+        if isinstance(holder, torch.nn.Module):
+            members: dict[str, Any]
+            for members in (holder._modules, holder._parameters, holder._buffers):
+                if members:
+                    self._note(members, path)
+            for hooks in (holder._forward_hooks, holder._forward_pre_hooks):
+                self._members.append(_Members(hooks, f"{path}hooks", len(hooks), {}))
+
+    def _note(self, members: dict[str, Any], path: str) -> None:
+        skipped = {name for name in members if name in _OWN or path + name in self._ignored}
+        values = {name: value for name, value in members.items() if name not in skipped}
+        self._members.append(_Members(members, path, len(members), values))
+
+    def _compare_in_few_passes(self) -> None:
+        """Lay out what `_looks_the_same` compares: a large network has tens of thousands of values, and every run looks."""
+        self._sized = [members.now for members in self._members]
+        self._sizes = [members.size for members in self._members]
+        whole = [members for members in self._members if len(members.values) == members.size]
+        self._whole = [members.now for members in whole]
+        self._whole_values = [value for members in whole for value in members.values.values()]
+        self._parts: list[tuple[Callable[[Any], Any], dict[Any, Any]]] = []
+        self._tensors: dict[str, torch.Tensor] = {}
+        # Tensors among other values, where `==` would compare their elements.
+        self._apart: list[tuple[dict[Any, Any], str, torch.Tensor]] = []
+        for members in self._members:
+            tensors = {name: value for name, value in members.values.items() if isinstance(value, torch.Tensor)}
+            self._tensors |= {members.path + name: value for name, value in tensors.items()}
+            if len(members.values) < members.size:
+                self._apart += [(members.now, name, value) for name, value in tensors.items()]
+                names = [name for name in members.values if name not in tensors]
+                if names:
+                    self._parts.append((itemgetter(*names), members.now))
+        self._part_values = [pick(members) for pick, members in self._parts]
+        self._tensors |= {name: value for _, name, value in self._cells if isinstance(value, torch.Tensor)}
         self._addresses = list(map(torch.Tensor.data_ptr, self._tensors.values()))
 
-    def _watch(self, members: Mapping[str, Any], path: str) -> None:
-        names = tuple(name for name in members if name not in _OWN and path + name not in self._ignored)
-        get = itemgetter(*names) if len(names) > 1 else partial(_get_few, names)
-        self._members.append(_Members(members, path, len(members), names, get, get(members)))
+    def _looks_the_same(self) -> bool:
+        try:
+            return (
+                list(map(len, self._sized)) == self._sizes
+                and all(map(is_, chain.from_iterable(map(dict.values, self._whole)), self._whole_values))
+                and [pick(members) for pick, members in self._parts] == self._part_values
+                and list(map(torch.Tensor.data_ptr, self._tensors.values())) == self._addresses
+                and all(members[name] is value for members, name, value in self._apart)
+                and all(_is_same(_contents(cell), value) for cell, _, value in self._cells)
+            )
+        except (KeyError, RuntimeError, TypeError, ValueError):
+            # A name is gone, or something that has come in place of a number compares its elements.
+            return False
 
-    def changed(self) -> bool:
-        """Whether there are `differences`."""
-        return next(self.differences(), None) is not None
+    def difference(self) -> str | None:
+        """The name of one of `differences`."""
+        return None if self._looks_the_same() else next((name for name, _ in self.differences()), None)
 
     def differences(self) -> Iterator[tuple[str, bool]]:
         """What was replaced, added or removed, moved in memory, set up otherwise, or left eval for train: its name, and whether
         it was a tensor and is another one."""
-        for members, path, size, names, get, values in self._members:
-            if len(members) != size:
-                added = (name for name in members if name not in names and name not in _OWN)
-                yield path + str(next(added, "")), False
-            try:
-                now = get(members)
-            except KeyError:
-                now = tuple(members.get(name, _MISSING) for name in names)
-            if not all(map(is_, now, values)):
-                for name, old, new in zip(names, values, now, strict=True):
-                    if not _is_same(old, new):
-                        yield path + name, isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)
+        for members in self._members:
+            if len(members.now) != members.size:
+                added = (name for name in members.now if name not in members.values and name not in _OWN)
+                yield f"{members.path}{next(added, '')}", False
+            for name, old in members.values.items():
+                yield from _compare(members.path + name, old, members.now.get(name, _MISSING))
         for cell, name, old in self._cells:
-            new = _contents(cell)
-            if not _is_same(old, new):
-                yield name, isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)
-        addresses = list(map(torch.Tensor.data_ptr, self._tensors.values()))
-        if addresses != self._addresses:
-            for name, before, after in zip(self._tensors, self._addresses, addresses, strict=True):
-                if before != after:
-                    yield name, False
+            yield from _compare(name, old, _contents(cell))
+        for (name, tensor), address in zip(self._tensors.items(), self._addresses, strict=True):
+            if tensor.data_ptr() != address:
+                yield name, False
 
 
-def _get_few(names: tuple[str, ...], members: Mapping[str, Any]) -> tuple[Any, ...]:
-    """As `itemgetter`, which gives no tuple for one name."""
-    return tuple(members[name] for name in names)
+def _compare(name: str, old: Any, new: Any) -> Iterator[tuple[str, bool]]:
+    if not _is_same(old, new):
+        yield name, isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)
 
 
 def _is_same(old: Any, new: Any) -> bool:

@@ -608,9 +608,9 @@ class Loop:
     def _replay(self, key: Hashable, run: Run, mode: str, steps: Iterable[int], on_step: OnStep | None) -> torch.Tensor:
         # Buffers made in inference mode could not be written to outside it.
         with self.graphs.turn(run.device), self._as_inside(), torch.inference_mode(False), torch.no_grad():
-            changed = None if self._state is None else next(self._state.differences(), None)
+            changed = None if self._state is None else self._state.difference()
             if self._state is None or changed is not None:
-                self._start_over(None if changed is None else changed[0])
+                self._start_over(changed)
             static = self.graphs.get(key, partial(self._build, key, run, mode))
             static.load(run)
             return static(run, steps, on_step).clone()

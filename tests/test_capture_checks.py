@@ -104,18 +104,18 @@ def cast(module):
 def test_what_makes_a_capture_stale(change):
     module = make_module()
     state = ModelState(module)
-    assert not state.changed()
+    assert state.difference() is None
     change(module)
-    assert state.changed()
+    assert state.difference() is not None
 
 
 def test_a_setting_that_is_replaced_makes_a_capture_stale():
     module = make_module()
     module[0].processor = object()
     state = ModelState(module)
-    assert not state.changed()
+    assert state.difference() is None
     module[0].processor = object()
-    assert state.changed()
+    assert state.difference() is not None
 
 
 def test_weights_that_change_in_place_keep_a_capture():
@@ -124,4 +124,4 @@ def test_weights_that_change_in_place_keep_a_capture():
     with torch.no_grad():
         module[0].weight.mul_(2)
     module.load_state_dict(make_module().state_dict())
-    assert not state.changed()
+    assert state.difference() is None

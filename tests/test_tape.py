@@ -646,7 +646,7 @@ def within_a_function(model):
 @pytest.mark.parametrize("how", [reduce_overhead, compiled_in_part, within_a_function])
 def test_a_model_with_graphs_of_its_own_is_refused_in_a_graph(tape, how):
     model = how(Denoiser())
-    with pytest.raises(ValueError, match="model: compiled to capture CUDA graphs of its own.*graph='off'"):
+    with pytest.raises(ValueError, match=r"model: compiled to capture CUDA graphs of its own.*graph='off'"):
         Sampler(model, DDIMConfig(), 3, sample_shape=SHAPE, graph="step")
     Sampler(model, DDIMConfig(), 3, sample_shape=SHAPE, graph="off")
     Sampler(torch.compile(Denoiser()), DDIMConfig(), 3, sample_shape=SHAPE, graph="step")
