@@ -452,8 +452,8 @@ def accelerate(pipe: P, *, graph: str = "auto", backend: str = "auto", max_graph
     """Run a diffusers pipeline's denoising loop with fastddim: same call, same generators, same pictures to rounding.
 
     The pipeline is changed in place and stays of its class for `isinstance`, saving and loading. On a GPU the step is the
-    fused kernel and the loop a captured CUDA graph, which later calls of the same shapes replay. A call that the loop
-    cannot hold (callbacks, IP-Adapters, LoRA layers, `cross_attention_kwargs`, SDXL's `denoising_start` and
+    fused kernel and the loop a CUDA graph, which the second call of a shape captures and later ones replay. A call that the
+    loop cannot hold (callbacks, IP-Adapters, LoRA layers, `cross_attention_kwargs`, SDXL's `denoising_start` and
     `denoising_end`, offloading, `torch.autocast`, a scheduler swapped for another kind, a `__call__` of a subclass) runs
     the pipeline's own loop instead, bit for bit, and a warning of the logger `"fastddim"` names the reason, once.
 

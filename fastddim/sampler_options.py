@@ -42,8 +42,9 @@ class SamplerOptions:
         backend: implementation of the step, `"auto"`, `"triton"` or `"reference"`; see `fastddim.ddim_step`.
         graph: `"loop"`, one CUDA graph of all steps; `"step"`, one of a step, which runs of any number of steps, eta,
             spacing, guidance scale, threshold and seeds replay (`replace`); `"off"`; `"auto"`, `"step"` on a GPU. On a CPU
-            the same code runs without a capture. Where a model cannot be captured, it is called step by step, with one
-            warning that says why.
+            the same code runs without a capture. The first call of a shape goes step by step, the second is captured
+            (`Sampler.warmup` captures at once). Where a model cannot be captured, it is called step by step, with a warning
+            that says why; what is not noticed of a model that changes is in `capture_checks.ModelState`.
         compile: a mode of `torch.compile` for the model, True for its default.
         channels_last: hand the model channels-last inputs; its weights are converted in place.
         guidance_interval: fractions of the steps from and to which guidance is on (arXiv:2404.07724); at the others the

@@ -86,6 +86,22 @@ def cast(module):
     module.half()
 
 
+def hook(module):
+    module[0].register_forward_pre_hook(lambda module, given: None)
+
+
+def replace_number(module):
+    module[1].eps = 0.5
+
+
+def replace_plain_tensor(module):
+    module.condition = torch.ones(1)
+
+
+def tensor_for_a_number(module):
+    module[1].eps = torch.ones(2)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -99,10 +115,15 @@ def cast(module):
         switch_mode,
         set_up_otherwise,
         cast,
+        hook,
+        replace_number,
+        replace_plain_tensor,
+        tensor_for_a_number,
     ],
 )
 def test_what_makes_a_capture_stale(change):
     module = make_module()
+    module.condition = torch.ones(1)
     state = ModelState(module)
     assert state.difference() is None
     change(module)

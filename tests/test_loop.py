@@ -210,7 +210,7 @@ class _Syncs(TorchDispatchMode):
 def test_nothing_is_read_on_the_host_between_start_and_result(model, mode, eta):
     sampler = make(model, graph=mode, eta=eta, guidance_scale=2.0, config=DDIMConfig(clip_sample=False))
     arguments = labels(2)
-    sampler(2, seeds=0, **arguments)
+    sampler.warmup(2, **arguments)
     with _Syncs() as syncs:
         sampler(2, seeds=1, **arguments)
     assert syncs.count == 0
@@ -496,7 +496,7 @@ def test_a_clip_of_another_range_is_the_same_capture(model):
 def test_no_synchronisation_on_a_gpu(model, mode):
     sampler = make(model, graph=mode, eta=1.0, guidance_scale=2.0)
     arguments = labels(2)
-    sampler(2, seeds=0, **arguments)
+    sampler.warmup(2, **arguments)
     torch.cuda.set_sync_debug_mode("error")
     try:
         result = sampler(2, seeds=1, **arguments)
