@@ -23,7 +23,12 @@ _THREADS_AT_ONCE = 8192
 
 
 def launch(
-    program: Program, grid: Sequence[int], parameters: Sequence[int], shared: int, memory: Memory, seed: int | None = None
+    program: Program,
+    grid: Sequence[int],
+    parameters: Sequence[int],
+    shared: int,
+    memory: Memory,
+    seed: int | None = None,
 ) -> None:
     """Run a grid to its end.
 
@@ -133,9 +138,7 @@ class Run:
         self._rubbish: np.ndarray | None = None
         stride = -(-max(shared, 1) // 16) * 16
         self._shared_size, self._shared_start = shared, position * stride
-        self._shared = Bytes(
-            np.full(stride * len(blocks), RUBBISH, np.uint8), np.ones(stride * len(blocks), np.uint8)
-        )
+        self._shared = Bytes(np.full(stride * len(blocks), RUBBISH, np.uint8), np.ones(stride * len(blocks), np.uint8))
         widths = [access.width for access in program.accesses.values() if access.space == "shared"]
         self._shared_watch = SharedWatch(min(widths, default=4), self._shared)
         # How many barriers of any block there had been when a thread's block passed its last one.
@@ -257,9 +260,7 @@ class Run:
             watch.note(access, cells, agents)
         return span.bytes, cells
 
-    def _find_region(
-        self, place: int, addresses: np.ndarray, size: int
-    ) -> tuple[Region, Span, Watch | None]:
+    def _find_region(self, place: int, addresses: np.ndarray, size: int) -> tuple[Region, Span, Watch | None]:
         candidates = self._tensors[place]
         if not candidates:
             raise PtxError("the address is made of no pointer that the kernel was given")
@@ -322,10 +323,10 @@ class Run:
             indices = groups.pop(place)
             lanes = self._narrow(indices)
             while True:
-                end = ends[place]
+                first, end = place, ends[place]
                 try:
-                    for place in range(place, end):
-                        steps[place](self, lanes)  # type: ignore[misc]
+                    for place in range(first, end):
+                        steps[place](self, lanes)
                 except PtxError as error:
                     raise kernel.instructions[place].error(error) from None
                 place = end

@@ -282,5 +282,9 @@ def explain_unknown(opcode: str) -> str:
     if inexact:
         return f"unknown instruction: .{inexact[0]} is not correctly rounded"
     if parts[0] in ("add", "sub", "mul", "fma", "mad") and parts[-1] in ("f16", "bf16", "f32", "f64", "f32x2"):
-        return "unknown instruction: without .rn the assembler may contract it" if "rn" not in parts else "unknown instruction"
+        return (
+            "unknown instruction: without .rn the assembler may contract it"
+            if "rn" not in parts
+            else "unknown instruction"
+        )
     return "unknown instruction"

@@ -126,7 +126,7 @@ class _Driver(GPUDriver):
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        self.utils = _Utils(machine)
+        self.utils = _Utils()
         self.launcher_cls = functools.partial(_Launch, machine)
         # A device's number is its capability, so that Triton keeps its kernels apart.
         self.get_current_device = lambda: machine.capability
@@ -150,15 +150,12 @@ class _Driver(GPUDriver):
 
 
 class _Utils:
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
-
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": _SHARED_BYTES}
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
         """A module, a function, registers, spilled bytes and the largest block."""
-        return None, (self._machine.load(binary.decode()), shared), 0, 0, 1024
+        return None, (binary.decode(), shared), 0, 0, 1024
 
 
 class _Launch:
@@ -174,6 +171,7 @@ class _Launch:
         self, x: int, y: int, z: int, stream: int, function: Any, metadata: Any, launch_metadata: Any, enter: Any,
         leave: Any, *arguments: Any,
     ) -> None:  # fmt: skip
-        program, shared = function
+        # Loaded here, as a kernel that Triton cannot load is taken for one that does not compile.
+        ptx, shared = function
         given = [each for each, kind in zip(arguments, self._kinds, strict=True) if kind != "constexpr"]
-        self._machine.launch(program, (x, y, z), given, shared)
+        self._machine.launch(self._machine.load(ptx), (x, y, z), given, shared)

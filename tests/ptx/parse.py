@@ -116,7 +116,8 @@ def load(ptx: str) -> Kernel:
     name, head, attributes, body = entry.groups()
     threads = re.search(r"\.reqntid\s+(\d+)\s*(?:,\s*1\s*,\s*1\s*)?$", attributes.strip())
     if threads is None or int(threads[1]) % 32:
-        raise PtxError(f"{name}: {attributes.strip() or 'no block size'}; a kernel needs .reqntid of whole warps in one dimension")
+        declared = attributes.strip() or "no block size"
+        raise PtxError(f"{name}: {declared}; a kernel needs .reqntid of whole warps in one dimension")
     registers: dict[str, Register] = {}
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}

@@ -379,18 +379,16 @@ class _Binder:
             "down": lambda by: np.where(lane + by < 32, lane + by, lane),
             "idx": lambda by: by + 0 * lane,
         }[kind]
-        fixed = find(distance.value % 32) if isinstance(distance, Immediate) else None
+        fixed = find(distance.value % 32)[None] if isinstance(distance, Immediate) else None
 
         def step(run: Run, lanes: Lanes) -> None:
             run.check_whole_warps(lanes)
-            if fixed is None:
+            where = fixed
+            if where is None:
                 where = find(read_distance(run, lanes).astype(np.int64).reshape(-1, 32) % 32)
-            else:
-                where = fixed[None]
             values = read(run, lanes).reshape(-1, 32)
             run.share_rubbish(lambda rubbish: np.take_along_axis(rubbish, where, 1))
-            taken = values[:, fixed] if fixed is not None else np.take_along_axis(values, where, 1)
-            write(run, taken.reshape(-1), lanes)
+            write(run, np.take_along_axis(values, where, 1).reshape(-1), lanes)
 
         return step
 
