@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -483,6 +484,21 @@ def test_the_index_advances_on_the_device(shared, elements, guided):
         assert torch.equal(next_timestep[~kept], expected[~kept])
         assert torch.equal(reference_timestep[~kept], expected[~kept])
     assert all(not kept.any() for kept in workspace._kept.values())
+
+
+def test_the_last_program_of_a_grid_moves_the_index_on_whatever_the_size():
+    """Close to 2**31 elements, the sum that rounds a quotient up overflows: the programs of the grid are what counts."""
+    step, tickets = torch.tensor(3, device=DEVICE), torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    timesteps, next_timestep = torch.arange(10, device=DEVICE), torch.zeros(1, device=DEVICE)
+    call = plan.make_plan(plan.StepShape(1, 512, num_steps=10, advance=True)).calls[-1]
+    call = dataclasses.replace(call, numbers=(2**31 - 1, *call.numbers[1:]))
+    given = {
+        "output": draw((512,)), "sample": draw((512,)), "table": table().tensor(DEVICE), "step": step, "tickets": tickets,
+        "next": poisoned((512,)), "timesteps": timesteps, "next_timestep": next_timestep,
+    }  # fmt: skip
+    assert math.prod(call.grid) == 2
+    launch._Launcher(call)([given.get(name) for name in call.pointers], step.device)
+    assert (int(step), float(next_timestep), int(tickets)) == (4, 4.0, 0)
 
 
 def test_an_index_outside_the_table_gives_nan_instead_of_someone_elses_memory():

@@ -63,7 +63,7 @@ def take_ticket(counter_ptr, programs):
 @triton.jit
 def part(x, live, size):
     """Mean of a program's elements, and the sum of their squared distances from it."""
-    mean = tl.sum(tl.where(live, x, 0.0), 0) / size
+    mean = tl.div_rn(tl.sum(tl.where(live, x, 0.0), 0), size)
     centred = tl.where(live, x - mean, 0.0)
     return mean, tl.sum(product(centred, centred), 0)
 
@@ -77,7 +77,7 @@ def combined_square(parts, blocks, n, BLOCK: tl.constexpr):
         sizes = tl.minimum(tl.maximum(n - block.to(tl.int64) * BLOCK, 0), BLOCK).to(tl.float32)
         means = tl.load(parts + block * 4, mask=block < blocks, other=0.0, volatile=True)
         total += tl.sum(product(sizes, means), 0)
-    mean = total / tl.cast(n, tl.float32)
+    mean = tl.div_rn(total, tl.cast(n, tl.float32))
     square = tl.full([], 0.0, tl.float32)
     for k in range(0, blocks, CHUNK):
         block = k + tl.arange(0, CHUNK)

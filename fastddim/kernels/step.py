@@ -200,7 +200,7 @@ def predict(
 def deviation(x, live, n):
     """Unbiased standard deviation of the n live elements; NaN for one element, as in torch."""
     count = tl.cast(n, tl.float32)
-    mean = tl.sum(tl.where(live, x, 0.0), 0) / count
+    mean = tl.div_rn(tl.sum(tl.where(live, x, 0.0), 0), count)
     centred = tl.where(live, x - mean, 0.0)
     return tl.sqrt_rn(tl.div_rn(tl.sum(product(centred, centred), 0), count - 1.0))
 
@@ -313,7 +313,7 @@ def apply_threshold(x0, scale):
     """`clamp(x0, -scale, scale) / scale`; a scale that is NaN makes every element NaN."""
     limited = clamp(x0, scale)
     if scale != 1.0:
-        # One correction of the reciprocal's product is the rounded quotient.
+        # One correction of the reciprocal's product is the rounded quotient, but where its remainder is denormal.
         inverse = tl.div_rn(tl.full([], 1.0, tl.float32), scale)
         quotient = limited * inverse
         limited = fused(inverse, fused(-scale, quotient, limited), quotient)
@@ -504,7 +504,7 @@ def ddim_step_kernel(
         index = b if ROW_PER_SAMPLE else b * 0
         last = True
         if tickets_ptr is not None:
-            readers = (1 if ROW_PER_SAMPLE else batch) * tl.cdiv(n, BLOCK)
+            readers = tl.num_programs(1 - SAMPLE_AXIS) * (1 if ROW_PER_SAMPLE else tl.num_programs(SAMPLE_AXIS))
             last = tl.atomic_add(tickets_ptr + index, 1, sem="acq_rel") == readers - 1
             if last:
                 tl.store(tickets_ptr + index, 0)
