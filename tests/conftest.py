@@ -1,6 +1,5 @@
 import os
 from collections.abc import Generator
-from typing import Any
 
 # The tests' tensors are small: on a busy machine torch's threads wait for each other 20 times as long as they compute.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -59,9 +58,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("machine", kinds, indirect=True, scope="module")
 
 
-_MACHINES: dict[int, Any] = {}
-
-
 @pytest.fixture(scope="module")
 def machine(request: pytest.FixtureRequest) -> Generator[object, None, None]:
     """The machine that kernels are launched on, in shuffled order; None where that is a GPU or Triton's interpreter."""
@@ -70,8 +66,7 @@ def machine(request: pytest.FixtureRequest) -> Generator[object, None, None]:
         return
     from ptx.launcher import Machine
 
-    # Kernels that are compiled once a process stay on the machine that loaded them.
-    device = _MACHINES.setdefault(request.param, Machine(request.param, seed=0))
+    device = Machine(request.param, seed=0)
     with device.installed():
         yield device
 

@@ -17,7 +17,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import GPUDriver
+from triton.runtime.jit import JITFunction
 
+from fastddim.kernels import draw, statistics, step
 from fastddim.kernels import launch as kernel_launch
 from ptx.execute import launch
 from ptx.memory import Memory
@@ -91,11 +93,17 @@ class Machine:
                 self.take_unwritten(tensor)
             return tensor
 
+        # What was compiled before runs on the driver of then.
+        for module in (step, statistics, draw):
+            for kernel in vars(module).values():
+                if isinstance(kernel, JITFunction):
+                    kernel.device_caches.clear()
         before = triton.runtime.driver._active
         with pytest.MonkeyPatch.context() as patch, triton.knobs.compilation.scope(), triton.knobs.runtime.scope():
             patch.setattr(torch.Tensor, "data_ptr", data_ptr)
             patch.setattr(torch, "empty_like", empty_like)
             patch.setattr(kernel_launch, "_DEVICE_TYPES", ("cuda", "cpu"))
+            patch.setattr(kernel_launch, "_ENTRIES", {})
             triton.knobs.compilation.disable_line_info = True
             triton.knobs.runtime.add_stages_inspection_hook = _stop_at_ptx
             triton.runtime.driver.set_active(_Driver(self))
