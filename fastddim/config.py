@@ -50,6 +50,9 @@ class Clip:
         if not 0 < self.range < float("inf"):
             raise ValueError(f"clip_sample_range: {self.range!r}; pass a finite number > 0")
 
+    def __str__(self) -> str:
+        return f"clip to [-{self.range:g}, {self.range:g}]"
+
 
 @dataclass(frozen=True, slots=True)
 class DynamicThreshold:
@@ -67,8 +70,15 @@ class DynamicThreshold:
         if not 0 < self.max_value < float("inf"):
             raise ValueError(f"sample_max_value: {self.max_value!r}; pass a finite number > 0")
 
+    def __str__(self) -> str:
+        return f"dynamic threshold, quantile {self.ratio:g}, at most {self.max_value:g}"
+
 
 Limit = Clip | DynamicThreshold | None
+# By the names that manifests and commands have for them.
+LIMITS: dict[str, type[Clip | DynamicThreshold]] = {"clip": Clip, "threshold": DynamicThreshold}
+# As messages list what is valid beside None.
+LIMIT_CLASSES = ", ".join(f"a {made.__name__}" for made in LIMITS.values())
 
 
 def limit_from(config: Any) -> Limit:
@@ -101,6 +111,13 @@ def limit_numbers(limit: Limit) -> tuple[float, float]:
     if isinstance(limit, DynamicThreshold):
         return float(limit.max_value), float(limit.ratio)
     return (1.0 if limit is None else float(limit.range)), 1.0
+
+
+def with_numbers(limit: Limit, number: float, ratio: float) -> Limit:
+    """A limit of the same kind with other numbers, as `limit_numbers` gives them."""
+    if isinstance(limit, DynamicThreshold):
+        return DynamicThreshold(ratio, number)
+    return None if limit is None else dataclasses.replace(limit, range=number)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

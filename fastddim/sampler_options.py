@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fastddim.backends import check_backend
-from fastddim.config import Clip, DynamicThreshold, Limit, require_choice, require_int, require_number
+from fastddim.config import LIMIT_CLASSES, Limit, require_choice, require_int, require_number
 from fastddim.loop import GRAPH_MODES
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -87,8 +87,8 @@ class SamplerOptions:
             require_number("guidance_scale", self.guidance_scale, -1e4, 1e4)
         elif self.guidance_rescale:
             raise ValueError(f"guidance_rescale: {self.guidance_rescale!r} without guidance_scale; pass both")
-        if self.limit != "auto" and not isinstance(self.limit, (Clip, DynamicThreshold, type(None))):
-            raise ValueError(f"limit: {self.limit!r}; pass a Clip, a DynamicThreshold, None, or 'auto'")
+        if self.limit != "auto" and not isinstance(self.limit, Limit):
+            raise ValueError(f"limit: {self.limit!r}; pass {LIMIT_CLASSES}, None, or 'auto'")
         check_backend(self.backend)
         require_choice("graph", self.graph, GRAPH_MODES)
         self._check_compile()

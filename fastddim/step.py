@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastddim.coefficients import NUM_COLUMNS, Coefficient, StepTable
-from fastddim.config import Clip, DynamicThreshold, Limit
+from fastddim.config import LIMIT_CLASSES, Limit
 
 if TYPE_CHECKING:
     from fastddim.kernels import Workspace
@@ -144,14 +144,12 @@ def _check_guidance(guidance: Any, sample: torch.Tensor) -> None:
 
 
 def _check_limit(limit: Any, limit_values: Any, sample: torch.Tensor) -> None:
-    if limit is not None and not isinstance(limit, (Clip, DynamicThreshold)):
-        raise TypeError(f"limit: {type(limit).__name__}; pass a Clip, a DynamicThreshold or None")
+    if not isinstance(limit, Limit):
+        raise TypeError(f"limit: {type(limit).__name__}; pass {LIMIT_CLASSES} or None")
     if limit_values is None:
         return
     if limit is None:
-        raise ValueError(
-            "limit_values: given without a limit; pass a Clip or a DynamicThreshold for them, or leave them out"
-        )
+        raise ValueError("limit_values: given without a limit; pass limit too, or leave them out")
     _check_tensor("limit_values", limit_values, sample, (2,), kind="a contiguous float64")
 
 

@@ -475,6 +475,11 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path, monkeypatch):
         (["--shape", "4x6", "--guidance-rescale"], "--guidance-rescale: True without --guidance; pass both"),
         (["--shape", "4x6", "--limit", "clip=x"], "--limit: 'clip=x'"),
         (["--shape", "4x6", "--limit", "threshold=2:2"], "--limit: 'threshold=2:2'"),
+        (
+            ["--shape", "4x6", "--limit", "threshold=0.9"],
+            "--limit: 'threshold=0.9' (threshold takes ratio and max_value)",
+        ),
+        (["--shape", "4x6", "--limit", "clamp=1"], "'clamp' is not one of 'clip', 'threshold'"),
     ],
 )
 def test_the_command_names_what_is_wrong(arguments, message, tmp_path, capsys):

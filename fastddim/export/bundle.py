@@ -21,13 +21,11 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
 from fastddim.coefficients import StepTable
-from fastddim.config import Clip, DDIMConfig, DynamicThreshold, Limit
+from fastddim.config import LIMITS, DDIMConfig, Limit
 from fastddim.export.runtime import get_runtime, public_name
 from fastddim.files import check_folder
 
 _HASH_BLOCK = 1 << 20
-# The limits on x0 by their names in a manifest.
-_LIMITS: dict[str, type[Clip | DynamicThreshold]] = {"clip": Clip, "threshold": DynamicThreshold}
 
 
 @dataclass(frozen=True)
@@ -164,7 +162,7 @@ class Bundle(Folder):
 
 def limit_record(limit: Limit) -> dict[str, Any] | None:
     """A limit as a manifest has it; None without one."""
-    kinds = {made: kind for kind, made in _LIMITS.items()}
+    kinds = {made: kind for kind, made in LIMITS.items()}
     return None if limit is None else {"kind": kinds[type(limit)], **asdict(limit)}
 
 
@@ -175,7 +173,7 @@ def read_limit(manifest: Mapping[str, Any]) -> Limit:
         ValueError: numbers that are out of range.
     """
     values = dict(manifest["sampling"]["limit"] or {})
-    return _LIMITS[values.pop("kind")](**values) if values else None
+    return LIMITS[values.pop("kind")](**values) if values else None
 
 
 def sha256(path: Path) -> str:

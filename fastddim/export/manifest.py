@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 import fastddim
-from fastddim.config import Clip, DynamicThreshold, Limit
+from fastddim.config import Clip, Limit
 from fastddim.export.bundle import FORMAT, limit_record, read_limit
 from fastddim.export.runtime import get_runtime, public_name
 from fastddim.export.sampler_plan import SamplerPlan
@@ -115,11 +115,7 @@ def _versions() -> dict[str, str]:
 
 def limit_text(limit: Limit) -> str:
     """A limit on x0 in words."""
-    if isinstance(limit, Clip):
-        return f"clip to [-{limit.range:g}, {limit.range:g}]"
-    if isinstance(limit, DynamicThreshold):
-        return f"dynamic threshold, quantile {limit.ratio:g}, at most {limit.max_value:g}"
-    return "none"
+    return "none" if limit is None else str(limit)
 
 
 def note(manifest: Mapping[str, Any]) -> str:
