@@ -239,6 +239,10 @@ def test_what_was_not_written_is_not_read():
     guarded = "setp.lt.s32 %p1, %r1, 40; @%p1 mov.b32 %r5, 1;"
     refused("a register is read before it was written", guarded + "add.s32 %r6, %r5, 1; st.global.b32 [%rd2], %r6;")
     refused("a register is read before it was written", "setp.lt.s32 %p1, %r9, 40;\n@%p1 bra $end;\n$end:")
+    # A half that nothing uses may be rubbish.
+    pair = "mov.b64 %rd3, {%r1, %r9}; add.rn.f32x2 %rd4, %rd3, %rd3; mov.b64 {%r5, %r6}, %rd4; st.global.b32 [%rd2], "
+    run(source(pair + "%r5;"), *np.zeros((2, 64), np.uint32))
+    refused("a register is read before it was written", pair + "%r6;")
     # Those that have it do.
     run(source(guarded + "@%p1 st.global.b32 [%rd2], %r5;"), *np.zeros((2, 64), np.uint32))
 

@@ -20,6 +20,7 @@ from ptx.races import Races, SharedWatch, Watch
 WARP = 32
 # Enough for numpy to be busy with numbers, few enough to stay in a processor's cache.
 _THREADS_AT_ONCE = 8192
+_BOTH_HALVES = 3
 
 
 def launch(
@@ -133,8 +134,8 @@ class Run:
         # The instruction each thread is at, behind its barrier where it waits; -1 where it is done.
         self._at = np.zeros(self._size, np.int64)
         self.registers: list[Any] = [None] * len(program.kernel.registers)
-        self._written: dict[int, np.ndarray] = {}
-        # Which of the threads of this instruction have read rubbish.
+        self._rubbish_in: dict[int, np.ndarray] = {}
+        # What this instruction has read of it.
         self._rubbish: np.ndarray | None = None
         stride = -(-max(shared, 1) // 16) * 16
         self._shared_size, self._shared_start = shared, position * stride
@@ -158,16 +159,28 @@ class Run:
 
     def read_doubtful(self, register: Register, lanes: Lanes) -> np.ndarray:
         """Values that may be rubbish: what is made of them is, and `use` finds it."""
-        array, written = self._doubtful(register)
-        if not written[lanes].all():
-            self._rubbish = ~written[lanes] if self._rubbish is None else self._rubbish | ~written[lanes]
+        array, rubbish = self._doubtful(register)
+        here = rubbish[lanes]
+        if here.any():
+            self._rubbish = here if self._rubbish is None else self._rubbish | here
         return array[lanes]
 
-    def write_doubtful(self, register: Register, values: Any, lanes: Lanes) -> None:
-        array, written = self._doubtful(register)
+    def write_doubtful(self, register: Register, values: Any, lanes: Lanes, by_halves: bool) -> None:
+        """Put values into a register. by_halves: rubbish in a half of the operands is in that half of them alone."""
+        array, rubbish = self._doubtful(register)
         array[lanes] = values
-        written[lanes] = True if self._rubbish is None else ~self._rubbish
-        self._rubbish = None
+        found = self.take_rubbish()
+        rubbish[lanes] = 0 if found is None else found if by_halves else np.where(found, _BOTH_HALVES, 0)
+
+    def take_rubbish(self) -> np.ndarray | None:
+        """Where this instruction has read rubbish so far, in the low half (1) or the high one (2); None: nowhere."""
+        found, self._rubbish = self._rubbish, None
+        return found
+
+    def set_rubbish(self, low: np.ndarray | None, high: np.ndarray | None) -> None:
+        """Rubbish in the low half where `low` has any, and so on."""
+        parts = [np.where(part, bit, 0).astype(np.uint8) for bit, part in ((1, low), (2, high)) if part is not None]
+        self._rubbish = sum(parts[1:], parts[0]) if parts else None
 
     def use(self, values: Any) -> Any:
         """Values that decide where threads go, or what memory holds.
@@ -180,20 +193,20 @@ class Run:
         return values
 
     def share_rubbish(self, source: Callable[[np.ndarray], np.ndarray]) -> None:
-        """What a warp's threads take from each other: `source` of which of `[warps, 32]` threads have rubbish."""
+        """What a warp's threads take from each other: `source` of the rubbish of `[warps, 32]` threads."""
         if self._rubbish is not None:
             warps = self._rubbish.reshape(-1, WARP)
             self._rubbish = np.broadcast_to(source(warps), warps.shape).reshape(-1)
 
     def _doubtful(self, register: Register) -> tuple[np.ndarray, np.ndarray]:
-        """A register's values, and which threads have written it."""
+        """A register's values, and which halves of which threads' are rubbish."""
         array = self.registers[register.index]
         if array is None:
             dtype = np.bool_ if register.bits == 1 else UNSIGNED[register.bits // 8]
             array = np.full(self._size, dtype(0xDEADBEEFDEADBEEF >> (64 - register.bits)))
             self.registers[register.index] = array
-            self._written[register.index] = np.zeros(self._size, np.bool_)
-        return array, self._written[register.index]
+            self._rubbish_in[register.index] = np.full(self._size, _BOTH_HALVES, np.uint8)
+        return array, self._rubbish_in[register.index]
 
     def choose(self, holds: np.ndarray, lanes: Lanes) -> Lanes | None:
         """Those of `lanes` for which a predicate holds."""
@@ -356,7 +369,7 @@ class Run:
                     break
 
     def _read_predicate(self, register: Register, lanes: Lanes) -> np.ndarray:
-        if register.index in self._written or self.registers[register.index] is None:
+        if register.index in self._rubbish_in or self.registers[register.index] is None:
             return self.read_doubtful(register, lanes)
         return self.registers[register.index][lanes]
 

@@ -177,6 +177,10 @@ for _name, _function, _arity in _FLOAT_OPERATIONS:
 _same("fma.rn", "f32", fuse, 3)
 _same("fma.rn", "f64", fuse_wide, 3)
 _define("fma.rn.f32x2", pairwise(fuse), "b64", "b64", "b64", "b64")
+def from_half(bits: Any) -> Any:
+    return bits.view(F16).astype(F32)
+
+
 # numpy's division and square root are the processor's, which are rounded correctly.
 _same("div.rn", "f32 f64", np.divide, 2)
 _same("sqrt.rn", "f32 f64", np.sqrt, 1)
@@ -273,6 +277,13 @@ for _opcode in (
 ):  # fmt: skip
     _to, _from = _opcode.split(".")[-2:]
     _define(f"cvt.{_opcode}", _converted(_to), _to, _from)
+
+
+# Of a half-precision operand and float32, rounded once to float32.
+for _type, _widen in (("f16", from_half), ("bf16", from_bfloat16)):
+    _define(f"add.rn.f32.{_type}", lambda a, b, widen=_widen: widen(a) + b, "f32", "b16", "f32")
+    _define(f"sub.rn.f32.{_type}", lambda a, b, widen=_widen: widen(a) - b, "f32", "b16", "f32")
+    _define(f"fma.rn.f32.{_type}", lambda a, b, c, widen=_widen: fuse(widen(a), widen(b), c), "f32", "b16", "b16", "f32")
 
 
 def explain_unknown(opcode: str) -> str:

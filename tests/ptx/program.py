@@ -205,14 +205,18 @@ class _Binder:
             return read
         return lambda run, lanes: run.use(read(run, lanes))
 
-    def write(self, operand: Operand, dtype: Any, *wider: int) -> Write:
-        """A function that puts values of a numpy type into a register of as many bits, or of one of `wider`."""
+    def write(self, operand: Operand, dtype: Any, *wider: int, by_halves: bool = False) -> Write:
+        """A function that puts values of a numpy type into a register of as many bits, or of one of `wider`.
+
+        Args:
+            by_halves: each half of the values is made of the operands' same halves.
+        """
         bits = 1 if dtype is np.bool_ else 8 * np.dtype(dtype).itemsize
         if not isinstance(operand, Register) or operand.bits not in (bits, *wider):
             raise PtxError(f"the result goes to {operand}, a register of {bits} bits was expected")
         index, holds = operand.index, np.bool_ if operand.bits == 1 else UNSIGNED[operand.bits // 8]
         if index in self._doubtful:
-            return lambda run, values, lanes: run.write_doubtful(operand, values.view(holds), lanes)
+            return lambda run, values, lanes: run.write_doubtful(operand, values.view(holds), lanes, by_halves)
         if dtype is holds:
             return lambda run, values, lanes: run.write(index, holds, values, lanes)
         if operand.bits == bits:
@@ -236,7 +240,8 @@ class _Binder:
             return self._move_halves(instruction)
         known = ARITHMETIC[instruction.opcode]
         target, *sources = _expect(instruction, 1 + len(known.operands))
-        write, function = self.write(target, known.result), known.function
+        write = self.write(target, known.result, by_halves=instruction.opcode.endswith("x2"))
+        function = known.function
         reads = [self.read(*each) for each in zip(sources, known.operands, strict=True)]
         if len(reads) == 2:
             first, second = reads
@@ -257,15 +262,24 @@ class _Binder:
 
             def take_apart(run: Run, lanes: Lanes) -> None:
                 for k, write in halves:
-                    write(run, np.ascontiguousarray(read(run, lanes)).view(half)[k::2].copy(), lanes)
+                    values = np.ascontiguousarray(read(run, lanes)).view(half)[k::2].copy()
+                    rubbish = run.take_rubbish()
+                    run.set_rubbish(None if rubbish is None else rubbish & (1 << k), None)
+                    write(run, values, lanes)
 
             return take_apart
-        write = self.write(target, whole)
-        low, high = (self.read(each, half) for each in _vector(source, 2))
+        write = self.write(target, whole, by_halves=True)
+        read_low, read_high = (self.read(each, half) for each in _vector(source, 2))
         shift = whole(8 * np.dtype(half).itemsize)
-        return lambda run, lanes: write(
-            run, high(run, lanes).astype(whole) << shift | low(run, lanes).astype(whole), lanes
-        )
+
+        def put_together(run: Run, lanes: Lanes) -> None:
+            low = read_low(run, lanes).astype(whole)
+            rubbish = run.take_rubbish()
+            high = read_high(run, lanes).astype(whole)
+            run.set_rubbish(rubbish, run.take_rubbish())
+            write(run, high << shift | low, lanes)
+
+        return put_together
 
     # Memory
 
@@ -404,7 +418,7 @@ class _Binder:
             if (read_mask(run, lanes) != _EVERY_LANE).any():
                 raise PtxError("unknown form: only whole warps take part")
             values = read(run, lanes).reshape(-1, 32)
-            run.share_rubbish(lambda rubbish: rubbish.any(1, keepdims=True))
+            run.share_rubbish(lambda rubbish: rubbish.max(1, keepdims=True))
             write(run, np.repeat(combine.reduce(values, axis=1, dtype=dtype), 32), lanes)
 
         return step
