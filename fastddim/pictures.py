@@ -23,7 +23,6 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95}, "WEBP": {"l
 _LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}
 _GAP = 4
 _TILE = 48
-_WHITE = 255
 
 
 def open_picture(path: str | Path) -> Image.Image:
@@ -101,7 +100,6 @@ class GridLayout:
     Attributes:
         rows: the image indices in each row.
         tile: width and height of a tile in pixels, scaled.
-        scale: pixels per image pixel.
         cell_width: the width of a tile, or of the widest label if that is wider, in pixels.
         header: height above each tile, for its label.
         margin: width left of the rows, for their labels.
@@ -110,7 +108,6 @@ class GridLayout:
 
     rows: tuple[tuple[int, ...], ...]
     tile: tuple[int, int]
-    scale: int
     cell_width: int
     header: int
     margin: int
@@ -153,7 +150,6 @@ class GridLayout:
         return cls(
             rows=rows,
             tile=(width * scale, height * scale),
-            scale=scale,
             cell_width=max(width * scale, heading_width, 0 if by_row else text_width),
             header=max(size[1] for size in sizes) + 2 if texts and not by_row else 0,
             margin=text_width + _GAP if by_row else 0,
@@ -203,7 +199,10 @@ def make_grid(
         ValueError: another shape or dtype, values that are not finite, labels of another number than images, headings of
             another number than columns.
     """
-    values: npt.NDArray[Any] = images if isinstance(images, np.ndarray) else _as_array(images)
+    values: Any = images
+    if not isinstance(images, np.ndarray):
+        # numpy has no bfloat16.
+        values = (images.float() if images.is_floating_point() else images).numpy(force=True)
     if values.ndim != 4 or values.shape[1] not in (1, 3):
         raise ValueError(f"images: shape {tuple(images.shape)}; pass [B, C, H, W] with C 1 (grey) or 3 (colour)")
     if not np.issubdtype(values.dtype, np.floating):
@@ -214,7 +213,7 @@ def make_grid(
     # uint8 by rounding, as diffusers does it.
     pixels = ((values.astype(np.float32) + 1) * 127.5).round().clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
     mode = "L" if channels == 1 else "RGB"
-    picture = Image.new(mode, layout.size, _WHITE if channels == 1 else (_WHITE,) * 3)
+    picture = Image.new(mode, layout.size, "white")
     for row, indices in enumerate(layout.rows):
         for column, index in enumerate(indices):
             tile = Image.fromarray(pixels[index, :, :, 0] if channels == 1 else pixels[index])
@@ -253,12 +252,6 @@ def _write(picture: Image.Image, layout: GridLayout, texts: Sequence[str], headi
 def _text_size(text: str) -> tuple[int, int]:
     _, _, right, bottom = ImageFont.load_default().getbbox(text)
     return math.ceil(right), math.ceil(bottom)
-
-
-def _as_array(images: torch.Tensor) -> npt.NDArray[Any]:
-    tensor = images.detach().cpu()
-    # numpy has no bfloat16.
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
 
 def _check_finite(images: npt.NDArray[Any]) -> None:

@@ -28,7 +28,8 @@ class Network:
         name: its name in those of cases.
         sample_shape: the shape of one sample, without the batch.
         build: from a device's name to the network on that device, in eval mode and without gradients.
-        make_kwargs: from a batch's size and a device's name to the network's keyword arguments, on that device.
+        make_kwargs: from a batch's size and a device's name to the network's keyword arguments, on that device; none by
+            default.
         dtype: the dtype of weights and state on a GPU; on a CPU it is float32.
         needs: says what this machine lacks for it.
         usual_steps: how many steps it is usually sampled with.
@@ -39,16 +40,12 @@ class Network:
     name: str
     sample_shape: tuple[int, ...]
     build: Callable[[str], Any]
-    make_kwargs: Callable[[int, str], dict[str, Any]]
+    make_kwargs: Callable[[int, str], dict[str, Any]] = lambda batch, device: {}
     dtype: str = "float32"
     needs: Needs = _DIFFUSERS
     usual_steps: int = 20
     repeats: bool = False
     schedule: tuple[tuple[str, Any], ...] = (("num_train_timesteps", 1000),)
-
-
-def _no_kwargs(batch: int, device: str) -> dict[str, Any]:
-    return {}
 
 
 def _policy(device: str) -> Any:
@@ -162,7 +159,6 @@ CIFAR10 = Network(
         up_block_types=(_UP, _UP, "AttnUpBlock2D", _UP),
         **_DDPM,
     ),
-    _no_kwargs,
 )
 # google/ddpm-celebahq-256 and google/ddpm-church-256, LSUN's.
 LSUN256 = Network(
@@ -177,7 +173,6 @@ LSUN256 = Network(
         up_block_types=(_UP, "AttnUpBlock2D", _UP, _UP, _UP, _UP),
         **_DDPM,
     ),
-    _no_kwargs,
     repeats=True,
 )
 SD15 = Network(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,15 +132,14 @@ def _draw_loops(rows: Sequence[Row], report: dict[str, Any]) -> Figure:
     for row in rows:
         if row.about["batch"] == 1:
             chosen.setdefault(row.about["model"], []).append(row)
-    # Each network's run with most candidates, which is the usual one.
-    cases = {}
-    for model, group in chosen.items():
-        names = [row.case for row in group]
-        case = max(dict.fromkeys(names), key=names.count)
-        cases[model] = [row for row in group if row.case == case]
-    heights = [0.34 * len(group) + 0.75 for group in cases.values()]
+    cases = []
+    for group in chosen.values():
+        # The network's run with most candidates, which is the usual one.
+        ((case, _),) = Counter(row.case for row in group).most_common(1)
+        cases.append([row for row in group if row.case == case])
+    heights = [0.34 * len(group) + 0.75 for group in cases]
     figure, panels = new_figure(9.5, 1.4 + sum(heights), rows=len(cases), heights=heights)
-    for axes, group in zip(panels, cases.values(), strict=True):
+    for axes, group in zip(panels, cases, strict=True):
         _draw_breakdown(axes, group)
     handles = {
         label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)

@@ -222,7 +222,10 @@ def columns_of(rows: Sequence[Row]) -> list[str]:
 
 def cells_of(row: Row) -> dict[str, str]:
     """A row's cells by heading."""
-    name = row.candidate if row.status == OK else f"{row.candidate}: {_verdict(row)}"
+    name = row.candidate
+    if row.status != OK:
+        name += f": {row.message or ''}" if row.status == ABSENT else f": {row.status.upper()}, {row.message}"
+    requests = row.about.get("requests")
     verdict = "" if row.target_met is None else (" met" if row.target_met else " missed")
     return {
         "case": f"{row.suite}: {row.case}",
@@ -246,17 +249,8 @@ def cells_of(row: Row) -> dict[str, str]:
         "load": format_seconds(row.facts.get("load_s")),
         "latency p50": format_seconds(row.facts.get("latency_p50_s")),
         "latency p99": format_seconds(row.facts.get("latency_p99_s")),
-        "requests/s": _throughput(row),
+        "requests/s": "" if requests is None or row.median_s is None else f"{requests / row.median_s:.3g}",
     }
-
-
-def _verdict(row: Row) -> str:
-    return row.message or "" if row.status == ABSENT else f"{row.status.upper()}, {row.message}"
-
-
-def _throughput(row: Row) -> str:
-    requests = row.about.get("requests")
-    return "" if requests is None or row.median_s is None else f"{requests / row.median_s:.3g}"
 
 
 def format_seconds(value: float | None) -> str:

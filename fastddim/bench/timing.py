@@ -8,6 +8,7 @@ import gc
 import itertools
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -207,15 +208,11 @@ class CaseRun:
     """A case whose candidates are verified and warm; measured in one pass or several, then finished, once."""
 
     def __init__(self, case: Case) -> None:
+        import torch
+
         self.case = case
         self._rows = [_row(case, candidate) for candidate in case.candidates]
         self._runners: list[_Runner] = []
-        self._prepare()
-
-    def _prepare(self) -> None:
-        import torch
-
-        case = self.case
         if case.needs is not None:
             self._refuse(ABSENT, case.needs)
             return
@@ -273,8 +270,11 @@ class CaseRun:
                 if row.status == OK:
                     row.facts = runner.work.facts()
         _compare(self._rows, self._runners, self.case.target)
-        if self.case.nbytes is not None:
-            _rate(self._rows, self.case.nbytes, copy_bandwidth)
+        for row in self._rows:
+            if self.case.nbytes is not None and row.median_s is not None:
+                bytes_per_s = self.case.nbytes / row.median_s
+                row.gb_per_s = bytes_per_s / 1e9
+                row.of_copy = None if copy_bandwidth is None else bytes_per_s / copy_bandwidth()
         # What they hold of a device's memory is the next case's.
         self._runners = []
         return self._rows
@@ -295,15 +295,15 @@ def _row(case: Case, candidate: Candidate) -> Row:
     )
 
 
+@dataclass
 class _Runner:
     """A right candidate in the rotation, and the seconds per call of its rounds."""
 
-    def __init__(self, row: Row, work: Work) -> None:
-        self.row = row
-        self.work = work
-        self.brief = False
-        self.samples: list[float] = []
-        self.parts: dict[str, list[float]] = {name: [] for name in work.parts}
+    row: Row
+    work: Work
+    brief: bool = False
+    samples: list[float] = field(default_factory=list)
+    parts: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def summarise(self) -> None:
         """Fill in the row's times."""
@@ -371,14 +371,6 @@ def _compare(rows: list[Row], runners: list[_Runner], target: float | None) -> N
         quotients = [theirs / own for theirs, own in zip(times, ours, strict=True)]
         row.ratio_p20, row.ratio, row.ratio_p80 = (float(each) for each in np.percentile(quotients, (20, 50, 80)))
         row.target_met = None if row.target is None else row.ratio >= row.target
-
-
-def _rate(rows: list[Row], nbytes: int, copy_bandwidth: Callable[[], float] | None) -> None:
-    for row in rows:
-        if row.median_s is not None:
-            row.gb_per_s = nbytes / row.median_s / 1e9
-            if copy_bandwidth is not None:
-                row.of_copy = nbytes / row.median_s / copy_bandwidth()
 
 
 def _describe(error: Exception) -> str:

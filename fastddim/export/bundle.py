@@ -297,9 +297,10 @@ def open_folder(opened: type[AnyFolder], path: str | Path, *, check_hashes: bool
         raise BundleError(f"bundle: {str(file)!r} cannot be read: {error}; export it again") from error
     manifest = _check_manifest(file, manifest, opened.format)
     for name, expected in manifest["files"].items():
-        member = folder / _inside(file, name)
-        if member.is_symlink() or not member.resolve().is_relative_to(folder.resolve()):
-            raise BundleError(f"bundle: {str(member)!r} leads out of the folder; export it again")
+        member = folder / name
+        outside = PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name
+        if outside or member.is_symlink() or not member.resolve().is_relative_to(folder.resolve()):
+            raise BundleError(f"bundle: {str(file)!r} names {name!r}, which leads out of the folder; export it again")
         if not member.is_file():
             raise BundleError(f"bundle: {str(member)!r} is missing; export it again")
         size = member.stat().st_size
@@ -326,13 +327,6 @@ def require_runtime(bundle: Bundle, runtime: str) -> None:
         sampler = get_runtime(bundle.runtime).sampler
         fix = "" if sampler is None else f"; run it with {public_name(sampler)}"
         raise BundleError(f"bundle: {str(bundle.path)!r} is of runtime {bundle.runtime!r}, not {runtime!r}{fix}")
-
-
-def _inside(file: Path, name: str) -> PurePosixPath:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name:
-        raise BundleError(f"bundle: {str(file)!r} names {name!r}, which leads out of the folder; export it again")
-    return path
 
 
 def _check_manifest(file: Path, manifest: Any, format: Format) -> dict[str, Any]:

@@ -203,17 +203,14 @@ def _manifest(
     outputs = ("samples",) if plan.options.kind == "loop" else STEP_OUTPUTS
     dtypes = {name: str(value.dtype).removeprefix("torch.") for name, value in examples.items()}
     meanings = name_meanings(plan)
-
-    def described(name: str) -> dict[str, Any]:
-        return {
-            "name": name,
-            "dtype": dtypes.get(name, "float32"),
-            "shape": list(dims[name]),
-            "meaning": meanings[name],
-        }
-
-    inputs = [described(name) for name in examples]
-    manifest = build_manifest(plan, MODEL_FILE, inputs, [*map(described, outputs)], "aoti")
+    inputs, results = (
+        [
+            {"name": name, "dtype": dtypes.get(name, "float32"), "shape": list(dims[name]), "meaning": meanings[name]}
+            for name in names
+        ]
+        for names in (examples, outputs)
+    )
+    manifest = build_manifest(plan, MODEL_FILE, inputs, results, "aoti")
     manifest["target"] = {
         "device": device,
         "platform": sys.platform,

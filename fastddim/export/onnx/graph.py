@@ -121,11 +121,8 @@ def as_loop(step: onnx.ModelProto, per_sample: bool = False) -> onnx.ModelProto:
     )
     inputs = [given[name] for name in ("sample", *others)]
     for name, outer in rows.items():
-        kind = given[name].type.tensor_type
-        dims = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
-        inputs.append(
-            helper.make_tensor_value_info(outer, kind.elem_type, ["steps", *(dims[1:] if name in shared else dims)])
-        )
+        dims = ["steps", *symbolic_dims(graph)[name][name in shared :]]
+        inputs.append(helper.make_tensor_value_info(outer, given[name].type.tensor_type.elem_type, dims))
     constants = {"true": np.array(True), "zero": np.array([0])}
     outside = [
         helper.make_node("Shape", ["timesteps"], ["steps_shape"], name="count_steps", start=0, end=1),
