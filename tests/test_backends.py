@@ -323,7 +323,6 @@ def test_it_is_one_operator_under_compile_and_export():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     tests = os.path.dirname(__file__)
     environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(tests), tests])
-    # conftest, which sets the interpreter, is pytest's alone.
     done = subprocess.run([sys.executable, "-c", TRACE], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and done.stdout.strip().endswith("traced"), done.stderr[-3000:]
 

@@ -356,6 +356,29 @@ def test_a_megapixel_sample_is_exact():
     torch.testing.assert_close(x0, output.clamp(-scale, scale) / scale, rtol=0, atol=0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "limit", "rescale"), [((16, 4, 64, 64), "clip", 0.0), ((2, 3, 200, 201), "threshold", 0.6)]
+)
+def test_pictures_and_latents_are_the_references(shape, limit, rescale, dtype):
+    batch, steps = shape[0], table(1.0, rederive=True)
+    x, output = draw(shape, dtype), draw((2 * batch, *shape[1:]), dtype, seed=1)
+    index, next_timestep = torch.arange(batch, device=DEVICE) % 9, torch.zeros(2 * batch, device=DEVICE)
+    kwargs = {
+        "limit": LIMITS[limit], "guidance": Guidance(2.5, rescale), "seeds": seed_tensor(range(batch), DEVICE), "advance": True,
+        "timesteps": torch.tensor(steps.timesteps, device=DEVICE), "next_timestep": next_timestep,
+    }  # fmt: skip
+    expected = reference_step(output, x, steps, index.clone(), **kwargs)
+    timesteps = next_timestep.clone()
+    before = index.clone()
+    actual = ddim_step(output, x, steps, index, out=poisoned(shape, dtype), **kwargs)
+    tolerance = 3e-5 if dtype == torch.float32 else torch.finfo(dtype).eps * 2
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    assert torch.equal(index, before + 1) and torch.equal(next_timestep, timesteps)
+
+
 def test_a_threshold_of_at_most_one_is_dispatched_as_a_clip():
     output = draw((2, 20000)) * 2
     _, x0 = ddim_step(output, torch.zeros_like(output), IDENTITY, 0, limit=DynamicThreshold(0.9, 1.0))

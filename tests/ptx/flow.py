@@ -29,20 +29,28 @@ def split(instruction: Instruction) -> tuple[list[Register], list[Register]]:
 
 
 def trace_pointers(kernel: Kernel) -> list[frozenset[int]]:
-    """For each register the pointer parameters that its value may be made of, by their places; what is loaded is of none."""
+    """For each register the pointer parameters that its value may be made of, by their places.
+
+    Through shared memory pointers pass as 64 bits; what is loaded from elsewhere is made of none.
+    """
     places = {parameter.name: k for k, parameter in enumerate(kernel.parameters) if parameter.pointer}
-    made_of: list[frozenset[int]] = [frozenset()] * len(kernel.registers)
+    shared = len(kernel.registers)
+    made_of: list[frozenset[int]] = [frozenset()] * (shared + 1)
     moves = []
     for instruction in kernel.instructions:
-        targets, sources = split(instruction)
-        if instruction.opcode.startswith("ld.param"):
+        name, *modifiers = instruction.opcode.split(".")
+        targets, sources = ([register.index for register in each] for each in split(instruction))
+        if name == "ld" and modifiers[0] == "param":
             address = instruction.operands[-1]
-            assert isinstance(address, Address) and isinstance(address.base, Symbol)
-            for register in targets:
-                if address.base.name in places:
-                    made_of[register.index] |= {places[address.base.name]}
-        elif targets and instruction.opcode.split(".")[0] not in ("ld", "ldmatrix", "atom", "setp"):
-            moves.append(([register.index for register in targets], [register.index for register in sources]))
+            if isinstance(address, Address) and isinstance(address.base, Symbol) and address.base.name in places:
+                for index in targets:
+                    made_of[index] |= {places[address.base.name]}
+        elif name in ("ld", "st"):
+            if modifiers[0].startswith("shared") and modifiers[-1] == "b64":
+                values = [register.index for register in registers_of(instruction.operands[1:])]
+                moves.append((targets, [shared]) if name == "ld" else ([shared], values))
+        elif name not in ("ldmatrix", "atom", "setp"):
+            moves.append((targets, sources))
     changed = True
     while changed:
         changed = False

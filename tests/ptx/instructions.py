@@ -177,6 +177,8 @@ for _name, _function, _arity in _FLOAT_OPERATIONS:
 _same("fma.rn", "f32", fuse, 3)
 _same("fma.rn", "f64", fuse_wide, 3)
 _define("fma.rn.f32x2", pairwise(fuse), "b64", "b64", "b64", "b64")
+
+
 def from_half(bits: Any) -> Any:
     return bits.view(F16).astype(F32)
 
@@ -283,7 +285,9 @@ for _opcode in (
 for _type, _widen in (("f16", from_half), ("bf16", from_bfloat16)):
     _define(f"add.rn.f32.{_type}", lambda a, b, widen=_widen: widen(a) + b, "f32", "b16", "f32")
     _define(f"sub.rn.f32.{_type}", lambda a, b, widen=_widen: widen(a) - b, "f32", "b16", "f32")
-    _define(f"fma.rn.f32.{_type}", lambda a, b, c, widen=_widen: fuse(widen(a), widen(b), c), "f32", "b16", "b16", "f32")
+    _define(
+        f"fma.rn.f32.{_type}", lambda a, b, c, widen=_widen: fuse(widen(a), widen(b), c), "f32", "b16", "b16", "f32"
+    )
 
 
 def explain_unknown(opcode: str) -> str:

@@ -5,7 +5,6 @@ A device's number is its compute capability times ten: 90 is a GPU of sm_90.
 
 from __future__ import annotations
 
-import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -103,6 +102,7 @@ class Machine:
             patch.setattr(torch.Tensor, "data_ptr", data_ptr)
             patch.setattr(torch, "empty_like", empty_like)
             patch.setattr(kernel_launch, "_DEVICE_TYPES", ("cuda", "cpu"))
+            # Those kept are bound to another target's code.
             patch.setattr(kernel_launch, "_ENTRIES", {})
             triton.knobs.compilation.disable_line_info = True
             triton.knobs.runtime.add_stages_inspection_hook = _stop_at_ptx
@@ -133,9 +133,9 @@ class _Driver(GPUDriver):
     """Triton's interface to a device; loads "binaries" that are PTX."""
 
     def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+        self.machine = machine
         self.utils = _Utils()
-        self.launcher_cls = functools.partial(_Launch, machine)
+        self.launcher_cls = _Launch
         # A device's number is its capability, so that Triton keeps its kernels apart.
         self.get_current_device = lambda: machine.capability
         self.get_current_stream = lambda device: 0
@@ -145,7 +145,7 @@ class _Driver(GPUDriver):
         return True
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self._machine.capability, 32)
+        return GPUTarget("cuda", self.machine.capability, 32)
 
     def map_python_to_cpp_type(self, ty: str) -> str:
         raise NotImplementedError
@@ -167,10 +167,9 @@ class _Utils:
 
 
 class _Launch:
-    """Triton's launcher of one signature."""
+    """Triton's launcher of one signature, on the machine that is installed when it is called."""
 
-    def __init__(self, machine: Machine, source: Any, metadata: Any) -> None:
-        self._machine = machine
+    def __init__(self, source: Any, metadata: Any) -> None:
         self._kinds = list(source.signature.values())
         if metadata.global_scratch_size or metadata.profile_scratch_size:
             raise PtxError(f"{metadata.name}: asks for scratch memory, which the machine does not give")
@@ -179,7 +178,8 @@ class _Launch:
         self, x: int, y: int, z: int, stream: int, function: Any, metadata: Any, launch_metadata: Any, enter: Any,
         leave: Any, *arguments: Any,
     ) -> None:  # fmt: skip
+        machine = triton.runtime.driver.active.machine
         # Loaded here, as a kernel that Triton cannot load is taken for one that does not compile.
         ptx, shared = function
         given = [each for each, kind in zip(arguments, self._kinds, strict=True) if kind != "constexpr"]
-        self._machine.launch(self._machine.load(ptx), (x, y, z), given, shared)
+        machine.launch(machine.load(ptx), (x, y, z), given, shared)
