@@ -22,8 +22,8 @@ def require_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     valid = tuple(choices)
     if value not in valid:
         close = difflib.get_close_matches(str(value), valid, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{name}: {value!r} is not one of {', '.join(map(repr, valid))}.{hint}")
+        hint = f". Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{name}: {value!r} is not one of {', '.join(map(repr, valid))}{hint}")
 
 
 def require_int(name: str, value: Any, low: int, high: int | None = None) -> None:

@@ -189,6 +189,11 @@ class Sampler:
         fix = f"use sampler.replace({change})" if replaceable else "make another Sampler"
         raise AttributeError(f"{name}: a Sampler does not change; {fix}")
 
+    def __delattr__(self, name: str) -> None:
+        if name in _FIXED or type(self) is Sampler:
+            raise AttributeError(f"{name}: a Sampler does not change; make another Sampler")
+        object.__delattr__(self, name)
+
     @property
     def graphs(self) -> GraphCache[Any]:
         return self._loop.graphs
@@ -199,7 +204,7 @@ class Sampler:
         A table is built anew, which is cheap; nothing is captured again as long as only the number of steps (up to the
         next power of two from 64), timesteps, eta, guidance scale or the limit's numbers differ. Other values of `graph`,
         `compile`, `channels_last` or `max_graphs` are captured apart. A table in place of a scheduler takes none of the
-        options that it fixes.
+        options that it fixes. What a subclass keeps on the sampler is on the new one too.
 
         Raises:
             TypeError, ValueError: as the constructor.
@@ -215,6 +220,8 @@ class Sampler:
         apart = {"graph", "compile", "channels_last", "max_graphs"} & changes.keys()
         changed = object.__new__(type(self))
         changed._set_up(self.model, scheduler, options, None if apart else self._loop)
+        for name in vars(self).keys() - vars(changed).keys():
+            setattr(changed, name, getattr(self, name))
         return changed
 
     @torch.no_grad()

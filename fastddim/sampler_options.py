@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,8 +81,10 @@ class SamplerOptions:
     max_graphs: int = 8
 
     def __post_init__(self) -> None:
-        if not self.dtype.is_floating_point:
-            raise ValueError(f"dtype: {self.dtype}; pass a floating-point dtype")
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise ValueError(f"dtype: {self.dtype!r}; pass a floating-point torch.dtype")
+        if self.device is not None:
+            _convert("device", torch.device, self.device, "such as 'cpu' or 'cuda:0'")
         require_number("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
         if self.guidance_scale is not None:
             require_number("guidance_scale", self.guidance_scale, -1e4, 1e4)
@@ -92,21 +95,28 @@ class SamplerOptions:
         check_backend(self.backend)
         require_choice("graph", self.graph, GRAPH_MODES)
         self._check_compile()
-        first, stop = self.guidance_interval
-        require_number("guidance_interval", first, 0.0, 1.0)
-        require_number("guidance_interval", stop, first, 1.0)
-        for bucket in self.batch_buckets or ():
+        interval = _convert("guidance_interval", tuple, self.guidance_interval, "two fractions of the steps")
+        if len(interval) != 2:
+            raise ValueError(f"guidance_interval: {interval!r}; pass two fractions of the steps")
+        require_number("guidance_interval", interval[0], 0.0, 1.0)
+        require_number("guidance_interval", interval[1], interval[0], 1.0)
+        buckets = _convert("batch_buckets", tuple, self.batch_buckets or (), "a list of integers")
+        for bucket in buckets:
             require_int("batch_buckets", bucket, 1)
         require_int("max_graphs", self.max_graphs, 1)
-        etas = np.asarray(self.eta, dtype=np.float64).tolist()
+        etas = _convert("eta", _floats, self.eta, "numbers in [0, 1] (0 is DDIM, 1 is DDPM)")
         for name, value in (
-            ("guidance_interval", (first, stop)),
-            ("batch_buckets", tuple(sorted(self.batch_buckets or ()))),
-            ("timesteps", None if self.timesteps is None else tuple(self.timesteps)),
-            ("sample_shape", None if self.sample_shape is None else tuple(self.sample_shape)),
+            ("guidance_interval", interval),
+            ("batch_buckets", tuple(sorted(buckets))),
             ("eta", tuple(etas) if isinstance(etas, list) else etas),
         ):
             object.__setattr__(self, name, value)
+        for name in ("timesteps", "sample_shape"):
+            given = getattr(self, name)
+            if given is not None:
+                object.__setattr__(self, name, _convert(name, tuple, given, "a list of integers"))
+        for size in self.sample_shape or ():
+            require_int("sample_shape", size, 0)
 
     def _check_compile(self) -> None:
         if isinstance(self.compile, bool):
@@ -117,3 +127,16 @@ class SamplerOptions:
                 f"compile: {self.compile!r} captures CUDA graphs of its own; pass 'default' or"
                 " 'max-autotune-no-cudagraphs', or graph='off'"
             )
+
+
+def _floats(values: Any) -> Any:
+    return np.asarray(values, dtype=np.float64).tolist()
+
+
+def _convert(name: str, kind: Callable[[Any], Any], value: Any, noun: str) -> Any:
+    """A value as another type, or a `ValueError` that names the option."""
+    try:
+        return kind(value)
+    # torch.device raises a RuntimeError.
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name}: {value!r}; pass {noun}") from None

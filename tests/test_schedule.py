@@ -154,6 +154,9 @@ def test_a_bad_configuration_names_field_value_and_what_is_valid(options, parts)
 def test_unknown_keys_are_errors_unless_another_schedulers_configuration_is_taken():
     with pytest.raises(ValueError, match=r"beta_begin.*Did you mean 'beta_end'|beta_begin.*Did you mean 'beta_start'"):
         DDIMConfig.from_dict({"beta_begin": 0.1})
+    # A bundle's reader and the command line say more behind it.
+    with pytest.raises(ValueError, match=r"prediction_type: 'zzz' is not one of 'epsilon', 'sample', 'v_prediction'$"):
+        DDIMConfig(prediction_type="zzz")
     config = diffusers.EulerDiscreteScheduler(prediction_type="v_prediction").config
     assert DDIMConfig.from_dict(config, ignore_unknown=True).prediction_type == "v_prediction"
 
