@@ -100,6 +100,7 @@ class GridLayout:
     Attributes:
         rows: the image indices in each row.
         tile: width and height of a tile in pixels, scaled.
+        scale: pixels per image pixel.
         cell_width: the width of a tile, or of the widest label if that is wider, in pixels.
         header: height above each tile, for its label.
         margin: width left of the rows, for their labels.
@@ -108,6 +109,7 @@ class GridLayout:
 
     rows: tuple[tuple[int, ...], ...]
     tile: tuple[int, int]
+    scale: int
     cell_width: int
     header: int
     margin: int
@@ -150,6 +152,7 @@ class GridLayout:
         return cls(
             rows=rows,
             tile=(width * scale, height * scale),
+            scale=scale,
             cell_width=max(width * scale, heading_width, 0 if by_row else text_width),
             header=max(size[1] for size in sizes) + 2 if texts and not by_row else 0,
             margin=text_width + _GAP if by_row else 0,

@@ -152,9 +152,8 @@ class Sampler:
                 variance_type=options.variance_type,
                 use_clipped_model_output=self.limit is not None if rederive is None else rederive,
             )
-        self._guidance = None
-        if options.guidance_scale is not None:
-            self._guidance = Guidance(float(options.guidance_scale), options.guidance_rescale)
+        scale = options.guidance_scale
+        self._guidance = None if scale is None else Guidance(float(scale), options.guidance_rescale)
         self._guided_steps = range(*(int(fraction * len(self.table)) for fraction in options.guidance_interval))
         self.sample_shape = _model_sample_shape(model) if options.sample_shape is None else options.sample_shape
         module = model if isinstance(model, torch.nn.Module) else None

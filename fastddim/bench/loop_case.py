@@ -125,7 +125,7 @@ def _tolerance(inputs: LoopInputs, expected: Sequence[Any]) -> float:
         rounded = torch.from_numpy(x).to(inputs.start.dtype).double().numpy()
         return model(rounded, t)
 
-    (result,) = (textbook_loop(inputs.problem, rounding, inputs.start.double().cpu().numpy()),)
+    result = textbook_loop(inputs.problem, rounding, inputs.start.double().cpu().numpy())
     spread = float(np.abs(result - expected[0]).max() / np.abs(expected[0]).max())
     return min(max(TOLERANCE, _TOLERATED_SPREAD * spread), _LARGEST_TOLERANCE)
 

@@ -28,8 +28,7 @@ class Network:
         name: its name in those of cases.
         sample_shape: the shape of one sample, without the batch.
         build: from a device's name to the network on that device, in eval mode and without gradients.
-        make_kwargs: from a batch's size and a device's name to the network's keyword arguments, on that device; none by
-            default.
+        make_kwargs: from a batch's size and a device's name to the network's keyword arguments, on that device.
         dtype: the dtype of weights and state on a GPU; on a CPU it is float32.
         needs: says what this machine lacks for it.
         usual_steps: how many steps it is usually sampled with.

@@ -152,10 +152,10 @@ def _compare(
     conditions, uncond = _draw_conditions(denoiser, batch, device)
     kwargs: dict[str, Any] = {**conditions, "uncond_kwargs": uncond if sampling["guided"] else None}
     start = normal(range(batch), 0, shape, STREAM_INITIAL, device=device) * table.start_scale
-    expected = _sample(sampler, start, kwargs)
+    expected: Any = sampler(start, seeds=0, **kwargs)
     if tolerance is None:
         # A random model is chaotic: what a last-bit change of the start does says how far two programs may be apart.
-        nudged = _sample(sampler, start * (1 + 2**-23), kwargs)
+        nudged: Any = sampler(start * (1 + 2**-23), seeds=0, **kwargs)
         tolerance = max(TOLERANCES[dtype], _AMPLIFIED * float((nudged - expected).abs().max()))
     arrays: dict[str, Any] = {name: value.numpy(force=True) for name, value in conditions.items()}
     actual = exported(
@@ -171,12 +171,6 @@ def _compare(
     steps = len(table)
     where = f"after {steps} steps of a batch of {batch} of {shape}"
     return parity_entry(error, tolerance, where, batch=batch, size=list(shape), steps=steps)
-
-
-def _sample(sampler: Sampler, start: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-    samples = sampler(start, seeds=0, **kwargs)
-    assert isinstance(samples, torch.Tensor)
-    return samples
 
 
 def _draw_conditions(

@@ -20,9 +20,7 @@ TYPES: dict[str, Any] = {
     "b32": U32, "u32": U32, "s32": I32, "f32": F32, "b64": U64, "u64": U64, "s64": I64, "f64": F64,
 }  # fmt: skip
 # Arithmetic that is not correctly rounded and all the same allowed, with the reason; computed as if it were.
-ALLOWED_INEXACT = {
-    "div.full.f32": "up to 2 ulp, in the means and quotients of deviations until these are divided by tl.div_rn",
-}
+ALLOWED_INEXACT: dict[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)

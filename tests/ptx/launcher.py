@@ -80,8 +80,12 @@ class Machine:
         launch(program, grid, values, shared, self.memory, seed)
 
     @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Under Triton in this process: CPU tensors pass for a GPU's, and what kernels are given is taken."""
+    def installed(self, driver: GPUDriver | None = None) -> Iterator[None]:
+        """Under Triton in this process: CPU tensors pass for a GPU's, and what kernels are given is taken.
+
+        Args:
+            driver: Triton's driver, which leads to this machine; by default one that loads the PTX, without an assembler.
+        """
 
         def data_ptr(tensor: torch.Tensor) -> int:
             return self.take(tensor) if tensor.device.type == "cpu" else _data_ptr(tensor)
@@ -105,8 +109,9 @@ class Machine:
             # Those kept are bound to another target's code.
             patch.setattr(kernel_launch, "_ENTRIES", {})
             triton.knobs.compilation.disable_line_info = True
-            triton.knobs.runtime.add_stages_inspection_hook = _stop_at_ptx
-            triton.runtime.driver.set_active(_Driver(self))
+            if driver is None:
+                triton.knobs.runtime.add_stages_inspection_hook = _stop_at_ptx
+            triton.runtime.driver.set_active(driver or _Driver(self))
             try:
                 yield
             finally:

@@ -123,9 +123,10 @@ def _write_kernel(
         compiled = _compile(call, types, arch, options)
         _check_parameters(compiled, parameters)
         (target,) = re.findall(r"^\.target (\w+)$", compiled.asm["ptx"], re.MULTILINE)
-        for kind, content in (("cubin", compiled.asm["cubin"]), ("ptx", compiled.asm["ptx"].encode())):
-            if kind == "ptx" and arch != PTX_TARGET:
-                continue
+        contents = {"cubin": compiled.asm["cubin"]}
+        if arch == PTX_TARGET:
+            contents["ptx"] = compiled.asm["ptx"].encode()
+        for kind, content in contents.items():
             file = f"{name}.{target}.{kind}"
             (folder / file).write_bytes(content)
             images.append(
