@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import doctest
 import functools
 import logging
@@ -365,3 +366,21 @@ def test_the_operator_runs_eagerly_too():
             threshold=(0.9, 1.5) if isinstance(limit, DynamicThreshold) else None,
         )  # fmt: skip
         np.testing.assert_allclose(x_next.numpy(), expected.x_next, atol=1e-5)
+
+
+def test_each_option_of_a_step_has_a_plan_of_its_own():
+    """A field that a plan is not looked up by would get whatever plan is kept for the other value."""
+    x, output, half = draw(2, 3), draw(4, 3), torch.ones(2)
+    guidance = {"scale": half, "rescale": 0.5, "cond_first": True}
+    assert {field.name for field in dataclasses.fields(Guidance)} == set(guidance)
+    options = {
+        "guidance": None, "limit": Clip(0.5), "limit_values": half.double(), "noise": x, "seeds": seed_tensor([1, 2], "cpu"),
+        "first_row": half.long(), "out": x, "model_input": output, "advance": True, "timesteps": half, "next_timestep": half,
+    }  # fmt: skip
+    # The workspace and whether x0 is wanted change no plan.
+    assert {field.name for field in dataclasses.fields(StepOptions)} == {*options, "return_x0", "workspace"}
+    plain = StepOptions(guidance=Guidance(2.0))
+    variants = [dataclasses.replace(plain, **{name: value}) for name, value in options.items()]
+    variants += [StepOptions(guidance=Guidance(**{"scale": 2.0, name: value})) for name, value in guidance.items()]
+    keys = [launch._key(output, x, TABLE, 1, each) for each in (plain, *variants)]
+    assert len(set(keys)) == len(keys)
