@@ -186,8 +186,18 @@ def test_what_is_no_kernel_or_no_grid_is_refused():
             ptx.launch(program, grid, given, 0, memory)
     with pytest.raises(ValueError, match=r"^parameters: 2 values; k has 3"):
         ptx.launch(program, (1, 1, 1), given[:2], 0, memory)
-    with pytest.raises(ptx.PtxError, match="no memory was given that begins at"):
-        ptx.launch(program, (1, 1, 1), (cells.ctypes.data + 4, *given[1:]), 0, memory)
+    with pytest.raises(ptx.PtxError, match="no memory was given at"):
+        ptx.launch(program, (1, 1, 1), (cells.ctypes.data + cells.nbytes, *given[1:]), 0, memory)
+
+
+def test_a_pointer_may_lead_into_the_middle_of_memory():
+    cells, memory = np.zeros(100, np.uint32), ptx.Memory()
+    memory.add(cells.ctypes.data, cells.nbytes)
+    program = ptx.prepare(ptx.load(source("st.global.b32 [%rd1], %r1;")))
+    ptx.launch(program, (1, 1, 1), (cells.ctypes.data + 4 * 36, 0, 7), 0, memory)
+    assert cells.tolist() == [0] * 36 + list(range(64))
+    with pytest.raises(ptx.PtxError, match="outside a tensor of 400 bytes, by 4 bytes"):
+        ptx.launch(program, (1, 1, 1), (cells.ctypes.data + 4 * 37, 0, 7), 0, memory)
 
 
 @pytest.mark.parametrize(
