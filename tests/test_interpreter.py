@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-CHOSEN = "half_precision_x0 and clip and state1 or every_pair_of_dtypes and clip and state2 or drawn_noise_is"
+CHOSEN = "every_pair_of_dtypes and clip and state2 and model2 or drawn_noise_is"
 
 
 def test_the_interpreter_gives_the_oracles_results_too():

@@ -181,7 +181,6 @@ def test_a_limit_on_the_device_is_the_limit_in_the_code(tier, limit, monkeypatch
         torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("state", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("row", [0, 4, 9])
 @pytest.mark.parametrize("limit", ["none", "clip", "threshold"])
@@ -309,7 +308,7 @@ def test_the_threshold_is_torch_quantiles(kind, n):
 @pytest.mark.parametrize("n", [1, 7, 150])
 def test_the_threshold_of_large_samples_is_torch_quantiles(kind, n):
     workspace = Workspace()
-    for ratio, maximum in ((0.0, 1.5), (0.5, 300.0), (0.69, 1.5), (0.71, 300.0), (1.0, 1.5), (1.0, 300.0)):
+    for ratio, maximum in ((0.0, 1.5), (0.69, 300.0), (0.71, 1.5), (1.0, 300.0)):
         check_threshold(kind, n, DynamicThreshold(ratio, maximum), "statistics", workspace)
     assert not workspace._kept["counters"].any()
 
@@ -387,7 +386,6 @@ def test_a_threshold_of_at_most_one_is_dispatched_as_a_clip():
     assert torch.equal(x0, output.clamp(-1, 1))
 
 
-@pytest.mark.sampled
 @pytest.mark.usefixtures("_small_statistics")
 @pytest.mark.parametrize("cond_first", [False, True])
 @pytest.mark.parametrize("limit", ["none", "clip", "threshold"])

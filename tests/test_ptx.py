@@ -186,8 +186,18 @@ def test_what_is_no_kernel_or_no_grid_is_refused():
             ptx.launch(program, grid, given, 0, memory)
     with pytest.raises(ValueError, match=r"^parameters: 2 values; k has 3"):
         ptx.launch(program, (1, 1, 1), given[:2], 0, memory)
-    with pytest.raises(ptx.PtxError, match="no memory was given that begins at"):
-        ptx.launch(program, (1, 1, 1), (cells.ctypes.data + 4, *given[1:]), 0, memory)
+    with pytest.raises(ptx.PtxError, match="no memory was given at"):
+        ptx.launch(program, (1, 1, 1), (cells.ctypes.data + cells.nbytes, *given[1:]), 0, memory)
+
+
+def test_a_pointer_may_lead_into_the_middle_of_memory():
+    cells, memory = np.zeros(100, np.uint32), ptx.Memory()
+    memory.add(cells.ctypes.data, cells.nbytes)
+    program = ptx.prepare(ptx.load(source("st.global.b32 [%rd1], %r1;")))
+    ptx.launch(program, (1, 1, 1), (cells.ctypes.data + 4 * 36, 0, 7), 0, memory)
+    assert cells.tolist() == [0] * 36 + list(range(64))
+    with pytest.raises(ptx.PtxError, match="outside a tensor of 400 bytes, by 4 bytes"):
+        ptx.launch(program, (1, 1, 1), (cells.ctypes.data + 4 * 37, 0, 7), 0, memory)
 
 
 @pytest.mark.parametrize(
@@ -414,6 +424,8 @@ def advance():
     return step(step=torch.tensor(3), advance=True, workspace=Workspace())
 
 
+# Some versions of Triton put one behind the other.
+BARRIERS = r"(?:bar\.sync\s+0;\s*)+"
 WITH_TICKETS = {
     "the index": advance,
     "a histogram": lambda: step(2, 20001, DynamicThreshold(0.9, 1.5)),
@@ -424,21 +436,25 @@ WITH_TICKETS = {
 @pytest.mark.parametrize("name", WITH_TICKETS)
 def test_a_ticket_without_order_and_one_without_its_barrier_are_found(plant, name):
     WITH_TICKETS[name]()
-    orderings = [
-        (r"atom\.global\.gpu\.acq_rel", "atom.global.gpu.relaxed"),
-        (r"atom\.global\.gpu\.acq_rel", "atom.global.gpu.release"),
-        (r"atom\.global\.gpu\.acq_rel", "atom.global.cta.acq_rel"),
-        # The barrier before the ticket is taken.
-        (r"bar\.sync \t0;((?:(?!bar\.sync)[\s\S])*?atom\.global\.gpu\.acq_rel)", r"\1"),
-    ]
-    for pattern, replacement in orderings:
-
-        def edit(text, pattern=pattern, replacement=replacement):
-            return re.sub(pattern, replacement, text)
-
-        plant(edit)
+    orderings = ["atom.global.gpu.relaxed", "atom.global.gpu.release", "atom.global.cta.acq_rel"]
+    changes = [lambda text, order=order: text.replace("atom.global.gpu.acq_rel", order) for order in orderings]
+    for change in (*changes, without_barrier):
+        plant(change)
         with pytest.raises(ptx.PtxError, match="a race: "):
             WITH_TICKETS[name]()
+
+
+def without_barrier(text):
+    """What lies between a kernel's last access to global memory and the ticket that tells of it, without barriers."""
+    ticket = text.find("atom.global.gpu.acq_rel")
+    if ticket < 0:
+        return text
+    start = max(
+        text.rindex(name, 0, ticket)
+        for name in (".global.b", "global.gpu.relaxed", ".global.v")
+        if name in text[:ticket]
+    )
+    return text[:start] + re.sub(BARRIERS, "", text[start:ticket]) + text[ticket:]
 
 
 def test_a_reduction_without_any_of_its_barriers_is_found(plant):
@@ -446,10 +462,10 @@ def test_a_reduction_without_any_of_its_barriers_is_found(plant):
     seen = []
     plant(lambda text: seen.append(text) or text)
     expected = take()
-    barriers = [found.start() for found in re.finditer(r"bar\.sync", seen[0])]
+    barriers = [found.span() for found in re.finditer(BARRIERS, seen[0])]
     found = 0
-    for start in barriers:
-        plant(lambda text, start=start: text[:start] + text[text.index(";", start) + 1 :])
+    for start, end in barriers:
+        plant(lambda text, start=start, end=end: text[:start] + text[end:])
         try:
             actual = take()
         except ptx.PtxError as error:
@@ -457,7 +473,7 @@ def test_a_reduction_without_any_of_its_barriers_is_found(plant):
         else:
             # Another barrier is near, as Triton's own beside one of the kernel's.
             assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
-    assert found >= 0.7 * len(barriers) > 14
+    assert found >= 0.7 * len(barriers) > 8
 
 
 def test_results_that_are_read_before_they_are_written_are_found(plant):

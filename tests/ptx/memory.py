@@ -104,14 +104,17 @@ class Memory:
         return region
 
     def at(self, address: int) -> Region:
-        """The region that begins at an address.
+        """The region that begins at an address, or else the smallest one around it.
 
         Raises:
-            PtxError: none does.
+            PtxError: there is none.
         """
         region = self._regions.get(address)
         if region is None:
-            raise PtxError(f"no memory was given that begins at {address:#x}")
+            around = [each for each in self._regions.values() if each.address <= address < each.end]
+            if not around:
+                raise PtxError(f"no memory was given at {address:#x}")
+            region = min(around, key=lambda each: each.size)
         return region
 
     def spans(self, regions: Iterable[Region]) -> dict[Region, Span]:
