@@ -81,6 +81,20 @@ LIMITS: dict[str, type[Clip | DynamicThreshold]] = {"clip": Clip, "threshold": D
 LIMIT_CLASSES = ", ".join(f"a {made.__name__}" for made in LIMITS.values())
 
 
+def limit_name(limit: Limit) -> str:
+    """A limit's name in `LIMITS`, or `"none"`.
+
+    Raises:
+        TypeError: something else.
+    """
+    if limit is None:
+        return "none"
+    for name, made in LIMITS.items():
+        if isinstance(limit, made):
+            return name
+    raise TypeError(f"limit: {type(limit).__name__}; pass {LIMIT_CLASSES} or None")
+
+
 def limit_from(config: Any) -> Limit:
     """The limit that a configuration with diffusers' fields asks for: thresholding goes before clipping."""
     if getattr(config, "thresholding", False):

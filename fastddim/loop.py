@@ -408,7 +408,7 @@ class StaticLoop:
         guidance = run.guidance if guided else None
         if guidance is not None:
             rescale = self._scales[1] if guidance.rescaled else 0.0
-            guidance = Guidance(self._scales[0], rescale, guidance.cond_first)
+            guidance = replace(guidance, scale=self._scales[0], rescale=rescale)
         noise = self._noise if noise is None else noise
         options = StepOptions(
             guidance=guidance,
@@ -479,7 +479,7 @@ def _capture_key(run: Run, mode: str) -> Hashable:
         run.seeds is None,
         run.noise is None,
         limit_kind(run.limit, numbers_change=True) if _loads_limit(run) else run.limit,
-        guidance and (guidance.rescaled, guidance.cond_first, run.batched),
+        guidance and (guidance.rescaled, guidance.fixed, run.batched),
         described,
         structure,
         run.channels_last,

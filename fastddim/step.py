@@ -6,7 +6,8 @@ Each message names the argument, its value and the fix.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +38,15 @@ class Guidance:
     def rescaled(self) -> bool:
         """Whether there is a rescale: anything but the number 0."""
         return isinstance(self.rescale, torch.Tensor) or self.rescale != 0
+
+    @property
+    def fixed(self) -> Any:
+        """All that a kept plan or capture is of, to look it up by: every field but the two numbers."""
+        return _GUIDANCE_FIXED(self)
+
+
+# Once, as a step's host time has no room for `fields`.
+_GUIDANCE_FIXED = attrgetter(*(field.name for field in fields(Guidance) if field.name not in ("scale", "rescale")))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -14,6 +14,7 @@ import torch
 
 import fastddim
 from fastddim import Clip, DDIMConfig, DDIMScheduler, DynamicThreshold, Guidance, Sampler, Schedule, StepTable, backends
+from fastddim.config import limit_name
 from fastddim.kernels import KernelUnavailableError, PreparedStep, launch
 from fastddim.noise import seed_tensor
 from fastddim.step import StepOptions
@@ -384,3 +385,14 @@ def test_each_option_of_a_step_has_a_plan_of_its_own():
     variants += [StepOptions(guidance=Guidance(**{"scale": 2.0, name: value})) for name, value in guidance.items()]
     keys = [launch._key(output, x, TABLE, 1, each) for each in (plain, *variants)]
     assert len(set(keys)) == len(keys)
+    # What captures are looked up by, whose numbers change.
+    assert Guidance(3.0, 0.5).fixed == Guidance(2.0).fixed != Guidance(2.0, cond_first=True).fixed
+
+
+def test_a_limit_that_has_no_name_is_refused_and_not_left_out():
+    class Soft:
+        range = 1.0
+
+    with pytest.raises(TypeError, match="limit: Soft; pass a Clip, a DynamicThreshold or None"):
+        limit_name(Soft())
+    assert [limit_name(limit) for limit in (None, Clip(), DynamicThreshold())] == ["none", "clip", "threshold"]

@@ -176,7 +176,9 @@ def test_steps_between_states_without_signal_keep_their_variance(prediction_type
 @pytest.mark.filterwarnings("error")
 def test_no_table_warns_where_a_training_timestep_adds_no_noise():
     config = DDIMConfig(trained_betas=(1e-20, 0.5, 0.5), prediction_type="sample")
-    StepTable.build(Schedule(config), Schedule(config).pairs(3))
+    table = StepTable.build(Schedule(config), Schedule(config).pairs(3), use_clipped_model_output=False)
+    # alpha_bar of the last timestep is 1, so what is predicted there is the clean state.
+    assert (table.rows[-1].x0_from_output, table.rows[-1].noise_scale) == (1, 0)
 
 
 def test_epsilon_from_a_timestep_without_signal_is_refused():

@@ -308,6 +308,10 @@ def test_the_threshold_is_torch_quantiles(kind, n):
 @pytest.mark.parametrize("n", [1, 7, 150])
 def test_the_threshold_of_large_samples_is_torch_quantiles(kind, n):
     workspace = Workspace()
+    for ratio, maximum in itertools.product((0.0, 0.5, 0.69, 0.71, 1.0), (1.5, 300.0)):
+        limit, values = on_device(ratio, maximum)
+        check_threshold(kind, n, limit, "statistics", workspace, values)
+    # With the numbers compiled in.
     for ratio, maximum in ((0.0, 1.5), (0.69, 300.0), (0.71, 1.5), (1.0, 300.0)):
         check_threshold(kind, n, DynamicThreshold(ratio, maximum), "statistics", workspace)
     assert not workspace._kept["counters"].any()

@@ -36,6 +36,8 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
+    # Names its build too, as in 2.11.0+cu130.
+    versions["torch"] = torch.__version__
     cpu = _cpu_fields("model name") or [platform.processor() or platform.machine()]
     clocks = _cpu_fields("cpu MHz")
     return {

@@ -21,7 +21,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
 from fastddim.coefficients import StepTable
-from fastddim.config import LIMITS, DDIMConfig, Limit
+from fastddim.config import LIMITS, DDIMConfig, Limit, limit_name
 from fastddim.export.runtime import get_runtime, public_name
 from fastddim.files import check_folder
 
@@ -162,8 +162,7 @@ class Bundle(Folder):
 
 def limit_record(limit: Limit) -> dict[str, Any] | None:
     """A limit as a manifest has it; None without one."""
-    kinds = {made: kind for kind, made in LIMITS.items()}
-    return None if limit is None else {"kind": kinds[type(limit)], **asdict(limit)}
+    return None if limit is None else {"kind": limit_name(limit), **asdict(limit)}
 
 
 def read_limit(manifest: Mapping[str, Any]) -> Limit:

@@ -106,10 +106,14 @@ def build_manifest(
 
 
 def _versions() -> dict[str, str]:
+    import torch
+
     versions = {}
     for name in ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
+    # Names its build too, as in 2.11.0+cu130.
+    versions["torch"] = torch.__version__
     return versions
 
 

@@ -35,7 +35,7 @@ class Machine:
 
     Attributes:
         capability: the GPU's compute capability, times ten.
-        seed: of the order of blocks and warps, of which each launch draws another; None runs them in order.
+        seed: draws the order of blocks and warps, another one for each launch; None runs them in order.
         memory: what kernels may touch.
         launches: how many there were.
         edit: changes a kernel's PTX before it is loaded: a fault that is planted.
