@@ -299,7 +299,14 @@ class Failing(Denoiser):
         return super().forward(x, t, **kwargs)
 
 
-def test_a_capture_that_failed_is_tried_again_in_another_pool(tape, monkeypatch):
+@pytest.fixture
+def torch_2_13(monkeypatch):
+    """Its failed captures need no other capture behind them, which would be counted."""
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.13.0"))
+
+
+@pytest.mark.usefixtures("torch_2_13")
+def test_a_capture_that_failed_is_tried_again_in_another_pool(tape):
     sampler = make(Failing(tape, [1, 2]), graph="loop")
     expected = make(Denoiser(), graph="off")(2, seeds=0)
     default = tape.current_stream()
@@ -314,6 +321,7 @@ def test_a_capture_that_failed_is_tried_again_in_another_pool(tape, monkeypatch)
     assert tape.log.count("release pool") == 2 and len(sampler.graphs) == 1
 
 
+@pytest.mark.usefixtures("torch_2_13")
 def test_three_failures_are_the_last(tape):
     sampler = make(Failing(tape, [1] * 10), graph="loop")
     with pytest.warns(RuntimeWarning) as caught:
@@ -413,6 +421,7 @@ def test_workspaces_are_cleared_around_every_capture(tape, model):
     assert tape.log == ["clear workspaces", "capture", "clear workspaces"] * 2
 
 
+@pytest.mark.usefixtures("torch_2_13")
 def test_a_failed_capture_leaves_no_workspace_in_its_pool(tape):
     with pytest.warns(RuntimeWarning):
         make(Failing(tape, [1]), graph="loop").warmup(2)
