@@ -97,3 +97,126 @@ def test_a_prepared_step_makes_few_calls_beside_the_drivers_own_launch():
     (prepared,) = (count for name, count in counts.items() if name.startswith("PreparedStep"))
     assert 0 < driver < prepared <= driver + 8
     assert prepared < counts["plain Triton launch"] / 3
+
+
+CONSTANT_NUMBERS = """
+from kernel_budget import TARGETS
+from fastddim.config import Clip, DynamicThreshold
+from fastddim.kernels.aot import compile_source, pointer_types, specialise
+from fastddim.kernels.plan import StepShape, make_plan
+
+threshold = DynamicThreshold(0.995, 2.0)
+shapes = [
+    StepShape(1, 16384, guided=True, limit=Clip(1.0), num_steps=50),
+    StepShape(2, 16384, guided=True, cond_first=True, limit=Clip(1.0), advance=True),
+    StepShape(1, 3 * 64 * 64, guided=True, drawn=True, row_per_sample=True, advance=True),
+    StepShape(1, 4096, guided=True, rescale=True, limit=threshold, output_channels_last=True, input_channels_last=True),
+    StepShape(1, 65536, guided=True, rescale=True, limit=threshold),
+    StepShape(1, 65536, guided=True, rescale=True, limit=DynamicThreshold(0.5, 1.0004), output_channels_last=True),
+    StepShape(1, 1, guided=True, limit=threshold, drawn=True),
+]
+constant = set()
+for shape in shapes:
+    types = pointer_types(shape, x0=True, model_input=True, first_row=shape.drawn)
+    for call in make_plan(shape).calls:
+        names = call.kernel.arg_names
+        pointers = {name: types[pointer] for name, pointer in zip(names, call.pointers) if pointer in types}
+        numbers = dict(zip(names[len(call.pointers):], call.numbers))
+        ones = {name: 1 for name, number in numbers.items() if number == 1}
+        others = {name: number for name, number in numbers.items() if number != 1}
+        compile_source(specialise(call.kernel, pointers, others, {**call.constants, **ones}), call.num_warps, TARGETS["sm_90"])
+        constant |= ones.keys()
+print(*sorted(constant))
+"""
+
+
+def test_the_kernels_compile_where_an_integer_of_1_is_a_constant():
+    """torch's Inductor makes it one, whatever the kernel says of its specialisation."""
+    done = run("-c", CONSTANT_NUMBERS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["batch", "channels", "n", "num_steps", "rows", "shift"]
+
+
+FUSION = r"""
+import re
+from collections import Counter
+from kernel_budget import TARGETS, case_types, make_cases
+from fastddim.kernels.aot import compile_call
+from fastddim.kernels.plan import make_plan
+
+drawn = "guidance + clip + drawn noise"
+wanted = (f"{drawn}, fp32", f"{drawn}, bf16", "threshold + rescale", "large threshold + rescale")
+for case in make_cases():
+    for call in make_plan(case.shape).calls if case.name in wanted else ():
+        for target in ("sm_90", "sm_120"):
+            counts, contractible = [], []
+            for fusion in (False, True):
+                ptx = compile_call(call, case_types(case), TARGETS[target], enable_fp_fusion=fusion).asm["ptx"]
+                counts.append(Counter(re.findall(r"\bfma[.\w]*", ptx)).most_common())
+                products = set(re.findall(r"\bmul(?:\.f32x2|\.f32|\.f64)\s+(%\w+)", ptx))
+                sums = re.findall(r"\b(?:add|sub)\.f(?:32x2|32|64)\s+%\w+, (%\w+), (%\w+)", ptx)
+                # Quotients and roots of a unit's own precision.
+                assert not re.search(r"\.approx|\.full\.", ptx)
+                contractible += [terms for terms in sums if products & set(terms)]
+            print(case.name, call.kernel.__name__, target, counts, contractible)
+            assert counts[0] and counts[0] == counts[1] and not contractible
+"""
+
+
+def test_every_operation_is_rounded_by_itself_also_where_the_compiler_may_contract():
+    """Inductor drops `enable_fp_fusion=False`; the bits of drawn noise, and of the statistics, must not depend on it."""
+    done = run("-c", FUSION)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert len(done.stdout.splitlines()) == 14
+
+
+HOOKS = """
+import gc, json, weakref
+import stub_cuda
+stub = stub_cuda.install()
+import torch
+import triton
+from fastddim import Clip, DynamicThreshold, Schedule, DDIMConfig, StepTable, ddim_step
+from fastddim.kernels import PreparedStep, launch
+from fastddim.kernels.step import ddim_step_kernel
+from fastddim.step import StepOptions
+
+launch._DEVICE_TYPES = ("cuda", "cpu")
+schedule = Schedule(DDIMConfig())
+table = StepTable.build(schedule, schedule.pairs(10))
+x = torch.randn(1, 20000)
+prepared = PreparedStep(x, x.clone(), table, StepOptions(limit=Clip()))
+told = []
+before, after = (lambda metadata, when=when: told.append((when, metadata.get()["name"])) for when in ("before", "after"))
+
+def step():
+    ddim_step(x, x.clone(), table, 3, limit=DynamicThreshold(0.9, 2.0), backend="triton")
+    prepared(x, 3)
+
+step()
+hooks = triton.knobs.runtime
+hooks.launch_enter_hook.add(before)
+hooks.launch_exit_hook.add(after)
+step()
+hooks.launch_enter_hook.remove(before)
+step()
+hooks.launch_exit_hook.remove(after)
+step()
+kernels = [weakref.ref(kernel) for kernel in ddim_step_kernel.device_caches[0][0].values()]
+ddim_step_kernel.device_caches.clear()
+gc.collect()
+kept = sum(kernel() is not None for kernel in kernels)
+print(json.dumps({"told": told, "launches": stub.launches, "kernels": len(kernels), "kept": kept}))
+"""
+
+
+def test_tritons_launch_hooks_are_told_of_every_launch_and_the_compiled_kernels_are_kept():
+    """Hooks as profilers set them. From Triton 3.8 on a compiled kernel that nobody keeps takes its code with it."""
+    done = run("-c", HOOKS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout)
+    names = ["histogram_kernel"] * 2 + ["ddim_step_kernel"] * 2
+    both = [[when, name] for name in names for when in ("before", "after")]
+    assert report["told"] == both + [["after", name] for name in names]
+    assert report["launches"] == 4 * len(names)
+    assert report["kept"] == report["kernels"] == 2

@@ -1,36 +1,41 @@
-"""The fused step in Triton's interpreter (on the GPU where there is one) against the oracle and the reference."""
+"""The fused step, as PTX on a machine in tests/ptx (on the GPU where there is one), against the oracle and the reference."""
 
 import dataclasses
 import functools
 import inspect
 import itertools
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+import triton
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fastddim
 from fastddim import Clip, DDIMConfig, DynamicThreshold, Guidance, Schedule, StepTable
 from fastddim.config import limit_kind
-from fastddim.kernels import Workspace, draw_normal, launch, plan
+from fastddim.kernels import KernelUnavailableError, PreparedStep, Workspace, draw_normal, launch, plan
 from fastddim.noise import STREAM_INITIAL, normal, normal_numpy, seed_tensor
 from fastddim.reference import abs_quantile
 from fastddim.step import StepOptions
 from oracle import ddim, guide
 
 ddim_step, reference_step = (functools.partial(fastddim.ddim_step, backend=name) for name in ("triton", "reference"))
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SCHEDULE = Schedule(DDIMConfig())
 PAIRS = SCHEDULE.pairs(10)
 # x0 is the model output and x_next is x0: what a limit does, and nothing else.
 IDENTITY = torch.tensor([[0.0, 1.0, 0.0, 0.0, 1.0, 0.0]], device=DEVICE)
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning"),
+    pytest.mark.usefixtures("machine"),
+]
 
 
 def table(eta=0.0, rederive=False, prediction_type="epsilon"):
@@ -269,12 +274,21 @@ def magnitudes(kind, batch, n):
 MAGNITUDES = ("normal", "ties", "within one", "around one", "all equal", "denormal", "huge", "infinite", "nan")
 
 
-def check_threshold(kind, n, ratio, maximum, tier, workspace=None):
+def on_device(ratio, maximum):
+    """A threshold whose numbers are in memory, so that one kernel serves all of a kind."""
+    kinds = (DynamicThreshold(0.5, 1.5), DynamicThreshold(0.5, 300.0), DynamicThreshold(0.5, 1e6))
+    wanted = limit_kind(DynamicThreshold(ratio, maximum), numbers_change=True)
+    (planned,) = [kind for kind in kinds if limit_kind(kind, numbers_change=True) == wanted]
+    return planned, torch.tensor([maximum, ratio], dtype=torch.float64, device=DEVICE)
+
+
+def check_threshold(kind, n, limit, tier, workspace=None, limit_values=None):
     output = magnitudes(kind, 2, n)
     state = torch.zeros_like(output)
-    limit = DynamicThreshold(ratio, maximum)
-    _, x0 = ddim_step(output, state, IDENTITY, 0, limit=limit, out=poisoned((2, n)), workspace=workspace)
+    out = poisoned((2, n))
+    _, x0 = ddim_step(output, state, IDENTITY, 0, limit=limit, limit_values=limit_values, out=out, workspace=workspace)
     assert last_plan().tier == tier
+    maximum, ratio = (limit.max_value, limit.ratio) if limit_values is None else limit_values.tolist()
     quantile = torch.quantile(output.abs(), ratio, dim=1)
     scale = quantile.clamp(1, maximum)[:, None]
     expected = output.clamp(-scale, scale) / scale
@@ -285,7 +299,8 @@ def check_threshold(kind, n, ratio, maximum, tier, workspace=None):
 @pytest.mark.parametrize("n", [1, 2, 7, 100])
 def test_the_threshold_is_torch_quantiles(kind, n):
     for ratio, maximum in itertools.product((0.0, 0.3, 0.5, 0.69, 0.71, 0.995, 1.0), (1.5, 1e3)):
-        check_threshold(kind, n, ratio, maximum, "whole")
+        limit, values = on_device(ratio, maximum)
+        check_threshold(kind, n, limit, "whole", limit_values=values)
 
 
 @pytest.mark.usefixtures("_small_statistics")
@@ -294,7 +309,11 @@ def test_the_threshold_is_torch_quantiles(kind, n):
 def test_the_threshold_of_large_samples_is_torch_quantiles(kind, n):
     workspace = Workspace()
     for ratio, maximum in itertools.product((0.0, 0.5, 0.69, 0.71, 1.0), (1.5, 300.0)):
-        check_threshold(kind, n, ratio, maximum, "statistics", workspace)
+        limit, values = on_device(ratio, maximum)
+        check_threshold(kind, n, limit, "statistics", workspace, values)
+    # With the numbers compiled in.
+    for ratio, maximum in ((0.0, 1.5), (0.69, 300.0), (0.71, 1.5), (1.0, 300.0)):
+        check_threshold(kind, n, DynamicThreshold(ratio, maximum), "statistics", workspace)
     assert not workspace._kept["counters"].any()
 
 
@@ -311,14 +330,15 @@ def test_any_threshold_is_exact(values, ratio, maximum, large):
         if large:
             patch.setattr(plan, "WHOLE_SAMPLE", 0)
             patch.setattr(plan, "STATISTICS_BLOCK", 16)
-        limit = DynamicThreshold(ratio, maximum)
-        _, x0 = ddim_step(output, torch.zeros_like(output), IDENTITY, 0, limit=limit)
+        limit, values = on_device(ratio, maximum)
+        _, x0 = ddim_step(output, torch.zeros_like(output), IDENTITY, 0, limit=limit, limit_values=values)
         assert last_plan().tier == ("statistics" if large else "whole")
     launch._ENTRIES.clear()
     scale = float(torch.quantile(output.abs().flatten(), ratio).clamp(1, maximum))
     torch.testing.assert_close(x0, output.clamp(-scale, scale) / scale, rtol=0, atol=0)
 
 
+@pytest.mark.sampled
 def test_a_sample_of_16384_takes_one_program_and_one_more_element_three_launches():
     limit = DynamicThreshold(0.995, 2.0)
     for n, tier, launches in ((16384, "whole", 1), (16385, "statistics", 3)):
@@ -337,6 +357,29 @@ def test_a_megapixel_sample_is_exact():
     scale = abs_quantile(output, 0.995).clamp(1, 10)
     assert last_plan().tier == "statistics"
     torch.testing.assert_close(x0, output.clamp(-scale, scale) / scale, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "limit", "rescale"), [((16, 4, 64, 64), "clip", 0.0), ((2, 3, 200, 201), "threshold", 0.6)]
+)
+def test_pictures_and_latents_are_the_references(shape, limit, rescale, dtype):
+    batch, steps = shape[0], table(1.0, rederive=True)
+    x, output = draw(shape, dtype), draw((2 * batch, *shape[1:]), dtype, seed=1)
+    index, next_timestep = torch.arange(batch, device=DEVICE) % 9, torch.zeros(2 * batch, device=DEVICE)
+    kwargs = {
+        "limit": LIMITS[limit], "guidance": Guidance(2.5, rescale), "seeds": seed_tensor(range(batch), DEVICE), "advance": True,
+        "timesteps": torch.tensor(steps.timesteps, device=DEVICE), "next_timestep": next_timestep,
+    }  # fmt: skip
+    expected = reference_step(output, x, steps, index.clone(), **kwargs)
+    timesteps = next_timestep.clone()
+    before = index.clone()
+    actual = ddim_step(output, x, steps, index, out=poisoned(shape, dtype), **kwargs)
+    tolerance = 3e-5 if dtype == torch.float32 else torch.finfo(dtype).eps * 2
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    assert torch.equal(index, before + 1) and torch.equal(next_timestep, timesteps)
 
 
 def test_a_threshold_of_at_most_one_is_dispatched_as_a_clip():
@@ -391,6 +434,7 @@ def test_nan_and_infinity_in_the_model_output_end_as_in_the_reference(value, gui
             assert ours[0][-1].isnan().any() and ours[1][-1].isnan().any()
 
 
+@pytest.mark.sampled
 def test_drawn_noise_is_noise_pys_for_any_batch_block_and_position(monkeypatch):
     """The bits of the noise itself: nothing else in the row."""
     only_noise = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 1.0]] * 8, device=DEVICE)
@@ -408,6 +452,7 @@ def test_drawn_noise_is_noise_pys_for_any_batch_block_and_position(monkeypatch):
             assert np.array_equal(drawn.numpy().view(np.int32), expected.view(np.int32))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 5, 7), (2, 1025), (4,), (0, 3)])
 def test_drawn_starts_are_noise_pys(shape, dtype):
@@ -432,6 +477,7 @@ def test_first_row_counts_the_steps_of_the_noise_from_each_samples_own_start():
     assert np.array_equal(x_next[0].cpu(), normal_numpy([4], 2, (50,))[0])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("elements", [40, 700])
 @pytest.mark.parametrize("guided", [True, False])
@@ -465,6 +511,21 @@ def test_the_index_advances_on_the_device(shared, elements, guided):
     assert all(not kept.any() for kept in workspace._kept.values())
 
 
+def test_the_last_program_of_a_grid_moves_the_index_on_whatever_the_size():
+    """Close to 2**31 elements, the sum that rounds a quotient up overflows: the programs of the grid are what counts."""
+    step, tickets = torch.tensor(3, device=DEVICE), torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    timesteps, next_timestep = torch.arange(10, device=DEVICE), torch.zeros(1, device=DEVICE)
+    call = plan.make_plan(plan.StepShape(1, 512, num_steps=10, advance=True)).calls[-1]
+    call = dataclasses.replace(call, numbers=(2**31 - 1, *call.numbers[1:]))
+    given = {
+        "output": draw((512,)), "sample": draw((512,)), "table": table().tensor(DEVICE), "step": step, "tickets": tickets,
+        "next": poisoned((512,)), "timesteps": timesteps, "next_timestep": next_timestep,
+    }  # fmt: skip
+    assert math.prod(call.grid) == 2
+    launch._Launcher(call)([given.get(name) for name in call.pointers], step.device)
+    assert (int(step), float(next_timestep), int(tickets)) == (4, 4.0, 0)
+
+
 def test_an_index_outside_the_table_gives_nan_instead_of_someone_elses_memory():
     x, output = draw((4, 9)), draw((4, 9), seed=1)
     rows = torch.tensor([9, 10, -1, 2**40], device=DEVICE)
@@ -474,6 +535,7 @@ def test_an_index_outside_the_table_gives_nan_instead_of_someone_elses_memory():
     torch.testing.assert_close(x_next[[0, 2]], expected[[0, 2]])
 
 
+@pytest.mark.sampled
 def test_a_channels_last_model_beside_a_contiguous_state():
     shape = (2, 3, 6, 10)
     x, output = draw(shape), draw((4, *shape[1:]), torch.bfloat16, seed=1)
@@ -650,6 +712,52 @@ def test_memory_that_is_shared_is_refused():
     assert torch.equal(x_next, expected)
 
 
+def test_the_memory_of_a_model_output_in_another_order_is_refused():
+    storage, shape = draw((2 * 3 * 32 * 32,)), (2, 3, 32, 32)
+    out = storage.view(shape)
+    output = storage.view(2, 32, 32, 3).permute(0, 3, 1, 2)
+    x = draw(shape)
+    with pytest.raises(ValueError, match=r"^out: shares memory with model_output"):
+        ddim_step(output, x, table(), 1, out=out)
+    prepared = PreparedStep(output.clone(), x, table(), StepOptions(out=out))
+    with pytest.raises(ValueError, match=r"^model_output: shares memory with out"):
+        prepared(output, 1)
+    # All of them channels-last is one order.
+    everything = x.contiguous(memory_format=torch.channels_last)
+    expected, _ = reference_step(output.clone(), x, table(), 1)
+    for step in (functools.partial(ddim_step, table=table(), out=output), _prepared_in_place):
+        storage_before = storage.clone()
+        x_next, _ = step(model_output=output, sample=everything, step=1)
+        torch.testing.assert_close(x_next, expected, rtol=1e-5, atol=1e-5)
+        storage.copy_(storage_before)
+
+
+def _prepared_in_place(model_output, sample, step):
+    return PreparedStep(model_output, sample, table(), StepOptions(out=model_output))(model_output, step)
+
+
+@pytest.mark.usefixtures("_small_statistics")
+@pytest.mark.parametrize("error", [KeyboardInterrupt, KernelUnavailableError])
+def test_a_step_interrupted_between_its_launches_leaves_its_workspace_clear(error, monkeypatch):
+    """The next sample's threshold is 1, which the first launch knows: nothing would clear what was counted before."""
+    limit, workspace, launches = DynamicThreshold(0.9, 3.0), Workspace(), []
+    x, large, small = torch.zeros(1, 333, device=DEVICE), draw((1, 333)), draw((1, 333)) * 0.1
+    call = launch._Launcher.__call__
+
+    def interrupted(*arguments):
+        if launches:
+            raise error
+        launches.append(call(*arguments))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launch._Launcher, "__call__", interrupted)
+        with pytest.raises(error):
+            ddim_step(large, x, IDENTITY, 0, limit=limit, workspace=workspace)
+    assert launches and not workspace._kept["counters"].any()
+    _, x0 = ddim_step(small, x, IDENTITY, 0, limit=limit, workspace=workspace)
+    assert torch.equal(x0, small)
+
+
 def test_gradients_are_refused():
     x = draw((2, 5)).requires_grad_()
     with pytest.raises(ValueError, match="the fused step has no gradients"):
@@ -669,7 +777,7 @@ def test_threads_share_the_plans():
     inputs = [(draw((2, 50 + k % 3), seed=k), draw((2, 50 + k % 3), seed=k + 100)) for k in range(12)]
     expected = [reference_step(output, x, table(), 4, limit=Clip())[0] for output, x in inputs]
     # The interpreter patches triton.language while a kernel runs, so it takes one thread at a time.
-    with ThreadPoolExecutor(1 if DEVICE == "cpu" else 4) as pool:
+    with ThreadPoolExecutor(1 if triton.knobs.runtime.interpret else 4) as pool:
         results = list(pool.map(lambda pair: ddim_step(*pair, table(), 4, limit=Clip())[0], inputs))
     for actual, wanted in zip(results, expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)

@@ -58,7 +58,7 @@ class _Launcher:
     def __init__(self, call: KernelCall) -> None:
         self.call = call
         self.tail = (*call.numbers, *call.constants.values())
-        self._compiled: dict[tuple[bool, ...], tuple[Any, Any, Any]] = {}
+        self._compiled: dict[tuple[bool, ...], tuple[Any, Any, Any, Any]] = {}
 
     def __call__(self, tensors: Sequence[torch.Tensor | None], device: torch.device) -> None:
         call = self.call
@@ -66,22 +66,25 @@ class _Launcher:
             call.kernel[call.grid](*tensors, *call.numbers, **call.constants)
             return
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        run, function, metadata = self.compiled(addresses, tensors)
-        hooks = triton.knobs.runtime
-        run(
-            *call.grid, 1, driver.active.get_current_stream(device.index), function, metadata, None,
-            hooks.launch_enter_hook, hooks.launch_exit_hook, *addresses, *self.tail,
-        )  # fmt: skip
+        run, function, metadata, kernel = self.compiled(addresses, tensors)
+        stream = driver.active.get_current_stream(device.index)
+        hooks = launch_hooks(kernel, call.grid, stream)
+        run(*call.grid, 1, stream, function, metadata, *hooks, *addresses, *self.tail)
 
-    def compiled(self, addresses: Sequence[int | None], tensors: Sequence[torch.Tensor | None]) -> tuple[Any, Any, Any]:
-        """Triton's launch function, the kernel's handle and its metadata, for tensors aligned as these are."""
+    def compiled(
+        self, addresses: Sequence[int | None], tensors: Sequence[torch.Tensor | None]
+    ) -> tuple[Any, Any, Any, Any]:
+        """Triton's launch function, the kernel's handle, its metadata and itself, for tensors aligned as these are.
+
+        From Triton 3.8 on the handle is good for as long as the kernel itself is kept.
+        """
         aligned = tuple([not address & 15 for address in addresses if address])
         compiled = self._compiled.get(aligned)
         if compiled is None:
             compiled = self._compiled[aligned] = self._compile(tensors)
         return compiled
 
-    def _compile(self, tensors: Sequence[torch.Tensor | None]) -> tuple[Any, Any, Any]:
+    def _compile(self, tensors: Sequence[torch.Tensor | None]) -> tuple[Any, Any, Any, Any]:
         call = self.call
         try:
             compiled = call.kernel.warmup(
@@ -101,7 +104,16 @@ class _Launcher:
             raise KernelUnavailableError(
                 f"the fused step does not compile here: {type(error).__name__}: {reason}"
             ) from error
-        return run, compiled.function, compiled.packed_metadata
+        return run, compiled.function, compiled.packed_metadata, compiled
+
+
+def launch_hooks(kernel: Any, grid: tuple[int, int], stream: int) -> tuple[Any, Any, Any]:
+    """What Triton's hooks are told of a launch, and those before and after it: None where nobody listens."""
+    hooks = triton.knobs.runtime
+    before, after = hooks.launch_enter_hook, hooks.launch_exit_hook
+    if getattr(before, "calls", before) or getattr(after, "calls", after):
+        return kernel.launch_metadata(grid, stream), before, after
+    return None, None, None
 
 
 def _interpreted() -> bool:
@@ -127,6 +139,11 @@ class Entry:
     launchers: tuple[_Launcher, ...]
     apart: tuple[tuple[int, int, int, int, bool], ...] = ()
 
+    @property
+    def reordered(self) -> bool:
+        """Whether the model's output has its elements in another order than the results."""
+        return bool(self.plan.calls[-1].constants["OUTPUT_CHANNELS_LAST"])
+
 
 _ENTRIES: dict[Any, Entry] = {}
 
@@ -147,7 +164,7 @@ def ddim_step(
         - `model_output` and `model_input` may be channels-last beside a contiguous state; where everything is
           channels-last, and no seeds are given, so are the results. Other strides are copied first.
         - `out`, `model_input` and what moves on may not share memory with anything else, except `out` with `sample`, or
-          with an unguided `model_output`.
+          with an unguided `model_output` of its layout.
         - An index tensor is not read on the host: a row outside the table gives NaN.
         - Samples of more than 16,384 elements take two more launches with dynamic thresholding, and one more with a
           guidance rescale.
@@ -189,10 +206,15 @@ class Request(NamedTuple):
 
     def _launch(self, device: torch.device) -> None:
         launchers = self.entry.launchers
-        if len(launchers) > 1:
+        if self.counters is not None:
             slots = {**dict(zip(STEP_POINTERS, self.tensors, strict=True)), "counters": self.counters}
-            for launcher in launchers[:-1]:
-                launcher([slots[name] for name in launcher.call.pointers], device)
+            try:
+                for launcher in launchers[:-1]:
+                    launcher([slots[name] for name in launcher.call.pointers], device)
+            except BaseException:
+                # What one launch counted waits for the next; without that it would go into the next step's statistics.
+                self.counters.zero_()
+                raise
         launchers[-1](self.tensors, device)
 
 
@@ -214,7 +236,7 @@ def assemble(
     if entry is None:
         entry = make_entry(model_output, sample, table, step, options)
         # Not there: traced tensors have no size in bytes.
-        entry = replace(entry, apart=_find_apart(model_output, sample, table, step, options))
+        entry = replace(entry, apart=_find_apart(entry, model_output, sample, table, step, options))
         if len(_ENTRIES) >= _MAX_KEPT:
             _ENTRIES.clear()
         _ENTRIES[key] = entry
@@ -274,7 +296,7 @@ def _key(model_output: Any, sample: Any, table: Any, step: Any, options: StepOpt
         guided = (
             spec(scale) if isinstance(scale, torch.Tensor) else type(scale),
             spec(rescale) if isinstance(rescale, torch.Tensor) else (type(rescale), rescale != 0),
-            guidance.cond_first,
+            guidance.fixed,
         )
     rest: Any = None
     # One comparison for what most steps do not have.
@@ -416,7 +438,7 @@ def scalar_tensor(value: Coefficient, device: torch.device) -> torch.Tensor:
 
 
 def _find_apart(
-    model_output: Any, sample: Any, table: Any, step: Any, options: StepOptions
+    entry: Entry, model_output: Any, sample: Any, table: Any, step: Any, options: StepOptions
 ) -> tuple[tuple[int, int, int, int, bool], ...]:
     """`Entry.apart`."""
     given = {"output": model_output, "sample": sample, "table": table, "step": step}
@@ -428,13 +450,14 @@ def _find_apart(
     # have as many bytes.
     sizes = {name: (value.nbytes, value.numel()) for name, value in given.items() if isinstance(value, torch.Tensor)}
     written = ("next", "input", "step", "next_timestep") if options.advance else ("next", "input")
+    in_place = ("sample",) if entry.reordered else ("sample", "output")
     return tuple(
         (
             STEP_POINTERS.index(name),
             STEP_POINTERS.index(other),
             sizes[name][0],
             sizes[other][0],
-            name == "next" and other in ("sample", "output") and sizes[name] == sizes[other],
+            name == "next" and other in in_place and sizes[name] == sizes[other],
         )
         for name in written
         for other in sizes

@@ -1,7 +1,4 @@
-"""`fastddim/noise.py` on the device, bit for bit: Philox4x32-10 and the polynomial Box-Muller, for Triton kernels.
-
-Kernels that call this must be compiled with `enable_fp_fusion=False`: a fused multiply-add would change the bits.
-"""
+"""`fastddim/noise.py` on the device, bit for bit: Philox4x32-10 and the polynomial Box-Muller, for Triton kernels."""
 
 from __future__ import annotations
 
@@ -23,37 +20,47 @@ STREAM_STEP = tl.constexpr(noise.STREAM_STEP)
 
 
 @triton.jit
+def product(a, b):
+    """`a * b` rounded by itself, whatever the compiler may fuse with an addition; -0.0 becomes 0.0.
+
+    Inductor drops `enable_fp_fusion=False`. libdevice's `mul_rn` would flush denormals.
+    """
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
 def _log(u):
     bits = u.to(tl.int32, bitcast=True) - SQRT_HALF_BITS
     exponent = bits >> 23
     mantissa = (bits - (exponent << 23) + SQRT_HALF_BITS).to(tl.float32, bitcast=True)
     t = mantissa - 1.0
     square = t * t
-    poly = t * LOG6 + LOG5
-    poly = poly * t + LOG4
-    poly = poly * t + LOG3
-    poly = poly * t + LOG2
-    poly = poly * t + LOG1
-    poly = poly * t + LOG0
-    tail = square * t * poly - square * 0.5
+    poly = product(t, LOG6) + LOG5
+    poly = product(poly, t) + LOG4
+    poly = product(poly, t) + LOG3
+    poly = product(poly, t) + LOG2
+    poly = product(poly, t) + LOG1
+    poly = product(poly, t) + LOG0
+    # A half and the few bits of LN2_HIGH make exact products, where one rounding is as good as two.
+    tail = tl.fma(square, -0.5, product(square * t, poly))
     e = exponent.to(tl.float32)
-    return e * LN2_HIGH + (t + (tail + e * LN2_LOW))
+    return tl.fma(e, LN2_HIGH, t + (tail + product(e, LN2_LOW)))
 
 
 @triton.jit
 def box_muller(word0, word1):
     """Two independent float32 normals from two uint32 words of any shape."""
-    u = word0.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+    u = tl.fma(word0.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)
     radius = tl.sqrt_rn(_log(u) * -2.0)
     bits = word1.to(tl.int32, bitcast=True)
     f = ((bits & 0x3FFFFFFF) - 0x20000000).to(tl.float32) * 9.313225746154785e-10
     square = f * f
-    sine = square * SIN3 + SIN2
-    sine = sine * square + SIN1
-    sine = f * (sine * square + SIN0)
-    cosine = square * COS3 + COS2
-    cosine = cosine * square + COS1
-    cosine = cosine * square + COS0
+    sine = product(square, SIN3) + SIN2
+    sine = product(sine, square) + SIN1
+    sine = f * (product(sine, square) + SIN0)
+    cosine = product(square, COS3) + COS2
+    cosine = product(cosine, square) + COS1
+    cosine = product(cosine, square) + COS0
     odd = (bits & 0x40000000) != 0
     # The quarter turns differ from (cosine, sine) by a swap and signs; a sign is its bit, flipped.
     sign = bits & -2147483648

@@ -10,12 +10,12 @@ import triton
 from triton.runtime import driver
 
 from fastddim.coefficients import StepTable
-from fastddim.kernels.launch import Workspace, assemble, spec
+from fastddim.kernels.launch import Workspace, assemble, launch_hooks, spec
 from fastddim.kernels.plan import STEP_POINTERS
 from fastddim.step import StepOptions
 
 # Places in the list of arguments of Triton's launch function.
-_STREAM, _ENTER, _EXIT = 3, 7, 8
+_STREAM, _HOOKS = 3, slice(6, 9)
 _OUTPUT = 9 + STEP_POINTERS.index("output")
 _ROW = 9 + STEP_POINTERS.index("step")
 
@@ -55,7 +55,7 @@ class PreparedStep:
         self.x_next, self.x0 = self._request.x_next, self._request.x0
         self._spec = spec(model_output)
         self._rows = table.on(sample.device)[1]
-        self._guided = options.guidance is not None
+        self._in_place = options.guidance is None and not self._request.entry.reordered
         self._contiguous = model_output.is_contiguous()
         self._out, self._out_end = _span(self.x_next)
         self._input, self._input_end = (0, 0) if options.model_input is None else _span(options.model_input)
@@ -89,15 +89,15 @@ class PreparedStep:
             raise IndexError(f"step: {step} is outside the table of {len(self._rows)} steps")
         address = model_output.data_ptr()
         end = address + self._nbytes
-        if address < self._out_end and self._out < end and (self._guided or address != self._out):
+        if address < self._out_end and self._out < end and not (self._in_place and address == self._out):
             raise ValueError("model_output: shares memory with out; pass memory of its own")
         if address < self._input_end and self._input < end:
             raise ValueError("model_output: shares memory with model_input; pass memory of its own")
         if self._fast is None or address & 15:
             return self._slowly(model_output, step)
-        run, arguments, rows, index, hooks, current_stream = self._fast
-        arguments[_STREAM] = current_stream(index)
-        arguments[_ENTER], arguments[_EXIT] = hooks.launch_enter_hook, hooks.launch_exit_hook
+        run, arguments, rows, index, kernel, grid, current_stream = self._fast
+        arguments[_STREAM] = stream = current_stream(index)
+        arguments[_HOOKS] = launch_hooks(kernel, grid, stream)
         arguments[_OUTPUT], arguments[_ROW] = address, rows[step]
         run(*arguments)
         return self.x_next, self.x0
@@ -121,11 +121,12 @@ class PreparedStep:
         request = self._request
         launcher = request.entry.launchers[-1]
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in request.tensors]
-        run, function, metadata = launcher.compiled(addresses, request.tensors)
+        run, function, metadata, kernel = launcher.compiled(addresses, request.tensors)
         rows = tuple(row.data_ptr() for row in self._rows)
         # In the order of Triton's launch function: grid, stream, function, metadata, launch metadata, hooks, arguments.
         arguments = [*launcher.call.grid, 1, None, function, metadata, None, None, None, *addresses, *launcher.tail]
-        return run, arguments, rows, self.x_next.device.index, triton.knobs.runtime, driver.active.get_current_stream
+        index, current_stream = self.x_next.device.index, driver.active.get_current_stream
+        return run, arguments, rows, index, kernel, launcher.call.grid, current_stream
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:

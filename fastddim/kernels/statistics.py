@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastddim.kernels.philox import product
 from fastddim.kernels.step import (
     INFINITY_BITS,
     LARGEST_INT,
@@ -62,9 +63,9 @@ def take_ticket(counter_ptr, programs):
 @triton.jit
 def part(x, live, size):
     """Mean of a program's elements, and the sum of their squared distances from it."""
-    mean = tl.sum(tl.where(live, x, 0.0), 0) / size
+    mean = tl.div_rn(tl.sum(tl.where(live, x, 0.0), 0), size)
     centred = tl.where(live, x - mean, 0.0)
-    return mean, tl.sum(centred * centred, 0)
+    return mean, tl.sum(product(centred, centred), 0)
 
 
 @triton.jit
@@ -75,15 +76,15 @@ def combined_square(parts, blocks, n, BLOCK: tl.constexpr):
         block = k + tl.arange(0, CHUNK)
         sizes = tl.minimum(tl.maximum(n - block.to(tl.int64) * BLOCK, 0), BLOCK).to(tl.float32)
         means = tl.load(parts + block * 4, mask=block < blocks, other=0.0, volatile=True)
-        total += tl.sum(sizes * means, 0)
-    mean = total / tl.cast(n, tl.float32)
+        total += tl.sum(product(sizes, means), 0)
+    mean = tl.div_rn(total, tl.cast(n, tl.float32))
     square = tl.full([], 0.0, tl.float32)
     for k in range(0, blocks, CHUNK):
         block = k + tl.arange(0, CHUNK)
         sizes = tl.minimum(tl.maximum(n - block.to(tl.int64) * BLOCK, 0), BLOCK).to(tl.float32)
         means = tl.load(parts + block * 4, mask=block < blocks, other=0.0, volatile=True)
         inner = tl.load(parts + block * 4 + 1, mask=block < blocks, other=0.0, volatile=True)
-        square += tl.sum(tl.where(block < blocks, inner + sizes * (means - mean) * (means - mean), 0.0), 0)
+        square += tl.sum(tl.where(block < blocks, inner + product(sizes * (means - mean), means - mean), 0.0), 0)
     return square
 
 
@@ -229,6 +230,8 @@ def histogram_kernel(
                         next_above = tl.minimum(next_above, tl.min(tl.where(totals > upper, patterns, LARGEST_INT), 0))
                         tl.store(fine + entry, tl.zeros_like(entry), mask=entry < width)
                         seen += tl.sum(counts, 0)
+                # Every warp has to have read the counters before one of them clears these.
+                tl.debug_barrier()
                 tl.store(workspace + ABOVE, 0)
                 tl.store(workspace + LARGEST_TO_ONE, 0)
                 tl.store(workspace + BIN, DONE)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastddim.kernels.philox import STREAM_STEP, normal_block
+from fastddim.kernels.philox import STREAM_STEP, normal_block, product
 
 ONE_BITS = tl.constexpr(0x3F800000)
 INFINITY_BITS = tl.constexpr(0x7F800000)
@@ -136,7 +136,7 @@ def load_guided(
     from_cond = scale >= 0.5
     weight = tl.where(from_cond, 1.0 - scale, scale)
     base_second = from_cond if not COND_FIRST else scale < 0.5
-    half = batch.to(tl.int64) * n
+    half = tl.cast(batch, tl.int64) * n
     first = b * n
     base_first = first + tl.where(base_second, half, 0)
     other_first = first + tl.where(base_second, 0, half)
@@ -157,7 +157,7 @@ def load_cond(
     b, batch, _, _, n, _ = where
     first = b * n
     if not COND_FIRST:
-        first += batch.to(tl.int64) * n
+        first += tl.cast(batch, tl.int64) * n
     return load(output_ptr, first, where, live, CHANNELS_LAST)
 
 
@@ -200,14 +200,14 @@ def predict(
 def deviation(x, live, n):
     """Unbiased standard deviation of the n live elements; NaN for one element, as in torch."""
     count = tl.cast(n, tl.float32)
-    mean = tl.sum(tl.where(live, x, 0.0), 0) / count
+    mean = tl.div_rn(tl.sum(tl.where(live, x, 0.0), 0), count)
     centred = tl.where(live, x - mean, 0.0)
-    return tl.sqrt_rn(tl.div_rn(tl.sum(centred * centred, 0), count - 1.0))
+    return tl.sqrt_rn(tl.div_rn(tl.sum(product(centred, centred), 0), count - 1.0))
 
 
 @triton.jit
 def rescale_factor(std_cond, std_guided, phi):
-    return phi * tl.div_rn(std_cond, std_guided) + (1.0 - phi)
+    return product(phi, tl.div_rn(std_cond, std_guided)) + (1.0 - phi)
 
 
 @triton.jit
@@ -227,11 +227,11 @@ def quantile_rank(n, ratio):
     """`torch.quantile`'s rank of a float64 ratio among n: the lower index, and the weight of the one above it."""
     if n > 16777216:
         # torch counts in float64 where float32 cannot.
-        exact = ratio * tl.cast(n - 1, tl.float64)
+        exact = product(ratio, tl.cast(n - 1, tl.float64))
         lower = exact.to(tl.int32)
         weight = (exact - lower.to(tl.float64)).to(tl.float32)
     else:
-        rank = ratio.to(tl.float32) * tl.cast(n - 1, tl.float32)
+        rank = product(ratio.to(tl.float32), tl.cast(n - 1, tl.float32))
         lower = rank.to(tl.int32)
         weight = rank - lower.to(tl.float32)
     return lower, weight
@@ -247,7 +247,7 @@ def limit_scale(below_bits, above_bits, weight, max_value):
     # torch.lerp fuses its multiplication and addition; float64 holds the product of two float32 exactly.
     base = tl.where(near_below, below, above).to(tl.float64)
     factor = tl.where(near_below, weight, -(1.0 - weight)).to(tl.float64)
-    quantile = (base + factor * gap.to(tl.float64)).to(tl.float32)
+    quantile = tl.fma(factor, gap.to(tl.float64), base).to(tl.float32)
     clamped = tl.where(quantile > max_value, max_value, tl.where(quantile < 1.0, 1.0, quantile))
     return clamped.to(tl.float32)
 
@@ -313,7 +313,7 @@ def apply_threshold(x0, scale):
     """`clamp(x0, -scale, scale) / scale`; a scale that is NaN makes every element NaN."""
     limited = clamp(x0, scale)
     if scale != 1.0:
-        # One correction of the reciprocal's product is the rounded quotient.
+        # One correction of the reciprocal's product is the rounded quotient, but where its remainder is denormal.
         inverse = tl.div_rn(tl.full([], 1.0, tl.float32), scale)
         quotient = limited * inverse
         limited = fused(inverse, fused(-scale, quotient, limited), quotient)
@@ -495,7 +495,7 @@ def ddim_step_kernel(
         if input_ptr is not None:
             store(input_ptr, first, where, live, x_next, INPUT_CHANNELS_LAST)
             if GUIDED:
-                second = first + batch.to(tl.int64) * n
+                second = first + tl.cast(batch, tl.int64) * n
                 store(input_ptr, second, where, live, x_next, INPUT_CHANNELS_LAST)
 
     if ADVANCE:
@@ -504,7 +504,7 @@ def ddim_step_kernel(
         index = b if ROW_PER_SAMPLE else b * 0
         last = True
         if tickets_ptr is not None:
-            readers = (1 if ROW_PER_SAMPLE else batch) * tl.cdiv(n, BLOCK)
+            readers = tl.num_programs(1 - SAMPLE_AXIS) * (1 if ROW_PER_SAMPLE else tl.num_programs(SAMPLE_AXIS))
             last = tl.atomic_add(tickets_ptr + index, 1, sem="acq_rel") == readers - 1
             if last:
                 tl.store(tickets_ptr + index, 0)
