@@ -1,26 +1,22 @@
-"""Sampling methods against diffusers' schedulers in the same run, and against a float64 Gaussian whose solution is known."""
+"""Sampling methods against diffusers' schedulers in the same run, against float64 formulas of the papers, and by their order."""
 
 from __future__ import annotations
+
+import math
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 
-from fastddim import DDIMConfig, Schedule
-from fastddim.levels import NoiseLevels, beta_levels, flow_levels, scaled_levels
-from fastddim.samplers.dpm_solver import dpm_solver
-from fastddim.samplers.euler import euler, euler_ancestral
-from fastddim.samplers.lcm import lcm
-from fastddim.samplers.tcd import tcd
+from fastddim import Clip, DDIMConfig, DynamicThreshold, Sampler, Schedule
+from fastddim.noise import STREAM_INITIAL, normal_numpy
+from fastddim.samplers import METHODS, Steps, dpm_solver, euler
+from fastddim.samplers.sampling import read_scheduler
+from fastddim.schedule import EDMSchedule, FlowSchedule
 
 SHAPE = (3, 2, 5)
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-
-
-def make_levels(schedule: Schedule, timesteps, sigmas, prediction_type: str) -> NoiseLevels:
-    """diffusers' own levels, exactly: rescaled where the sigmas are those of `x0 + sigma * noise`."""
-    return scaled_levels(timesteps, sigmas, prediction_type)
 
 
 def model(x, t):
@@ -29,7 +25,7 @@ def model(x, t):
 
 
 def run_table(table, x, noises, called=model):
-    """The table in float64, from a state in its own scale; returns the last state."""
+    """The table in float64; returns the last state."""
     previous = torch.zeros_like(x)
     for step, row in enumerate(table.rows):
         out = called(x, table.timesteps[step])
@@ -40,8 +36,22 @@ def run_table(table, x, noises, called=model):
     return x
 
 
+def exact(scheduler):
+    """A scheduler whose alphas are those of float64, so that nothing but its step is compared."""
+    if hasattr(scheduler, "alphas_cumprod"):
+        alphas = Schedule(DDIMConfig.from_dict(scheduler.config, ignore_unknown=True)).alphas_cumprod.copy()
+        if scheduler.config.rescale_betas_zero_snr and not isinstance(
+            scheduler, (diffusers.DDPMScheduler, diffusers.LCMScheduler, diffusers.TCDScheduler)
+        ):
+            alphas[-1] = 2**-24
+        scheduler.alphas_cumprod = torch.from_numpy(alphas)
+    if hasattr(scheduler, "alphas"):
+        scheduler.alphas = torch.from_numpy(1 - np.append(0.0, 1 - alphas[1:] / alphas[:-1]))
+    return scheduler
+
+
 def run_diffusers(scheduler, x, noises, monkeypatch, **step_options):
-    """diffusers' loop on float64 states, its noise drawn from `noises`."""
+    """diffusers' loop on float64 states, its noise drawn from `noises`; `scheduler` has its timesteps."""
     module = __import__(type(scheduler).__module__, fromlist=["x"])
     drawn = iter(noises)
     monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: next(drawn), raising=False)
@@ -59,105 +69,239 @@ def start_and_noises(n):
     )
 
 
-def close(ours, theirs):
-    scale = theirs.abs().max()
-    assert float((ours - theirs).abs().max() / scale) < 3e-6
+def compare(scheduler, n, monkeypatch, tolerance=1e-6, build=None, step_options=None, **given):
+    """Sample from the same noise with the scheduler and with its table; returns the table."""
+    exact(scheduler).set_timesteps(**({"num_inference_steps": n} | given))
+    table = read_scheduler(scheduler).build(Steps(n)) if build is None else build()
+    noise, noises = start_and_noises(n)
+    assert len(table) == len(scheduler.timesteps)
+    np.testing.assert_allclose(table.timesteps, scheduler.timesteps, rtol=2e-6, atol=2e-4)
+    theirs = run_diffusers(
+        scheduler, noise * getattr(scheduler, "init_noise_sigma", 1.0), noises, monkeypatch, **(step_options or {})
+    )
+    ours = run_table(table, noise * table.start_scale, noises)
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) < tolerance
+    return table
 
 
-@pytest.mark.parametrize("n", [1, 4, 20, 50])
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_euler_of_flow_matching(n, shift, monkeypatch):
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
-    scheduler.set_timesteps(n)
-    x, noises = start_and_noises(n)
-    table = euler(flow_levels(scheduler.timesteps.tolist(), scheduler.sigmas))
-    close(run_table(table, x, noises), run_diffusers(scheduler, x, noises, monkeypatch))
+@pytest.mark.parametrize("n", [2, 20, 50])
+@pytest.mark.parametrize(
+    "options",
+    [{"shift": 1.0}, {"shift": 3.0}, {"shift": 3.0, "shift_terminal": 0.1}, {"shift": 3.0, "use_karras_sigmas": True},
+     {"use_exponential_sigmas": True}, {"use_beta_sigmas": True}, {"stochastic_sampling": True}],
+)  # fmt: skip
+def test_euler_of_flow_matching(n, options, monkeypatch):
+    compare(diffusers.FlowMatchEulerDiscreteScheduler(**options), n, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_a_dynamic_shift(kind, monkeypatch):
+    """Flux passes its own list and the shift of the image's size."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind)
+    sampling = read_scheduler(scheduler)
+    # FluxPipeline's `calculate_shift` of 1,024 tokens.
+    mu = 1024 * (1.15 - 0.5) / (4096 - 256) + 0.5 - 256 * (1.15 - 0.5) / (4096 - 256)
+    assert sampling.schedule.mu(1024) == pytest.approx(mu)
+    sigmas = np.linspace(1.0, 1 / 8, 8)
+    build = lambda: sampling.build(Steps(sigmas=sigmas), mu=mu)  # noqa: E731
+    compare(scheduler, 8, monkeypatch, build=build, sigmas=sigmas.tolist(), mu=mu)
+    compare(scheduler, 8, monkeypatch, build=lambda: sampling.build(Steps(8), mu=mu), mu=mu)
+
+
+SPACINGS = [
+    {"timestep_spacing": "linspace"}, {"timestep_spacing": "leading", "steps_offset": 1},
+    {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}, {"use_karras_sigmas": True},
+    {"use_exponential_sigmas": True, "final_sigmas_type": "sigma_min"}, {"use_beta_sigmas": True},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("n", [2, 10, 50])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("spacing", [{"timestep_spacing": "linspace"}, {"timestep_spacing": "leading", "steps_offset": 1},
-                                     {"use_karras_sigmas": True}])  # fmt: skip
+@pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("method", ["euler", "euler_ancestral"])
-def test_euler_of_discrete_betas(n, prediction_type, spacing, method, monkeypatch):
-    if method == "euler_ancestral" and "use_karras_sigmas" in spacing:
-        return
-    kinds = {
-        "euler": (diffusers.EulerDiscreteScheduler, euler),
-        "euler_ancestral": (diffusers.EulerAncestralDiscreteScheduler, euler_ancestral),
-    }
-    kind, ours = kinds[method]
-    scheduler = kind(**SD, prediction_type=prediction_type, **spacing)
-    scheduler.set_timesteps(n)
-    x, noises = start_and_noises(n)
-    levels = scaled_levels(scheduler.timesteps.tolist(), scheduler.sigmas, prediction_type)
-    norm = float((scheduler.sigmas[0] ** 2 + 1) ** 0.5)
-    theirs = run_diffusers(scheduler, x * norm, noises, monkeypatch)
-    close(run_table(ours(levels), x, noises), theirs)
+def test_euler_of_betas(n, prediction_type, spacing, method, monkeypatch):
+    kinds = {"euler": diffusers.EulerDiscreteScheduler, "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler}
+    if method == "euler_ancestral":
+        spacing = {name: value for name, value in spacing.items() if "sigma" not in name}
+    # At a sigma of 4096 diffusers' float32 sigmas are further off.
+    tolerance = 3e-5 if "rescale_betas_zero_snr" in spacing else 3e-6
+    compare(kinds[method](**SD, prediction_type=prediction_type, **spacing), n, monkeypatch, tolerance)
+
+
+def test_explicit_lists_of_euler(monkeypatch):
+    scheduler = diffusers.EulerDiscreteScheduler(**SD)
+    sampling, sigmas = read_scheduler(scheduler), [14.0, 5.5, 1.25, 0.25, 0.0]
+    given = {"num_inference_steps": None}
+    compare(scheduler, 4, monkeypatch, build=lambda: sampling.build(Steps(sigmas=sigmas)), sigmas=sigmas, **given)
+    timesteps = [999, 700, 300, 20]
+    compare(scheduler, 4, monkeypatch, build=lambda: sampling.build(Steps(timesteps=timesteps)), timesteps=timesteps, **given)
+    # Stable Video Diffusion's.
+    video = diffusers.EulerDiscreteScheduler(
+        **SD, prediction_type="v_prediction", timestep_type="continuous", use_karras_sigmas=True, sigma_min=0.002,
+        sigma_max=700.0,
+    )  # fmt: skip
+    compare(video, 12, monkeypatch)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_euler_of_edm(prediction_type, monkeypatch):
-    scheduler = diffusers.EDMEulerScheduler(prediction_type=prediction_type)
-    scheduler.set_timesteps(12)
-    x, noises = start_and_noises(12)
-    kind = "edm" if prediction_type == "epsilon" else prediction_type
-    table = euler(scaled_levels(scheduler.timesteps.tolist(), scheduler.sigmas, kind, data_scale=0.5))
-    norm = float((scheduler.sigmas[0] ** 2 + 0.25) ** 0.5)
-    close(run_table(table, x, noises), run_diffusers(scheduler, x * norm, noises, monkeypatch))
+@pytest.mark.parametrize("kind", [diffusers.EDMEulerScheduler, diffusers.EDMDPMSolverMultistepScheduler])
+@pytest.mark.parametrize("options", [{}, {"sigma_schedule": "exponential", "final_sigmas_type": "sigma_min"}])
+def test_edm(prediction_type, kind, options, monkeypatch):
+    if kind is diffusers.EDMEulerScheduler:
+        options = {name: value for name, value in options.items() if name != "final_sigmas_type"}
+    compare(kind(prediction_type=prediction_type, **options), 12, monkeypatch, 3e-6)
 
 
-@pytest.mark.parametrize("n", [1, 4, 8])
+@pytest.mark.parametrize("n", [1, 4, 8, 50])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("method", ["lcm", "tcd", "tcd 0", "tcd 1"])
+@pytest.mark.parametrize("method", ["lcm", "tcd", "tcd 0.0", "tcd 1.0"])
 def test_distilled(n, prediction_type, method, monkeypatch):
     kind = diffusers.LCMScheduler if method == "lcm" else diffusers.TCDScheduler
     scheduler = kind(**SD, prediction_type=prediction_type, clip_sample=False, set_alpha_to_one=True)
-    scheduler.set_timesteps(n)
-    x, noises = start_and_noises(n)
-    schedule = Schedule(DDIMConfig(**SD, prediction_type=prediction_type))
-    levels = beta_levels(schedule, schedule.pairs(timesteps=scheduler.timesteps.tolist()))
+    if method == "lcm":
+        compare(scheduler, n, monkeypatch)
+        return
     gamma = float(method.partition(" ")[2] or 0.3)
-    options = {} if method == "lcm" else {"eta": gamma}
-    table = lcm(levels) if method == "lcm" else tcd(schedule, levels, gamma=gamma)
-    close(run_table(table, x, noises), run_diffusers(scheduler, x, noises, monkeypatch, **options))
+    build = lambda: read_scheduler(scheduler).build(Steps(n), gamma=gamma)  # noqa: E731
+    compare(scheduler, n, monkeypatch, build=build, step_options={"eta": gamma})
 
 
-@pytest.mark.parametrize("n", [1, 5, 15, 25])
+@pytest.mark.parametrize("strength", [0.3, 0.5, 0.77])
+@pytest.mark.parametrize("kind", [diffusers.LCMScheduler, diffusers.TCDScheduler])
+def test_a_distillations_steps_at_a_strength_are_diffusers(kind, strength):
+    scheduler = kind(**SD)
+    scheduler.set_timesteps(4, strength=strength)
+    table = read_scheduler(scheduler).build(Steps(4, strength=strength))
+    assert list(table.timesteps) == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 15, 25, 50])
 @pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
-@pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("options", [{}, {"final_sigmas_type": "sigma_min"}, {"lower_order_final": False},
-                                     {"use_karras_sigmas": True, "prediction_type": "v_prediction"}])  # fmt: skip
-def test_dpm_solver(n, algorithm, order, options, monkeypatch):
-    scheduler = diffusers.DPMSolverMultistepScheduler(**SD, algorithm_type=algorithm, solver_order=order, **options)
-    scheduler.set_timesteps(n)
-    x, noises = start_and_noises(n)
-    levels = scaled_levels(scheduler.timesteps.tolist(), scheduler.sigmas, options.get("prediction_type", "epsilon"))
-    table = dpm_solver(
-        levels, order=order, algorithm=algorithm, lower_order_final=options.get("lower_order_final", True)
+@pytest.mark.parametrize("solver", [(1, "midpoint"), (2, "midpoint"), (2, "heun")])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"final_sigmas_type": "sigma_min", "timestep_spacing": "leading", "steps_offset": 1},
+     {"lower_order_final": False, "timestep_spacing": "trailing"}, {"use_karras_sigmas": True, "prediction_type": "v_prediction"},
+     {"use_exponential_sigmas": True}, {"euler_at_final": True, "use_beta_sigmas": True, "prediction_type": "sample"},
+     {"lambda_min_clipped": -3.0, "beta_schedule": "squaredcos_cap_v2", "final_sigmas_type": "sigma_min"}],
+)  # fmt: skip
+def test_dpm_solver(n, algorithm, solver, options, monkeypatch):
+    order, kind = solver
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        **SD | options, algorithm_type=algorithm, solver_order=order, solver_type=kind
     )
-    assert table.columns.shape[1] == (7 if order == 2 and n > 2 else 6)
-    close(run_table(table, x, noises), run_diffusers(scheduler, x, noises, monkeypatch))
+    table = compare(scheduler, n, monkeypatch, 3e-6)
+    second = order == 2 and n > 2
+    assert table.columns.shape[1] == (7 if second else 6)
+
+
+@pytest.mark.parametrize("n", [2, 10, 50])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
+def test_ddpm(n, prediction_type, variance_type, monkeypatch):
+    scheduler = diffusers.DDPMScheduler(
+        **SD, prediction_type=prediction_type, variance_type=variance_type, clip_sample=False
+    )
+    build = lambda: read_scheduler(scheduler, "ddpm").build(Steps(n))  # noqa: E731
+    compare(scheduler, n, monkeypatch, build=build)
+    assert read_scheduler(scheduler).method == "ddim"
 
 
 def test_orders_of_convergence():
     """Data of deviation c: the ideal eps is `sigma / (c**2 signal**2 + sigma**2) * x`, and the ODE keeps `x / deviation`."""
     c, errors = 0.4, {}
     for n in (80, 160, 320):
-        sigmas = np.geomspace(20, 0.02, n + 1)
-        levels = scaled_levels(np.arange(n, 0.0, -1), sigmas, "epsilon")
-        by_timestep = dict(zip(levels.timesteps, zip(levels.signal, levels.sigma, strict=True), strict=False))
+        noise = np.geomspace(20, 0.02, n + 1)
+        norm = np.hypot(noise, 1.0)
+        steps = Steps(timesteps=np.arange(n, 0.0, -1), sigmas=noise)
 
-        def ideal(x, t, by_timestep=by_timestep):
-            signal, sigma = by_timestep[t]
+        def ideal(x, t, noise=noise, n=n):
+            s = noise[n - int(t)]
+            signal, sigma = 1 / math.hypot(s, 1), s / math.hypot(s, 1)
             return float(sigma / ((c * signal) ** 2 + sigma**2)) * x
 
-        deviation = np.hypot(c * levels.signal, levels.sigma)
-        expected = float(deviation[-1] / deviation[0])
-        for name, table in (("euler", euler(levels)), ("1", dpm_solver(levels, order=1)), ("2", dpm_solver(levels))):
+        schedule = Schedule(DDIMConfig(**SD))
+        tables = {
+            "1": dpm_solver(schedule, steps, solver_order=1, lower_order_final=False),
+            "2": dpm_solver(schedule, steps, lower_order_final=False),
+            "heun": dpm_solver(schedule, steps, solver_type="heun", lower_order_final=False),
+            "euler": euler(schedule, steps),
+        }
+        deviation = np.hypot(c, noise) / norm
+        for name, table in tables.items():
+            end = deviation[-1] if name != "euler" else deviation[-1] * norm[-1]
             x = run_table(table, torch.ones(1, dtype=torch.float64), [0.0] * n, ideal)
-            errors.setdefault(name, []).append(abs(float(x) - expected))
+            errors.setdefault(name, []).append(abs(float(x) - end / deviation[0]))
     orders = {name: np.log2(e[-2] / e[-1]) for name, e in errors.items()}
     assert orders["euler"] == pytest.approx(1, abs=0.1)
     assert orders["1"] == pytest.approx(1, abs=0.1)
     assert orders["2"] == pytest.approx(2, abs=0.25)
+    assert orders["heun"] == pytest.approx(2, abs=0.25)
+
+
+class Network(torch.nn.Module):
+    """`model` for a sampler: one timestep for each row."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def forward(self, x, t, shift=None):
+        out = model(x, t.view(-1, *[1] * (x.ndim - 1)).double())
+        return (out if shift is None else out + shift.view(-1, *[1] * (x.ndim - 1))).to(x.dtype)
+
+
+SCHEDULES = {"ddpm": Schedule(DDIMConfig(**SD, clip_sample=False)), "flow": FlowSchedule(shift=3.0), "edm": EDMSchedule()}
+EVERY = [
+    (name, kind)
+    for name, method in METHODS.items()
+    for kind, schedule in SCHEDULES.items()
+    if isinstance(schedule, method.schedules)
+]
+
+
+@pytest.mark.parametrize("graph", ["off", "step", "loop"])
+@pytest.mark.parametrize(("method", "kind"), EVERY)
+def test_a_sampler_is_the_table_in_float64(method, kind, graph):
+    n, seeds = 9, [3, 4]
+    sampler = Sampler(Network(), SCHEDULES[kind], n, method=method, sample_shape=SHAPE, graph=graph)
+    assert sampler.method == method and len(sampler.table) == n
+    sampler.warmup(2)
+    start = torch.from_numpy(normal_numpy(seeds, 0, SHAPE, STREAM_INITIAL)).double()
+    noises = [torch.from_numpy(normal_numpy(seeds, step, SHAPE)).double() for step in range(n)]
+    called = lambda x, t: model(x, torch.tensor(t, dtype=torch.float32).double())  # noqa: E731
+    expected = run_table(sampler.table, start * sampler.table.start_scale, noises, called)
+    torch.testing.assert_close(sampler(2, seeds=seeds).double(), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("limit", [Clip(0.7), DynamicThreshold(0.9, 2.0)])
+@pytest.mark.parametrize("method", ["dpmsolver++", "euler", "lcm", "ddpm"])
+def test_a_limit_and_guidance_are_those_of_diffusers(method, limit, monkeypatch):
+    """x0 of every method is limited; what the limited x0 leaves of epsilon points the direction."""
+    sampler = Sampler(
+        Network(), SCHEDULES["ddpm"], 6, method=method, sample_shape=SHAPE, limit=limit, guidance_scale=3.0
+    )
+    shift = torch.linspace(-1, 1, 2)
+    x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    result, states = sampler(
+        x, seeds=5, shift=shift, uncond_kwargs={"shift": 0 * shift}, return_trajectory=True
+    )
+    state, previous = x.double(), None
+    for step, row in enumerate(sampler.table.rows):
+        t = torch.tensor(float(sampler.table.timesteps[step]))
+        uncond = model(state, t)
+        out = uncond + 3.0 * (shift.view(-1, 1, 1, 1).double())
+        x0 = row.x0_from_x * state + row.x0_from_output * out
+        if isinstance(limit, Clip):
+            x0 = x0.clamp(-0.7, 0.7)
+        else:
+            s = x0.abs().flatten(1).quantile(0.9, dim=1).clamp(1, 2.0).view(-1, 1, 1, 1)
+            x0 = x0.clamp(-s, s) / s
+        following = row.next_from_x * state + row.next_from_output * out + row.next_from_x0 * x0
+        noise = torch.from_numpy(normal_numpy([5, 6], step, SHAPE)).double()
+        state = following + row.noise_scale * noise
+        if previous is not None:
+            state = state + row.next_from_previous_x0 * previous
+        previous = x0
+        torch.testing.assert_close(states[step + 1].double(), state, rtol=1e-4, atol=1e-4)
+    assert (sampler.table.columns[:, 3] == 0).all()

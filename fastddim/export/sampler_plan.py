@@ -13,7 +13,7 @@ from fastddim.coefficients import StepCoefficients, StepTable
 from fastddim.config import DDIMConfig, Limit, require_choice, require_int
 from fastddim.export.denoisers import DTYPES, Denoiser, describe
 from fastddim.export.schedule_module import ScheduleModule
-from fastddim.sampler import to_schedule
+from fastddim.samplers.sampling import read_scheduler
 from fastddim.schedule import Schedule
 
 KINDS = ("loop", "step")

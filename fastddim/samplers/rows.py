@@ -1,11 +1,11 @@
-"""What methods share: x0 and epsilon in terms of the state and the model's output."""
+"""What methods share: x0 and epsilon in terms of the state and the model's output, and tables of them."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from fastddim.coefficients import columns
-from fastddim.levels import NoiseLevels
+from fastddim.coefficients import StepTable, columns, epsilon_factors
+from fastddim.samplers.levels import NoiseLevels
 from fastddim.schedule import FloatArray
 
 
@@ -32,14 +32,33 @@ def x0_rows(levels: NoiseLevels, from_x: FloatArray, from_x0: FloatArray, noise_
     return np.column_stack([rows[:, :2], from_x, zero, from_x0, noise_scale])
 
 
-def ancestral(levels: NoiseLevels, eta: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """`(direction, noise_scale)`, `[n]`: the split of the next level's sigma in what is kept and what is drawn anew.
+def noise_ratio(levels: NoiseLevels) -> FloatArray:
+    """`[n]`: what a step leaves of sigma / signal."""
+    ratio: FloatArray = levels.sigma[1:] * levels.signal[:-1] / (levels.sigma[:-1] * levels.signal[1:])
+    return np.minimum(ratio, 1.0)
 
-    With s = sigma / signal, the drawn part is `eta * s_next * sqrt(1 - s_next**2 / s**2)`: sigma_up of k-diffusion, and
-    equation 16 of arXiv:2010.02502, as both are the posterior's deviation.
+
+def make_table(levels: NoiseLevels, rows: FloatArray, inverse: StepTable | None = None) -> StepTable:
+    """The table of a run's rows `[n, 6]` or `[n, 7]`."""
+    return StepTable.from_columns(
+        levels.timesteps, rows, start_scale=levels.start_scale, noising=levels.noising, inverse=inverse
+    )
+
+
+def inverse_of(levels: NoiseLevels) -> StepTable | None:
+    """The table that encodes a clean state by the ODE backwards, or None where the run does not end without noise.
+
+    Each row inverts one step, with epsilon predicted at the step's end, where sampling calls the model next. The clean
+    state has no timestep of its own, so there the model is called with the last one of sampling.
     """
-    signal, sigma, signal_next, sigma_next = levels.signal[:-1], levels.sigma[:-1], levels.signal[1:], levels.sigma[1:]
-    # s_next / s, also where the first state has no signal.
-    ratio = sigma_next * signal / (sigma * signal_next)
-    drawn = eta * np.sqrt((1 - ratio) * (1 + ratio))
-    return sigma_next * np.sqrt((1 - drawn) * (1 + drawn)), sigma_next * drawn
+    if levels.sigma[-1] != 0:
+        return None
+    called = [*range(1, len(levels)), len(levels) - 1]
+    eps_x, eps_output = epsilon_factors(
+        levels.signal[called], levels.sigma[called], levels.prediction_type, levels.data_scale
+    )
+    signal, sigma = levels.signal[1:], levels.sigma[1:]
+    noisier, direction = levels.signal[:-1], levels.sigma[:-1]
+    x0 = ((1 - sigma * eps_x) / signal, -sigma * eps_output / signal)
+    rows = np.stack([*x0, direction * eps_x, direction * eps_output, noisier, np.zeros_like(signal)], axis=1)
+    return StepTable.from_columns([levels.timesteps[k] for k in reversed(called)], rows[::-1])

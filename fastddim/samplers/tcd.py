@@ -7,19 +7,35 @@ import dataclasses
 import numpy as np
 
 from fastddim.coefficients import StepTable
-from fastddim.levels import NoiseLevels
-from fastddim.samplers.rows import linear_rows
+from fastddim.config import require_number
+from fastddim.samplers.lcm import distilled_levels
+from fastddim.samplers.method import method
+from fastddim.samplers.rows import linear_rows, make_table
+from fastddim.samplers.steps import Steps, to_steps
 from fastddim.schedule import Schedule
 
 
-def tcd(schedule: Schedule, levels: NoiseLevels, *, gamma: float = 0.3) -> StepTable:
+@method("tcd", Schedule, schedulers=("TCDScheduler",))
+def tcd(
+    schedule: Schedule,
+    steps: Steps | int,
+    *,
+    gamma: float = 0.3,
+    original_inference_steps: int = 50,
+) -> StepTable:
     """Down to `s = floor((1 - gamma) * t_next)` on the trajectory, then back up to t_next with noise; the last step stays.
 
     Args:
-        schedule: where alpha_bar at s comes from.
-        levels: of the run. Whatever its end is, the run ends at timestep 0, as these models are trained.
-        gamma: a number in [0, 1]; 0 adds no noise, 1 is multistep sampling of a consistency model.
+        schedule: of the model. The run ends at timestep 0, as these models are trained.
+        steps: of the run; a number of steps takes some of those that the model is distilled for.
+        gamma: a number in [0, 1], what diffusers calls eta; 0 adds no noise, 1 is a consistency model's sampling.
+        original_inference_steps: how many steps the model is distilled for.
+
+    Raises:
+        ValueError: a value out of range.
     """
+    require_number("gamma", gamma, 0.0, 1.0)
+    levels = distilled_levels(schedule, to_steps(steps).without_sigmas("tcd"), original_inference_steps)
     following = np.array([*levels.timesteps[1:], 0], dtype=np.float64)
     alpha_bar_next = schedule.alpha_bar(following.astype(int).tolist())
     alpha_bar_s = schedule.alpha_bar(np.floor((1 - gamma) * following).astype(int).tolist())
@@ -31,5 +47,4 @@ def tcd(schedule: Schedule, levels: NoiseLevels, *, gamma: float = 0.3) -> StepT
         sigma=np.append(levels.sigma[0], np.sqrt(1 - alpha_bar_next)),
     )
     direction, noise_scale = np.sqrt(back * (1 - alpha_bar_s)), np.sqrt(1 - back)
-    rows = linear_rows(ends, direction, noise_scale, use_clipped_model_output=False)
-    return StepTable.from_columns(levels.timesteps, rows, noising=levels.noising)
+    return make_table(ends, linear_rows(ends, direction, noise_scale, use_clipped_model_output=False))
