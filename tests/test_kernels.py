@@ -6,6 +6,7 @@ import inspect
 import itertools
 import math
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 import triton
 from hypothesis import given
 from hypothesis import strategies as st
+from triton.runtime.jit import JITFunction
 
 import fastddim
 from fastddim import Clip, DDIMConfig, DynamicThreshold, Guidance, Schedule, StepTable
@@ -771,6 +773,27 @@ def test_the_public_keywords_are_the_options_of_a_step():
     keywords = {each.name: each.default for each in public if each.kind == inspect.Parameter.KEYWORD_ONLY}
     assert keywords.pop("backend") == "auto"
     assert keywords == {field.name: field.default for field in dataclasses.fields(StepOptions)}
+
+
+def test_threads_compile_one_at_a_time(monkeypatch):
+    """CPython 3.11 fails to parse in two threads at once, and a kernel that fails to compile is given up for good."""
+    warmup, inside, most = JITFunction.warmup, [], []
+
+    def watched(*args, **kwargs):
+        inside.append(1)
+        time.sleep(0.01)
+        most.append(len(inside))
+        try:
+            return warmup(*args, **kwargs)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(JITFunction, "warmup", watched)
+    inputs = [(draw((2, 50), seed=k), draw((2, 50), seed=k + 100), Clip() if k % 2 else None) for k in range(4)]
+    launch._ENTRIES.clear()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda given: ddim_step(*given[:2], table(), 4, limit=given[2]), inputs))
+    assert max(most) == 1
 
 
 def test_threads_share_the_plans():

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastddim.kernels.launch import COMPILING
 from fastddim.kernels.philox import normal_block
 from fastddim.kernels.plan import make_grid
 from fastddim.kernels.step import store
@@ -49,7 +50,8 @@ def draw_normal(seeds: torch.Tensor, out: torch.Tensor, stream: int, step: int =
     n = math.prod(out.shape[1:])
     if out.numel():
         sample_axis, grid = make_grid(out.shape[0], triton.cdiv(n, _BLOCK))
-        with torch.cuda.device_of(out):
+        # Its first launch compiles.
+        with COMPILING, torch.cuda.device_of(out):
             normal_kernel[grid](
                 out, seeds, n, step, STREAM=stream, SAMPLE_AXIS=sample_axis, BLOCK=_BLOCK, enable_fp_fusion=False
             )

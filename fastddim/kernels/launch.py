@@ -7,6 +7,7 @@ the plan up and hand addresses to the compiled kernel, past Triton's own argumen
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -28,6 +29,8 @@ _TABLE_DTYPES = (torch.float64, torch.float32)
 _DEVICE_TYPES = ("cuda",)
 _MAX_KEPT = 1024
 _INT32_RANGE = 1 << 31
+# Triton parses a kernel's source to compile it, which CPython 3.11 cannot do in two threads at once.
+COMPILING = threading.Lock()
 
 
 class KernelUnavailableError(RuntimeError):
@@ -87,14 +90,15 @@ class _Launcher:
     def _compile(self, tensors: Sequence[torch.Tensor | None]) -> tuple[Any, Any, Any, Any]:
         call = self.call
         try:
-            compiled = call.kernel.warmup(
-                *tensors,
-                *call.numbers,
-                **call.constants,
-                grid=call.grid,
-                num_warps=call.num_warps,
-                enable_fp_fusion=False,
-            )
+            with COMPILING:
+                compiled = call.kernel.warmup(
+                    *tensors,
+                    *call.numbers,
+                    **call.constants,
+                    grid=call.grid,
+                    num_warps=call.num_warps,
+                    enable_fp_fusion=False,
+                )
             if hasattr(compiled, "result"):
                 compiled = compiled.result()
             # `run` loads the binary, which is what sets `function`.
