@@ -24,7 +24,6 @@ from fastddim.loop import Loop, Model, Run, graph_mode, pad, upload_new
 from fastddim.noise import STREAM_INITIAL, check_seeds, normal, seed_bits
 from fastddim.sampler_options import FIXED_BY_A_TABLE, OF_A_METHOD, SamplerOptions
 from fastddim.samplers import Steps
-from fastddim.samplers.method import get_method
 from fastddim.samplers.sampling import Sampling, read_scheduler
 from fastddim.schedule import Pair, Schedule
 from fastddim.step import Guidance
@@ -533,10 +532,7 @@ def _build_table(sampling: Sampling, options: SamplerOptions, limit: Limit) -> S
         options.num_inference_steps, options.timesteps, options.sigmas, options.spacing, options.strength
     )
     given = {name: getattr(options, name) for name in OF_A_METHOD if getattr(options, name) != _OPTIONS[name].default}
-    rederives = "use_clipped_model_output"
-    if limit is not None and rederives not in given and rederives in get_method(sampling.method).options:
-        given[rederives] = True
-    return sampling.build(steps, **given, **(options.method_options or {}))
+    return sampling.with_options({**given, **(options.method_options or {})}, limit).build(steps)
 
 
 def _steps(run: Run, progress: bool) -> Iterable[int]:

@@ -600,10 +600,10 @@ DAMAGE = {
     "cannot be read": lambda folder: (folder / "manifest.json").write_text('{"format": '),
     "cannot be read: maximum recursion depth": lambda folder: (folder / "manifest.json").write_text("[" * 10**5),
     "is no manifest of a fastddim bundle": lambda folder: (folder / "manifest.json").write_text("[]"),
-    "format_version 3, this fastddim reads up to 2; update fastddim": lambda folder: edit(
-        folder, lambda manifest: manifest.update(format_version=3)
+    "format_version 4, this fastddim reads up to 3; update fastddim": lambda folder: edit(
+        folder, lambda manifest: manifest.update(format_version=4)
     ),
-    "format_version 0, this fastddim reads from 1 up to 2; write it anew: `fastddim export onnx --out": lambda folder: (
+    "format_version 0, this fastddim reads from 1 up to 3; write it anew: `fastddim export onnx --out": lambda folder: (
         edit(folder, lambda manifest: manifest.update(format_version=0))
     ),
     "format_version 'x'": lambda folder: edit(folder, lambda manifest: manifest.update(format_version="x")),

@@ -90,9 +90,8 @@ def dpm_solver(
     if sigma_next[-1] == 0 or euler_at_final or (lower_order_final and len(levels) < 15):
         ahead[-1] = 0
     rows = x0_rows(levels, from_x, from_d * (1 + ahead), noise_scale)
-    if ahead.any():
-        rows = np.column_stack([rows, -from_d * ahead])
-    return make_table(levels, rows)
+    # Also where no step of a short run looks back, so that runs of all lengths are of one kind.
+    return make_table(levels, np.column_stack([rows, -from_d * ahead]) if solver_order == 2 else rows)
 
 
 def _extrapolation(h: FloatArray, power: int, solver_type: str) -> FloatArray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,10 +30,11 @@ class Method:
     schedulers: tuple[str, ...]
     schedules: tuple[type, ...]
 
-    @property
-    def options(self) -> tuple[str, ...]:
-        """The names of its options."""
-        return tuple(inspect.signature(self.build).parameters)[2:]
+    @functools.cached_property
+    def options(self) -> dict[str, Any]:
+        """Its options with their defaults."""
+        parameters = list(inspect.signature(self.build).parameters.values())[2:]
+        return {parameter.name: parameter.default for parameter in parameters}
 
     def check(self, schedule: Any, options: Mapping[str, Any]) -> None:
         """Refuse a schedule or an option that the method does not take.

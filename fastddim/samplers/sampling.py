@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from fastddim.coefficients import StepTable
-from fastddim.config import DDIMConfig, Limit
+from fastddim.config import DDIMConfig, Limit, require_choice
 from fastddim.samplers.levels import AnySchedule
 from fastddim.samplers.method import METHODS, get_method
 from fastddim.samplers.steps import Steps
 from fastddim.schedule import EDMSchedule, FlowSchedule, Schedule
 
+SCHEDULE_TYPES: dict[str, type[Schedule] | type[FlowSchedule] | type[EDMSchedule]] = {
+    "betas": Schedule,
+    "flow": FlowSchedule,
+    "edm": EDMSchedule,
+}
+# EDM's models know no number of training timesteps.
+_MOST_STEPS = 1000
 # What diffusers' classes can be told that no method here knows, with the value that leaves it out.
 _LEFT_OUT: dict[str, Any] = {
     "use_lu_lambdas": False,
@@ -37,10 +44,56 @@ class Sampling:
     """
 
     schedule: AnySchedule
-    method: str = "ddim"
+    method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     spacing: str | None = None
     limit: Limit = None
+
+    def record(self) -> dict[str, Any]:
+        """All of it but the limit, for JSON: `schedule_type`, `schedule`, `method`."""
+        kind = next(name for name, made in SCHEDULE_TYPES.items() if isinstance(self.schedule, made))
+        config = self.schedule.config if isinstance(self.schedule, Schedule) else self.schedule
+        method = {"name": self.method, "options": dict(self.options), "spacing": self.spacing}
+        return {"schedule_type": kind, "schedule": asdict(config), "method": method}
+
+    @classmethod
+    def from_record(cls, values: Mapping[str, Any], limit: Limit = None) -> Sampling:
+        """What `record` gave; other keys are left out.
+
+        Raises:
+            ValueError: a schedule, method or option that there is not.
+        """
+        require_choice("schedule_type", values["schedule_type"], SCHEDULE_TYPES)
+        made = SCHEDULE_TYPES[values["schedule_type"]]
+        config = values["schedule"]
+        schedule: AnySchedule = Schedule(DDIMConfig.from_dict(config)) if made is Schedule else made(**config)
+        method = values["method"]
+        get_method(method["name"]).check(schedule, method["options"])
+        return cls(schedule, method["name"], method["options"], method["spacing"], limit)
+
+    @property
+    def most_steps(self) -> int:
+        """The most steps that a run can have."""
+        method = get_method(self.method)
+        config = self.schedule.config if isinstance(self.schedule, Schedule) else self.schedule
+        trained = getattr(config, "num_train_timesteps", _MOST_STEPS)
+        return int({**method.options, **self.options}.get("original_inference_steps", trained))
+
+    def with_options(self, options: Mapping[str, Any], limit: Limit, spacing: str | None = None) -> Sampling:
+        """This with other options of the method, and with epsilon derived from the limited x0 where it is limited.
+
+        With the raw epsilon, guidance and a limit drift the state away from any picture.
+
+        Raises:
+            ValueError: an option that the method does not take.
+        """
+        rederives = "use_clipped_model_output"
+        method = get_method(self.method)
+        merged = {**self.options, **options}
+        if limit is not None and rederives in method.options:
+            merged.setdefault(rederives, True)
+        method.check(self.schedule, merged)
+        return replace(self, options=merged, spacing=spacing or self.spacing, limit=limit)
 
     def build(self, steps: Steps, **options: Any) -> StepTable:
         """The table of a run; `options` go before those of the attribute, and its spacing where steps have none.
@@ -118,8 +171,8 @@ def _read_config(config: Mapping[str, Any], method: str, configured: bool, clips
         unclipped = {} if clips or "clip_sample" in config else {"clip_sample": False}
         schedule = Schedule(DDIMConfig.from_dict({**config, **unclipped}, ignore_unknown=True))
         limit = schedule.config.limit
-    names = get_method(method).options if configured else ()
-    options = {name: config[name] for name in names if config.get(name) is not None}
+    defaults = get_method(method).options if configured else {}
+    options = {name: config[name] for name, value in defaults.items() if config.get(name) not in (None, value)}
     spacing = next((name for flag, name in _SPACING_FLAGS.items() if configured and config.get(flag)), None)
     return Sampling(schedule, method, options, spacing, limit)
 
