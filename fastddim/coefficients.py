@@ -1,11 +1,13 @@
-"""The DDIM step as six numbers: `(t, t_next)` pairs become a `StepTable`.
+"""A step as six numbers: a `StepTable`, and DDIM's, of `(t, t_next)` pairs.
 
-Every deterministic or stochastic DDIM step (arXiv:2010.02502, equations 12 and 16) is
+Every deterministic or stochastic DDIM step (arXiv:2010.02502, equations 12 and 16), and that of every other linear method
+(`fastddim.samplers`), is
 
     x0     = limit(x0_from_x * x + x0_from_output * out)
     x_next = next_from_x * x + next_from_output * out + next_from_x0 * x0 + noise_scale * noise
 
-and a method of second order adds `next_from_previous_x0` times the x0 of the step before. So prediction type, eta, spacing and the epsilon convention end here and no step implementation branches on them.
+so method, prediction type, eta, spacing and the epsilon convention end in a table and no step implementation branches on
+them. A method of second order adds `next_from_previous_x0` times the x0 of the step before.
 
 Notation: alpha_bar is the paper's alpha_t (diffusers' `alphas_cumprod[t]`), `signal = sqrt(alpha_bar)`,
 `sigma = sqrt(1 - alpha_bar)`, the suffix `_next` the less noisy side of the step; `std_dev` is the paper's sigma_t(eta).
@@ -233,7 +235,9 @@ class StepTable:
         if noising is not None and (len(noising) != 2 or not np.isfinite(noising).all()):
             raise ValueError(f"noising: {noising!r}; pass two finite numbers, (from_x0, from_noise)")
         if owned.shape[1] > NUM_COLUMNS and owned[0, -1] != 0:
-            raise ValueError(f"columns: the first step has next_from_previous_x0 {owned[0, -1]}; pass 0, as nothing is before it")
+            raise ValueError(
+                f"columns: the first step has next_from_previous_x0 {owned[0, -1]}; pass 0, as nothing is before it"
+            )
         owned.setflags(write=False)
         rows = tuple(StepCoefficients(*row) for row in owned.tolist())
         pair = None if noising is None else (float(noising[0]), float(noising[1]))
@@ -329,7 +333,7 @@ class StepTable:
     @property
     def looks_back(self) -> bool:
         """Whether the table has the column of the previous x0."""
-        return self.columns.shape[1] > NUM_COLUMNS
+        return bool(self.columns.shape[1] > NUM_COLUMNS)
 
     @property
     def stochastic(self) -> bool:

@@ -316,7 +316,10 @@ class StaticLoop:
         numbers = words.view(torch.float64)
         self._seeds, self._index = words[at["seeds"]], words[at["index"]][0]
         self._scales, self._limit_values = numbers[at["guidance"]], numbers[at["limit"]]
-        self._start_scale, self._table = numbers[at["start_scale"]][0], numbers[at["table"]].view(_capacity(run.table), -1)
+        self._start_scale, self._table = (
+            numbers[at["start_scale"]][0],
+            numbers[at["table"]].view(_capacity(run.table), -1),
+        )
         t_dtype = getattr(torch, run.table.timestep_dtype)
         self._t = torch.zeros(run.copies * run.shape[0], dtype=t_dtype, device=run.device)
         self._timesteps = (numbers if t_dtype.is_floating_point else words)[at["timesteps"]]
@@ -343,7 +346,15 @@ class StaticLoop:
             self.nbytes += graph.nbytes
         self.nbytes += sum(
             tensor.nbytes
-            for tensor in (self.x, self._buffers.model_input, self._buffers.previous_x0, self._words, self._t, self._noise, *self._leaves)
+            for tensor in (
+                self.x,
+                self._buffers.model_input,
+                self._buffers.previous_x0,
+                self._words,
+                self._t,
+                self._noise,
+                *self._leaves,
+            )
             if isinstance(tensor, torch.Tensor)
         )
 

@@ -528,9 +528,7 @@ class Sampler:
 
 def _build_table(sampling: Sampling, options: SamplerOptions, limit: Limit) -> StepTable:
     """The table of a sampler's options."""
-    steps = Steps(
-        options.num_inference_steps, options.timesteps, options.sigmas, options.spacing, options.strength
-    )
+    steps = Steps(options.num_inference_steps, options.timesteps, options.sigmas, options.spacing, options.strength)
     given = {name: getattr(options, name) for name in OF_A_METHOD if getattr(options, name) != _OPTIONS[name].default}
     return sampling.with_options({**given, **(options.method_options or {})}, limit).build(steps)
 

@@ -116,7 +116,9 @@ class SamplerOptions:
         for bucket in buckets:
             require_int("batch_buckets", bucket, 1)
         require_int("max_graphs", self.max_graphs, 1)
-        etas = None if self.eta is None else _convert("eta", _floats, self.eta, "numbers in [0, 1] (0 is DDIM, 1 is DDPM)")
+        etas = (
+            None if self.eta is None else _convert("eta", _floats, self.eta, "numbers in [0, 1] (0 is DDIM, 1 is DDPM)")
+        )
         options = _convert("method_options", dict, self.method_options or {}, "a mapping of names to values")
         for name, value in (
             ("guidance_interval", interval),

@@ -88,7 +88,7 @@ def make_timesteps(config: DDIMConfig, num_inference_steps: int) -> list[int]:
     return timesteps
 
 
-def check_timesteps(timesteps: Iterable[int], num_train_timesteps: int) -> list[int]:
+def check_timesteps(timesteps: Iterable[float], num_train_timesteps: int) -> list[int]:
     """Validate an explicit list: strictly descending integers in `[0, num_train_timesteps)`, at least one."""
     checked: list[int] = []
     for i, t in enumerate(timesteps):
@@ -140,7 +140,7 @@ class Schedule:
         self,
         num_inference_steps: int | None = None,
         *,
-        timesteps: Iterable[int] | None = None,
+        timesteps: Iterable[float] | None = None,
         strength: float = 1.0,
         transitions: str = "exact",
     ) -> tuple[Pair, ...]:
@@ -261,7 +261,8 @@ class FlowSchedule:
                     f"shift_terminal: {self.shift_terminal!r} with a last level of 1; pass more steps, or leave it out"
                 )
             levels = 1 - (1 - levels) * ((1 - self.shift_terminal) / (1 - levels[-1]))
-        return levels
+        shifted: FloatArray = levels
+        return shifted
 
     @staticmethod
     def _shifted(levels: Any, shift: float) -> Any:

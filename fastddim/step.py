@@ -237,7 +237,12 @@ def _check_table(table: Any, sample: torch.Tensor) -> None:
         return
     if not isinstance(table, torch.Tensor):
         raise TypeError(f"table: {type(table).__name__}; pass a StepTable, or its tensor [num_steps, {NUM_COLUMNS}]")
-    if table.ndim != 2 or table.shape[1] not in (NUM_COLUMNS, NUM_COLUMNS + 1) or not table.shape[0] or not table.is_floating_point():
+    if (
+        table.ndim != 2
+        or table.shape[1] not in (NUM_COLUMNS, NUM_COLUMNS + 1)
+        or not table.shape[0]
+        or not table.is_floating_point()
+    ):
         raise ValueError(
             f"table: {table.dtype} of shape {tuple(table.shape)}; pass a floating-point [num_steps, {NUM_COLUMNS}]"
         )

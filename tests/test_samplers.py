@@ -1,4 +1,4 @@
-"""Sampling methods against diffusers' schedulers in the same run, against float64 formulas of the papers, and by their order."""
+"""Sampling methods against diffusers' schedulers in the same run, and by their order of convergence."""
 
 from __future__ import annotations
 
@@ -134,7 +134,14 @@ def test_explicit_lists_of_euler(monkeypatch):
     given = {"num_inference_steps": None}
     compare(scheduler, 4, monkeypatch, build=lambda: sampling.build(Steps(sigmas=sigmas)), sigmas=sigmas, **given)
     timesteps = [999, 700, 300, 20]
-    compare(scheduler, 4, monkeypatch, build=lambda: sampling.build(Steps(timesteps=timesteps)), timesteps=timesteps, **given)
+    compare(
+        scheduler,
+        4,
+        monkeypatch,
+        build=lambda: sampling.build(Steps(timesteps=timesteps)),
+        timesteps=timesteps,
+        **given,
+    )
     # Stable Video Diffusion's.
     video = diffusers.EulerDiscreteScheduler(
         **SD, prediction_type="v_prediction", timestep_type="continuous", use_karras_sigmas=True, sigma_min=0.002,
@@ -181,8 +188,9 @@ def test_a_distillations_steps_at_a_strength_are_diffusers(kind, strength):
 @pytest.mark.parametrize(
     "options",
     [{}, {"final_sigmas_type": "sigma_min", "timestep_spacing": "leading", "steps_offset": 1},
-     {"lower_order_final": False, "timestep_spacing": "trailing"}, {"use_karras_sigmas": True, "prediction_type": "v_prediction"},
-     {"use_exponential_sigmas": True}, {"euler_at_final": True, "use_beta_sigmas": True, "prediction_type": "sample"},
+     {"lower_order_final": False, "timestep_spacing": "trailing"},
+     {"use_karras_sigmas": True, "prediction_type": "v_prediction"}, {"use_exponential_sigmas": True},
+     {"euler_at_final": True, "use_beta_sigmas": True, "prediction_type": "sample"},
      {"lambda_min_clipped": -3.0, "beta_schedule": "squaredcos_cap_v2", "final_sigmas_type": "sigma_min"}],
 )  # fmt: skip
 def test_dpm_solver(n, algorithm, solver, options, monkeypatch):
@@ -250,7 +258,11 @@ class Network(torch.nn.Module):
         return (out if shift is None else out + shift.view(-1, *[1] * (x.ndim - 1))).to(x.dtype)
 
 
-SCHEDULES = {"ddpm": Schedule(DDIMConfig(**SD, clip_sample=False)), "flow": FlowSchedule(shift=3.0), "edm": EDMSchedule()}
+SCHEDULES = {
+    "ddpm": Schedule(DDIMConfig(**SD, clip_sample=False)),
+    "flow": FlowSchedule(shift=3.0),
+    "edm": EDMSchedule(),
+}
 EVERY = [
     (name, kind)
     for name, method in METHODS.items()
@@ -282,9 +294,7 @@ def test_a_limit_and_guidance_are_those_of_diffusers(method, limit, monkeypatch)
     )
     shift = torch.linspace(-1, 1, 2)
     x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
-    result, states = sampler(
-        x, seeds=5, shift=shift, uncond_kwargs={"shift": 0 * shift}, return_trajectory=True
-    )
+    _, states = sampler(x, seeds=5, shift=shift, uncond_kwargs={"shift": 0 * shift}, return_trajectory=True)
     state, previous = x.double(), None
     for step, row in enumerate(sampler.table.rows):
         t = torch.tensor(float(sampler.table.timesteps[step]))

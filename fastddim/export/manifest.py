@@ -61,7 +61,9 @@ def build_manifest(
         runtime: what runs the file.
     """
     denoiser, options, table, limit = plan.denoiser, plan.options, plan.table, plan.limit
-    sampling = dict.fromkeys(("schedule_type", "schedule", "method")) if plan.sampling is None else plan.sampling.record()
+    sampling = (
+        dict.fromkeys(("schedule_type", "schedule", "method")) if plan.sampling is None else plan.sampling.record()
+    )
     return {
         "format": FORMAT.name,
         "format_version": FORMAT.version,

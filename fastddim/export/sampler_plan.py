@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -122,7 +122,7 @@ class SamplerPlan:
     @property
     def num_columns(self) -> int:
         """Columns of the table: 6, or 7 where it looks back."""
-        return self.table.columns.shape[1]
+        return int(self.table.columns.shape[1])
 
     @property
     def state_dims(self) -> list[str | int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -121,7 +123,7 @@ def _beta_levels(schedule: Schedule, steps: Steps, final_sigmas_type: str, lambd
         sigmas = np.append(sigmas, training.last(final_sigmas_type))
     else:
         if steps.timesteps is not None:
-            timesteps = np.asarray(steps.timesteps)
+            timesteps = np.array(steps.timesteps)
         else:
             end = int((-np.log(training.values) >= lambda_min_clipped).sum())
             timesteps = _timesteps(config.timestep_spacing, config.steps_offset, len(training.values), end, steps)
@@ -133,6 +135,7 @@ def _beta_levels(schedule: Schedule, steps: Steps, final_sigmas_type: str, lambd
 def _timesteps(spacing: str, offset: int, n_train: int, end: int, steps: Steps) -> npt.NDArray[np.int64]:
     """`[n]` descending, below `end`."""
     n = steps.num_inference_steps or 0
+    timesteps: npt.NDArray[Any]
     if spacing == "linspace":
         timesteps = np.linspace(0, end - 1, n + 1).round()[:0:-1]
     elif spacing == "leading":

@@ -98,7 +98,7 @@ def beta_levels(schedule: Schedule, pairs: Sequence[Pair], *, clean_end: bool = 
 
 
 def scaled_levels(
-    timesteps: Sequence[float],
+    timesteps: npt.ArrayLike,
     sigmas: npt.ArrayLike,
     prediction_type: str,
     *,
@@ -179,7 +179,7 @@ class TrainingSigmas:
         alpha_bar = np.maximum(schedule.alphas_cumprod, _LEAST_ALPHA_BAR)
         return cls(np.sqrt((1 - alpha_bar) / alpha_bar))
 
-    def at(self, timesteps: npt.ArrayLike) -> FloatArray:
+    def at(self, timesteps: npt.NDArray[Any]) -> FloatArray:
         """The sigmas of timesteps, linear between whole ones."""
         found: FloatArray = np.interp(timesteps, np.arange(len(self.values)), self.values)
         return found

@@ -127,13 +127,14 @@ def read_scheduler(scheduler: Any, method: str = "auto", argument: str = "schedu
     if method != "auto":
         get_method(method)
     if isinstance(scheduler, Sampling):
-        return scheduler if method in ("auto", scheduler.method) else Sampling(scheduler.schedule, method, limit=scheduler.limit)
+        same = method in ("auto", scheduler.method)
+        return scheduler if same else Sampling(scheduler.schedule, method, limit=scheduler.limit)
     if isinstance(scheduler, DDIMConfig):
         scheduler = Schedule(scheduler)
     if isinstance(scheduler, (Schedule, FlowSchedule, EDMSchedule)):
-        own = "ddim" if isinstance(scheduler, Schedule) else "euler"
+        default = "ddim" if isinstance(scheduler, Schedule) else "euler"
         limit = scheduler.config.limit if isinstance(scheduler, Schedule) else None
-        return Sampling(scheduler, own if method == "auto" else method, limit=limit)
+        return Sampling(scheduler, default if method == "auto" else method, limit=limit)
     config = getattr(scheduler, "config", None)
     if not isinstance(config, Mapping):
         raise TypeError(
@@ -178,6 +179,4 @@ def _read_config(config: Mapping[str, Any], method: str, configured: bool, clips
 
 
 def _fields_of(kind: type[FlowSchedule] | type[EDMSchedule], config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        item.name: config[item.name] for item in fields(kind) if config.get(item.name) is not None
-    }
+    return {item.name: config[item.name] for item in fields(kind) if config.get(item.name) is not None}

@@ -37,7 +37,7 @@ def beta(n: int, lowest: float, highest: float) -> FloatArray:
         ImportError: scipy is not installed.
     """
     try:
-        from scipy.stats import beta as distribution
+        from scipy.stats import beta as distribution  # type: ignore[import-untyped]
     except ImportError as error:
         raise ImportError("spacing: 'beta' needs scipy; pip install scipy") from error
     sigmas: FloatArray = lowest + distribution.ppf(1 - np.linspace(0, 1, n), 0.6, 0.6) * (highest - lowest)
