@@ -19,14 +19,17 @@ from fastddim.kernels.step import (
     LARGEST_INT,
     NUM_COLUMNS,
     ONE_BITS,
+    guide,
     limit_scale,
-    load_cond,
-    load_guided,
+    load_guidance,
+    load_halves,
+    load_inputs,
     load_limit,
     load_x0_columns,
     predict,
     quantile_rank,
     rescale_factor,
+    split_halves,
     table_row,
 )
 
@@ -118,8 +121,8 @@ def rescale_kernel(
     size = tl.minimum(n - start, BLOCK).to(tl.int32)
     live = lanes < size
     where = (b, batch, start, lanes, n, channels)
-    out = load_guided(output_ptr, guidance_ptr, where, live, COND_FIRST, SCALE_PER_SAMPLE, OUTPUT_CHANNELS_LAST)
-    cond = load_cond(output_ptr, where, live, COND_FIRST, OUTPUT_CHANNELS_LAST)
+    cond, uncond = split_halves(load_halves(output_ptr, where, live, True, OUTPUT_CHANNELS_LAST), COND_FIRST)
+    out = guide(cond, uncond, load_guidance(guidance_ptr, b, SCALE_PER_SAMPLE))
     parts = statistics_ptr + batch * 2 + b * blocks * 4
     mean, square = part(out, live, size.to(tl.float32))
     cond_mean, cond_square = part(cond, live, size.to(tl.float32))
@@ -182,6 +185,10 @@ def histogram_kernel(
     blocks = tl.num_programs(1 - SAMPLE_AXIS)
     lanes = tl.arange(0, BLOCK)
     live = lanes < tl.minimum(n - start, BLOCK).to(tl.int32)
+    where = (b, batch, start, lanes, n, channels)
+    # The first launch reads every sample: its loads wait for nothing.
+    if not REFINE:
+        inputs = load_inputs(sample_ptr, output_ptr, where, live, GUIDED, OUTPUT_CHANNELS_LAST)
     workspace = workspace_ptr + b * row_size
     coarse = workspace + SLOTS
     fine = coarse + BINS
@@ -197,11 +204,10 @@ def histogram_kernel(
         if RESCALED:
             factor = tl.load(statistics_ptr + b * 2 + 1)
         x0_columns = load_x0_columns(table_ptr + row.to(tl.int32) * NUM_COLUMNS, 0.0, sample_ptr.dtype.element_ty)
-        where = (b, batch, start, lanes, n, channels)
-        _, _, x0 = predict(
-            sample_ptr, output_ptr, guidance_ptr, where, live, x0_columns, factor, GUIDED, RESCALED, COND_FIRST,
-            SCALE_PER_SAMPLE, OUTPUT_CHANNELS_LAST,
-        )  # fmt: skip
+        if REFINE:
+            inputs = load_inputs(sample_ptr, output_ptr, where, live, GUIDED, OUTPUT_CHANNELS_LAST)
+        guidance = load_guidance(guidance_ptr, b, SCALE_PER_SAMPLE)
+        _, _, x0 = predict(inputs, guidance, x0_columns, factor, GUIDED, RESCALED, COND_FIRST)
         bits = tl.abs(x0).to(tl.int32, bitcast=True)
         if REFINE:
             # UP_TO_ONE is an empty bin: all of (1, ...) is above it.

@@ -95,6 +95,15 @@ def locate(ptr, first, where, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
+def live_lanes(start, lanes, n, EVEN: tl.constexpr):
+    """Which of the elements `start + lanes` a sample of n has; None where all of them."""
+    live = None
+    if not EVEN:
+        live = lanes < tl.minimum(n - start, lanes.shape[0]).to(tl.int32)
+    return live
+
+
+@triton.jit
 def load(ptr, first, where, live, CHANNELS_LAST: tl.constexpr):
     """The elements that `locate` finds, in float32."""
     return tl.load(locate(ptr, first, where, CHANNELS_LAST), mask=live).to(tl.float32)
@@ -120,74 +129,71 @@ def store(ptr, first, where, live, x, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
-def load_guided(
-    output_ptr,
-    guidance_ptr,
-    where,
-    live,
-    COND_FIRST: tl.constexpr,
-    SCALE_PER_SAMPLE: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-):
-    """`uncond + scale * (cond - uncond)` of the stacked model output."""
+def load_halves(output_ptr, where, live, GUIDED: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """The two halves of a stacked model output, in its dtype; without guidance twice the same one."""
     b, batch, _, _, n, _ = where
-    scale = tl.load(guidance_ptr + (b if SCALE_PER_SAMPLE else 0)).to(tl.float32)
-    # torch.lerp starts from the nearer end, which decides where infinities cancel; here by swapping the pointers.
-    from_cond = scale >= 0.5
-    weight = tl.where(from_cond, 1.0 - scale, scale)
-    base_second = from_cond if not COND_FIRST else scale < 0.5
-    half = tl.cast(batch, tl.int64) * n
-    first = b * n
-    base_first = first + tl.where(base_second, half, 0)
-    other_first = first + tl.where(base_second, 0, half)
-    base = load(output_ptr, base_first, where, live, CHANNELS_LAST)
-    other = load(output_ptr, other_first, where, live, CHANNELS_LAST)
-    return fused(weight, other - base, base)
-
-
-@triton.jit
-def load_cond(
-    output_ptr,
-    where,
-    live,
-    COND_FIRST: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-):
-    """The conditional half of the stacked model output."""
-    b, batch, _, _, n, _ = where
-    first = b * n
-    if not COND_FIRST:
-        first += tl.cast(batch, tl.int64) * n
-    return load(output_ptr, first, where, live, CHANNELS_LAST)
-
-
-@triton.jit
-def predict(
-    sample_ptr,
-    output_ptr,
-    guidance_ptr,
-    where,
-    live,
-    x0_columns,
-    factor,
-    GUIDED: tl.constexpr,
-    RESCALED: tl.constexpr,
-    COND_FIRST: tl.constexpr,
-    SCALE_PER_SAMPLE: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-):
-    """The state, the model's (guided, rescaled) output, and x0 before the limit, of columns from `load_x0_columns`."""
-    b, _, _, _, n, _ = where
-    first = b * n
-    x = load(sample_ptr, first, where, live, False)
+    first = tl.load(locate(output_ptr, b * n, where, CHANNELS_LAST), mask=live)
+    second = first
     if GUIDED:
-        out = load_guided(output_ptr, guidance_ptr, where, live, COND_FIRST, SCALE_PER_SAMPLE, CHANNELS_LAST)
+        half = tl.cast(batch, tl.int64) * n
+        second = tl.load(locate(output_ptr, b * n + half, where, CHANNELS_LAST), mask=live)
+    return first, second
+
+
+@triton.jit
+def load_inputs(sample_ptr, output_ptr, where, live, GUIDED: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """The state and the halves of the model's output, in their dtypes, from addresses that no other load decides."""
+    b, _, _, _, n, _ = where
+    x = tl.load(locate(sample_ptr, b * n, where, False), mask=live)
+    return x, load_halves(output_ptr, where, live, GUIDED, CHANNELS_LAST)
+
+
+@triton.jit
+def load_guidance(guidance_ptr, b, SCALE_PER_SAMPLE: tl.constexpr):
+    """The sample's guidance scale; None where there is none."""
+    scale = None
+    if guidance_ptr is not None:
+        scale = tl.load(guidance_ptr + (b if SCALE_PER_SAMPLE else 0)).to(tl.float32)
+    return scale
+
+
+@triton.jit
+def split_halves(halves, COND_FIRST: tl.constexpr):
+    """`(cond, uncond)` in float32."""
+    first, second = halves
+    if COND_FIRST:
+        cond, uncond = first, second
+    else:
+        cond, uncond = second, first
+    return cond.to(tl.float32), uncond.to(tl.float32)
+
+
+@triton.jit
+def guide(cond, uncond, scale):
+    """`uncond + scale * (cond - uncond)`."""
+    # torch.lerp starts from the nearer end, which decides where infinities cancel.
+    from_cond = scale >= 0.5
+    weight = tl.where(from_cond, scale - 1.0, scale)
+    return fused(weight, cond - uncond, tl.where(from_cond, cond, uncond))
+
+
+@triton.jit
+def predict(inputs, scale, x0_columns, factor, GUIDED: tl.constexpr, RESCALED: tl.constexpr, COND_FIRST: tl.constexpr):
+    """The state, the model's (guided, rescaled) output, and x0 before the limit, in float32.
+
+    inputs, scale, x0_columns: of `load_inputs`, `load_guidance` and `load_x0_columns`.
+    """
+    raw, halves = inputs
+    x = raw.to(tl.float32)
+    if GUIDED:
+        cond, uncond = split_halves(halves, COND_FIRST)
+        out = guide(cond, uncond, scale)
         if RESCALED:
             out = out * factor
     else:
-        out = load(output_ptr, first, where, live, CHANNELS_LAST)
+        out = halves[0].to(tl.float32)
     x0_from_x, x0_from_output, ratio, ratio_low = x0_columns
-    if sample_ptr.dtype.element_ty != tl.float32 and ratio != 0.0:
+    if raw.dtype != tl.float32 and ratio != 0.0:
         total = fused(ratio, out, x)
         # An infinity has to stay one.
         x0 = x0_from_x * tl.where(tl.abs(total) < float("inf"), fused(ratio_low, out, total), total)
@@ -415,6 +421,16 @@ def ddim_step_kernel(
     start = tl.program_id(1 - SAMPLE_AXIS).to(tl.int64) * BLOCK
     first = b * n
 
+    # Before anything that waits for the row: all loads of the large tensors are under way while that is read.
+    lanes = tl.arange(0, CHUNK)
+    early = None
+    if not WHOLE:
+        block = (b, batch, start, lanes, n, channels)
+        present = live_lanes(start, lanes, n, EVEN)
+        early = load_inputs(sample_ptr, output_ptr, block, present, GUIDED, OUTPUT_CHANNELS_LAST)
+        # ptxas would move them behind the wait for the row.
+        tl.debug_barrier()
+    guidance = load_guidance(guidance_ptr, b, SCALE_PER_SAMPLE)
     row = b
     if step_ptr is not None:
         row = tl.load(step_ptr + (b if ROW_PER_SAMPLE else 0)).to(tl.int64)
@@ -434,18 +450,14 @@ def ddim_step_kernel(
         sample = (b, batch, start, every, n, channels)
         if GUIDED and rescale_ptr is not None:
             phi = tl.load(rescale_ptr + (b if RESCALE_PER_SAMPLE else 0)).to(tl.float32)
-            std_cond = deviation(load_cond(output_ptr, sample, present, COND_FIRST, OUTPUT_CHANNELS_LAST), present, n)
-            tl.debug_barrier()
-            guided = load_guided(
-                output_ptr, guidance_ptr, sample, present, COND_FIRST, SCALE_PER_SAMPLE, OUTPUT_CHANNELS_LAST
-            )
-            factor = rescale_factor(std_cond, deviation(guided, present, n), phi)
+            halves = load_halves(output_ptr, sample, present, GUIDED, OUTPUT_CHANNELS_LAST)
+            cond, uncond = split_halves(halves, COND_FIRST)
+            std_cond = deviation(cond, present, n)
+            factor = rescale_factor(std_cond, deviation(guide(cond, uncond, guidance), present, n), phi)
             tl.debug_barrier()
         if LIMIT == "threshold":
-            _, _, whole = predict(
-                sample_ptr, output_ptr, guidance_ptr, sample, present, x0_columns, factor, GUIDED, rescale_ptr is not None,
-                COND_FIRST, SCALE_PER_SAMPLE, OUTPUT_CHANNELS_LAST,
-            )  # fmt: skip
+            early = load_inputs(sample_ptr, output_ptr, sample, present, GUIDED, OUTPUT_CHANNELS_LAST)
+            _, _, whole = predict(early, guidance, x0_columns, factor, GUIDED, rescale_ptr is not None, COND_FIRST)
             scale = threshold_scale(whole, present, n, ratio, limit_range)
             tl.debug_barrier()
     elif statistics_ptr is not None:
@@ -458,23 +470,23 @@ def ddim_step_kernel(
     next_from_x0 = tl.load(columns + 4).to(tl.float32)
     noise_scale = tl.load(columns + 5).to(tl.float32)
 
-    lanes = tl.arange(0, CHUNK)
     for offset in range(0, n if WHOLE else 1, CHUNK):
         here = start + offset
-        live = None
-        if not EVEN:
-            live = lanes < tl.minimum(n - here, CHUNK).to(tl.int32)
+        live = live_lanes(here, lanes, n, EVEN)
         where = (b, batch, here, lanes, n, channels)
-        x, out, x0 = predict(
-            sample_ptr, output_ptr, guidance_ptr, where, live, x0_columns, factor, GUIDED, rescale_ptr is not None, COND_FIRST,
-            SCALE_PER_SAMPLE, OUTPUT_CHANNELS_LAST,
-        )  # fmt: skip
+        inputs = early
+        if WHOLE:
+            inputs = load_inputs(sample_ptr, output_ptr, where, live, GUIDED, OUTPUT_CHANNELS_LAST)
+        x, out, x0 = predict(inputs, guidance, x0_columns, factor, GUIDED, rescale_ptr is not None, COND_FIRST)
         if LIMIT == "clip":
             x0 = clamp(x0, limit_range)
         if LIMIT == "fixed":
             x0 = apply_threshold(x0, limit_range)
         if LIMIT == "threshold":
             x0 = apply_threshold(x0, scale)
+        # Before the noise is drawn, which needs the registers.
+        if x0_ptr is not None:
+            store(x0_ptr, first, where, live, x0, False)
 
         x_next = add_term(next_from_x0 * x0, next_from_output, out)
         x_next = add_term(x_next, next_from_x, x)
@@ -490,8 +502,6 @@ def ddim_step_kernel(
                 x_next = fused(noise_scale, noise, x_next)
 
         store(next_ptr, first, where, live, x_next, False)
-        if x0_ptr is not None:
-            store(x0_ptr, first, where, live, x0, False)
         if input_ptr is not None:
             store(input_ptr, first, where, live, x_next, INPUT_CHANNELS_LAST)
             if GUIDED:
