@@ -210,7 +210,7 @@ def make_plan(shape: StepShape) -> Plan:
                 **layout,
             }
             numbers = (n, batch, shape.num_steps, shape.channels, row_size, shift)
-            calls.append(KernelCall(histogram_kernel, _HISTOGRAM_POINTERS, numbers, histogram, grid, 8))
+            calls.append(KernelCall(histogram_kernel, _HISTOGRAM_POINTERS, numbers, histogram, grid, 4))
     if shape.rescale:
         rescale = {**guidance, "RESCALE_PER_SAMPLE": shape.rescale_per_sample, **layout}
         numbers = (n, batch, shape.channels, row_size)

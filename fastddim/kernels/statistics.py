@@ -36,7 +36,8 @@ from fastddim.kernels.step import (
 # The counters; the ticket is the first.
 AT_MOST_ONE = tl.constexpr(1)
 LARGEST_TO_ONE = tl.constexpr(2)
-TOP = tl.constexpr(3)
+NANS = tl.constexpr(3)
+# Infinities and NaNs.
 INFINITIES = tl.constexpr(4)
 # The smallest pattern above the bin, as its distance from the largest integer, so that zero means none.
 ABOVE = tl.constexpr(5)
@@ -217,6 +218,9 @@ def histogram_kernel(
             tl.atomic_add(fine + (bits - floor), 1, mask=inside, sem="relaxed")
             above = tl.max(tl.where(live & (bits > end), LARGEST_INT - bits, 0), 0)
             tl.atomic_max(workspace + ABOVE, above, sem="relaxed")
+            if bin == UP_TO_ONE:
+                largest = tl.max(tl.where(live & (bits <= ONE_BITS), bits, 0), 0)
+                tl.atomic_max(workspace + LARGEST_TO_ONE, largest, sem="relaxed")
             if take_ticket(workspace, blocks):
                 if bin == UP_TO_ONE:
                     below = tl.load(workspace + LARGEST_TO_ONE, volatile=True)
@@ -243,19 +247,20 @@ def histogram_kernel(
                 tl.store(statistics_ptr + b * 2, limit_scale(below, next_above, weight, max_value))
         else:
             ceiling = max_value.to(tl.int32, bitcast=True)
-            low = live & (bits <= ONE_BITS)
-            tl.atomic_add(workspace + AT_MOST_ONE, tl.sum(low.to(tl.int32), 0), sem="relaxed")
-            tl.atomic_max(workspace + LARGEST_TO_ONE, tl.max(tl.where(low, bits, 0), 0), sem="relaxed")
-            top = tl.max(tl.where(live, bits, 0), 0)
-            tl.atomic_max(workspace + TOP, top, sem="relaxed")
-            if top >= INFINITY_BITS:
-                infinite = tl.sum((live & (bits >= INFINITY_BITS)).to(tl.int32), 0)
-                tl.atomic_add(workspace + INFINITIES, infinite, sem="relaxed")
+            # Two counts in one sum, of 16 bits each.
+            tl.static_assert(BLOCK < 1 << 15)
+            kinds = (bits <= ONE_BITS).to(tl.int32) + ((bits >= INFINITY_BITS).to(tl.int32) << 16)
+            counted = tl.sum(tl.where(live, kinds, 0), 0)
+            tl.atomic_add(workspace + AT_MOST_ONE, counted & 0xFFFF, sem="relaxed")
+            if counted > 0xFFFF:
+                tl.atomic_add(workspace + INFINITIES, counted >> 16, sem="relaxed")
+                nans = tl.sum((live & (bits > INFINITY_BITS)).to(tl.int32), 0)
+                tl.atomic_add(workspace + NANS, nans, sem="relaxed")
             between = live & (bits > ONE_BITS) & (bits <= ceiling)
             tl.atomic_add(coarse + ((bits - ONE_BITS - 1) >> shift), 1, mask=between, sem="relaxed")
             if take_ticket(workspace, blocks):
                 at_most_one = tl.load(workspace + AT_MOST_ONE, volatile=True)
-                top = tl.load(workspace + TOP, volatile=True)
+                nans = tl.load(workspace + NANS, volatile=True)
                 finite = tl.cast(n, tl.int32) - tl.load(workspace + INFINITIES, volatile=True)
                 entry = tl.arange(0, BINS)
                 counts = tl.load(coarse + entry, volatile=True)
@@ -265,7 +270,7 @@ def histogram_kernel(
                 bin = tl.full([], DONE, tl.int32)
                 scale = tl.full([], 1.0, tl.float32)
                 below_bin = at_most_one
-                if top > INFINITY_BITS:
+                if nans > 0:
                     scale = float("nan")
                 elif at_most_one > upper:
                     scale = tl.full([], 1.0, tl.float32)
@@ -283,8 +288,6 @@ def histogram_kernel(
                     tl.store(workspace + BIN, bin)
                     tl.store(workspace + BELOW_BIN, below_bin)
                 tl.store(workspace + AT_MOST_ONE, 0)
-                tl.store(workspace + TOP, 0)
+                tl.store(workspace + NANS, 0)
                 tl.store(workspace + INFINITIES, 0)
-                if bin != UP_TO_ONE:
-                    tl.store(workspace + LARGEST_TO_ONE, 0)
                 tl.store(statistics_ptr + b * 2, scale)
