@@ -5,12 +5,16 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 # As many tests at a time; a file's share what they export and compile.
 WORKERS ?= $(shell nproc)
+GPU_STACK := .venv-gpu-stack
+GPU_STACK_PYTHON ?= python3.12
+GPU_STACK_STAMP := $(GPU_STACK)/.installed
 
-.PHONY: help setup web cpp demo test slow check format bench quality performance budget gpu clean
+.PHONY: help setup web cpp demo test test-gpu-stack slow check format bench quality performance budget gpu clean
 
 help:
 	@echo "make demo    sample a grid of handwritten digits: digits.png"
 	@echo "make test    run the tests (ARGS='-k name' to choose)"
+	@echo "make test-gpu-stack  the tests with a GPU machine's Python 3.12, torch for CUDA and triton, on the CPU; installs 6 GB"
 	@echo "make check   ruff and mypy"
 	@echo "make bench   the benchmarks: ours and what else there is, in one run (ARGS='--quick --json FILE')"
 	@echo "make quality quality against time on the digits, into benchmarks/results"
@@ -43,6 +47,17 @@ cpp: setup
 test: setup web cpp
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
+$(GPU_STACK_STAMP): pyproject.toml constraints-gpu-stack.txt Makefile scripts/make_venv.sh scripts/apt_install.sh
+	@echo "Installing 6 GB into $(GPU_STACK), once."
+	sh scripts/make_venv.sh $(GPU_STACK_PYTHON) $(GPU_STACK)
+	$(GPU_STACK)/bin/pip install --quiet --disable-pip-version-check -c constraints-gpu-stack.txt -e '.[dev]'
+	@touch $@
+
+# Not in CI, for its size. No C++: libtorch for CUDA asks for CUDA's toolkit, and build/ has one Python's packages. No web
+# page, which runs neither torch nor triton.
+test-gpu-stack: $(GPU_STACK_STAMP)
+	$(GPU_STACK)/bin/python -m pytest -n 2 --dist loadfile -m 'not slow and not cpp' --ignore tests/test_web.py $(ARGS)
+
 slow: setup cpp
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
@@ -73,4 +88,4 @@ gpu:
 	PYTHON=$(PYTHON) sh scripts/gpu_check.sh $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info examples/web/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(GPU_STACK) build dist *.egg-info examples/web/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -116,6 +116,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=25, help=f"of {CALLS} calls of each candidate")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error(f"--rounds: {arguments.rounds}; pass at least 2, as quantiles need them")
     stub = stub_cuda.install()
     set_allocator("keep")
     launch._DEVICE_TYPES = ("cuda", "cpu")

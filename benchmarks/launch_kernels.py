@@ -59,7 +59,7 @@ def launch(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--elements", type=int, help="of the state of the plain step, a multiple of 16,384")
+    parser.add_argument("--elements", type=int, help="elements of the plain step's state, a multiple of 16,384")
     arguments = parser.parse_args()
     if arguments.elements is not None:
         if arguments.elements < 1 or arguments.elements % (1 << 14):

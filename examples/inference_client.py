@@ -73,7 +73,7 @@ def draw(server: str, model: str, seeds: Sequence[int], values: Mapping[str, Seq
         server: its HTTP address.
         model: its name.
         seeds: in [0, 2**64).
-        values: of the other inputs, in turn for the samples.
+        values: the values of the other inputs, in turn for the samples.
 
     Raises:
         ValueError: an input without a value; RuntimeError: what the server answers.

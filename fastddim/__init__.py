@@ -22,38 +22,26 @@ _MODULES = {
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = [
-    "Clip",
-    "DDIMConfig",
-    "DDIMInverseScheduler",
-    "DDIMPipeline",
-    "DDIMScheduler",
-    "DDIMSchedulerOutput",
-    "DynamicThreshold",
-    "Guidance",
-    "Sampler",
-    "SamplerOptions",
-    "Schedule",
-    "StepTable",
-    "accelerate",
-    "ddim_step",
-    "load_pipeline",
-    "slerp",
-    "unaccelerate",
-]
+__all__ = sorted(_MODULE_OF)
 
 if TYPE_CHECKING:
-    from fastddim.acceleration import accelerate, unaccelerate
-    from fastddim.backends import ddim_step
-    from fastddim.coefficients import StepTable
-    from fastddim.config import Clip, DDIMConfig, DynamicThreshold
-    from fastddim.interpolation import slerp
-    from fastddim.pipeline import DDIMPipeline, load_pipeline
-    from fastddim.sampler import Sampler
-    from fastddim.sampler_options import SamplerOptions
-    from fastddim.schedule import Schedule
-    from fastddim.scheduler import DDIMInverseScheduler, DDIMScheduler, DDIMSchedulerOutput
-    from fastddim.step import Guidance
+    from fastddim.acceleration import accelerate as accelerate
+    from fastddim.acceleration import unaccelerate as unaccelerate
+    from fastddim.backends import ddim_step as ddim_step
+    from fastddim.coefficients import StepTable as StepTable
+    from fastddim.config import Clip as Clip
+    from fastddim.config import DDIMConfig as DDIMConfig
+    from fastddim.config import DynamicThreshold as DynamicThreshold
+    from fastddim.interpolation import slerp as slerp
+    from fastddim.pipeline import DDIMPipeline as DDIMPipeline
+    from fastddim.pipeline import load_pipeline as load_pipeline
+    from fastddim.sampler import Sampler as Sampler
+    from fastddim.sampler_options import SamplerOptions as SamplerOptions
+    from fastddim.schedule import Schedule as Schedule
+    from fastddim.scheduler import DDIMInverseScheduler as DDIMInverseScheduler
+    from fastddim.scheduler import DDIMScheduler as DDIMScheduler
+    from fastddim.scheduler import DDIMSchedulerOutput as DDIMSchedulerOutput
+    from fastddim.step import Guidance as Guidance
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
+from fastddim.capture_checks import owns_graphs
 from fastddim.coefficients import StepTable
 from fastddim.config import limit_from
 from fastddim.loop import Loop, Model, Run, call_model, graph_mode
@@ -390,6 +391,8 @@ def _reason_against(pipe: Any, pipeline: type, base: type, kind: _Kind, argument
     if torch.is_autocast_enabled(device.type):
         return "torch.autocast is on"
     captures = graph_mode(pipe._acceleration.options.graph, device) != "off"
+    if captures and any(map(owns_graphs, (denoiser, *_parts(denoiser)))):
+        return f"the {kind.denoiser} is compiled to capture CUDA graphs of its own; pass graph='off'"
     for part in _parts(denoiser):
         members = vars(part)
         if "_hf_hook" in members or "_diffusers_hook" in members:
@@ -449,8 +452,8 @@ def accelerate(pipe: P, *, graph: str = "auto", backend: str = "auto", max_graph
     """Run a diffusers pipeline's denoising loop with fastddim: same call, same generators, same pictures to rounding.
 
     The pipeline is changed in place and stays of its class for `isinstance`, saving and loading. On a GPU the step is the
-    fused kernel and the loop a captured CUDA graph, which later calls of the same shapes replay. A call that the loop
-    cannot hold (callbacks, IP-Adapters, LoRA layers, `cross_attention_kwargs`, SDXL's `denoising_start` and
+    fused kernel and the loop a CUDA graph, which the second call of a shape captures and later ones replay. A call that the
+    loop cannot hold (callbacks, IP-Adapters, LoRA layers, `cross_attention_kwargs`, SDXL's `denoising_start` and
     `denoising_end`, offloading, `torch.autocast`, a scheduler swapped for another kind, a `__call__` of a subclass) runs
     the pipeline's own loop instead, bit for bit, and a warning of the logger `"fastddim"` names the reason, once.
 

@@ -471,11 +471,15 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON ob
 
 
 def _versions() -> dict[str, str | None]:
+    import torch
+
     versions: dict[str, str | None] = {"fastddim": fastddim.__version__, "python": platform.python_version()}
     # A package's builds have names of their own, such as onnxruntime-gpu.
     builds = importlib.metadata.packages_distributions()
     for package in _PACKAGES:
         versions[package] = importlib.metadata.version(builds[package][0]) if package in builds else None
+    # Names its build too, as in 2.11.0+cu130.
+    versions["torch"] = torch.__version__
     return versions
 
 

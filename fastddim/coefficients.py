@@ -99,11 +99,14 @@ def noise_factors(
     `fixed_small` is equation 16, sigma_t(eta). `fixed_large` keeps the direction of eta 1 and draws noise at the
     paper's sigma-hat, `sqrt(1 - alpha_bar / alpha_bar_next)` (appendix D.3): DDPM with the larger variance.
     """
-    large = 1 - alpha_bar / alpha_bar_next
-    ratio = (1 - alpha_bar_next) / xp.clip(1 - alpha_bar, np.finfo(np.float64).tiny, None)
+    tiny = np.finfo(np.float64).tiny
+    # A product of many alphas underflows to 0, and so does the quotient of two; `large` is 1 there.
+    least_next = xp.clip(alpha_bar_next, tiny, None)
+    large = 1 - alpha_bar / least_next
+    ratio = (1 - alpha_bar_next) / xp.clip(1 - alpha_bar, tiny, None)
     std_dev = eta * xp.sqrt(ratio * large)
     # 1 - alpha_bar_next - std_dev**2 as a sum of positive terms: at eta 1 the difference cancels to nothing.
-    direction = xp.sqrt(ratio * ((1 - eta**2) * large + alpha_bar * (1 - alpha_bar_next) / alpha_bar_next))
+    direction = xp.sqrt(ratio * ((1 - eta**2) * large + alpha_bar * (1 - alpha_bar_next) / least_next))
     return direction, std_dev if variance_type == "fixed_small" else xp.sqrt(large)
 
 
@@ -247,14 +250,16 @@ class StepTable:
         etas = _check_eta(eta, len(pairs), variance_type)
         direction, noise_scale = noise_factors(alpha_bar, alpha_bar_next, etas, variance_type)
         sigma, signal = np.sqrt(1 - alpha_bar), np.sqrt(alpha_bar)
+        invertible = alpha_bar_next.all() and not noise_scale.any()
         return cls.from_columns(
             [t for t, _ in pairs],
             columns(signal, sigma, np.sqrt(alpha_bar_next), direction, noise_scale, kind, use_clipped_model_output),
             noising=(float(signal[0]), float(sigma[0])),
-            inverse=None if noise_scale.any() else cls.build_inverse(schedule, pairs, prediction_type=kind),
+            inverse=cls.build_inverse(schedule, pairs, prediction_type=kind) if invertible else None,
         )
 
     @classmethod
+    @np.errstate(divide="ignore", invalid="ignore")
     def build_inverse(
         cls, schedule: Schedule, pairs: Sequence[Pair], *, prediction_type: str | None = None
     ) -> StepTable:
@@ -273,9 +278,16 @@ class StepTable:
             One row per pair, from the clean state to the first pair's `t`; none adds noise.
 
         Raises:
-            ValueError: what `build` raises for the same arguments.
+            ValueError: what `build` raises for the same arguments, and a pair that ends in a state without signal, from
+                which nothing can be encoded.
         """
         kind, alpha_bar, alpha_bar_next = _check_transitions(schedule, pairs, prediction_type)
+        if not alpha_bar_next.all():
+            t, t_next = pairs[int(alpha_bar_next.argmin())]
+            raise ValueError(
+                f"pairs: ({t}, {t_next}) ends in a state without signal, from which nothing can be encoded; leave out"
+                " the timesteps without signal"
+            )
         timesteps = [t for t, _ in pairs]
         called = [*timesteps[1:], timesteps[-1]]
         called_alpha_bar = schedule.alpha_bar(called)

@@ -22,8 +22,8 @@ def require_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     valid = tuple(choices)
     if value not in valid:
         close = difflib.get_close_matches(str(value), valid, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{name}: {value!r} is not one of {', '.join(map(repr, valid))}.{hint}")
+        hint = f". Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{name}: {value!r} is not one of {', '.join(map(repr, valid))}{hint}")
 
 
 def require_int(name: str, value: Any, low: int, high: int | None = None) -> None:
@@ -50,6 +50,9 @@ class Clip:
         if not 0 < self.range < float("inf"):
             raise ValueError(f"clip_sample_range: {self.range!r}; pass a finite number > 0")
 
+    def __str__(self) -> str:
+        return f"clip to [-{self.range:g}, {self.range:g}]"
+
 
 @dataclass(frozen=True, slots=True)
 class DynamicThreshold:
@@ -67,8 +70,29 @@ class DynamicThreshold:
         if not 0 < self.max_value < float("inf"):
             raise ValueError(f"sample_max_value: {self.max_value!r}; pass a finite number > 0")
 
+    def __str__(self) -> str:
+        return f"dynamic threshold, quantile {self.ratio:g}, at most {self.max_value:g}"
+
 
 Limit = Clip | DynamicThreshold | None
+# By the names that manifests and commands have for them.
+LIMITS: dict[str, type[Clip | DynamicThreshold]] = {"clip": Clip, "threshold": DynamicThreshold}
+# As messages list what is valid beside None.
+LIMIT_CLASSES = ", ".join(f"a {made.__name__}" for made in LIMITS.values())
+
+
+def limit_name(limit: Limit) -> str:
+    """A limit's name in `LIMITS`, or `"none"`.
+
+    Raises:
+        TypeError: something else.
+    """
+    if limit is None:
+        return "none"
+    for name, made in LIMITS.items():
+        if isinstance(limit, made):
+            return name
+    raise TypeError(f"limit: {type(limit).__name__}; pass {LIMIT_CLASSES} or None")
 
 
 def limit_from(config: Any) -> Limit:
@@ -101,6 +125,13 @@ def limit_numbers(limit: Limit) -> tuple[float, float]:
     if isinstance(limit, DynamicThreshold):
         return float(limit.max_value), float(limit.ratio)
     return (1.0 if limit is None else float(limit.range)), 1.0
+
+
+def with_numbers(limit: Limit, number: float, ratio: float) -> Limit:
+    """A limit of the same kind with other numbers, as `limit_numbers` gives them."""
+    if isinstance(limit, DynamicThreshold):
+        return DynamicThreshold(ratio, number)
+    return None if limit is None else dataclasses.replace(limit, range=number)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,9 +6,22 @@ import contextlib
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+
+
+def check_folder(path: str | Path, argument: str) -> None:
+    """Raise an `OSError`, which calls the folder `argument`, where there is none or it cannot be written to."""
+    named = f"{argument}: {str(path)!r}"
+    if not os.path.isdir(path):
+        raise NotADirectoryError(f"{named} is no folder; create it first")
+    try:
+        # A probe, as permission bits say nothing of read-only mounts.
+        os.rmdir(tempfile.mkdtemp(prefix=".fastddim-", dir=path))
+    except OSError as error:
+        raise type(error)(f"{named} cannot be written to ({error.strerror}); pass another folder") from error
 
 
 def check_writable(path: str | Path, argument: str = "path") -> None:

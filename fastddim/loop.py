@@ -7,8 +7,10 @@ the limit's numbers, the model's keyword arguments. They go there in one transfe
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,9 +23,10 @@ from torch.utils import _pytree as pytree
 
 from fastddim import reference
 from fastddim.backends import draw_start, prepare_step, take_step, takes_kernel
+from fastddim.capture_checks import ModelState, captures_itself, is_compiled
 from fastddim.coefficients import NUM_COLUMNS, StepTable
 from fastddim.config import Limit, limit_kind, limit_numbers
-from fastddim.cuda_graph import CaptureError, Graph, GraphCache, ModuleState
+from fastddim.cuda_graph import CaptureError, Graph, GraphCache, MemoryPool, is_captured
 from fastddim.noise import seed_bits
 from fastddim.step import Guidance, StepOptions
 
@@ -34,7 +37,13 @@ OnStep = Callable[[int, torch.Tensor, torch.Tensor], None]
 GRAPH_MODES = ("auto", "loop", "step", "off")
 # The least number of rows that a captured step can take; runs of more steps get the next power of two.
 _LEAST_CAPACITY = 64
-_MAX_FAILURES = 256
+# How many kinds of runs are remembered, and how often one is captured that fails for want of memory, or by another thread.
+_MAX_SEEN = 256
+_TRIES = 3
+# After so many captures for one changed thing it is named.
+_OFTEN = 3
+
+_log = logging.getLogger("fastddim")
 
 
 def graph_mode(graph: str, device: torch.device) -> str:
@@ -194,10 +203,21 @@ class _Buffers:
             return call_model(self.model, given, t, self._cond_kwargs)
         if self.batched:
             return call_model(self.model, given, t, self.kwargs)
-        halves = [
-            call_model(self.model, given[half], t[half], self._half_of(self.kwargs, half)) for half in self._halves()
-        ]
-        return torch.cat(halves)
+        both: torch.Tensor | None = None
+        for half in self._halves():
+            output = call_model(self.model, given[half], t[half], self._half_of(self.kwargs, half))
+            if both is None:
+                last = not output.is_contiguous() and output.is_contiguous(memory_format=torch.channels_last)
+                both = torch.empty(
+                    (2 * self.batch, *output.shape[1:]),
+                    dtype=output.dtype,
+                    device=output.device,
+                    memory_format=torch.channels_last if last else torch.contiguous_format,
+                )
+            # At once, as a model with CUDA graphs of its own writes its next output over this one.
+            both[half] = output
+        assert both is not None
+        return both
 
     def _half_of(self, kwargs: Mapping[str, Any], half: slice) -> Mapping[str, Any]:
         def take(value: Any) -> Any:
@@ -274,12 +294,13 @@ class StaticLoop:
         run: gives shapes, dtypes and structure; its numbers are `load`ed for each run.
         whole: one graph of all steps, for runs of that many.
         pool: the graphs' memory.
+        probe: as for `Graph`.
 
     Raises:
         CaptureError: the model cannot be captured.
     """
 
-    def __init__(self, model: Model, run: Run, whole: bool, pool: Any) -> None:
+    def __init__(self, model: Model, run: Run, whole: bool, pool: MemoryPool | None, probe: bool = True) -> None:
         self._run = run
         leaves, self._structure = pytree.tree_flatten(dict(run.kwargs))
         self._leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
@@ -316,7 +337,7 @@ class StaticLoop:
             for guided in {run.guided(step) for step in range(len(run.table))}:
                 bodies["guided" if guided else "step"] = partial(self._step, guided)
         for name, body in bodies.items():
-            graph = self._graphs[name] = Graph(body, run.device, pool)
+            graph = self._graphs[name] = Graph(body, run.device, pool, probe)
             self.nbytes += graph.nbytes
         self.nbytes += sum(
             tensor.nbytes
@@ -387,7 +408,7 @@ class StaticLoop:
         guidance = run.guidance if guided else None
         if guidance is not None:
             rescale = self._scales[1] if guidance.rescaled else 0.0
-            guidance = Guidance(self._scales[0], rescale, guidance.cond_first)
+            guidance = replace(guidance, scale=self._scales[0], rescale=rescale)
         noise = self._noise if noise is None else noise
         options = StepOptions(
             guidance=guidance,
@@ -411,7 +432,9 @@ def _loads_limit(run: Run) -> bool:
     """Whether captured steps read their limit's numbers from the device: the reference would read them on the host."""
     if run.limit is None:
         return False
-    return run.device.type == "cpu" or takes_kernel(run.backend, (torch.empty(0, dtype=run.dtype, device=run.device),))
+    return not is_captured(run.device) or takes_kernel(
+        run.backend, (torch.empty(0, dtype=run.dtype, device=run.device),)
+    )
 
 
 def _capacity(table: StepTable) -> int:
@@ -456,7 +479,7 @@ def _capture_key(run: Run, mode: str) -> Hashable:
         run.seeds is None,
         run.noise is None,
         limit_kind(run.limit, numbers_change=True) if _loads_limit(run) else run.limit,
-        guidance and (guidance.rescaled, guidance.cond_first, run.batched),
+        guidance and (guidance.rescaled, guidance.fixed, run.batched),
         described,
         structure,
         run.channels_last,
@@ -497,22 +520,27 @@ def pad(run: Run, batch: int) -> Run:
 class Loop:
     """A model's sampling loop: as a CUDA graph where that is asked for and possible, else step by step. Thread-safe.
 
+    The first run of its kind goes step by step, so that what comes once is not captured. A capture that fails for want of
+    memory, or by what another thread does, is tried again in later runs.
+
     Args:
         model: `model(x, t, **kwargs)`.
         graph: one of `GRAPH_MODES`; see `SamplerOptions`.
         max_graphs: how many captures are kept, at least 1.
-        module: the module whose replaced weights make the captures stale; the model itself by default.
+        module: what makes the captures stale when it changes (`ModelState`); the model itself by default.
     """
 
-    def __init__(
-        self, model: Model, graph: str = "auto", max_graphs: int = 8, module: torch.nn.Module | None = None
-    ) -> None:
+    def __init__(self, model: Model, graph: str = "auto", max_graphs: int = 8, module: Model | None = None) -> None:
         self.model = model
         self.graph = graph
         self.graphs: GraphCache[StaticLoop] = GraphCache(max_graphs)
-        self._module = model if module is None and isinstance(model, torch.nn.Module) else module
-        self._state: ModuleState | None = None
-        self._failed: dict[Hashable, str] = {}
+        self._module = model if module is None else module
+        self._state: ModelState | None = None
+        # Tensors that the model leaves on itself whenever it is called.
+        self._left: set[str] = set()
+        self._changes: Counter[str] = Counter()
+        # Kinds of runs that were seen, with the number of captures that may still fail.
+        self._tries: dict[Hashable, int] = {}
         self._runs = threading.local()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -520,42 +548,109 @@ class Loop:
         return Loop, (self.model, self.graph, self.graphs.max_entries, self._module)
 
     @torch.no_grad()
-    def __call__(self, run: Run, steps: Iterable[int] | None = None, on_step: OnStep | None = None) -> torch.Tensor:
+    def __call__(
+        self, run: Run, steps: Iterable[int] | None = None, on_step: OnStep | None = None, *, at_once: bool = False
+    ) -> torch.Tensor:
         """The final state `[B, ...]`, in memory of its own.
 
         Args:
             run: what to run.
             steps: `range(len(run.table))`, or an iterator over it that reports progress.
             on_step: called after each step; not with `"loop"`. The next step writes over what it gets.
+            at_once: capture the first run of its kind too.
         """
         steps = range(len(run.table)) if steps is None else steps
         mode = graph_mode(self.graph, run.device)
         # A run within a callback of another one of this thread must not take its buffers.
         if mode != "off" and not getattr(self._runs, "inside", False):
-            try:
-                key = _capture_key(run, mode)
-            except TypeError as error:
-                self._give_up(None, run, mode, f"a keyword argument that cannot be told from others ({error})")
-            else:
-                if key not in self._failed:
-                    try:
-                        return self._replay(key, run, mode, steps, on_step)
-                    except CaptureError as error:
-                        if isinstance(error.__cause__, torch.cuda.OutOfMemoryError):
-                            self.graphs.clear()
-                            torch.cuda.empty_cache()
-                        self._give_up(key, run, mode, str(error))
+            final = self._try_replay(run, mode, steps, on_step, at_once)
+            if final is not None:
+                return final
         return EagerLoop(self.model, run)(steps, on_step)
+
+    def _try_replay(
+        self, run: Run, mode: str, steps: Iterable[int], on_step: OnStep | None, at_once: bool
+    ) -> torch.Tensor | None:
+        """The final state, None where the run has to go step by step."""
+        try:
+            key = _capture_key(run, mode)
+        except TypeError as error:
+            if self._see(None):
+                self._warn(run, mode, f"a keyword argument that cannot be told from others ({error})")
+            return None
+        if (self._see(key) and not at_once) or not self._tries.get(key, 0):
+            return None
+        try:
+            return self._replay(key, run, mode, steps, on_step)
+        except CaptureError as error:
+            left = self._tries.get(key, _TRIES)
+            warned = left < _TRIES
+            left = self._tries[key] = 0 if error.permanent else left - 1
+            reason = str(error) + (" (to be tried again)" if left else "")
+            out_of_memory = isinstance(error.__cause__, torch.cuda.OutOfMemoryError)
+        # The error, which holds what was built so far, is gone.
+        if out_of_memory:
+            self.graphs.clear()
+            torch.cuda.empty_cache()
+        if not warned or not left:
+            self._warn(run, mode, reason)
+        return None
+
+    def _see(self, key: Hashable) -> bool:
+        """Whether a run is the first of its kind."""
+        if key in self._tries:
+            return False
+        if len(self._tries) >= _MAX_SEEN:
+            self._tries.clear()
+        self._tries[key] = _TRIES
+        return True
 
     def _replay(self, key: Hashable, run: Run, mode: str, steps: Iterable[int], on_step: OnStep | None) -> torch.Tensor:
         # Buffers made in inference mode could not be written to outside it.
         with self.graphs.turn(run.device), self._as_inside(), torch.inference_mode(False), torch.no_grad():
-            if self._module is not None and (self._state is None or self._state.changed()):
-                self.graphs.clear()
-                self._state = ModuleState(self._module)
-            static = self.graphs.get(key, lambda: StaticLoop(self.model, run, mode == "loop", self.graphs.pool))
+            changed = None if self._state is None else self._state.difference()
+            if self._state is None or changed is not None:
+                self._start_over(changed)
+            static = self.graphs.get(key, partial(self._build, key, run, mode))
             static.load(run)
             return static(run, steps, on_step).clone()
+
+    def _build(self, key: Hashable, run: Run, mode: str) -> StaticLoop:
+        if captures_itself(self.model):
+            raise CaptureError("the model is compiled to capture CUDA graphs of its own", permanent=True)
+        probe = not is_compiled(self.model)
+        static, changes = self._capture(run, mode, probe)
+        if changes:
+            # What changes in a model's first calls alone has settled after them.
+            del static
+            self._start_over()
+            static, changes = self._capture(run, mode, probe)
+        # A tensor that each call replaces may be one that it leaves behind: the probe refuses a model that reads it again.
+        frozen = [name for name, is_tensor in changes if not (is_tensor and probe)]
+        if frozen:
+            raise CaptureError(
+                f"the model changes its {frozen[0]!r} whenever it is called, which a replay would not", permanent=True
+            )
+        if changes:
+            self._left.update(name for name, _ in changes)
+            self._state = ModelState(self._module, self._left)
+        self._tries[key] = _TRIES
+        return static
+
+    def _capture(self, run: Run, mode: str, probe: bool) -> tuple[StaticLoop, list[tuple[str, bool]]]:
+        """A capture, and what it has changed of the model."""
+        assert self._state is not None
+        static = StaticLoop(self.model, run, mode == "loop", self.graphs.pool(run.device), probe)
+        return static, list(self._state.differences())
+
+    def _start_over(self, changed: str | None = None) -> None:
+        """Drop all captures, as they are of another model than it is now."""
+        self.graphs.clear()
+        self._state = ModelState(self._module, self._left)
+        if changed is not None:
+            self._changes[changed] += 1
+            if self._changes[changed] == _OFTEN:
+                _log.warning("the model is captured again and again, as its %r changes between runs", changed)
 
     @contextlib.contextmanager
     def _as_inside(self) -> Iterator[None]:
@@ -565,15 +660,10 @@ class Loop:
         finally:
             self._runs.inside = False
 
-    def _give_up(self, key: Hashable, run: Run, mode: str, reason: str) -> None:
-        if key in self._failed:
-            return
-        if len(self._failed) >= _MAX_FAILURES:
-            self._failed.clear()
-        self._failed[key] = reason
+    def _warn(self, run: Run, mode: str, reason: str) -> None:
         warnings.warn(
             f"graph: {mode!r} is not used for a state {tuple(run.shape)} of {run.dtype} on {run.device}, the steps are"
             f" launched one by one instead: {reason}",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )

@@ -132,16 +132,16 @@ def normal_numpy(
     Returns:
         `[len(seeds), *shape]` float32. Sample k depends on `seeds[k]`, `step` and `stream` alone.
     """
-    return _draw_numpy(seed_bits(seeds), step, shape, stream)
+    noise: npt.NDArray[np.float32] = _draw(np, seed_bits(seeds), step, shape, stream)
+    return noise
 
 
-def _draw_numpy(
-    seeds: npt.NDArray[np.int64], step: int | npt.NDArray[np.int64], shape: Sequence[int], stream: int
-) -> npt.NDArray[np.float32]:
+def _draw(xp: ModuleType, seeds: Any, step: Any, shape: Sequence[int], stream: int, **place: Any) -> Any:
+    """`[B, *shape]` float32 from int64 seeds `[B]` of `xp`, numpy or torch; `place` is the `device` of torch's."""
     n = int(np.prod(shape, dtype=np.int64))
     words = [(seeds[:, None] >> shift) & _MASK for shift in (0, 32)]
-    values = normal_groups(np, words, np.arange((n + 3) // 4, dtype=np.int64)[None], step, stream)
-    return np.ascontiguousarray(values[:, :n]).reshape(len(seeds), *shape)
+    group = xp.arange((n + 3) // 4, dtype=xp.int64, **place)[None]
+    return normal_groups(xp, words, group, step, stream)[:, :n].reshape(seeds.shape[0], *shape)
 
 
 def normal(
@@ -189,9 +189,6 @@ def normal_for(
     plain = all(type(value) is torch.Tensor and value.device.type == "cpu" for value in tensors)
     if plain and not torch.compiler.is_compiling():
         counters = steps.numpy() if isinstance(steps, torch.Tensor) else steps
-        return torch.from_numpy(_draw_numpy(seeds.numpy(), counters, shape, stream))
-    n = int(np.prod(shape, dtype=np.int64))
-    words = [(seeds[:, None] >> shift) & _MASK for shift in (0, 32)]
-    group = torch.arange((n + 3) // 4, device=seeds.device)[None]
-    values: torch.Tensor = normal_groups(torch, words, group, steps, stream)[:, :n].contiguous()
-    return values.view(seeds.shape[0], *shape)
+        return torch.from_numpy(_draw(np, seeds.numpy(), counters, shape, stream))
+    noise: torch.Tensor = _draw(torch, seeds, steps, shape, stream, device=seeds.device)
+    return noise

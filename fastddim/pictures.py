@@ -18,20 +18,11 @@ from fastddim.files import check_writable, write_whole
 if TYPE_CHECKING:
     import torch
 
-_FORMATS = {
-    ".png": "PNG",
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".webp": "WEBP",
-    ".bmp": "BMP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-}
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}
 _LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}
 _GAP = 4
 _TILE = 48
-_WHITE = 255
 
 
 def open_picture(path: str | Path) -> Image.Image:
@@ -211,7 +202,10 @@ def make_grid(
         ValueError: another shape or dtype, values that are not finite, labels of another number than images, headings of
             another number than columns.
     """
-    values: npt.NDArray[Any] = images if isinstance(images, np.ndarray) else _as_array(images)
+    values: Any = images
+    if not isinstance(images, np.ndarray):
+        # numpy has no bfloat16.
+        values = (images.float() if images.is_floating_point() else images).numpy(force=True)
     if values.ndim != 4 or values.shape[1] not in (1, 3):
         raise ValueError(f"images: shape {tuple(images.shape)}; pass [B, C, H, W] with C 1 (grey) or 3 (colour)")
     if not np.issubdtype(values.dtype, np.floating):
@@ -222,16 +216,12 @@ def make_grid(
     # uint8 by rounding, as diffusers does it.
     pixels = ((values.astype(np.float32) + 1) * 127.5).round().clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
     mode = "L" if channels == 1 else "RGB"
-    picture = Image.new(mode, layout.size, _WHITE if channels == 1 else (_WHITE,) * 3)
+    picture = Image.new(mode, layout.size, "white")
     for row, indices in enumerate(layout.rows):
         for column, index in enumerate(indices):
             tile = Image.fromarray(pixels[index, :, :, 0] if channels == 1 else pixels[index])
             picture.paste(tile.resize(layout.tile, Image.Resampling.NEAREST), layout.corner(row, column))
-    if labels is not None:
-        _draw_labels(picture, layout, [str(label) for label in labels])
-    for column, text in enumerate(headings or ()):
-        x, y = layout.corner(0, column)
-        _draw_over(picture, layout, (x, y - layout.header), text)
+    _write(picture, layout, [str(label) for label in labels or ()], headings or ())
     return picture
 
 
@@ -247,33 +237,24 @@ def _arrange(count: int, texts: Sequence[str] | None, columns: int | None) -> tu
     )
 
 
-def _draw_labels(picture: Image.Image, layout: GridLayout, texts: Sequence[str]) -> None:
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default()
-    for row, indices in enumerate(layout.rows):
-        for column, index in enumerate(indices):
+def _write(picture: Image.Image, layout: GridLayout, texts: Sequence[str], headings: Sequence[str]) -> None:
+    """Headings over the first row, and each text over its tile or, where the tiles of one text share rows, left of them."""
+    draw, (width, height) = ImageDraw.Draw(picture), layout.tile
+    for column, heading in enumerate(headings):
+        x, y = layout.corner(0, column)
+        draw.text((x + width / 2, y - layout.header - 1), heading, fill=0, anchor="mb")
+    for row, indices in enumerate(layout.rows if texts else ()):
+        for column, index in enumerate(indices if layout.header else indices[:1]):
+            x, y = layout.corner(row, column)
             if layout.header:
-                _draw_over(picture, layout, layout.corner(row, column), texts[index])
-            elif column == 0:
-                width, height = _text_size(texts[index])
-                y = layout.corner(row, column)[1] + (layout.tile[1] - height) // 2
-                draw.text((layout.margin - width, y), texts[index], fill=0, font=font)
-
-
-def _draw_over(picture: Image.Image, layout: GridLayout, corner: tuple[int, int], text: str) -> None:
-    width, height = _text_size(text)
-    place = (corner[0] + (layout.tile[0] - width) // 2, corner[1] - height - 1)
-    ImageDraw.Draw(picture).text(place, text, fill=0, font=ImageFont.load_default())
+                draw.text((x + width / 2, y - 1), texts[index], fill=0, anchor="mb")
+            else:
+                draw.text((layout.margin, y + height / 2), texts[index], fill=0, anchor="rm")
 
 
 def _text_size(text: str) -> tuple[int, int]:
     _, _, right, bottom = ImageFont.load_default().getbbox(text)
     return math.ceil(right), math.ceil(bottom)
-
-
-def _as_array(images: torch.Tensor) -> npt.NDArray[Any]:
-    tensor = images.detach().cpu()
-    # numpy has no bfloat16.
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
 
 def _check_finite(images: npt.NDArray[Any]) -> None:
@@ -287,10 +268,9 @@ def _check_finite(images: npt.NDArray[Any]) -> None:
 
 
 def _format_of(path: Path) -> str:
-    Image.init()
-    picture_format = _FORMATS.get(path.suffix.lower())
-    if picture_format not in Image.SAVE:
-        valid = ", ".join(suffix for suffix, name in _FORMATS.items() if name in Image.SAVE)
-        raise ValueError(f"path: {str(path)!r} has the suffix {path.suffix!r}; pass one of {valid}")
-    assert picture_format is not None
-    return picture_format
+    formats = Image.registered_extensions()
+    # A build of Pillow may lack some.
+    valid = [suffix for suffix in _SUFFIXES if formats.get(suffix) in Image.SAVE]
+    if path.suffix.lower() not in valid:
+        raise ValueError(f"path: {str(path)!r} has the suffix {path.suffix!r}; pass one of {', '.join(valid)}")
+    return formats[path.suffix.lower()]

@@ -143,12 +143,9 @@ def load_pipeline(model: str | Path | None = None) -> DDIMPipeline:
         FileNotFoundError: no such folder, or a file that it must have is missing.
         ValueError: a weight file that is truncated or does not fit the configuration, or a hub id that cannot be fetched.
     """
-    if model is None:
-        folder = EMBEDDED_MODEL
-    else:
-        folder = Path(model)
-        if not folder.exists() and _is_hub_id(str(model)):
-            return _from_diffusers(str(model), "is no folder here, and as a hub id it cannot be loaded")
+    folder = EMBEDDED_MODEL if model is None else Path(model)
+    if not folder.exists() and _is_hub_id(str(model)):
+        return _from_diffusers(str(model), "is no folder here, and as a hub id it cannot be loaded")
     if not folder.is_dir():
         raise FileNotFoundError(
             f"model: {str(folder)!r} is no folder; pass a diffusers folder or a hub id 'owner/name'"

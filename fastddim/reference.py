@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from fastddim.coefficients import Coefficient, StepCoefficients, StepTable
-from fastddim.config import Clip, DynamicThreshold, Limit
+from fastddim.config import Clip, DynamicThreshold, Limit, with_numbers
 from fastddim.noise import normal_for
 from fastddim.step import Guidance, StepOptions, check_step
 
@@ -112,7 +112,7 @@ def ddim_step(
     if out is not None and noise is not None and out.data_ptr() == noise.data_ptr():
         raise ValueError("out: the same memory as noise, which is read last; pass the state or another tensor")
     if options.limit_values is not None:
-        limit = _with_values(limit, *options.limit_values.tolist())
+        limit = with_numbers(limit, *options.limit_values.tolist())
     wide = torch.float64 in (model_output.dtype, sample.dtype, None if noise is None else noise.dtype)
     compute = torch.float64 if wide else torch.float32
     row = _look_up(table, step, sample, compute)
@@ -150,12 +150,6 @@ def ddim_step(
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`tensor.to(dtype)`, which costs as much as a small operation where there is nothing to do."""
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
-
-
-def _with_values(limit: Limit, limit_range: float, ratio: float) -> Limit:
-    if isinstance(limit, Clip):
-        return Clip(limit_range)
-    return None if limit is None else DynamicThreshold(ratio, limit_range)
 
 
 def step_with_row(

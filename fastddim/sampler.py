@@ -15,6 +15,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fastddim.backends import draw_start
+from fastddim.capture_checks import captures_itself
 from fastddim.coefficients import StepTable
 from fastddim.config import DDIMConfig, Limit
 from fastddim.cuda_graph import GraphCache
@@ -35,8 +36,10 @@ _FIXED = {*_OPTIONS, "options", "table", "schedule", "pairs", "model", "model_dt
 Callback = Callable[[int, float, torch.Tensor, torch.Tensor], None]
 
 
-def to_schedule(scheduler: Schedule | DDIMConfig | Any) -> Schedule:
+def to_schedule(scheduler: Schedule | DDIMConfig | Any, argument: str = "scheduler") -> Schedule:
     """A `Schedule` from one, from a `DDIMConfig`, or from any diffusers scheduler whose configuration DDIM can take.
+
+    `argument` is what messages call it: one that takes a `StepTable` too.
 
     Raises:
         TypeError: something else.
@@ -49,7 +52,8 @@ def to_schedule(scheduler: Schedule | DDIMConfig | Any) -> Schedule:
     config = getattr(scheduler, "config", None)
     if not isinstance(config, Mapping):
         raise TypeError(
-            f"scheduler: {type(scheduler).__name__}; pass a fastddim Schedule, a DDIMConfig or a diffusers scheduler"
+            f"{argument}: {type(scheduler).__name__}; pass a fastddim Schedule, a DDIMConfig, a diffusers scheduler or a"
+            " StepTable"
         )
     return Schedule(DDIMConfig.from_dict(config, ignore_unknown=True))
 
@@ -148,9 +152,8 @@ class Sampler:
                 variance_type=options.variance_type,
                 use_clipped_model_output=self.limit is not None if rederive is None else rederive,
             )
-        self._guidance = None
-        if options.guidance_scale is not None:
-            self._guidance = Guidance(float(options.guidance_scale), options.guidance_rescale)
+        scale = options.guidance_scale
+        self._guidance = None if scale is None else Guidance(float(scale), options.guidance_rescale)
         self._guided_steps = range(*(int(fraction * len(self.table)) for fraction in options.guidance_interval))
         self.sample_shape = _model_sample_shape(model) if options.sample_shape is None else options.sample_shape
         module = model if isinstance(model, torch.nn.Module) else None
@@ -165,6 +168,11 @@ class Sampler:
             if options.compile:
                 model = torch.compile(model, mode=None if options.compile is True else options.compile)
             loop = Loop(model, options.graph, options.max_graphs, module)
+            if graph_mode(options.graph, self.device) != "off" and captures_itself(model):
+                raise ValueError(
+                    "model: compiled to capture CUDA graphs of its own; compile it with mode='default' or"
+                    " 'max-autotune-no-cudagraphs', or pass graph='off'"
+                )
         self._loop = loop
 
     if TYPE_CHECKING:
@@ -181,6 +189,11 @@ class Sampler:
         fix = f"use sampler.replace({change})" if replaceable else "make another Sampler"
         raise AttributeError(f"{name}: a Sampler does not change; {fix}")
 
+    def __delattr__(self, name: str) -> None:
+        if name in _FIXED or type(self) is Sampler:
+            raise AttributeError(f"{name}: a Sampler does not change; make another Sampler")
+        object.__delattr__(self, name)
+
     @property
     def graphs(self) -> GraphCache[Any]:
         return self._loop.graphs
@@ -191,7 +204,7 @@ class Sampler:
         A table is built anew, which is cheap; nothing is captured again as long as only the number of steps (up to the
         next power of two from 64), timesteps, eta, guidance scale or the limit's numbers differ. Other values of `graph`,
         `compile`, `channels_last` or `max_graphs` are captured apart. A table in place of a scheduler takes none of the
-        options that it fixes.
+        options that it fixes. What a subclass keeps on the sampler is on the new one too.
 
         Raises:
             TypeError, ValueError: as the constructor.
@@ -207,6 +220,8 @@ class Sampler:
         apart = {"graph", "compile", "channels_last", "max_graphs"} & changes.keys()
         changed = object.__new__(type(self))
         changed._set_up(self.model, scheduler, options, None if apart else self._loop)
+        for name in vars(self).keys() - vars(changed).keys():
+            setattr(changed, name, getattr(self, name))
         return changed
 
     @torch.no_grad()
@@ -264,18 +279,23 @@ class Sampler:
         x = self._loop(run, _steps(run, progress), on_step)[:batch]
         return (x, torch.stack(trajectory)) if return_trajectory else x
 
+    @torch.no_grad()
     def warmup(
         self, start: int | torch.Tensor, *, uncond_kwargs: Mapping[str, Any] | None = None, **model_kwargs: Any
     ) -> Warmup:
-        """Compile, capture and allocate for calls like this one, so that a server's first request does not.
+        """Compile, capture and allocate for calls like this one, so that a server's first requests do not: without it the
+        first call of a shape goes step by step, and the second one is captured.
 
         Args:
             start, uncond_kwargs, model_kwargs: as in a call; seeds are not needed.
         """
+        # Without seeds where a call needs none, as such calls are captured apart.
+        seeds = 0 if isinstance(start, int) or self.table.stochastic else None
+        run = self._pad(self._run(start, seeds, model_kwargs, uncond_kwargs))
         times = []
         for _ in range(2):
             begin = time.perf_counter()
-            self(start, seeds=0, uncond_kwargs=uncond_kwargs, **model_kwargs)
+            self._loop(run, at_once=True)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             times.append(time.perf_counter() - begin)
@@ -313,7 +333,10 @@ class Sampler:
         self._require_deterministic("inversion")
         inverse = self.table.inverse
         if inverse is None:
-            raise ValueError("table: it has no inverse; pass inverse= to StepTable.from_columns")
+            raise ValueError(
+                "table: it has no inverse; pass inverse= to StepTable.from_columns, or, with a schedule, leave out the"
+                " timesteps without signal"
+            )
         self._check_observers(None, progress, False)
         self._check_state("x0", x0, "B")
         run = self._run(x0, None, model_kwargs, uncond_kwargs)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from fastddim.backends import check_backend
-from fastddim.config import Clip, DynamicThreshold, Limit, require_choice, require_int, require_number
+from fastddim.config import LIMIT_CLASSES, Limit, require_choice, require_int, require_number
 from fastddim.loop import GRAPH_MODES
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -42,8 +43,9 @@ class SamplerOptions:
         backend: implementation of the step, `"auto"`, `"triton"` or `"reference"`; see `fastddim.ddim_step`.
         graph: `"loop"`, one CUDA graph of all steps; `"step"`, one of a step, which runs of any number of steps, eta,
             spacing, guidance scale, threshold and seeds replay (`replace`); `"off"`; `"auto"`, `"step"` on a GPU. On a CPU
-            the same code runs without a capture. Where a model cannot be captured, it is called step by step, with one
-            warning that says why.
+            the same code runs without a capture. The first call of a shape goes step by step, the second is captured
+            (`Sampler.warmup` captures at once). Where a model cannot be captured, it is called step by step, with a warning
+            that says why; what is not noticed of a model that changes is in `capture_checks.ModelState`.
         compile: a mode of `torch.compile` for the model, True for its default.
         channels_last: hand the model channels-last inputs; its weights are converted in place.
         guidance_interval: fractions of the steps from and to which guidance is on (arXiv:2404.07724); at the others the
@@ -79,33 +81,42 @@ class SamplerOptions:
     max_graphs: int = 8
 
     def __post_init__(self) -> None:
-        if not self.dtype.is_floating_point:
-            raise ValueError(f"dtype: {self.dtype}; pass a floating-point dtype")
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise ValueError(f"dtype: {self.dtype!r}; pass a floating-point torch.dtype")
+        if self.device is not None:
+            _convert("device", torch.device, self.device, "such as 'cpu' or 'cuda:0'")
         require_number("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
         if self.guidance_scale is not None:
             require_number("guidance_scale", self.guidance_scale, -1e4, 1e4)
         elif self.guidance_rescale:
             raise ValueError(f"guidance_rescale: {self.guidance_rescale!r} without guidance_scale; pass both")
-        if self.limit != "auto" and not isinstance(self.limit, (Clip, DynamicThreshold, type(None))):
-            raise ValueError(f"limit: {self.limit!r}; pass a Clip, a DynamicThreshold, None, or 'auto'")
+        if self.limit != "auto" and not isinstance(self.limit, Limit):
+            raise ValueError(f"limit: {self.limit!r}; pass {LIMIT_CLASSES}, None, or 'auto'")
         check_backend(self.backend)
         require_choice("graph", self.graph, GRAPH_MODES)
         self._check_compile()
-        first, stop = self.guidance_interval
-        require_number("guidance_interval", first, 0.0, 1.0)
-        require_number("guidance_interval", stop, first, 1.0)
-        for bucket in self.batch_buckets or ():
+        interval = _convert("guidance_interval", tuple, self.guidance_interval, "two fractions of the steps")
+        if len(interval) != 2:
+            raise ValueError(f"guidance_interval: {interval!r}; pass two fractions of the steps")
+        require_number("guidance_interval", interval[0], 0.0, 1.0)
+        require_number("guidance_interval", interval[1], interval[0], 1.0)
+        buckets = _convert("batch_buckets", tuple, self.batch_buckets or (), "a list of integers")
+        for bucket in buckets:
             require_int("batch_buckets", bucket, 1)
         require_int("max_graphs", self.max_graphs, 1)
-        etas = np.asarray(self.eta, dtype=np.float64).tolist()
+        etas = _convert("eta", _floats, self.eta, "numbers in [0, 1] (0 is DDIM, 1 is DDPM)")
         for name, value in (
-            ("guidance_interval", (first, stop)),
-            ("batch_buckets", tuple(sorted(self.batch_buckets or ()))),
-            ("timesteps", None if self.timesteps is None else tuple(self.timesteps)),
-            ("sample_shape", None if self.sample_shape is None else tuple(self.sample_shape)),
+            ("guidance_interval", interval),
+            ("batch_buckets", tuple(sorted(buckets))),
             ("eta", tuple(etas) if isinstance(etas, list) else etas),
         ):
             object.__setattr__(self, name, value)
+        for name in ("timesteps", "sample_shape"):
+            given = getattr(self, name)
+            if given is not None:
+                object.__setattr__(self, name, _convert(name, tuple, given, "a list of integers"))
+        for size in self.sample_shape or ():
+            require_int("sample_shape", size, 0)
 
     def _check_compile(self) -> None:
         if isinstance(self.compile, bool):
@@ -116,3 +127,16 @@ class SamplerOptions:
                 f"compile: {self.compile!r} captures CUDA graphs of its own; pass 'default' or"
                 " 'max-autotune-no-cudagraphs', or graph='off'"
             )
+
+
+def _floats(values: Any) -> Any:
+    return np.asarray(values, dtype=np.float64).tolist()
+
+
+def _convert(name: str, kind: Callable[[Any], Any], value: Any, noun: str) -> Any:
+    """A value as another type, or a `ValueError` that names the option."""
+    try:
+        return kind(value)
+    # torch.device raises a RuntimeError.
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name}: {value!r}; pass {noun}") from None

@@ -83,17 +83,16 @@ def make_timesteps(config: DDIMConfig, num_inference_steps: int) -> list[int]:
 
 def check_timesteps(timesteps: Iterable[int], num_train_timesteps: int) -> list[int]:
     """Validate an explicit list: strictly descending integers in `[0, num_train_timesteps)`, at least one."""
-    checked = []
-    for t in timesteps:
+    checked: list[int] = []
+    for i, t in enumerate(timesteps):
         require_int("timesteps", t, 0, num_train_timesteps - 1)
+        if checked and t >= checked[-1]:
+            raise ValueError(
+                f"timesteps: entry {i} ({t}) is not below entry {i - 1} ({checked[-1]}); pass them descending"
+            )
         checked.append(int(t))
     if not checked:
         raise ValueError("timesteps: empty; pass at least one")
-    for i, t in enumerate(checked):
-        if i and t >= checked[i - 1]:
-            raise ValueError(
-                f"timesteps: entry {i} ({t}) is not below entry {i - 1} ({checked[i - 1]}); pass them descending"
-            )
     return checked
 
 

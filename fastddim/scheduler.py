@@ -98,18 +98,6 @@ class _TimestepTable:
         return self.on(device)[1][number]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _traced_rows(
-    scheduler: _TableStep,
-    run: str,
-    eta: float,
-    use_clipped_model_output: bool,
-    device: torch.device,
-) -> torch.Tensor:
-    """The rows on a device, found while torch traces instead of by the trace: its arguments are what the trace guards."""
-    return scheduler._table(eta, use_clipped_model_output).on(device)[0]
-
-
 def _row_at(rows: torch.Tensor, index: torch.Tensor) -> StepCoefficients:
     """The row of an index `[]`, which is not read on the host, as indexing with a 0-dim tensor would."""
     return StepCoefficients(*rows[index.reshape(1)][0].unbind())
@@ -154,6 +142,13 @@ class _TableStep:
             self._cache[(eta, use_clipped_model_output)] = table
         return table
 
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _traced_rows(
+        self, own_id: int, run: str, eta: float, use_clipped_model_output: bool, device: torch.device
+    ) -> torch.Tensor:
+        """The rows on a device, found while torch traces instead of by the trace: its arguments are what the trace guards."""
+        return self._table(eta, use_clipped_model_output).on(device)[0]
+
     def _step(
         self,
         eta: float,
@@ -166,7 +161,7 @@ class _TableStep:
         device, rows = sample.device, None
         tracing = torch.compiler.is_compiling()
         if tracing:
-            rows = _traced_rows(self, self._run, eta, use_clipped_model_output, device)
+            rows = self._traced_rows(id(self), self._run, eta, use_clipped_model_output, device)
             index = torch.as_tensor(timestep, device=device).reshape(())
         elif device.type != "cpu" or self.backend != "auto":
             table = self._table(eta, use_clipped_model_output)
@@ -325,12 +320,8 @@ class DDIMScheduler(_TableStep, diffusers.DDIMScheduler):  # type: ignore[misc]
                 noise = randn_tensor(
                     model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
                 )
-        prev_sample, pred_original_sample = self._step(
-            eta, bool(use_clipped_model_output), timestep, model_output, sample, noise
-        )
-        if not return_dict:
-            return prev_sample, pred_original_sample
-        return DDIMSchedulerOutput(prev_sample, pred_original_sample)
+        stepped = self._step(eta, bool(use_clipped_model_output), timestep, model_output, sample, noise)
+        return DDIMSchedulerOutput(*stepped) if return_dict else stepped
 
 
 class DDIMInverseScheduler(_TableStep, diffusers.DDIMInverseScheduler):  # type: ignore[misc]
@@ -354,7 +345,5 @@ class DDIMInverseScheduler(_TableStep, diffusers.DDIMInverseScheduler):  # type:
         Raises:
             ValueError: called before `set_timesteps`.
         """
-        prev_sample, pred_original_sample = self._step(0.0, False, timestep, model_output, sample, None)
-        if not return_dict:
-            return prev_sample, pred_original_sample
-        return DDIMSchedulerOutput(prev_sample, pred_original_sample)
+        stepped = self._step(0.0, False, timestep, model_output, sample, None)
+        return DDIMSchedulerOutput(*stepped) if return_dict else stepped

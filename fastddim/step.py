@@ -6,13 +6,14 @@ Each message names the argument, its value and the fix.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastddim.coefficients import NUM_COLUMNS, Coefficient, StepTable
-from fastddim.config import Clip, DynamicThreshold, Limit
+from fastddim.config import LIMIT_CLASSES, Limit
 
 if TYPE_CHECKING:
     from fastddim.kernels import Workspace
@@ -37,6 +38,15 @@ class Guidance:
     def rescaled(self) -> bool:
         """Whether there is a rescale: anything but the number 0."""
         return isinstance(self.rescale, torch.Tensor) or self.rescale != 0
+
+    @property
+    def fixed(self) -> Any:
+        """All that a kept plan or capture is of, to look it up by: every field but the two numbers."""
+        return _GUIDANCE_FIXED(self)
+
+
+# Once, as a step's host time has no room for `fields`.
+_GUIDANCE_FIXED = attrgetter(*(field.name for field in fields(Guidance) if field.name not in ("scale", "rescale")))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -144,14 +154,12 @@ def _check_guidance(guidance: Any, sample: torch.Tensor) -> None:
 
 
 def _check_limit(limit: Any, limit_values: Any, sample: torch.Tensor) -> None:
-    if limit is not None and not isinstance(limit, (Clip, DynamicThreshold)):
-        raise TypeError(f"limit: {type(limit).__name__}; pass a Clip, a DynamicThreshold or None")
+    if not isinstance(limit, Limit):
+        raise TypeError(f"limit: {type(limit).__name__}; pass {LIMIT_CLASSES} or None")
     if limit_values is None:
         return
     if limit is None:
-        raise ValueError(
-            "limit_values: given without a limit; pass a Clip or a DynamicThreshold for them, or leave them out"
-        )
+        raise ValueError("limit_values: given without a limit; pass limit too, or leave them out")
     _check_tensor("limit_values", limit_values, sample, (2,), kind="a contiguous float64")
 
 

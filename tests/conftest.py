@@ -1,13 +1,14 @@
 import os
 from collections.abc import Generator
 
-# Before anything imports triton: kernels run in its interpreter where there is no GPU.
-os.environ.setdefault("TRITON_INTERPRET", "1")
 # The tests' tensors are small: on a busy machine torch's threads wait for each other 20 times as long as they compute.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+# Kernels run on the GPU, in Triton's interpreter where it is asked for, and else as compiled PTX on a machine in tests/ptx.
+ON_MACHINE = not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 
 try:
     from hypothesis import HealthCheck, settings
@@ -37,9 +38,44 @@ def pytest_make_collect_report(
     return report
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    has_gpu = torch.cuda.is_available()
     for item in items:
-        if "gpu" in item.keywords:
+        # The fixtures that build, or run what scripts/make_cpp.sh unpacks, in the files that are not about C++ alone.
+        if item.path.name.startswith("test_cpp") or {"program", "driver", "driven"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.cpp)
+        if "gpu" in item.keywords and not has_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a GPU, and this machine has none"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`machine`, under what launches kernels: sm_90 for every test, sm_80 for a sample, all targets where asked for."""
+    if "machine" not in metafunc.fixturenames:
+        return
+    kinds = [None]
+    if ON_MACHINE:
+        sampled = metafunc.definition.get_closest_marker("sampled") is not None
+        marks = {80: () if sampled else pytest.mark.slow, 90: (), 100: pytest.mark.slow, 120: pytest.mark.slow}
+        kinds = [pytest.param(target, marks=marks[target], id=f"sm_{target}") for target in (90, 80, 100, 120)]
+    metafunc.parametrize("machine", kinds, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def machine(request: pytest.FixtureRequest) -> Generator[object, None, None]:
+    """The machine that kernels are launched on, in shuffled order; None where that is a GPU or Triton's interpreter."""
+    if request.param is None:
+        yield None
+        return
+    from ptx.launcher import Machine
+
+    device = Machine(request.param, seed=0)
+    with device.installed():
+        yield device
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """The order of a test's launches is its own, whatever ran before."""
+    device = getattr(item, "funcargs", {}).get("machine")
+    if device is not None:
+        device.launches = 0

@@ -1,13 +1,12 @@
 """What tests/test_cubin.py exports and launches, for itself and for processes without Triton's interpreter.
 
 python cubin_runs.py export FOLDER   the variants' kernel bundles
-python cubin_runs.py launch FOLDER   the same steps by Triton's launcher over the stub driver: FOLDER/VARIANT-BATCH.json
+python cubin_runs.py launch FOLDER   the same steps by Triton's launcher over the stub driver, executed on the machine in
+                                     tests/ptx: FOLDER/VARIANT-BATCH.pt, and FOLDER/error, what a wrong launch raises
 """
 
-import json
 import math
 import os
-import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -40,20 +39,8 @@ def eta_of(name):
     return 0.0 if VARIANTS[name].get("noise", "none") == "none" else 1.0
 
 
-def bundle_parameters(folder):
-    """What STUB_CUDA_PARAMETERS has to be, read from the PTX."""
-    found = {}
-    for path in folder.glob("*.ptx"):
-        head = re.search(r"\.visible \.entry (\w+)\((.*?)\)", path.read_text(), re.DOTALL)
-        found[head[1]] = ",".join(str(int(bits) // 8) for bits in re.findall(r"\.param \.[a-z](\d+)", head[2]))
-    return ";".join(f"{entry}:{sizes}" for entry, sizes in found.items())
-
-
-def make_request(name, batch, device="cpu"):
-    """The step of a variant, checked and about to be launched, and its tensors as kernel.json names them."""
-    from fastddim.kernels import launch
-    from fastddim.kernels.plan import ARGUMENT_OF, STEP_POINTERS
-
+def make_step(name, batch, device="cpu"):
+    """The arguments of a variant's step."""
     options = {"guided": False, "per_sample": False, "noise": "none", "limit": None, **VARIANTS[name]}
     torch.manual_seed(len(name) + batch)
     state = getattr(torch, options.get("state_dtype", "float32"))
@@ -66,12 +53,12 @@ def make_request(name, batch, device="cpu"):
     scale = torch.linspace(1.5, 7.5, batch).to(device) if options["per_sample"] else 3.0
     phi = torch.linspace(0.1, 0.9, batch).to(device) if options["per_sample"] else 0.7
     drawn, advance = options["noise"] == "drawn", options.get("advance", False)
-    request = launch.assemble(
-        model_output=torch.randn(stacked).to(device, model),
-        sample=torch.randn(shape).to(device, state),
-        table=table,
-        step=index.to(device) if own_index else ROW,
-        options=StepOptions(
+    return {
+        "model_output": torch.randn(stacked).to(device, model),
+        "sample": torch.randn(shape).to(device, state),
+        "table": table,
+        "step": index.to(device) if own_index else ROW,
+        "options": StepOptions(
             guidance=Guidance(scale, phi if options.get("guidance_rescale") else 0.0) if options["guided"] else None,
             limit=options["limit"],
             noise=torch.randn(shape).to(device, state) if options["noise"] == "given" else None,
@@ -86,12 +73,27 @@ def make_request(name, batch, device="cpu"):
             timesteps=torch.tensor(table.timesteps, device=device) if advance else None,
             next_timestep=torch.full(stacked[:1], -7, device=device) if advance else None,
         ),
-    )
+    }
+
+
+def make_request(name, batch, device="cpu"):
+    """The step of a variant, checked and about to be launched, and its tensors as kernel.json names them."""
+    from fastddim.kernels import launch
+    from fastddim.kernels.plan import ARGUMENT_OF, STEP_POINTERS
+
+    request = launch.assemble(**make_step(name, batch, device))
     slots = zip(STEP_POINTERS, request.tensors, strict=True)
     tensors = {ARGUMENT_OF.get(slot, slot): tensor for slot, tensor in slots if tensor is not None}
-    if request.counters is not None:
-        tensors["counters"] = request.counters
     return request, tensors
+
+
+def can_prepare(name):
+    return not (VARIANTS[name].get("per_sample") or VARIANTS[name].get("advance"))
+
+
+def vary(step):
+    """The model outputs and rows that a prepared step is called with."""
+    return [(step["model_output"], ROW), (-step["model_output"], 0)]
 
 
 def export(name, folder):
@@ -100,23 +102,47 @@ def export(name, folder):
     export_cubin(folder / name, KernelOptions(**VARIANTS[name]))
 
 
+def prepare(name, batch):
+    from fastddim.kernels import PreparedStep
+
+    step = make_step(name, batch)
+    prepared = PreparedStep(step["model_output"], step["sample"], step["table"], step["options"])
+    # Several launches take the slow way.
+    assert (prepared._fast is None) == (name == "large")
+    return step, prepared
+
+
 def launch_all(folder):
     import stub_cuda
+    from triton.runtime import driver
 
-    stub_cuda.install()
-    from fastddim.kernels import launch
+    from ptx.launcher import Machine
+    from ptx.memory import Memory
+    from ptx.stub import StubDevice
 
-    launch._DEVICE_TYPES = ("cuda", "cpu")
+    cache, machine = folder / "cache", Machine(90, seed=0)
+    stub_cuda.install(cache).let_answer(StubDevice(machine, cache).answer)
     torch.set_grad_enabled(False)
-    for name, batch in CASES:
-        os.environ["STUB_CUDA_PARAMETERS"] = bundle_parameters(folder / name)
-        request, tensors = make_request(name, batch)
-        seen = len(Path(os.environ["STUB_CUDA_RECORD"]).read_text().splitlines())
-        request.run()
-        lines = Path(os.environ["STUB_CUDA_RECORD"]).read_text().splitlines()[seen:]
-        addresses = {slot: tensor.data_ptr() for slot, tensor in tensors.items()}
-        launches = [json.loads(line) for line in lines if '"launch"' in line]
-        (folder / f"{name}-{batch}.json").write_text(json.dumps({"addresses": addresses, "launches": launches}))
+    with machine.installed(driver.active):
+        for name, batch in CASES:
+            request, tensors = make_request(name, batch)
+            found = {"before": {slot: tensor.clone() for slot, tensor in tensors.items()}, "after": tensors}
+            request.run()
+            if can_prepare(name):
+                step, prepared = prepare(name, batch)
+                found["prepared"] = []
+                for output, row in vary(step):
+                    x_next, x0 = prepared(output, row)
+                    results = {"out": x_next, "x0": x0, "model_input": step["options"].model_input}
+                    found["prepared"].append({slot: None if t is None else t.clone() for slot, t in results.items()})
+            torch.save(found, folder / f"{name}-{batch}.pt")
+        step, prepared = prepare("action", 1)
+        # The machine forgets the tensors that the step is bound to.
+        machine.memory = Memory()
+        try:
+            prepared(step["model_output"], ROW)
+        except RuntimeError as error:
+            (folder / "error").write_text(str(error))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ def predict_x0_and_eps(x, output, alpha_bar, prediction_type):
         return (x - sigma * output) / alpha, output
     if prediction_type == "sample":
         return output, (x - alpha * output) / sigma
-    return alpha * x - sigma * output, alpha * output + sigma * x
+    if prediction_type == "v_prediction":
+        return alpha * x - sigma * output, alpha * output + sigma * x
+    raise ValueError(f"prediction_type: {prediction_type!r} has no oracle yet")
 
 
 def dynamic_threshold(x0, ratio, max_value):

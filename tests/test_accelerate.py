@@ -20,6 +20,8 @@ from fastddim import accelerate, unaccelerate
 from unets import small_unet
 
 GRAPHS = ("off", "step", "loop")
+# Its unconditional pipelines give arrays for "pt".
+DIFFUSERS_039 = diffusers.__version__.startswith("0.39.")
 ODDLY_SPACED = {"num_inference_steps": 7}
 ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 THRESHOLD = {"thresholding": True, "sample_max_value": 1.5, "dynamic_thresholding_ratio": 0.9}
@@ -166,6 +168,8 @@ def run(pipe, call, seeds=0):
     generator = torch.Generator().manual_seed(seeds) if isinstance(seeds, int) else None
     generators = generator or [torch.Generator().manual_seed(seed) for seed in seeds]
     images = pipe(**call, generator=generators).images
+    if DIFFUSERS_039 and call["output_type"] == "pt":
+        images = torch.as_tensor(images)
     drawn = [torch.rand(1, generator=one).item() for one in ([generator] if generator else generators)]
     return images, drawn
 
@@ -184,11 +188,15 @@ def check_same(pipe, call, caplog, *, seeds=0, graphs=GRAPHS, rtol=1e-9):
     caplog.clear()
     for graph in graphs:
         assert accelerate(pipe, graph=graph) is pipe
-        images, drawn_too = run(pipe, call, seeds)
-        assert images.dtype == expected.dtype
-        error = (images - expected).abs().max().item()
-        assert error <= rtol * expected.abs().max().item(), (graph, error)
-        assert drawn_too == drawn
+        # DiT's arrays of 0.39 are float32.
+        least = max(rtol, torch.finfo(expected.dtype).eps) if DIFFUSERS_039 else rtol
+        # The first call goes step by step.
+        for _ in range(2):
+            images, drawn_too = run(pipe, call, seeds)
+            assert images.dtype == expected.dtype
+            error = (images - expected).abs().max().item()
+            assert error <= least * expected.abs().max().item(), (graph, error)
+            assert drawn_too == drawn
         assert count_captures(pipe) == (graph != "off")
         unaccelerate(pipe)
     assert not log_lines(caplog)
@@ -325,7 +333,9 @@ def test_outputs_are_of_every_type(name, output_type):
 @pytest.mark.parametrize("name", MAKERS)
 def test_other_dtypes_stay(name, caplog):
     pipe, call = make(name)
-    for dtype, rtol in ((torch.float32, 2e-5), (torch.bfloat16, 0.1)):
+    # numpy has no bfloat16.
+    half = torch.float16 if DIFFUSERS_039 and name == "ddim" else torch.bfloat16
+    for dtype, rtol in ((torch.float32, 2e-5), (half, 0.1)):
         mine = copy.deepcopy(pipe).to(dtype)
         given = {
             key: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
@@ -620,14 +630,18 @@ def test_accelerating_again_keeps_the_captures_unless_the_options_change():
     pipe, call = make("sd")
     run(accelerate(pipe, graph="step"), call)
     assert accelerate(pipe, graph="step") is pipe
+    assert count_captures(pipe) == 0
+    run(pipe, call)
     assert count_captures(pipe) == 1
     run(pipe, {**call, "num_inference_steps": 9, "guidance_scale": 3.0})
     assert count_captures(pipe) == 1
-    run(pipe, {**call, "guidance_scale": 1.0})
+    for _ in range(2):
+        run(pipe, {**call, "guidance_scale": 1.0})
     assert count_captures(pipe) == 2
     accelerate(pipe, graph="step", max_graphs=1)
-    run(pipe, call)
-    run(pipe, {**call, "guidance_scale": 1.0})
+    for _ in range(2):
+        run(pipe, call)
+        run(pipe, {**call, "guidance_scale": 1.0})
     assert count_captures(pipe) == 1
     assert type(unaccelerate(pipe)) is diffusers.StableDiffusionPipeline
 
@@ -636,10 +650,13 @@ def test_accelerating_again_keeps_the_captures_unless_the_options_change():
 def test_changed_weights_and_models_are_noticed(graph, caplog):
     pipe, call = make("sd")
     pipe.unet = copy.deepcopy(pipe.unet)
-    run(accelerate(pipe, graph=graph), call)
+    accelerate(pipe, graph=graph)
+    for _ in range(2):
+        run(pipe, call)
 
     def check(captured_anew):
         loop, captured = pipe._acceleration._loop, pipe._acceleration._loop.graphs.keys()
+        run(pipe, call)
         images = run(pipe, call)[0]
         unaccelerated = copy.copy(pipe)
         torch.testing.assert_close(images, run(unaccelerate(unaccelerated), call)[0], rtol=1e-9, atol=1e-9)
@@ -669,7 +686,7 @@ def test_a_call_in_inference_mode_does_not_spoil_the_buffers():
     expected = run(pipe, call)[0]
     accelerate(pipe, graph="step")
     with torch.inference_mode():
-        images = [run(pipe, call)[0]]
+        images = [run(pipe, call)[0] for _ in range(2)]
     images += [run(pipe, call)[0]]
     for one in images:
         torch.testing.assert_close(one, expected, rtol=1e-9, atol=1e-9)
@@ -715,11 +732,12 @@ def test_it_is_saved_and_loaded_as_before(name, tmp_path):
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
 def test_a_copy_is_accelerated_with_captures_of_its_own(duplicate):
     pipe, call = make("sd")
-    expected = run(accelerate(pipe, graph="step"), call)[0]
+    accelerate(pipe, graph="step")
+    expected = [run(pipe, call)[0] for _ in range(2)][1]
     other = duplicate(pipe)
     assert type(other) is type(pipe) and other._acceleration is not pipe._acceleration
     assert other._acceleration.options == pipe._acceleration.options
-    assert torch.equal(run(other, call)[0], expected)
+    assert torch.equal([run(other, call)[0] for _ in range(2)][1], expected)
     unaccelerate(other)
     assert torch.equal(run(pipe, call)[0], expected)
 

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import doctest
 import functools
 import logging
@@ -6,12 +7,14 @@ import os
 import subprocess
 import sys
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 
 import fastddim
 from fastddim import Clip, DDIMConfig, DDIMScheduler, DynamicThreshold, Guidance, Sampler, Schedule, StepTable, backends
+from fastddim.config import limit_name
 from fastddim.kernels import KernelUnavailableError, PreparedStep, launch
 from fastddim.noise import seed_tensor
 from fastddim.step import StepOptions
@@ -29,7 +32,7 @@ def draw(*shape, seed=0):
 
 
 @pytest.fixture
-def on_gpu(monkeypatch):
+def on_gpu(monkeypatch, machine):
     """CPU tensors pass for a GPU's, and nothing of the module's state outlives the test."""
     monkeypatch.setattr(backends, "_is_on_gpu", lambda sample: isinstance(sample, torch.Tensor))
     monkeypatch.setattr(backends, "_logged", set())
@@ -129,6 +132,7 @@ class Halved(torch.nn.Linear):
         return super().forward(x)
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("guidance_scale", [None, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("eta", [0.0, 0.6])
@@ -147,6 +151,7 @@ def test_the_sampler_gives_the_same_samples_with_the_kernel(guidance_scale, dtyp
     torch.testing.assert_close(actual, expected, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=2e-2)
 
 
+@pytest.mark.usefixtures("machine")
 def test_a_model_that_returns_its_input_is_not_written_over():
     for guidance_scale in (None, 2.0):
         results = [
@@ -158,12 +163,11 @@ def test_a_model_that_returns_its_input_is_not_written_over():
         torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("state", [torch.float32, torch.float16])
 def test_the_drop_in_scheduler_gives_diffusers_numbers_with_the_kernel(prediction_type, eta, state):
-    import diffusers
-
     config = {"prediction_type": prediction_type, "thresholding": True, "sample_max_value": 1.5}
     ours, theirs = DDIMScheduler(**config), diffusers.DDIMScheduler(**config)
     ours.backend = "triton"
@@ -181,6 +185,7 @@ def test_the_drop_in_scheduler_gives_diffusers_numbers_with_the_kernel(predictio
     assert kernel_ran()
 
 
+@pytest.mark.usefixtures("machine")
 def test_the_drop_in_promotes_and_broadcasts_as_before():
     scheduler = DDIMScheduler()
     scheduler.backend = "triton"
@@ -192,6 +197,7 @@ def test_the_drop_in_promotes_and_broadcasts_as_before():
     assert prev_sample.shape == x.shape
 
 
+@pytest.mark.usefixtures("machine")
 class TestPreparedStep:
     def make(self):
         self.x, self.output = draw(2, 6), draw(4, 6, seed=1)
@@ -258,6 +264,21 @@ def test_the_drop_ins_step_compiles_without_a_break_on_a_cpu(index):
         torch.testing.assert_close(step(output, index, x)[0], expected[0], rtol=1e-5, atol=1e-5)
 
 
+def test_a_compiled_step_tells_schedulers_apart():
+    schedulers = [DDIMScheduler(beta_end=beta_end) for beta_end in (0.02, 0.01)]
+    x, output = draw(2, 3, 4, 4), draw(2, 3, 4, 4, seed=1)
+    torch._dynamo.reset()
+    step = torch.compile(lambda s, o, x: s.step(o, 501, x, return_dict=False), backend="eager", fullgraph=True)
+    for scheduler in schedulers:
+        scheduler.set_timesteps(10)
+        expected = diffusers.DDIMScheduler.from_config(scheduler.config)
+        expected.set_timesteps(10)
+        wanted = expected.step(output, 501, x).prev_sample
+        # A step before, so that both have the same attributes.
+        for own in (scheduler.step(output, 501, x, return_dict=False), step(scheduler, output, x)):
+            torch.testing.assert_close(own[0], wanted, rtol=1e-5, atol=1e-5)
+
+
 # Triton's kernels cannot be traced where its interpreter has replaced them.
 TRACE = """
 import torch, fastddim
@@ -304,7 +325,6 @@ def test_it_is_one_operator_under_compile_and_export():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     tests = os.path.dirname(__file__)
     environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(tests), tests])
-    # conftest, which sets the interpreter, is pytest's alone.
     done = subprocess.run([sys.executable, "-c", TRACE], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and done.stdout.strip().endswith("traced"), done.stderr[-3000:]
 
@@ -316,6 +336,7 @@ def test_the_operator_refuses_what_a_graph_has_no_place_for():
         ddim_step(draw(2, 3), draw(2, 3), TABLE, torch.tensor(0), StepOptions(advance=True))
 
 
+@pytest.mark.usefixtures("machine")
 def test_the_operator_takes_seeds_and_first_rows_of_any_strides():
     from fastddim.kernels.operator import ddim_step
 
@@ -327,6 +348,7 @@ def test_the_operator_takes_seeds_and_first_rows_of_any_strides():
     assert torch.equal(ddim_step(output, x, table, steps, strided)[0], ddim_step(output, x, table, steps, whole)[0])
 
 
+@pytest.mark.usefixtures("machine")
 def test_the_operator_runs_eagerly_too():
     """Through the oracle, as an exported program would call it."""
     from fastddim.kernels.operator import ddim_step
@@ -345,3 +367,32 @@ def test_the_operator_runs_eagerly_too():
             threshold=(0.9, 1.5) if isinstance(limit, DynamicThreshold) else None,
         )  # fmt: skip
         np.testing.assert_allclose(x_next.numpy(), expected.x_next, atol=1e-5)
+
+
+def test_each_option_of_a_step_has_a_plan_of_its_own():
+    """A field that a plan is not looked up by would get whatever plan is kept for the other value."""
+    x, output, half = draw(2, 3), draw(4, 3), torch.ones(2)
+    guidance = {"scale": half, "rescale": 0.5, "cond_first": True}
+    assert {field.name for field in dataclasses.fields(Guidance)} == set(guidance)
+    options = {
+        "guidance": None, "limit": Clip(0.5), "limit_values": half.double(), "noise": x, "seeds": seed_tensor([1, 2], "cpu"),
+        "first_row": half.long(), "out": x, "model_input": output, "advance": True, "timesteps": half, "next_timestep": half,
+    }  # fmt: skip
+    # The workspace and whether x0 is wanted change no plan.
+    assert {field.name for field in dataclasses.fields(StepOptions)} == {*options, "return_x0", "workspace"}
+    plain = StepOptions(guidance=Guidance(2.0))
+    variants = [dataclasses.replace(plain, **{name: value}) for name, value in options.items()]
+    variants += [StepOptions(guidance=Guidance(**{"scale": 2.0, name: value})) for name, value in guidance.items()]
+    keys = [launch._key(output, x, TABLE, 1, each) for each in (plain, *variants)]
+    assert len(set(keys)) == len(keys)
+    # What captures are looked up by, whose numbers change.
+    assert Guidance(3.0, 0.5).fixed == Guidance(2.0).fixed != Guidance(2.0, cond_first=True).fixed
+
+
+def test_a_limit_that_has_no_name_is_refused_and_not_left_out():
+    class Soft:
+        range = 1.0
+
+    with pytest.raises(TypeError, match="limit: Soft; pass a Clip, a DynamicThreshold or None"):
+        limit_name(Soft())
+    assert [limit_name(limit) for limit in (None, Clip(), DynamicThreshold())] == ["none", "clip", "threshold"]

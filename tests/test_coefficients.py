@@ -154,6 +154,33 @@ def test_bad_options_are_refused(options, parts):
     assert all(part in str(caught.value) for part in parts), caught.value
 
 
+@pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.filterwarnings("error")
+def test_steps_between_states_without_signal_keep_their_variance(prediction_type, eta):
+    # The product of these alphas underflows to 0 long before the end.
+    schedule = Schedule(DDIMConfig(beta_start=0.9, beta_end=0.99, prediction_type=prediction_type))
+    pairs = schedule.pairs(10)
+    assert not schedule.alpha_bar([pairs[0][1]]).any()
+    table = StepTable.build(schedule, pairs, eta=eta)
+    assert np.isfinite(table.columns).all()
+    assert table.inverse is None
+    # Both predictions' epsilon is the state itself there: what it keeps and what is drawn make up unit variance.
+    np.testing.assert_allclose(np.hypot(table.rows[0].next_from_x, table.rows[0].noise_scale), 1)
+    # Equation 16 with alpha_bar and the quotient of the two both 0.
+    assert table.rows[0].noise_scale == eta
+    with pytest.raises(ValueError, match=r"pairs.*\(900, 800\).*without signal.*leave out"):
+        StepTable.build_inverse(schedule, pairs)
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_table_warns_where_a_training_timestep_adds_no_noise():
+    config = DDIMConfig(trained_betas=(1e-20, 0.5, 0.5), prediction_type="sample")
+    table = StepTable.build(Schedule(config), Schedule(config).pairs(3), use_clipped_model_output=False)
+    # alpha_bar of the last timestep is 1, so what is predicted there is the clean state.
+    assert (table.rows[-1].x0_from_output, table.rows[-1].noise_scale) == (1, 0)
+
+
 def test_epsilon_from_a_timestep_without_signal_is_refused():
     schedule = Schedule(DDIMConfig(rescale_betas_zero_snr=True, timestep_spacing="trailing"))
     with pytest.raises(ValueError, match=r"'epsilon' at timestep 999.*v_prediction"):

@@ -1,11 +1,13 @@
 import dataclasses
 import pickle
+from typing import get_args
 
 import diffusers
 import numpy as np
 import pytest
 
-from fastddim.config import Clip, DDIMConfig, DynamicThreshold
+from fastddim.config import LIMITS, Clip, DDIMConfig, DynamicThreshold, Limit, limit_numbers, with_numbers
+from fastddim.export.bundle import FORMAT
 
 
 def test_defaults_are_diffusers_own():
@@ -80,3 +82,17 @@ def test_a_value_out_of_range_names_itself_and_what_is_valid(make, parts):
     with pytest.raises(ValueError) as caught:
         make()
     assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_every_limit_has_one_name_here_and_in_a_manifest():
+    assert {type(None), *LIMITS.values()} == set(get_args(Limit))
+    _, *described = FORMAT.schema()["properties"]["sampling"]["properties"]["limit"]["oneOf"]
+    fields = {kind: {"kind", *(field.name for field in dataclasses.fields(made))} for kind, made in LIMITS.items()}
+    assert {item["properties"]["kind"]["const"]: set(item["required"]) for item in described} == fields
+
+
+def test_a_limit_takes_the_numbers_of_another_of_its_kind():
+    assert with_numbers(Clip(3.0), *limit_numbers(Clip(0.7))) == Clip(0.7)
+    other = DynamicThreshold(0.9, 3.5)
+    assert with_numbers(DynamicThreshold(), *limit_numbers(other)) == other
+    assert with_numbers(None, *limit_numbers(None)) is None

@@ -1,4 +1,5 @@
-"""Kernel bundles: what they say against what the compiler made, and the C++ launcher against Triton's, over a stub driver."""
+"""Kernel bundles: what they say against what the compiler made, and the C++ launcher and Triton's over a stub of the driver,
+with the machine in tests/ptx behind it, against the reference."""
 
 import json
 import os
@@ -16,12 +17,15 @@ import torch
 from cpp_driver import ROOT, build
 
 import damage
-from cubin_runs import CASES, ROW, STEPS, VARIANTS, bundle_parameters, eta_of, export, make_request
+from cubin_runs import CASES, ROW, STEPS, VARIANTS, can_prepare, eta_of, export, make_request, make_step, vary
 from fastddim import DDIMConfig, Schedule, StepTable
 from fastddim.cli import main
 from fastddim.export import BundleError, ExportError, KernelOptions, export_cubin, open_kernels
 from fastddim.export.cubin import exporter
 from fastddim.export.cubin.bundle import FORMAT
+from fastddim.reference import ddim_step as reference_step
+from ptx.launcher import Machine
+from ptx.stub import StubDevice, serve
 
 TOOLS = stub_cuda.HEADERS.parent / "bin"
 edited, put = partial(damage.edited, name="kernel.json"), partial(damage.put, name="kernel.json")
@@ -48,19 +52,20 @@ def bundles(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def by_triton(bundles):
-    """What Triton's launcher gives the stub driver, by variant and batch; and the images it loads."""
-    record = bundles / "record"
-    record.touch()
+    """A folder with what Triton's launcher, over the machine, made of every variant's tensors."""
     # The cache's keys are all that decides the code, so what the export compiled is taken where it is the same.
     run_without_interpreter(
-        ROOT / "tests" / "cubin_runs.py", "launch", bundles, STUB_CUDA_RECORD=str(record), TRITON_DISABLE_LINE_INFO="1",
-        TRITON_CACHE_DIR=str(bundles / "cache"),
+        ROOT / "tests" / "cubin_runs.py", "launch", bundles, STUB_CUDA_RECORD=str(bundles / "record"),
+        TRITON_DISABLE_LINE_INFO="1",
     )  # fmt: skip
-    runs = {case: json.loads((bundles / f"{case[0]}-{case[1]}.json").read_text()) for case in CASES}
-    for found in runs.values():
-        for launch in found["launches"]:
-            launch["code"] = Path(f"{record}.{launch['image']}").read_bytes()
-    return runs
+    return bundles
+
+
+@pytest.fixture(scope="session")
+def machine_of(bundles):
+    """The variables that put the machine behind the stub of other processes."""
+    with serve(StubDevice(Machine(90, seed=0), bundles / "cache")) as variables:
+        yield variables
 
 
 @pytest.fixture(scope="session")
@@ -85,11 +90,7 @@ def cpp(program, tmp_path):
         )
         assert done.returncode == 0, done.stderr
         lines = record.read_text().splitlines() if record.exists() else []
-        recorded = [json.loads(line) for line in lines]
-        for line in recorded:
-            if line["call"] == "launch":
-                line["code"] = Path(f"{record}.{line['image']}").read_bytes()
-        return [json.loads(line) for line in done.stdout.splitlines()], recorded
+        return [json.loads(line) for line in done.stdout.splitlines()], [json.loads(line) for line in lines]
 
     return run
 
@@ -175,40 +176,79 @@ def test_the_ptx_is_for_later_gpus_too(bundles, tmp_path, target):
         assert parameter_sizes(tmp_path / "kernel.cubin", "ddim_step_kernel")
 
 
-def named(parameters, names):
-    """A launch's parameters, its addresses as what they are of."""
-    values = [int.from_bytes(bytes.fromhex(parameter), "little") for parameter in parameters]
-    return [names.get(value, parameter) for value, parameter in zip(values, parameters, strict=True)]
+def close_to_the_reference(arguments, found):
+    """Compare results, by their names, with those of the step in plain torch."""
+    options = arguments["options"]
+    x_next, x0 = reference_step(**arguments)
+    expected = {"out": x_next, "x0": x0, "model_input": options.model_input, "next_timestep": options.next_timestep}
+    if options.advance:
+        expected["step"] = arguments["step"]
+    expected = {slot: tensor for slot, tensor in expected.items() if tensor is not None}
+    assert set(expected) <= set(found)
+    half = {torch.float16: 2**-9, torch.bfloat16: 2**-6}
+    for slot, tensor in expected.items():
+        tolerance = half.get(tensor.dtype, 3e-5 if tensor.is_floating_point() else 0)
+        torch.testing.assert_close(
+            found[slot], tensor, rtol=tolerance, atol=tolerance, msg=lambda text, s=slot: f"{s}: {text}"
+        )
+
+
+def keep(arrays, tensors, folder):
+    """Let the C++ program begin with these tensors, and write what became of them."""
+    for slot, array in arrays.items():
+        if array is not None and "same_as" not in array:
+            array |= {"file": str(folder / f"{slot}.before"), "save": str(folder / f"{slot}.after")}
+            (folder / f"{slot}.before").write_bytes(raw(tensors[slot]))
+
+
+def kept(arrays, tensors, folder):
+    """What became of them."""
+    return {
+        slot: torch.frombuffer(bytearray((folder / f"{slot}.after").read_bytes()), dtype=tensors[slot].dtype).view(
+            tensors[slot].shape
+        )
+        for slot, array in arrays.items()
+        if array is not None and "same_as" not in array
+    }
+
+
+def by_cpp(bundles, cpp, folder, name, batch, change=None, **variables):
+    """The C++ program's results on a variant's tensors, its answer to the launch and the record."""
+    tensors = torch.load(bundles / f"{name}-{batch}.pt")["before"]
+    arrays = arrays_of(manifest_of(bundles, name), batch)
+    if change is not None:
+        change(arrays)
+    keep(arrays, tensors, folder)
+    (loaded, launched), record = cpp(
+        {"load": str(bundles / name), "batch": batch}, step_request(name, arrays, stream=4711), **variables
+    )
+    assert "error" not in loaded and "error" not in launched, (loaded, launched)
+    return kept(arrays, tensors, folder), launched, record
 
 
 @pytest.mark.parametrize(("name", "batch"), CASES)
-def test_cpp_launches_what_triton_launches(bundles, by_triton, cpp, name, batch):
-    folder, manifest = bundles / name, manifest_of(bundles, name)
-    expected = by_triton[name, batch]
-    (loaded, launched), record = cpp(
-        {"load": str(folder), "batch": batch},
-        step_request(name, arrays_of(manifest, batch), stream=4711),
-        STUB_CUDA_PARAMETERS=bundle_parameters(folder),
-    )
-    assert "error" not in loaded and "error" not in launched, (loaded, launched)
+def test_tritons_launcher_takes_the_references_step(by_triton, name, batch):
+    found = torch.load(by_triton / f"{name}-{batch}.pt")
+    close_to_the_reference(make_step(name, batch), found["after"])
+    assert ("prepared" in found) == can_prepare(name)
+    arguments = make_step(name, batch)
+    for (output, row), results in zip(vary(arguments), found.get("prepared", ()), strict=can_prepare(name)):
+        close_to_the_reference(arguments | {"model_output": output, "step": row}, results)
+
+
+def test_what_the_machine_finds_is_raised_by_tritons_launcher(by_triton):
+    message = (by_triton / "error").read_text()
+    assert re.match(r"Triton Error \[CUDA\]: PtxError: no memory was given at 0x", message), message
+
+
+@pytest.mark.parametrize(("name", "batch"), CASES)
+def test_cpp_gives_tritons_bits(by_triton, cpp, machine_of, tmp_path, name, batch):
+    expected = torch.load(by_triton / f"{name}-{batch}.pt")["after"]
+    found, launched, record = by_cpp(by_triton, cpp, tmp_path, name, batch, **machine_of)
+    for slot, tensor in found.items():
+        assert raw(tensor) == raw(expected[slot]), slot
     launches = [line for line in record if line["call"] == "launch"]
-    plan = next(plan for plan in manifest["plans"] if plan["batch"] == batch)
-    assert len(launches) == len(expected["launches"]) == len(plan["launches"])
-    # Scratch memory is the first that is allocated, in the order of the names.
-    allocated = [line for line in record if line["call"] == "alloc"]
-    scratch = dict(zip(sorted(plan["scratch"]), allocated, strict=False))
-    assert {slot: line["bytes"] for slot, line in scratch.items()} == plan["scratch"]
-    names = {line["address"]: slot for slot, line in scratch.items()}
-    names |= {address: slot for slot, address in launched["addresses"].items() if address}
-    their_names = {address: slot for slot, address in expected["addresses"].items()}
-    assert set(their_names.values()) == set(names.values())
-    for ours, theirs in zip(launches, expected["launches"], strict=True):
-        for key in ("entry", "grid", "block", "shared"):
-            assert ours[key] == theirs[key], key
-        assert ours["stream"] == 4711
-        assert named(ours["parameters"], names) == named(theirs["parameters"], their_names)
-        assert len(ours["parameters"]) > 10
-        assert ours["code"] == theirs["code"]
+    assert {line["stream"] for line in launches} == {4711}
     schedule = Schedule(DDIMConfig())
     table = StepTable.build(schedule, schedule.pairs(STEPS), eta=eta_of(name))
     assert launched["columns"] == table.columns.ravel().tolist()
@@ -223,16 +263,29 @@ def test_cpp_launches_what_triton_launches(bundles, by_triton, cpp, name, batch)
     [(80, "sm_80.cubin"), (86, "sm_80.cubin"), (89, "sm_80.cubin"), (90, "sm_90a.cubin"), (100, "sm_100a.cubin"),
      (103, "sm_80.ptx"), (120, "sm_120a.cubin"), (121, "sm_80.ptx")],
 )  # fmt: skip
-def test_every_gpu_gets_its_code(bundles, cpp, capability, file):
-    folder = bundles / "action"
-    (loaded, launched), record = cpp(
-        {"load": str(folder), "batch": 1},
-        step_request("action", arrays_of(manifest_of(bundles, "action"), 1)),
-        STUB_CUDA_CAPABILITY=str(capability),
-    )
-    assert "error" not in loaded and "error" not in launched, (loaded, launched)
-    (launch,) = (line for line in record if line["call"] == "launch")
-    assert launch["code"] == (folder / f"ddim_step_kernel_0.{file}").read_bytes()
+def test_every_gpu_gets_its_code(by_triton, cpp, machine_of, tmp_path, capability, file):
+    found, _, record = by_cpp(by_triton, cpp, tmp_path, "action", 1, STUB_CUDA_CAPABILITY=str(capability), **machine_of)
+    close_to_the_reference(make_step("action", 1), found)
+    (image,) = (line for line in record if line["call"] == "function")
+    assert Path(image["path"]).read_bytes() == (by_triton / "action" / f"ddim_step_kernel_0.{file}").read_bytes()
+
+
+FAULTS = {
+    r"PTX line \d+, @%p\d+ ld\.global.*: outside a tensor of 14 bytes, by": put(
+        64, "plans", 0, "launches", 0, "numbers", "n"
+    ),
+    r"ddim_step_kernel: launched in blocks of \[32, 1, 1\] threads, and is for 64": put(1, "kernels", 0, "num_warps"),
+}
+
+
+@pytest.mark.parametrize("message", FAULTS)
+def test_what_the_machine_finds_is_an_error_of_the_driver(bundles, cpp, machine_of, tmp_path, message):
+    folder = shutil.copytree(bundles / "action", tmp_path / "action")
+    FAULTS[message](folder)
+    request = step_request("action", arrays_of(manifest_of(bundles, "action"), 1))
+    (_, answer), _ = cpp({"load": str(folder), "batch": 1}, request, **machine_of)
+    assert answer["error"] == "CudaError"
+    assert re.match(rf"cuLaunchKernel: error 719 \(PtxError: {message}", answer["message"])
 
 
 @pytest.mark.parametrize("capability", [75, 110])
@@ -339,17 +392,11 @@ def test_wrong_arguments_are_named(bundles, cpp, message):
     assert not [line for line in record if line["call"] == "launch"]
 
 
-def test_a_step_may_be_in_place(bundles, cpp):
-    arrays = arrays_of(manifest_of(bundles, "latents"), 6)
-    arrays["out"] |= {"same_as": "sample"}
-    (_, answer), record = cpp(
-        {"load": str(bundles / "latents"), "batch": 6}, step_request("latents", arrays),
-        STUB_CUDA_PARAMETERS=bundle_parameters(bundles / "latents"),
-    )  # fmt: skip
-    assert "error" not in answer
-    (launch,) = (line for line in record if line["call"] == "launch")
-    sample, out = launch["parameters"][1], launch["parameters"][5]
-    assert sample == out
+def test_a_step_may_be_in_place(by_triton, cpp, machine_of, tmp_path):
+    found, _, _ = by_cpp(
+        by_triton, cpp, tmp_path, "latents", 6, lambda arrays: arrays["out"].update(same_as="sample"), **machine_of
+    )
+    assert torch.equal(found["sample"], torch.load(by_triton / "latents-6.pt")["after"]["out"])
 
 
 def test_a_batch_or_row_that_is_not_there_is_named(bundles, cpp):
@@ -475,6 +522,11 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path, monkeypatch):
         (["--shape", "4x6", "--guidance-rescale"], "--guidance-rescale: True without --guidance; pass both"),
         (["--shape", "4x6", "--limit", "clip=x"], "--limit: 'clip=x'"),
         (["--shape", "4x6", "--limit", "threshold=2:2"], "--limit: 'threshold=2:2'"),
+        (
+            ["--shape", "4x6", "--limit", "threshold=0.9"],
+            "--limit: 'threshold=0.9' (threshold takes ratio and max_value)",
+        ),
+        (["--shape", "4x6", "--limit", "clamp=1"], "'clamp' is not one of 'clip', 'threshold'"),
     ],
 )
 def test_the_command_names_what_is_wrong(arguments, message, tmp_path, capsys):
@@ -503,10 +555,7 @@ def test_on_a_gpu_cpp_gives_tritons_bits(name, batch, tmp_path):
     request, tensors = make_request(name, batch, "cuda")
     manifest = manifest_of(tmp_path, name)
     arrays = arrays_of(manifest, batch)
-    for slot, array in arrays.items():
-        if array is not None:
-            array |= {"file": str(tmp_path / f"{slot}.before"), "save": str(tmp_path / f"{slot}.after")}
-            (tmp_path / f"{slot}.before").write_bytes(raw(tensors[slot]))
+    keep(arrays, tensors, tmp_path)
     request.run()
     executable = build("kernels", "step_driver") / "step_driver"
     requests = [{"load": str(tmp_path / name), "batch": batch}, step_request(name, arrays)]

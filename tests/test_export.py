@@ -32,7 +32,6 @@ from fastddim.export import (
     export_onnx,
     open_bundle,
     step_module,
-    validate,
     verify_bundle,
 )
 from fastddim.export.bundle import FORMAT, write_bundle
@@ -227,6 +226,15 @@ def test_a_baked_schedule_is_the_schedules_own_for_every_number_of_steps(spacing
         if steps < 30 or steps % 111 == 0:
             table = fastddim.StepTable.build(schedule, pairs, eta=eta, use_clipped_model_output=True)
             np.testing.assert_allclose(coefficients, table.columns, rtol=1e-6, atol=1e-7)
+
+
+def test_a_baked_schedule_goes_through_states_without_signal():
+    schedule = Schedule(DDIMConfig(beta_start=0.9, beta_end=0.99, prediction_type="v_prediction"))
+    _, coefficients = ScheduleModule(schedule, 0.5, False)(torch.tensor(10))
+    # Equation 16 between two alpha_bar of 0: v's epsilon is the state, of which sqrt(1 - eta**2) stays.
+    expected = torch.tensor([0, -1, 0.75**0.5, 0, 0, 0.5])
+    torch.testing.assert_close(coefficients[:8], expected.expand(8, 6))
+    assert coefficients.isfinite().all()
 
 
 def test_a_file_with_a_baked_schedule_needs_a_number_of_steps_alone(tmp_path):
@@ -660,8 +668,8 @@ def test_a_crash_leaves_nothing_half_written(tmp_path):
 
 
 def test_a_file_that_differs_from_torch_is_not_written(tmp_path, monkeypatch):
-    real = validate._sample
-    monkeypatch.setattr(validate, "_sample", lambda *arguments: real(*arguments) + 1e-3)
+    real = Sampler.__call__
+    monkeypatch.setattr(Sampler, "__call__", lambda *arguments, **options: real(*arguments, **options) + 1e-3)
     with pytest.raises(ParityError, match=r"differs from torch by 0\.001"):
         export_tiny(tmp_path / "bundle")
     assert os.listdir(tmp_path) == []

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from damage import edit, put
-from fastddim import Clip, DDIMConfig, DynamicThreshold
+from fastddim import Clip, DDIMConfig, DynamicThreshold, StepTable
 from fastddim.export import BundleError, ExportOptions, OrtSampler, ParityError, export_onnx, open_bundle, verify_bundle
 from fastddim.noise import STREAM_INITIAL, normal_numpy
 from flow import SHAPE, START_SCALE, TIMESTEPS, Wave, flow_table, plain_loop
@@ -143,6 +143,12 @@ def test_what_a_table_or_a_scheduler_does_not_take_is_named(tmp_path):
         export_flow(tmp_path / "bundle", flow_table(noise=0.1))
     with pytest.raises(ValueError, match=r"limit: Clip\(range=1.0\), but a scheduler's configuration has its own"):
         export_flow(tmp_path / "bundle", DDIMConfig(), Clip())
+    with pytest.raises(TypeError, match=r"scheduler_or_table: str; pass a fastddim Schedule.* or a StepTable"):
+        export_flow(tmp_path / "bundle", "ddim")
+    infinite = np.zeros((2, 6))
+    infinite[1, 3] = math.inf
+    with pytest.raises(ValueError, match=r"scheduler_or_table: row 1 has next_from_output inf.*; leave out timestep 5"):
+        export_flow(tmp_path / "bundle", StepTable.from_columns([9, 5], infinite))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""The fused step in Triton's interpreter (on the GPU where there is one) against the oracle and the reference."""
+"""The fused step, as PTX on a machine in tests/ptx (on the GPU where there is one), against the oracle and the reference."""
 
 import dataclasses
 import functools
@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+import triton
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,14 +25,17 @@ from fastddim.step import StepOptions
 from oracle import ddim, guide
 
 ddim_step, reference_step = (functools.partial(fastddim.ddim_step, backend=name) for name in ("triton", "reference"))
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SCHEDULE = Schedule(DDIMConfig())
 PAIRS = SCHEDULE.pairs(10)
 # x0 is the model output and x_next is x0: what a limit does, and nothing else.
 IDENTITY = torch.tensor([[0.0, 1.0, 0.0, 0.0, 1.0, 0.0]], device=DEVICE)
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning"),
+    pytest.mark.usefixtures("machine"),
+]
 
 
 def table(eta=0.0, rederive=False, prediction_type="epsilon"):
@@ -270,12 +274,21 @@ def magnitudes(kind, batch, n):
 MAGNITUDES = ("normal", "ties", "within one", "around one", "all equal", "denormal", "huge", "infinite", "nan")
 
 
-def check_threshold(kind, n, ratio, maximum, tier, workspace=None):
+def on_device(ratio, maximum):
+    """A threshold whose numbers are in memory, so that one kernel serves all of a kind."""
+    kinds = (DynamicThreshold(0.5, 1.5), DynamicThreshold(0.5, 300.0), DynamicThreshold(0.5, 1e6))
+    wanted = limit_kind(DynamicThreshold(ratio, maximum), numbers_change=True)
+    (planned,) = [kind for kind in kinds if limit_kind(kind, numbers_change=True) == wanted]
+    return planned, torch.tensor([maximum, ratio], dtype=torch.float64, device=DEVICE)
+
+
+def check_threshold(kind, n, limit, tier, workspace=None, limit_values=None):
     output = magnitudes(kind, 2, n)
     state = torch.zeros_like(output)
-    limit = DynamicThreshold(ratio, maximum)
-    _, x0 = ddim_step(output, state, IDENTITY, 0, limit=limit, out=poisoned((2, n)), workspace=workspace)
+    out = poisoned((2, n))
+    _, x0 = ddim_step(output, state, IDENTITY, 0, limit=limit, limit_values=limit_values, out=out, workspace=workspace)
     assert last_plan().tier == tier
+    maximum, ratio = (limit.max_value, limit.ratio) if limit_values is None else limit_values.tolist()
     quantile = torch.quantile(output.abs(), ratio, dim=1)
     scale = quantile.clamp(1, maximum)[:, None]
     expected = output.clamp(-scale, scale) / scale
@@ -286,7 +299,8 @@ def check_threshold(kind, n, ratio, maximum, tier, workspace=None):
 @pytest.mark.parametrize("n", [1, 2, 7, 100])
 def test_the_threshold_is_torch_quantiles(kind, n):
     for ratio, maximum in itertools.product((0.0, 0.3, 0.5, 0.69, 0.71, 0.995, 1.0), (1.5, 1e3)):
-        check_threshold(kind, n, ratio, maximum, "whole")
+        limit, values = on_device(ratio, maximum)
+        check_threshold(kind, n, limit, "whole", limit_values=values)
 
 
 @pytest.mark.usefixtures("_small_statistics")
@@ -295,7 +309,11 @@ def test_the_threshold_is_torch_quantiles(kind, n):
 def test_the_threshold_of_large_samples_is_torch_quantiles(kind, n):
     workspace = Workspace()
     for ratio, maximum in itertools.product((0.0, 0.5, 0.69, 0.71, 1.0), (1.5, 300.0)):
-        check_threshold(kind, n, ratio, maximum, "statistics", workspace)
+        limit, values = on_device(ratio, maximum)
+        check_threshold(kind, n, limit, "statistics", workspace, values)
+    # With the numbers compiled in.
+    for ratio, maximum in ((0.0, 1.5), (0.69, 300.0), (0.71, 1.5), (1.0, 300.0)):
+        check_threshold(kind, n, DynamicThreshold(ratio, maximum), "statistics", workspace)
     assert not workspace._kept["counters"].any()
 
 
@@ -312,14 +330,15 @@ def test_any_threshold_is_exact(values, ratio, maximum, large):
         if large:
             patch.setattr(plan, "WHOLE_SAMPLE", 0)
             patch.setattr(plan, "STATISTICS_BLOCK", 16)
-        limit = DynamicThreshold(ratio, maximum)
-        _, x0 = ddim_step(output, torch.zeros_like(output), IDENTITY, 0, limit=limit)
+        limit, values = on_device(ratio, maximum)
+        _, x0 = ddim_step(output, torch.zeros_like(output), IDENTITY, 0, limit=limit, limit_values=values)
         assert last_plan().tier == ("statistics" if large else "whole")
     launch._ENTRIES.clear()
     scale = float(torch.quantile(output.abs().flatten(), ratio).clamp(1, maximum))
     torch.testing.assert_close(x0, output.clamp(-scale, scale) / scale, rtol=0, atol=0)
 
 
+@pytest.mark.sampled
 def test_a_sample_of_16384_takes_one_program_and_one_more_element_three_launches():
     limit = DynamicThreshold(0.995, 2.0)
     for n, tier, launches in ((16384, "whole", 1), (16385, "statistics", 3)):
@@ -338,6 +357,29 @@ def test_a_megapixel_sample_is_exact():
     scale = abs_quantile(output, 0.995).clamp(1, 10)
     assert last_plan().tier == "statistics"
     torch.testing.assert_close(x0, output.clamp(-scale, scale) / scale, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "limit", "rescale"), [((16, 4, 64, 64), "clip", 0.0), ((2, 3, 200, 201), "threshold", 0.6)]
+)
+def test_pictures_and_latents_are_the_references(shape, limit, rescale, dtype):
+    batch, steps = shape[0], table(1.0, rederive=True)
+    x, output = draw(shape, dtype), draw((2 * batch, *shape[1:]), dtype, seed=1)
+    index, next_timestep = torch.arange(batch, device=DEVICE) % 9, torch.zeros(2 * batch, device=DEVICE)
+    kwargs = {
+        "limit": LIMITS[limit], "guidance": Guidance(2.5, rescale), "seeds": seed_tensor(range(batch), DEVICE), "advance": True,
+        "timesteps": torch.tensor(steps.timesteps, device=DEVICE), "next_timestep": next_timestep,
+    }  # fmt: skip
+    expected = reference_step(output, x, steps, index.clone(), **kwargs)
+    timesteps = next_timestep.clone()
+    before = index.clone()
+    actual = ddim_step(output, x, steps, index, out=poisoned(shape, dtype), **kwargs)
+    tolerance = 3e-5 if dtype == torch.float32 else torch.finfo(dtype).eps * 2
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    assert torch.equal(index, before + 1) and torch.equal(next_timestep, timesteps)
 
 
 def test_a_threshold_of_at_most_one_is_dispatched_as_a_clip():
@@ -392,6 +434,7 @@ def test_nan_and_infinity_in_the_model_output_end_as_in_the_reference(value, gui
             assert ours[0][-1].isnan().any() and ours[1][-1].isnan().any()
 
 
+@pytest.mark.sampled
 def test_drawn_noise_is_noise_pys_for_any_batch_block_and_position(monkeypatch):
     """The bits of the noise itself: nothing else in the row."""
     only_noise = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 1.0]] * 8, device=DEVICE)
@@ -409,6 +452,7 @@ def test_drawn_noise_is_noise_pys_for_any_batch_block_and_position(monkeypatch):
             assert np.array_equal(drawn.numpy().view(np.int32), expected.view(np.int32))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 5, 7), (2, 1025), (4,), (0, 3)])
 def test_drawn_starts_are_noise_pys(shape, dtype):
@@ -433,6 +477,7 @@ def test_first_row_counts_the_steps_of_the_noise_from_each_samples_own_start():
     assert np.array_equal(x_next[0].cpu(), normal_numpy([4], 2, (50,))[0])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("elements", [40, 700])
 @pytest.mark.parametrize("guided", [True, False])
@@ -490,6 +535,7 @@ def test_an_index_outside_the_table_gives_nan_instead_of_someone_elses_memory():
     torch.testing.assert_close(x_next[[0, 2]], expected[[0, 2]])
 
 
+@pytest.mark.sampled
 def test_a_channels_last_model_beside_a_contiguous_state():
     shape = (2, 3, 6, 10)
     x, output = draw(shape), draw((4, *shape[1:]), torch.bfloat16, seed=1)
@@ -731,7 +777,7 @@ def test_threads_share_the_plans():
     inputs = [(draw((2, 50 + k % 3), seed=k), draw((2, 50 + k % 3), seed=k + 100)) for k in range(12)]
     expected = [reference_step(output, x, table(), 4, limit=Clip())[0] for output, x in inputs]
     # The interpreter patches triton.language while a kernel runs, so it takes one thread at a time.
-    with ThreadPoolExecutor(1 if DEVICE == "cpu" else 4) as pool:
+    with ThreadPoolExecutor(1 if triton.knobs.runtime.interpret else 4) as pool:
         results = list(pool.map(lambda pair: ddim_step(*pair, table(), 4, limit=Clip())[0], inputs))
     for actual, wanted in zip(results, expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)

@@ -20,11 +20,13 @@ from fastddim import Sampler
 from fastddim.cli import main
 from fastddim.export import BundleError, Runtime, get_runtime, open_bundle, open_sampler, register_runtime, runtimes
 from fastddim.export import runtime as registry
+from fastddim.export.runtime import BUILT_IN
 from fastddim.noise import STREAM_INITIAL, normal_numpy
 from flow import SHAPE, START_SCALE, Wave, flow_table, plain_loop
 from test_export import class_pipeline
 
-BUILT_IN = ["onnx", "aoti", "tensorrt", "cubin"]
+# As messages list them.
+QUOTED, COMMAS = ", ".join(map(repr, BUILT_IN)), ", ".join(BUILT_IN)
 
 
 @pytest.fixture
@@ -138,14 +140,12 @@ def test_an_unknown_runtime_gets_the_list(toy, pipeline, tmp_path, monkeypatch, 
     pipe = class_pipeline()
     bundle = toy_runtime.export_toy(pipe.unet, pipe.scheduler, tmp_path / "bundle")
     monkeypatch.setattr(registry, "_registered", {})
-    with pytest.raises(ValueError, match="runtime: 'toy' is not one of 'onnx', 'aoti', 'tensorrt', 'cubin'"):
+    with pytest.raises(ValueError, match=f"runtime: 'toy' is not one of {QUOTED}"):
         get_runtime("toy")
-    with pytest.raises(
-        BundleError, match=r"manifest.json': runtime: 'toy' is not one of 'onnx', 'aoti', 'tensorrt', 'cubin'"
-    ):
+    with pytest.raises(BundleError, match=rf"manifest.json': runtime: 'toy' is not one of {QUOTED}"):
         open_bundle(bundle.path)
     assert main(["export", "toy"]) == 2
-    assert "No such command 'toy'; pass one of onnx, aoti, tensorrt, cubin, repository." in told(capsys)
+    assert f"No such command 'toy'; pass one of {COMMAS}, repository." in told(capsys)
     edit(bundle.path, lambda manifest: manifest.update(runtime="cubin"))
     with pytest.raises(BundleError, match="is for 'cubin', which has no sampler in Python"):
         open_sampler(bundle.path)
@@ -228,10 +228,11 @@ def test_help_loads_nothing_of_the_runtimes():
     code = """
     import sys
     from fastddim.cli import main
+    from fastddim.export.runtime import BUILT_IN
     assert main(["--help"]) == 0
     loaded = set(sys.modules)
     assert not any(name.endswith(".command") and name.count(".") == 3 and "server" not in name for name in loaded)
-    for name in ("onnx", "aoti", "tensorrt", "cubin", "repository"):
+    for name in (*BUILT_IN, "repository"):
         assert main(["export", name, "--help"]) == 0
     heavy = {"torch", "diffusers", "onnx", "onnxruntime", "jsonschema", "triton", "tensorrt", "tensorrt_rtx"}
     print(sorted(heavy.intersection(sys.modules)))
@@ -284,7 +285,7 @@ def test_the_new_spelling_can_be_pasted(fresh, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tflite"], "No such command 'tflite'; pass one of onnx, aoti, tensorrt, cubin, repository. See fastddim export"),
+        (["tflite"], f"No such command 'tflite'; pass one of {COMMAS}, repository. See fastddim export"),
         (["onnx", "--gidance"], "No such option: --gidance (Possible options: --guidance"),
         (["aoti", "--zzz"], "No such option: --zzz (Possible options: --out, --force, --json, --kind, "),
         (["onnx", "--cpu-isa", "avx2"], "No such option: --cpu-isa"),

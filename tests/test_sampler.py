@@ -256,7 +256,9 @@ def test_nothing_that_is_assigned_is_ignored(name, fix):
     sampler = Sampler(torch_model, DDIMConfig(), 4, sample_shape=SHAPE)
     with pytest.raises(AttributeError, match=f"{name}: a Sampler does not change; {fix}"):
         setattr(sampler, name, 3)
-    assert not hasattr(sampler, "guidence")
+    with pytest.raises(AttributeError, match=f"{name}: a Sampler does not change; make another Sampler"):
+        delattr(sampler, name)
+    assert not hasattr(sampler, "guidence") and sampler.guidance_scale is None
 
 
 def test_an_unknown_option_is_named_with_the_nearest_one():
@@ -271,8 +273,10 @@ def test_a_copy_samples_the_same(again):
     pipe = load_pipeline()
     sampler = Sampler(pipe.unet, pipe.scheduler, 2, graph="step", eta=0.5)
     label = {"class_labels": torch.tensor([3])}
+    sampler.warmup(1, **label)
     expected = sampler(1, seeds=0, **label)
     copied = again(sampler)
+    copied.warmup(1, **label)
     assert torch.equal(copied(1, seeds=0, **label), expected) and copied.options == sampler.options
     assert (copied.model is sampler.model) == (copied.graphs is sampler.graphs) == (again is copy.copy)
     assert len(copied.graphs) == len(sampler.graphs) == 1
@@ -295,7 +299,7 @@ def fail(*args, **kwargs):
 @pytest.mark.parametrize(
     ("options", "error", "parts"),
     [
-        ({"scheduler": 5}, TypeError, ["scheduler", "int", "Schedule"]),
+        ({"scheduler": 5}, TypeError, ["scheduler", "int", "Schedule", "StepTable"]),
         ({"model": 5}, TypeError, ["model", "int"]),
         ({"num_inference_steps": 1001}, ValueError, ["num_inference_steps", "1001", "[1, 1000]"]),
         ({"num_inference_steps": None}, ValueError, ["num_inference_steps", "timesteps"]),
@@ -304,6 +308,16 @@ def fail(*args, **kwargs):
         ({"guidance_rescale": 0.5}, ValueError, ["guidance_rescale", "0.5", "guidance_scale"]),
         ({"guidance_scale": 2.0, "guidance_rescale": 1.5}, ValueError, ["guidance_rescale", "1.5", "[0, 1]"]),
         ({"dtype": torch.int64}, ValueError, ["dtype", "int64"]),
+        ({"dtype": "float32"}, ValueError, ["dtype: 'float32'", "torch.dtype"]),
+        ({"device": "gpu"}, ValueError, ["device: 'gpu'", "'cuda:0'"]),
+        ({"device": 0.5}, ValueError, ["device: 0.5", "'cuda:0'"]),
+        ({"eta": "most"}, ValueError, ["eta: 'most'", "[0, 1]"]),
+        ({"guidance_interval": 0.5}, ValueError, ["guidance_interval: 0.5", "two fractions"]),
+        ({"guidance_interval": (0, 0.5, 1)}, ValueError, ["guidance_interval: (0, 0.5, 1)", "two fractions"]),
+        ({"batch_buckets": 4}, ValueError, ["batch_buckets: 4", "list of integers"]),
+        ({"num_inference_steps": None, "timesteps": 4}, ValueError, ["timesteps: 4", "list of integers"]),
+        ({"sample_shape": 8}, ValueError, ["sample_shape: 8", "list of integers"]),
+        ({"sample_shape": (3, 4.5)}, ValueError, ["sample_shape: 4.5", "integer"]),
         ({"strength": 0}, ValueError, ["strength", "0"]),
         (
             {"scheduler": DDIMConfig(rescale_betas_zero_snr=True, timestep_spacing="trailing")},
@@ -381,5 +395,10 @@ def test_a_subclass_keeps_attributes_of_its_own_and_its_class():
 
     sampler = Named(torch_model, DDIMConfig(), 4, name="eight", sample_shape=SHAPE)
     assert sampler.name == "eight" and type(sampler.replace(num_inference_steps=8)) is Named
+    assert sampler.replace(num_inference_steps=8).replace(eta=0.5).name == "eight"
     with pytest.raises(AttributeError, match="eta: a Sampler does not change"):
         sampler.eta = 1.0
+    with pytest.raises(AttributeError, match="eta: a Sampler does not change"):
+        del sampler.eta
+    del sampler.name
+    assert not hasattr(sampler, "name")

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastddim.config import TIMESTEP_SPACINGS, Clip, DDIMConfig, DynamicThreshold
-from fastddim.schedule import Schedule, make_timesteps
+from fastddim.config import BETA_SCHEDULES, TIMESTEP_SPACINGS, Clip, DDIMConfig, DynamicThreshold
+from fastddim.schedule import Schedule, make_betas, make_timesteps
 
 BETA_OPTIONS = [
     {"beta_schedule": "linear"},
@@ -38,6 +38,12 @@ def test_zero_snr_ends_at_exactly_zero_and_keeps_the_start():
     plain, rescaled = Schedule(DDIMConfig()), Schedule(DDIMConfig(rescale_betas_zero_snr=True))
     assert rescaled.alphas_cumprod[-1] == 0.0
     assert rescaled.alphas_cumprod[0] == pytest.approx(plain.alphas_cumprod[0], rel=1e-12)
+
+
+def test_every_name_is_a_schedule_or_spacing_of_its_own():
+    betas = {tuple(make_betas(DDIMConfig(beta_schedule=name))) for name in BETA_SCHEDULES}
+    timesteps = {tuple(make_timesteps(DDIMConfig(timestep_spacing=name), 7)) for name in TIMESTEP_SPACINGS}
+    assert len(betas) == len(BETA_SCHEDULES) and len(timesteps) == len(TIMESTEP_SPACINGS)
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
@@ -148,6 +154,9 @@ def test_a_bad_configuration_names_field_value_and_what_is_valid(options, parts)
 def test_unknown_keys_are_errors_unless_another_schedulers_configuration_is_taken():
     with pytest.raises(ValueError, match=r"beta_begin.*Did you mean 'beta_end'|beta_begin.*Did you mean 'beta_start'"):
         DDIMConfig.from_dict({"beta_begin": 0.1})
+    # A bundle's reader and the command line say more behind it.
+    with pytest.raises(ValueError, match=r"prediction_type: 'zzz' is not one of 'epsilon', 'sample', 'v_prediction'$"):
+        DDIMConfig(prediction_type="zzz")
     config = diffusers.EulerDiscreteScheduler(prediction_type="v_prediction").config
     assert DDIMConfig.from_dict(config, ignore_unknown=True).prediction_type == "v_prediction"
 

@@ -1,5 +1,5 @@
-"""The fused step as TensorRT's plugin: its values in Triton's interpreter, its PTX, its graph, and TensorRT's own Python
-classes around it, over a stub of the libraries."""
+"""The fused step as TensorRT's plugin: its values, its graph, TensorRT's own Python classes around it, over a stub of the
+libraries, and the PTX that they are given, launched as they are told to on the machine in tests/ptx."""
 
 import functools
 import importlib.util
@@ -33,15 +33,17 @@ from fastddim.export import (
     open_bundle,
     open_sampler,
 )
-from fastddim.export.bundle import FORMAT
+from fastddim.export.bundle import FORMAT, read_limit
 from fastddim.export.onnx.graph import find_model_output
 from fastddim.export.tensorrt import exporter
 from fastddim.export.tensorrt import plugin as trt_plugin
 from fastddim.export.tensorrt.library import Library
 from fastddim.kernels import plugin
 from fastddim.kernels.plugin import INPUTS, PluginKernel, ddim_step_in_plugin, drop_scratch, plan_plugin_step
+from fastddim.reference import ddim_step as reference_step
 from fastddim.step import Guidance, StepOptions
 from oracle import ddim, guide
+from ptx.launcher import Machine
 from test_cubin import TOOLS, parameter_sizes
 from test_export import LABELS, Tiny
 from test_export_tensorrt import dit
@@ -49,22 +51,26 @@ from test_export_tensorrt import dit
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::RuntimeWarning")
 
 TARGETS = {80: "sm_80", 90: "sm_90a", 100: "sm_100a", 120: "sm_120a"}
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
 
 # Values.
 
 
-def launch(step, tensors, model_output, grid=None, numbers=None):
+def launch(step, tensors, model_output):
     """Both results of the kernel, from poisoned memory."""
     sample = tensors["sample"]
     given = {**tensors, "model_output": model_output}
     assert [name for name in INPUTS if name in given] == list(step.inputs)
     inputs = [given[name].to(DEVICE) if name in given else None for name in INPUTS]
     outputs = [torch.full_like(sample, float("nan"), device=DEVICE) for _ in range(2)]
-    numbers = [step.elements, len(sample)] if numbers is None else numbers
-    grid = step.grid(len(sample)) if grid is None else grid
-    ddim_step_in_plugin[grid](
-        *inputs, *numbers, *outputs, **step.constants, num_warps=step.num_warps, enable_fp_fusion=False
+    ddim_step_in_plugin[step.grid(len(sample))](
+        *inputs,
+        step.elements,
+        len(sample),
+        *outputs,
+        **step.constants,
+        num_warps=step.num_warps,
+        enable_fp_fusion=False,
     )
     return [output.cpu() for output in outputs]
 
@@ -91,6 +97,7 @@ GUIDANCE = [
 ]
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize(("shape", "guided", "rescale"), GUIDANCE)
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("noise", [False, True])
@@ -133,6 +140,7 @@ def test_the_step_is_the_oracles(shape, limit, guided, rescale, noise):
             np.testing.assert_allclose(found[one].numpy(), wanted, rtol=0, atol=2e-6 * max(1.0, largest))
 
 
+@pytest.mark.usefixtures("machine")
 def test_blocks_are_the_first_profiles_and_the_grid_holds_any_batch():
     plan = functools.partial(plan_plugin_step, 4, 5000, StepOptions(limit=Clip()))
     step = plan(70_000)
@@ -230,6 +238,26 @@ def draw_inputs(bundle, batch):
     return {item["name"]: made[item["name"]] for item in bundle.manifest["inputs"]}
 
 
+def execute(compiled, ptx, inputs, model_output):
+    """Both results of code that is launched as TensorRT is told to."""
+    machine = Machine(90, seed=0)
+    kernel = machine.load(ptx)
+    (asked,) = (each for each in compiled["launches"] if each["batch"] == len(inputs["sample"]))
+    tensors = [model_output, *(torch.from_numpy(inputs[name]) for name in compiled["inputs"][1:])]
+    outputs = [torch.full(shape, float("nan")) for shape in asked["outputs"]]
+    arguments = [*tensors, *asked["scalars"], *outputs]
+    assert compiled["entry"] == kernel.kernel.name and len(arguments) == len(kernel.kernel.parameters)
+    assert asked["block"] == [kernel.kernel.threads, 1, 1]
+    machine.launch(kernel, tuple(asked["grid"]), arguments, asked["shared"])
+    return outputs
+
+
+def check_results(actual, expected, rows):
+    for found, wanted in zip(actual, expected, strict=True):
+        for b, row in enumerate(rows):
+            np.testing.assert_allclose(found[b], wanted[b], rtol=0, atol=2e-6 * max(1.0, np.abs(row).max()))
+
+
 @pytest.fixture
 def compiled(monkeypatch):
     """What was compiled: a stand-in, as Triton's interpreter has the tests' process. `(dtype, compute capability)` of each."""
@@ -260,7 +288,7 @@ def fuse(bundle, fake):
 # ONNX Runtime has no bfloat16 convolution.
 @pytest.mark.parametrize("name", [name for name in BUNDLES if name != "bfloat16"])
 def test_the_graph_with_the_plugin_computes_the_graph(bundles, driven, fake, name):
-    """ONNX Runtime as far as the node, the kernel launched as TensorRT is told to, against the operations it replaces."""
+    """ONNX Runtime as far as the node, the code launched as TensorRT is told to, against the operations it replaces."""
     bundle = bundles(name)
     model = fuse(bundle, fake)
     node = model.graph.node[-1]
@@ -280,21 +308,13 @@ def test_the_graph_with_the_plugin_computes_the_graph(bundles, driven, fake, nam
     model_output = onnxruntime.InferenceSession(before.SerializeToString(), providers=["CPUExecutionProvider"])
     whole = onnxruntime.InferenceSession(bundle.model_path, providers=["CPUExecutionProvider"])
     compiled = told(driven, name)
-    (_, usual, _), (_, _, largest) = (each["batch"] for each in compiled["ranges"])
-    step = trt_plugin._plan(bundle.manifest, usual, largest)
-    assert step.constants == compiled["constants"] and step.constants["SAMPLE_AXIS"] == (name != "noise")
+    assert compiled["constants"]["SAMPLE_AXIS"] == (name != "noise")
     for batch in (1, 4):
         inputs = draw_inputs(bundle, batch)
         known = {value.name for value in model_output.get_inputs()}
         (output,) = model_output.run(None, {key: value for key, value in inputs.items() if key in known})
-        tensors = {key: torch.from_numpy(inputs[key]) for key in node.input[1:]}
-        (asked,) = (each for each in compiled["launches"] if each["batch"] == batch)
-        actual = launch(step, tensors, torch.from_numpy(output), tuple(asked["grid"][:2]), asked["scalars"])
-        for found, expected in zip(actual, whole.run(None, inputs), strict=True):
-            for b, row in enumerate(inputs["coefficients"]):
-                np.testing.assert_allclose(
-                    found[b].numpy(), expected[b], rtol=0, atol=2e-6 * max(1.0, np.abs(row).max())
-                )
+        actual = execute(compiled, compiled["ptx"], inputs, torch.from_numpy(output))
+        check_results(actual, whole.run(None, inputs), inputs["coefficients"])
 
 
 def test_the_models_output_is_taken_before_it_is_widened(bundles, fake, compiled):
@@ -322,6 +342,22 @@ def test_a_graph_whose_step_cannot_be_told_is_an_error(bundles, fake, monkeypatc
         fuse(bundles("plain"), fake)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["noise", "threshold", "bfloat16"])
+def test_the_code_for_every_target_takes_the_references_step(bundles, driven, name, target):
+    manifest, compiled = bundles(name).manifest, told(driven, name)
+    sampling, inputs = manifest["sampling"], draw_inputs(bundles(name), 4)
+    given = {key: torch.from_numpy(value) for key, value in inputs.items()}
+    generator = torch.Generator().manual_seed(2)
+    output = torch.randn((4 * (1 + sampling["guided"]), *manifest["sample"]["shape"]), generator=generator)
+    output = output.to(DTYPES[sampling["dtype"]])
+    guidance = Guidance(given["guidance_scale"], given.get("guidance_rescale", 0.0)) if sampling["guided"] else None
+    options = StepOptions(guidance=guidance, limit=read_limit(manifest), noise=given.get("noise"))
+    expected = reference_step(output, given["sample"], given["coefficients"], torch.arange(4), options)
+    ptx = (driven / name / f"sm_{target}.ptx").read_text()
+    check_results(execute(compiled, ptx, inputs, output), expected, inputs["coefficients"])
+
+
 # TensorRT's own classes.
 
 
@@ -338,17 +374,13 @@ def test_tensorrts_own_classes_take_the_plugin(bundles, driven, name):
     assert found["outputs"] == ["FLOAT", "FLOAT"] and found["scalar_types"] == ["INT32"]
     dtype = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}[sampling["dtype"]]
     assert found["supported"] == [[kind, "LINEAR"] for kind in (dtype, *["FLOAT"] * (len(found["inputs"]) + 1))]
-    assert found["entry"] == "ddim_step_in_plugin" and f".entry {found['entry']}(" in found["ptx"]
     assert found["identity"]["target"] == "sm_90a"
-    (threads,) = re.findall(r"^\.reqntid (\d+)", found["ptx"], re.MULTILINE)
     block = found["constants"]["BLOCK"]
     for each in found["launches"]:
         batch = each["batch"]
         programs = [-(-elements // block), batch]
         assert each["grid"] == [*(programs if found["constants"]["SAMPLE_AXIS"] else programs[::-1]), 1]
-        assert each["block"] == [int(threads), 1, 1] and each["shared"] < 48 * 1024
-        assert each["scalars"] == [elements, batch]
-        assert each["outputs"] == [[batch, *manifest["sample"]["shape"]]] * 2
+        assert each["shared"] < 48 * 1024 and each["scalars"] == [elements, batch]
 
 
 # PTX.

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import triton
@@ -16,6 +17,9 @@ HEADERS = Path(nvidia.__file__).with_name("include")
 _SOURCE = Path(__file__).with_name("libcuda_stub.c")
 # Until the process ends: some Triton releases link each kernel's launcher to the library.
 _FOLDER = tempfile.TemporaryDirectory(prefix="stub-cuda-")
+# As long as the library, which calls them.
+_CALLBACKS: list[object] = []
+_ANSWER = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
 class Stub:
@@ -24,6 +28,7 @@ class Stub:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._count = ctypes.c_ulonglong.in_dll(library, "stub_launch_count")
         self._grid = (ctypes.c_int * 3).in_dll(library, "stub_last_grid")
+        self._machine = ctypes.c_void_p.in_dll(library, "stub_machine")
 
     @property
     def launches(self) -> int:
@@ -34,6 +39,22 @@ class Stub:
     def grid(self) -> tuple[int, ...]:
         """Programs of the last launch, in three dimensions."""
         return tuple(self._grid)
+
+    def let_answer(self, answer: Callable[[str], str]) -> None:
+        """Let a function do what is called: a line of the record -> a `CUresult`, a space and a text of one line.
+
+        The kernels' images are beside the record, so STUB_CUDA_RECORD has to be set.
+        """
+
+        def call(line: bytes, text: int, size: int) -> int:
+            code, _, said = answer(line.decode()).partition(" ")
+            encoded = said.encode()[: size - 1] + b"\0"
+            ctypes.memmove(text, encoded, len(encoded))
+            return int(code)
+
+        callback = _ANSWER(call)
+        _CALLBACKS.append(callback)
+        self._machine.value = ctypes.cast(callback, ctypes.c_void_p).value
 
 
 class _Driver(nvidia.CudaDriver):
@@ -69,8 +90,11 @@ def build(folder: Path, *command: str) -> Path:
     return library
 
 
-def install() -> Stub:
+def install(cache: Path | None = None) -> Stub:
     """Put the stub under Triton for the rest of this process, which has used no GPU yet.
+
+    Args:
+        cache: Triton's cache, which no process with a GPU may share; by default one that goes when this process ends.
 
     Raises:
         RuntimeError: no C compiler, Triton's interpreter is on, or a CUDA driver is loaded already.
@@ -84,6 +108,6 @@ def install() -> Stub:
         raise RuntimeError("a CUDA driver is loaded already: install the stub in a fresh process, first of all")
     triton.knobs.nvidia.libcuda_path = _FOLDER.name
     # Nothing linked to the stub may reach a process with a GPU.
-    triton.knobs.cache.dir = str(Path(_FOLDER.name) / "cache")
+    triton.knobs.cache.dir = str(cache or Path(_FOLDER.name) / "cache")
     triton.runtime.driver.set_active(_Driver())
     return stub

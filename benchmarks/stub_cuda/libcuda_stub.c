@@ -2,19 +2,37 @@
 // H100 would answer. The environment may say more:
 //   STUB_CUDA_RECORD      a file to which every launch and what leads to it is written, a line of JSON each; beside it go the
 //                         images that are loaded, named as the lines say
-//   STUB_CUDA_PARAMETERS  "entry:8,8,4;entry:8": the bytes of each kernel's parameters, which launches are recorded by
+//   STUB_CUDA_MACHINE     a folder with a Unix socket, `socket`, to what executes the launches, and a file, `memory`, for the
+//                         device's memory (tests/ptx/stub.py); it needs STUB_CUDA_RECORD
 //   STUB_CUDA_CAPABILITY  the compute capability, 90 by default
 //   STUB_CUDA_FAIL        "cuName:code": the call that fails, and with what
 
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
 
 #include "cuda.h"
+
+// Where no loader or allocator puts anything, sanitizers' included, so that an address means the same in two processes.
+#define MEMORY ((char *)0x200000000000)
 
 // For the caller to read: kernels launched so far, and the grid of the last one.
 unsigned long long stub_launch_count = 0;
 int stub_last_grid[3] = {0, 0, 0};
+
+// What executes the launches: takes a line of the record, and answers a CUresult and a text. A caller in this process sets it.
+int (*stub_machine)(const char *line, char *text, size_t size) = NULL;
+
+// Its last text: the bytes of a function's parameters, or what is wrong.
+static char answer[4096];
 
 static CUcontext current_context = 0;
 
@@ -25,6 +43,9 @@ static char handle;
 typedef struct {
   int image;
   char entry[64];
+  // The bytes of the parameters, as far as a machine says.
+  int sizes[64];
+  int parameters;
 } Loaded;
 
 static FILE *record(void) {
@@ -52,6 +73,61 @@ static int capability(void) {
   return text ? atoi(text) : 90;
 }
 
+static int ask_over_socket(const char *line, char *text, size_t size) {
+  static FILE *answers = NULL;
+  static int lines = -1;
+  int code;
+  if (!answers) {
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    snprintf(address.sun_path, sizeof address.sun_path, "%s/socket", getenv("STUB_CUDA_MACHINE"));
+    lines = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (!connect(lines, (struct sockaddr *)&address, sizeof address)) answers = fdopen(lines, "r");
+  }
+  snprintf(text, size, "no machine answers in STUB_CUDA_MACHINE");
+  if (!answers || dprintf(lines, "%s\n", line) < 0 || fscanf(answers, "%d", &code) != 1 || fgetc(answers) != ' ' ||
+      !fgets(text, (int)size, answers))
+    return CUDA_ERROR_LAUNCH_FAILED;
+  text[strcspn(text, "\n")] = 0;
+  return code;
+}
+
+// Records a call, and lets the machine do it.
+static CUresult tell(const char *format, ...) {
+  char line[4096];
+  va_list values;
+  if (!stub_machine && getenv("STUB_CUDA_MACHINE")) stub_machine = ask_over_socket;
+  if (!stub_machine && !record()) return CUDA_SUCCESS;
+  va_start(values, format);
+  vsnprintf(line, sizeof line, format, values);
+  va_end(values);
+  if (record()) fprintf(record(), "%s\n", line);
+  return stub_machine ? (CUresult)stub_machine(line, answer, sizeof answer) : CUDA_SUCCESS;
+}
+
+// Memory of the file that the machine has too, never given out twice; 0 where there is none left.
+static CUdeviceptr take_shared(size_t bytes) {
+  static size_t size = 0, taken = 0;
+  CUdeviceptr address;
+  if (!size) {
+    char path[4096];
+    struct stat status;
+    int file;
+    snprintf(path, sizeof path, "%s/memory", getenv("STUB_CUDA_MACHINE"));
+    file = open(path, O_RDWR | O_CLOEXEC);
+    if (file < 0 || fstat(file, &status) ||
+        mmap(MEMORY, status.st_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED_NOREPLACE, file, 0) != MEMORY ||
+        tell("{\"call\": \"map\", \"address\": %llu, \"path\": \"%s\"}", (unsigned long long)MEMORY, path))
+      return 0;
+    size = status.st_size;
+  }
+  if (bytes > size - taken) return 0;
+  address = (CUdeviceptr)(MEMORY + taken);
+  // A gap, so that nothing is at the end of anything.
+  taken += (bytes + 511) / 256 * 256;
+  if (taken > size) taken = size;
+  return address;
+}
+
 // Bytes of an image: PTX ends with a zero, and in an ELF file (64 bit) the last section or table ends it.
 static size_t image_size(const unsigned char *image) {
   unsigned long long section_table, end, offset, size;
@@ -75,31 +151,19 @@ static size_t image_size(const unsigned char *image) {
   return end;
 }
 
-static void record_launch(const Loaded *loaded, const unsigned *grid, const unsigned *block, unsigned shared,
-                          CUstream stream, void **params) {
-  FILE *file = record();
-  const char *text = getenv("STUB_CUDA_PARAMETERS");
-  size_t length = strlen(loaded->entry);
-  if (!file) return;
-  while (text && (strncmp(text, loaded->entry, length) || text[length] != ':')) {
-    text = strchr(text, ';');
-    if (text) text++;
+static CUresult launch(const Loaded *loaded, const unsigned *grid, const unsigned *block, unsigned shared, CUstream stream,
+                       void **params) {
+  char text[2048] = "";
+  size_t length = 0;
+  for (int i = 0; i < loaded->parameters; i++) {
+    length += sprintf(text + length, "%s\"", i ? ", " : "");
+    for (int k = 0; k < loaded->sizes[i]; k++) length += sprintf(text + length, "%02x", ((unsigned char *)params[i])[k]);
+    length += sprintf(text + length, "\"");
   }
-  fprintf(file, "{\"call\": \"launch\", \"entry\": \"%s\", \"image\": %d, \"grid\": [%u, %u, %u], \"block\": [%u, %u, %u], ",
-          loaded->entry, loaded->image, grid[0], grid[1], grid[2], block[0], block[1], block[2]);
-  fprintf(file, "\"shared\": %u, \"stream\": %llu, \"parameters\": [", shared, (unsigned long long)stream);
-  if (text) {
-    text += length;
-    for (int i = 0; *text == ':' || *text == ','; i++) {
-      char *end;
-      long bytes = strtol(text + 1, &end, 10);
-      fprintf(file, "%s\"", i ? ", " : "");
-      for (long k = 0; k < bytes; k++) fprintf(file, "%02x", ((unsigned char *)params[i])[k]);
-      fprintf(file, "\"");
-      text = end;
-    }
-  }
-  fprintf(file, "]}\n");
+  return tell("{\"call\": \"launch\", \"entry\": \"%s\", \"image\": %d, \"grid\": [%u, %u, %u], \"block\": [%u, %u, %u], "
+              "\"shared\": %u, \"stream\": %llu, \"parameters\": [%s]}",
+              loaded->entry, loaded->image, grid[0], grid[1], grid[2], block[0], block[1], block[2], shared,
+              (unsigned long long)stream, text);
 }
 
 CUresult cuInit(unsigned int flags) { return fault("cuInit"); }
@@ -110,7 +174,7 @@ CUresult cuDriverGetVersion(int *version) {
 }
 
 CUresult cuGetErrorString(CUresult error, const char **text) {
-  *text = "an error of the stub driver";
+  *text = error == CUDA_ERROR_LAUNCH_FAILED && *answer ? answer : "an error of the stub driver";
   return CUDA_SUCCESS;
 }
 
@@ -169,14 +233,15 @@ CUresult cuCtxSynchronize(void) { return CUDA_SUCCESS; }
 CUresult cuMemAlloc(CUdeviceptr *address, size_t bytes) {
   CUresult failed = fault("cuMemAlloc");
   if (failed) return failed;
-  *address = (CUdeviceptr)aligned_alloc(256, (bytes + 255) / 256 * 256);
-  if (record()) fprintf(record(), "{\"call\": \"alloc\", \"address\": %llu, \"bytes\": %zu}\n", *address, bytes);
-  return *address ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
+  *address = getenv("STUB_CUDA_MACHINE") ? take_shared(bytes) : (CUdeviceptr)aligned_alloc(256, (bytes + 255) / 256 * 256);
+  if (!*address) return CUDA_ERROR_OUT_OF_MEMORY;
+  return tell("{\"call\": \"alloc\", \"address\": %llu, \"bytes\": %zu}", *address, bytes);
 }
 
 CUresult cuMemFree(CUdeviceptr address) {
-  free((void *)address);
-  return CUDA_SUCCESS;
+  CUresult failed = tell("{\"call\": \"free\", \"address\": %llu}", address);
+  if (!getenv("STUB_CUDA_MACHINE")) free((void *)address);
+  return failed;
 }
 
 CUresult cuMemsetD8(CUdeviceptr address, unsigned char value, size_t bytes) {
@@ -241,15 +306,24 @@ CUresult cuModuleLoadData(CUmodule *module, const void *image) {
 }
 
 CUresult cuModuleUnload(CUmodule module) {
-  if (record()) fprintf(record(), "{\"call\": \"unload\", \"image\": %d}\n", ((Loaded *)module)->image);
+  CUresult failed = tell("{\"call\": \"unload\", \"image\": %d}", ((Loaded *)module)->image);
   free(module);
-  return CUDA_SUCCESS;
+  return failed;
 }
 
 // A module has one function here, so they share a handle.
 CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
+  Loaded *loaded = (Loaded *)module;
   CUresult failed = fault("cuModuleGetFunction");
-  snprintf(((Loaded *)module)->entry, sizeof ((Loaded *)module)->entry, "%s", name);
+  const char *path = getenv("STUB_CUDA_RECORD");
+  char *sizes = answer;
+  if (failed) return failed;
+  snprintf(loaded->entry, sizeof loaded->entry, "%s", name);
+  *answer = 0;
+  failed = tell("{\"call\": \"function\", \"image\": %d, \"entry\": \"%s\", \"path\": \"%s.%d\"}", loaded->image, name,
+                path ? path : "", loaded->image);
+  for (loaded->parameters = 0; !failed && *sizes && loaded->parameters < 64; sizes += strspn(sizes, ","))
+    loaded->sizes[loaded->parameters++] = (int)strtol(sizes, &sizes, 10);
   *function = (CUfunction)module;
   return failed;
 }
@@ -260,10 +334,8 @@ CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfuncti
 }
 
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
-  if (record())
-    fprintf(record(), "{\"call\": \"attribute\", \"image\": %d, \"attribute\": %d, \"value\": %d}\n",
-            ((Loaded *)function)->image, attribute, value);
-  return CUDA_SUCCESS;
+  return tell("{\"call\": \"attribute\", \"image\": %d, \"attribute\": %d, \"value\": %d}", ((Loaded *)function)->image,
+              attribute, value);
 }
 
 CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return CUDA_SUCCESS; }
@@ -299,11 +371,9 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
   stub_last_grid[0] = config->gridDimX;
   stub_last_grid[1] = config->gridDimY;
   stub_last_grid[2] = config->gridDimZ;
-  if (record()) {
-    const unsigned block[3] = {config->blockDimX, config->blockDimY, config->blockDimZ};
-    record_launch((Loaded *)function, (const unsigned *)stub_last_grid, block, config->sharedMemBytes, config->hStream, params);
-  }
-  return CUDA_SUCCESS;
+  if (!record() && !stub_machine) return CUDA_SUCCESS;
+  const unsigned block[3] = {config->blockDimX, config->blockDimY, config->blockDimZ};
+  return launch((Loaded *)function, (const unsigned *)stub_last_grid, block, config->sharedMemBytes, config->hStream, params);
 }
 
 CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
@@ -311,6 +381,5 @@ CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, u
                         void **extra) {
   const unsigned grid[3] = {grid_x, grid_y, grid_z}, block[3] = {block_x, block_y, block_z};
   CUresult failed = fault("cuLaunchKernel");
-  if (!failed) record_launch((Loaded *)function, grid, block, shared, stream, params);
-  return failed;
+  return failed ? failed : launch((Loaded *)function, grid, block, shared, stream, params);
 }

@@ -83,7 +83,7 @@ def bench(
     if plot is not None:
         from fastddim.bench import plots
 
-        plots.check_folder(plot)
+        plots.check_plots(plot)
     old = None if compare is None else report.read_report(compare, "--compare")
     if device is not None:
         require_choice("--device", device, _DEVICES)

@@ -33,15 +33,9 @@ def export_suite(scope: Scope) -> list[Case]:
             needs = NEEDS_GPU
         elif scope.quick and (network, batch) != (DIGITS, 1):
             needs = LEFT_OUT
-        case = loop_case(
-            network,
-            batch,
-            _STEPS if network is not CIFAR10 or scope.on_gpu else 4,
-            scope,
-            (_ORT, *unless_quick(scope, AOTI_LOOP, TENSORRT_LOOP), DIFFUSERS_LOOP),
-            suite="export",
-            target=None if scope.on_gpu else target,
-            needs=needs,
-        )
+        steps = _STEPS if network is not CIFAR10 or scope.on_gpu else 4
+        candidates = (_ORT, *unless_quick(scope, AOTI_LOOP, TENSORRT_LOOP), DIFFUSERS_LOOP)
+        target = None if scope.on_gpu else target
+        case = loop_case(network, batch, steps, scope, candidates, suite="export", target=target, needs=needs)
         cases.append(case)
     return cases

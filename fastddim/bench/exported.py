@@ -107,12 +107,15 @@ def _build(inputs: LoopInputs, export: Callable[..., Any]) -> tuple[Path, dict[s
         folder = _folder() / f"{len(_BUILT)}"
         extra: dict[str, Any] = {}
         if not hasattr(inputs.model, "config"):
-            # Two rows, as a batch of one would be exported as a constant.
             extra["sample_shape"] = inputs.problem.shape[1:]
-            extra["example_kwargs"] = {name: _two_rows(value) for name, value in inputs.kwargs.items()}
+            # Two rows, as a batch of one would be exported as a constant.
+            extra["example_kwargs"] = {
+                name: each[:1].repeat_interleave(2, dim=0) for name, each in inputs.kwargs.items()
+            }
         config = fastddim.DDIMConfig(**inputs.config)
         _, seconds = _timed(lambda: export(inputs.model, config, folder, options, parity_steps=(), **extra))
-        _BUILT[key] = folder, {"build_s": seconds, "size_bytes": float(_size(folder))}
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        _BUILT[key] = folder, {"build_s": seconds, "size_bytes": float(size)}
     return _BUILT[key]
 
 
@@ -121,14 +124,6 @@ def _folder() -> Path:
     folder = tempfile.mkdtemp(prefix="fastddim-bench-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
-
-
-def _two_rows(value: Any) -> Any:
-    return value[:1].repeat(2, *[1] * (value.ndim - 1))
-
-
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _timed(call: Callable[[], Any]) -> tuple[Any, float]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import subprocess
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 # A copy of this many bytes is far beyond any cache.
 _COPY_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30}
-_COPIES = 15
+# Long enough for fifteen copies or more.
+_COPYING_S = 0.5
 
 # The runtime's and the driver's calls that put work on a device, whatever their version and variant.
 _LAUNCH = re.compile(r"cu(da)?(Launch|GraphLaunch|Memcpy|Memset)")
@@ -29,17 +29,12 @@ def synchronize(device: str) -> None:
 def copy_bandwidth(device: str) -> float:
     """Bytes a second, read and written, of torch's copy of a large tensor."""
     import torch
+    from torch.utils.benchmark import Timer
 
     source = torch.ones(_COPY_BYTES[device] // 4, device=device)
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(_COPIES):
-        synchronize(device)
-        start = time.perf_counter()
-        target.copy_(source)
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return 2 * source.nbytes / sorted(times)[_COPIES // 2]
+    tensors = {"source": source, "target": torch.empty_like(source)}
+    timer = Timer("target.copy_(source)", globals=tensors, num_threads=torch.get_num_threads())
+    return float(2 * source.nbytes / timer.blocked_autorange(min_run_time=_COPYING_S).median)
 
 
 def capture(call: Callable[[], Any]) -> Callable[[], Any]:

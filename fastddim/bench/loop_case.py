@@ -38,12 +38,8 @@ class LoopInputs:
     @property
     def config(self) -> dict[str, Any]:
         """The run's schedule, in diffusers' names."""
-        return {
-            "num_train_timesteps": self.problem.num_train_timesteps,
-            "beta_schedule": self.problem.beta_schedule,
-            "prediction_type": self.problem.prediction_type,
-            "timestep_spacing": self.problem.timestep_spacing,
-        }
+        names = ("num_train_timesteps", "beta_schedule", "prediction_type", "timestep_spacing")
+        return {name: getattr(self.problem, name) for name in names}
 
 
 def loop_case(
@@ -88,13 +84,14 @@ def loop_case(
 
 def _inputs(network: Network, problem: LoopProblem, dtype: str, device: str) -> LoopInputs:
     import torch
+    from torch.utils._pytree import tree_map_only
 
     copies = problem.shape[0] if network.repeats else 1
     rows = problem.shape[0] // copies
     drawn = np.random.default_rng(0).standard_normal((rows, *problem.shape[1:])).astype(np.float32)
     start = torch.from_numpy(drawn).to(device, getattr(torch, dtype))
     kwargs = network.make_kwargs(rows, device)
-    model = network.build(device)
+    model = network.build(device).to(start.dtype)
     block = LoopInputs(replace(problem, shape=tuple(start.shape)), model, start, kwargs, f"{network.name} {device}")
     if copies == 1:
         return block
@@ -102,14 +99,17 @@ def _inputs(network: Network, problem: LoopProblem, dtype: str, device: str) -> 
     def repeated(tensor: Any) -> Any:
         return tensor.repeat(copies, *[1] * (tensor.ndim - 1))
 
-    return LoopInputs(problem, model, repeated(start), _map_tensors(repeated, kwargs), block.key, block)
+    return LoopInputs(problem, model, repeated(start), tree_map_only(torch.Tensor, repeated, kwargs), block.key, block)
 
 
 def _reference(inputs: LoopInputs) -> Sequence[Any]:
     """The textbook's loop around a float64 copy of the model."""
+    import torch
+    from torch.utils._pytree import tree_map_only
+
     inputs = inputs.block or inputs
     model = copy.deepcopy(inputs.model).double()
-    kwargs = _map_tensors(lambda each: each.double() if each.is_floating_point() else each, inputs.kwargs)
+    kwargs = tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs.kwargs)
     start = inputs.start.double().cpu().numpy()
     return (textbook_loop(inputs.problem, _numpy_model(model, kwargs, inputs.start.device), start),)
 
@@ -125,7 +125,7 @@ def _tolerance(inputs: LoopInputs, expected: Sequence[Any]) -> float:
         rounded = torch.from_numpy(x).to(inputs.start.dtype).double().numpy()
         return model(rounded, t)
 
-    (result,) = (textbook_loop(inputs.problem, rounding, inputs.start.double().cpu().numpy()),)
+    result = textbook_loop(inputs.problem, rounding, inputs.start.double().cpu().numpy())
     spread = float(np.abs(result - expected[0]).max() / np.abs(expected[0]).max())
     return min(max(TOLERANCE, _TOLERATED_SPREAD * spread), _LARGEST_TOLERANCE)
 
@@ -141,11 +141,3 @@ def _numpy_model(model: Any, kwargs: dict[str, Any], device: Any, dtype: Any = N
         return call_model(model, state, timesteps, kwargs).double().cpu().numpy()
 
     return call
-
-
-def _map_tensors(change: Callable[[Any], Any], value: Any) -> Any:
-    import torch
-
-    if isinstance(value, dict):
-        return {name: _map_tensors(change, each) for name, each in value.items()}
-    return change(value) if isinstance(value, torch.Tensor) else value

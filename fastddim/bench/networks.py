@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastddim.bench.cases import Needs, installed
@@ -38,16 +39,12 @@ class Network:
     name: str
     sample_shape: tuple[int, ...]
     build: Callable[[str], Any]
-    make_kwargs: Callable[[int, str], dict[str, Any]]
+    make_kwargs: Callable[[int, str], dict[str, Any]] = lambda batch, device: {}
     dtype: str = "float32"
     needs: Needs = _DIFFUSERS
     usual_steps: int = 20
     repeats: bool = False
     schedule: tuple[tuple[str, Any], ...] = (("num_train_timesteps", 1000),)
-
-
-def _no_kwargs(batch: int, device: str) -> dict[str, Any]:
-    return {}
 
 
 def _policy(device: str) -> Any:
@@ -63,10 +60,7 @@ def _policy(device: str) -> Any:
 
 
 def _observation(batch: int, device: str) -> dict[str, Any]:
-    import torch
-
-    generator = torch.Generator().manual_seed(1)
-    return {"observation": torch.randn(batch, _POLICY_OBS_DIM, generator=generator).to(device)}
+    return {"observation": _draw(1, batch, _POLICY_OBS_DIM).to(device)}
 
 
 def _digits(device: str) -> Any:
@@ -83,31 +77,15 @@ def _label(batch: int, device: str) -> dict[str, Any]:
     return {"class_labels": torch.full((batch,), _DIGIT, device=device)}
 
 
-def _unet2d(**config: Any) -> Callable[[str], Any]:
-    def build(device: str) -> Any:
-        from diffusers import UNet2DModel
-
-        return _random(UNet2DModel, device, "float32", config)
-
-    return build
-
-
-def _unet2d_condition(**config: Any) -> Callable[[str], Any]:
-    def build(device: str) -> Any:
-        from diffusers import UNet2DConditionModel
-
-        return _random(UNet2DConditionModel, device, "float16", config)
-
-    return build
-
-
-def _random(kind: Any, device: str, dtype: str, config: dict[str, Any]) -> Any:
+def _random(kind: str, device: str, **config: Any) -> Any:
+    """A network of diffusers' class `kind`."""
+    import diffusers
     import torch
 
     with _seeded(device), torch.device(device):
-        model = kind(**config).eval().requires_grad_(False)
+        model = getattr(diffusers, kind)(**config).eval().requires_grad_(False)
     model.conv_out.weight.data.mul_(_OUTPUT_SCALE)
-    return model.half() if dtype == "float16" else model
+    return model
 
 
 @contextlib.contextmanager
@@ -120,27 +98,23 @@ def _seeded(device: str) -> Iterator[None]:
         yield
 
 
-def _text(length: int, width: int) -> Callable[[int, str], dict[str, Any]]:
-    def make(batch: int, device: str) -> dict[str, Any]:
-        import torch
+def _draw(seed: int, *shape: int) -> Any:
+    """Standard normal numbers on the CPU, the same for every device."""
+    import torch
 
-        generator = torch.Generator().manual_seed(1)
-        states = torch.randn(batch, length, width, generator=generator)
-        return {"encoder_hidden_states": states.to(device, torch.float16)}
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
-    return make
+
+def _text(length: int, width: int, batch: int, device: str) -> dict[str, Any]:
+    return {"encoder_hidden_states": _draw(1, batch, length, width).to(device).half()}
 
 
 def _sdxl_kwargs(batch: int, device: str) -> dict[str, Any]:
     import torch
 
-    generator = torch.Generator().manual_seed(2)
-    pooled = torch.randn(batch, 1280, generator=generator).to(device, torch.float16)
     sizes = torch.tensor([[1024, 1024, 0, 0, 1024, 1024]], dtype=torch.float16, device=device)
-    return {
-        **_text(77, 2048)(batch, device),
-        "added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes.repeat(batch, 1)},
-    }
+    added = {"text_embeds": _draw(2, batch, 1280).to(device).half(), "time_ids": sizes.repeat(batch, 1)}
+    return {**_text(77, 2048, batch, device), "added_cond_kwargs": added}
 
 
 _DOWN, _UP = "DownBlock2D", "UpBlock2D"
@@ -175,33 +149,37 @@ _DDPM: dict[str, Any] = {
 CIFAR10 = Network(
     "cifar10",
     (3, 32, 32),
-    _unet2d(
+    partial(
+        _random,
+        "UNet2DModel",
         sample_size=32,
         block_out_channels=(128, 256, 256, 256),
         down_block_types=(_DOWN, "AttnDownBlock2D", _DOWN, _DOWN),
         up_block_types=(_UP, _UP, "AttnUpBlock2D", _UP),
         **_DDPM,
     ),
-    _no_kwargs,
 )
 # google/ddpm-celebahq-256 and google/ddpm-church-256, LSUN's.
 LSUN256 = Network(
     "lsun256",
     (3, 256, 256),
-    _unet2d(
+    partial(
+        _random,
+        "UNet2DModel",
         sample_size=256,
         block_out_channels=(128, 128, 256, 256, 512, 512),
         down_block_types=(_DOWN, _DOWN, _DOWN, _DOWN, "AttnDownBlock2D", _DOWN),
         up_block_types=(_UP, "AttnUpBlock2D", _UP, _UP, _UP, _UP),
         **_DDPM,
     ),
-    _no_kwargs,
     repeats=True,
 )
 SD15 = Network(
     "sd15",
     (4, 64, 64),
-    _unet2d_condition(
+    partial(
+        _random,
+        "UNet2DConditionModel",
         sample_size=64,
         block_out_channels=(320, 640, 1280, 1280),
         down_block_types=(_CROSS_DOWN, _CROSS_DOWN, _CROSS_DOWN, _DOWN),
@@ -209,14 +187,16 @@ SD15 = Network(
         cross_attention_dim=768,
         attention_head_dim=8,
     ),
-    _text(77, 768),
+    partial(_text, 77, 768),
     dtype="float16",
     repeats=True,
 )
 SDXL = Network(
     "sdxl",
     (4, 128, 128),
-    _unet2d_condition(
+    partial(
+        _random,
+        "UNet2DConditionModel",
         sample_size=128,
         block_out_channels=(320, 640, 1280),
         down_block_types=(_DOWN, _CROSS_DOWN, _CROSS_DOWN),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastddim.bench.report import rows_of
 from fastddim.bench.timing import OK, Row
-from fastddim.files import write_whole
+from fastddim.files import check_folder, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +26,7 @@ _DPI = 130
 _LEAST_SIZES = 3
 
 
-def check_folder(folder: Path) -> None:
+def check_plots(folder: Path) -> None:
     """Refuse before a run what `draw_all` could not do.
 
     Raises:
@@ -35,10 +35,7 @@ def check_folder(folder: Path) -> None:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot: matplotlib is not installed; pip install 'fastddim[bench]'")
-    if not folder.is_dir():
-        raise NotADirectoryError(f"--plot: {str(folder)!r} is no folder; create it first")
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"--plot: {str(folder)!r} is write-protected; pass another folder")
+    check_folder(folder, "--plot")
 
 
 def draw_all(report: dict[str, Any], folder: Path) -> list[Path]:
@@ -135,15 +132,14 @@ def _draw_loops(rows: Sequence[Row], report: dict[str, Any]) -> Figure:
     for row in rows:
         if row.about["batch"] == 1:
             chosen.setdefault(row.about["model"], []).append(row)
-    # Each network's run with most candidates, which is the usual one.
-    cases = {}
-    for model, group in chosen.items():
-        names = [row.case for row in group]
-        case = max(dict.fromkeys(names), key=names.count)
-        cases[model] = [row for row in group if row.case == case]
-    heights = [0.34 * len(group) + 0.75 for group in cases.values()]
+    cases = []
+    for group in chosen.values():
+        # The network's run with most candidates, which is the usual one.
+        ((case, _),) = Counter(row.case for row in group).most_common(1)
+        cases.append([row for row in group if row.case == case])
+    heights = [0.34 * len(group) + 0.75 for group in cases]
     figure, panels = new_figure(9.5, 1.4 + sum(heights), rows=len(cases), heights=heights)
-    for axes, group in zip(panels, cases.values(), strict=True):
+    for axes, group in zip(panels, cases, strict=True):
         _draw_breakdown(axes, group)
     handles = {
         label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
@@ -154,31 +150,23 @@ def _draw_loops(rows: Sequence[Row], report: dict[str, Any]) -> Figure:
 
 
 def _draw_breakdown(axes: Axes, rows: Sequence[Row]) -> None:
-    unit, scale = ("ms", 1e3) if max(row.median_s or 0 for row in rows) / rows[0].num_steps >= 1e-3 else ("µs", 1e6)
-    for place, row in enumerate(rows):
-        assert row.median_s is not None
-        total, left = scale * row.median_s / row.num_steps, 0.0
-        if not row.parts:
-            axes.barh(place, total, color=_COLOURS[6], label="not broken down")
+    seconds = [(row.median_s or 0) / row.num_steps for row in rows]
+    unit, scale = ("ms", 1e3) if max(seconds) >= 1e-3 else ("µs", 1e6)
+    for place, (row, total) in enumerate(zip(rows, (scale * each for each in seconds), strict=True)):
+        left = 0.0
         for index, name in enumerate(("model", "step")):
             if name in row.parts:
                 # On a busy machine a part alone may take longer than the whole.
                 width = min(scale * row.parts[name] / row.num_steps, total - left)
                 axes.barh(place, width, left=left, color=_COLOURS[index], label=name)
                 left += width
-        if row.parts and total > left:
-            axes.barh(place, total - left, left=left, color=_COLOURS[2], label="everything else")
-        axes.annotate(
-            f"{total:.3g} {unit}",
-            (total, place),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-        )
+        colour, label = (_COLOURS[2], "everything else") if row.parts else (_COLOURS[6], "not broken down")
+        # Behind the parts.
+        whole = axes.barh(place, total, color=colour, label=label, zorder=0)
+        axes.bar_label(whole, [f"{total:.3g} {unit}"], padding=4, fontsize=8)
     axes.set_yticks(range(len(rows)), [row.candidate for row in rows], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.14 * max(scale * (row.median_s or 0) / row.num_steps for row in rows))
+    axes.set_xlim(0, 1.14 * scale * max(seconds))
     axes.set_title(rows[0].case, fontsize=9, loc="left")
     axes.set_xlabel(f"{unit} per step", fontsize=8)
     axes.tick_params(axis="x", labelsize=8)

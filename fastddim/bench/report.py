@@ -36,6 +36,8 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
+    # Names its build too, as in 2.11.0+cu130.
+    versions["torch"] = torch.__version__
     cpu = _cpu_fields("model name") or [platform.processor() or platform.machine()]
     clocks = _cpu_fields("cpu MHz")
     return {
@@ -222,7 +224,10 @@ def columns_of(rows: Sequence[Row]) -> list[str]:
 
 def cells_of(row: Row) -> dict[str, str]:
     """A row's cells by heading."""
-    name = row.candidate if row.status == OK else f"{row.candidate}: {_verdict(row)}"
+    name = row.candidate
+    if row.status != OK:
+        name += f": {row.message or ''}" if row.status == ABSENT else f": {row.status.upper()}, {row.message}"
+    requests = row.about.get("requests")
     verdict = "" if row.target_met is None else (" met" if row.target_met else " missed")
     return {
         "case": f"{row.suite}: {row.case}",
@@ -241,26 +246,13 @@ def cells_of(row: Row) -> dict[str, str]:
         "launches/step": "" if row.launches is None else f"{row.launches:.3g}",
         "syncs/step": "" if row.synchronizations is None else f"{row.synchronizations:.3g}",
         "peak MiB": "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.3g}",
-        "size MB": _scaled(row, "size_bytes", 1e6),
+        "size MB": f"{row.facts['size_bytes'] / 1e6:.3g}" if "size_bytes" in row.facts else "",
         "build": format_seconds(row.facts.get("build_s")),
         "load": format_seconds(row.facts.get("load_s")),
         "latency p50": format_seconds(row.facts.get("latency_p50_s")),
         "latency p99": format_seconds(row.facts.get("latency_p99_s")),
-        "requests/s": _throughput(row),
+        "requests/s": "" if requests is None or row.median_s is None else f"{requests / row.median_s:.3g}",
     }
-
-
-def _verdict(row: Row) -> str:
-    return row.message or "" if row.status == ABSENT else f"{row.status.upper()}, {row.message}"
-
-
-def _scaled(row: Row, fact: str, scale: float) -> str:
-    return f"{row.facts[fact] / scale:.3g}" if fact in row.facts else ""
-
-
-def _throughput(row: Row) -> str:
-    requests = row.about.get("requests")
-    return "" if requests is None or row.median_s is None else f"{requests / row.median_s:.3g}"
 
 
 def format_seconds(value: float | None) -> str:

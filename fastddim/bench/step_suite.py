@@ -264,7 +264,9 @@ def step_suite(scope: Scope) -> list[Case]:
         target = None if scope.on_gpu else target
         cases.append(step_case(name, problem, scope, _candidates(problem, ours, scope), target=target))
     for exponent in _SWEEP:
-        problem = StepProblem(shape=_sweep_shape(exponent))
+        # Latents of 4 channels: larger pictures, then more of them, but never a sample above 2**20 elements.
+        side = {12: 32, 14: 64}.get(exponent, 128)
+        problem = StepProblem(shape=((1 << exponent) // (4 * side * side), 4, side, side))
         needs = None
         if not scope.on_gpu and 1 << exponent > _LARGEST_ON_CPU:
             needs = NEEDS_GPU
@@ -289,9 +291,3 @@ def _candidates(problem: StepProblem, ours: Candidate, scope: Scope) -> list[Can
         return [ours, *baselines]
     scheduler = [FASTDDIM_SCHEDULER] if problem.guidance_scale is None else []
     return [DDIM_STEP, PREPARED_STEP, *scheduler, *baselines]
-
-
-def _sweep_shape(exponent: int) -> tuple[int, ...]:
-    """Latents of 4 channels: larger pictures, then more of them, but never a sample above 2**20 elements."""
-    side = {12: 32, 14: 64, 16: 128}.get(exponent, 128)
-    return ((1 << exponent) // (4 * side * side), 4, side, side)

@@ -8,6 +8,7 @@ import gc
 import itertools
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -139,26 +140,19 @@ def relative_error(results: Sequence[Any], expected: Sequence[Any], blocks: int 
     Raises:
         ValueError: another number of results, or another shape.
     """
-    got = [tuple(result.shape) for result in results]
-    want = [
-        (blocks * array.shape[0], *array.shape[1:]) if blocks > 1 else array.shape
-        for array in map(np.asarray, expected)
-    ]
-    if got != want:
-        raise ValueError(f"results of shapes {got}, expected {want}")
-    errors = [_block_error(result, np.asarray(want)) for result, want in zip(results, expected, strict=True)]
-    return math.nan if any(map(math.isnan, errors)) else max(errors)
-
-
-def _block_error(result: Any, want: np.ndarray[Any, Any]) -> float:
     import torch
 
-    got = torch.as_tensor(result)
-    expected = torch.from_numpy(np.ascontiguousarray(want, dtype=np.float64)).to(got.device)
-    scale = float(expected.abs().max())
-    rows = range(0, len(got), len(expected))
-    errors = [float((got[row : row + len(expected)].double() - expected).abs().max()) / scale for row in rows]
-    return math.nan if any(map(math.isnan, errors)) else max(errors)
+    got = [tuple(result.shape) for result in results]
+    wanted = [(blocks * len(array), *np.shape(array)[1:]) for array in expected]
+    if got != wanted:
+        raise ValueError(f"results of shapes {got}, expected {wanted}")
+    errors = []
+    for result, array in zip(map(torch.as_tensor, results), expected, strict=True):
+        want = torch.as_tensor(array, dtype=torch.float64, device=result.device)
+        largest = [(block.double() - want).abs().max() for block in result.chunk(blocks)]
+        # torch's maximum keeps a NaN, Python's need not.
+        errors.append((torch.stack(largest).max() / want.abs().max()).cpu())
+    return float(torch.stack(errors).max())
 
 
 def verify(case: Case, candidate: Candidate, inputs: Any, expected: Sequence[Any]) -> tuple[Row, Work | None]:
@@ -214,15 +208,11 @@ class CaseRun:
     """A case whose candidates are verified and warm; measured in one pass or several, then finished, once."""
 
     def __init__(self, case: Case) -> None:
+        import torch
+
         self.case = case
         self._rows = [_row(case, candidate) for candidate in case.candidates]
         self._runners: list[_Runner] = []
-        self._prepare()
-
-    def _prepare(self) -> None:
-        import torch
-
-        case = self.case
         if case.needs is not None:
             self._refuse(ABSENT, case.needs)
             return
@@ -280,8 +270,11 @@ class CaseRun:
                 if row.status == OK:
                     row.facts = runner.work.facts()
         _compare(self._rows, self._runners, self.case.target)
-        if self.case.nbytes is not None:
-            _rate(self._rows, self.case.nbytes, copy_bandwidth)
+        for row in self._rows:
+            if self.case.nbytes is not None and row.median_s is not None:
+                bytes_per_s = self.case.nbytes / row.median_s
+                row.gb_per_s = bytes_per_s / 1e9
+                row.of_copy = None if copy_bandwidth is None else bytes_per_s / copy_bandwidth()
         # What they hold of a device's memory is the next case's.
         self._runners = []
         return self._rows
@@ -302,15 +295,15 @@ def _row(case: Case, candidate: Candidate) -> Row:
     )
 
 
+@dataclass
 class _Runner:
     """A right candidate in the rotation, and the seconds per call of its rounds."""
 
-    def __init__(self, row: Row, work: Work) -> None:
-        self.row = row
-        self.work = work
-        self.brief = False
-        self.samples: list[float] = []
-        self.parts: dict[str, list[float]] = {name: [] for name in work.parts}
+    row: Row
+    work: Work
+    brief: bool = False
+    samples: list[float] = field(default_factory=list)
+    parts: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def summarise(self) -> None:
         """Fill in the row's times."""
@@ -378,14 +371,6 @@ def _compare(rows: list[Row], runners: list[_Runner], target: float | None) -> N
         quotients = [theirs / own for theirs, own in zip(times, ours, strict=True)]
         row.ratio_p20, row.ratio, row.ratio_p80 = (float(each) for each in np.percentile(quotients, (20, 50, 80)))
         row.target_met = None if row.target is None else row.ratio >= row.target
-
-
-def _rate(rows: list[Row], nbytes: int, copy_bandwidth: Callable[[], float] | None) -> None:
-    for row in rows:
-        if row.median_s is not None:
-            row.gb_per_s = nbytes / row.median_s / 1e9
-            if copy_bandwidth is not None:
-                row.of_copy = nbytes / row.median_s / copy_bandwidth()
 
 
 def _describe(error: Exception) -> str:

@@ -21,12 +21,11 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
 from fastddim.coefficients import StepTable
-from fastddim.config import Clip, DDIMConfig, DynamicThreshold, Limit
+from fastddim.config import LIMITS, DDIMConfig, Limit, limit_name
 from fastddim.export.runtime import get_runtime, public_name
+from fastddim.files import check_folder
 
 _HASH_BLOCK = 1 << 20
-# The limits on x0 by their names in a manifest.
-_LIMITS: dict[str, type[Clip | DynamicThreshold]] = {"clip": Clip, "threshold": DynamicThreshold}
 
 
 @dataclass(frozen=True)
@@ -163,8 +162,7 @@ class Bundle(Folder):
 
 def limit_record(limit: Limit) -> dict[str, Any] | None:
     """A limit as a manifest has it; None without one."""
-    kinds = {made: kind for kind, made in _LIMITS.items()}
-    return None if limit is None else {"kind": kinds[type(limit)], **asdict(limit)}
+    return None if limit is None else {"kind": limit_name(limit), **asdict(limit)}
 
 
 def read_limit(manifest: Mapping[str, Any]) -> Limit:
@@ -174,7 +172,7 @@ def read_limit(manifest: Mapping[str, Any]) -> Limit:
         ValueError: numbers that are out of range.
     """
     values = dict(manifest["sampling"]["limit"] or {})
-    return _LIMITS[values.pop("kind")](**values) if values else None
+    return LIMITS[values.pop("kind")](**values) if values else None
 
 
 def sha256(path: Path) -> str:
@@ -194,16 +192,7 @@ def check_destination(path: str | Path, force: bool, format: Format = FORMAT) ->
         NotADirectoryError, PermissionError: the folder it goes to is none, or cannot be written to.
     """
     target = Path(path).expanduser().absolute()
-    parent = target.parent
-    if not parent.is_dir():
-        raise NotADirectoryError(f"out: {str(parent)!r} is no folder; create it first")
-    try:
-        # A probe, as permission bits say nothing of read-only mounts.
-        os.rmdir(tempfile.mkdtemp(dir=parent))
-    except OSError as error:
-        raise type(error)(
-            f"out: {str(parent)!r} cannot be written to ({error.strerror}); pass another folder"
-        ) from error
+    check_folder(target.parent, "out")
     if target.exists() or target.is_symlink():
         if not force:
             raise FileExistsError(f"out: {str(target)!r} exists; pass another folder, or --force to replace it")
@@ -307,9 +296,10 @@ def open_folder(opened: type[AnyFolder], path: str | Path, *, check_hashes: bool
         raise BundleError(f"bundle: {str(file)!r} cannot be read: {error}; export it again") from error
     manifest = _check_manifest(file, manifest, opened.format)
     for name, expected in manifest["files"].items():
-        member = folder / _inside(file, name)
-        if member.is_symlink() or not member.resolve().is_relative_to(folder.resolve()):
-            raise BundleError(f"bundle: {str(member)!r} leads out of the folder; export it again")
+        member = folder / name
+        outside = PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name
+        if outside or member.is_symlink() or not member.resolve().is_relative_to(folder.resolve()):
+            raise BundleError(f"bundle: {str(file)!r} names {name!r}, which leads out of the folder; export it again")
         if not member.is_file():
             raise BundleError(f"bundle: {str(member)!r} is missing; export it again")
         size = member.stat().st_size
@@ -336,13 +326,6 @@ def require_runtime(bundle: Bundle, runtime: str) -> None:
         sampler = get_runtime(bundle.runtime).sampler
         fix = "" if sampler is None else f"; run it with {public_name(sampler)}"
         raise BundleError(f"bundle: {str(bundle.path)!r} is of runtime {bundle.runtime!r}, not {runtime!r}{fix}")
-
-
-def _inside(file: Path, name: str) -> PurePosixPath:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name:
-        raise BundleError(f"bundle: {str(file)!r} names {name!r}, which leads out of the folder; export it again")
-    return path
 
 
 def _check_manifest(file: Path, manifest: Any, format: Format) -> dict[str, Any]:

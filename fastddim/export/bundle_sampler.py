@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import math
 from abc import ABC, abstractmethod
@@ -332,15 +333,13 @@ class BundleSampler(ABC):
         if self._sampling["baked_schedule"]:
             return "the result has NaN or infinite values; a bundle with a baked schedule cannot tell at which step"
         run = self._run_loop if self.bundle.kind == "loop" else self._run_steps
-        good, bad = 0, len(table)
-        while bad - good > 1:
-            middle = (good + bad) // 2
-            part = StepTable.from_columns(table.timesteps[:middle], table.columns[:middle])
-            if self._arrays.is_finite(run(sample, part, seeds, feeds)):
-                good = middle
-            else:
-                bad = middle
-        return f"the state has NaN or infinite values after step {bad - 1} (timestep {table.timesteps[bad - 1]})"
+
+        def breaks(step: int) -> bool:
+            part = StepTable.from_columns(table.timesteps[: step + 1], table.columns[: step + 1])
+            return not self._arrays.is_finite(run(sample, part, seeds, feeds))
+
+        step = bisect.bisect_left(range(len(table) - 1), True, key=breaks)
+        return f"the state has NaN or infinite values after step {step} (timestep {table.timesteps[step]})"
 
 
 def open_sampler(bundle: str | Path | Bundle, **options: Any) -> BundleSampler:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 import fastddim
-from fastddim.config import Clip, DynamicThreshold, Limit
+from fastddim.config import Clip, Limit
 from fastddim.export.bundle import FORMAT, limit_record, read_limit
 from fastddim.export.runtime import get_runtime, public_name
 from fastddim.export.sampler_plan import SamplerPlan
@@ -106,20 +106,20 @@ def build_manifest(
 
 
 def _versions() -> dict[str, str]:
+    import torch
+
     versions = {}
     for name in ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
+    # Names its build too, as in 2.11.0+cu130.
+    versions["torch"] = torch.__version__
     return versions
 
 
 def limit_text(limit: Limit) -> str:
     """A limit on x0 in words."""
-    if isinstance(limit, Clip):
-        return f"clip to [-{limit.range:g}, {limit.range:g}]"
-    if isinstance(limit, DynamicThreshold):
-        return f"dynamic threshold, quantile {limit.ratio:g}, at most {limit.max_value:g}"
-    return "none"
+    return "none" if limit is None else str(limit)
 
 
 def note(manifest: Mapping[str, Any]) -> str:

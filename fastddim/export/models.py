@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,11 @@ def load_exportable(model: str | Path | None) -> Any:
     Raises:
         FileNotFoundError, ValueError: as `load_pipeline`.
     """
-    kind = "" if model is None else _kind_of(model)
+    kind = ""
+    if model is not None:
+        # What is wrong with it, load_pipeline says.
+        with contextlib.suppress(Exception):
+            kind = diffusers.DiffusionPipeline.load_config(str(model))["_class_name"]
     if kind not in (*TEXT_TO_IMAGE, "DiTPipeline"):
         return load_pipeline(model)
     # Only Stable Diffusion's own pipeline has one.
@@ -48,14 +53,6 @@ def load_exportable(model: str | Path | None) -> Any:
         return diffusers.DiffusionPipeline.from_pretrained(str(model), **unchecked)
     except Exception as error:  # diffusers, safetensors, torch and the hub's client each raise their own types
         raise ValueError(f"model: {str(model)!r} cannot be loaded as a {kind}: {error}") from error
-
-
-def _kind_of(model: str | Path) -> str:
-    try:
-        kind: str = diffusers.DiffusionPipeline.load_config(str(model))["_class_name"]
-    except Exception:  # what is wrong with it, load_pipeline says
-        return ""
-    return kind
 
 
 def denoiser_of(pipe: Any) -> torch.nn.Module:

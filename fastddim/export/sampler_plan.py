@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
-from fastddim.coefficients import StepTable
+from fastddim.coefficients import StepCoefficients, StepTable
 from fastddim.config import DDIMConfig, Limit, require_choice, require_int
 from fastddim.export.denoisers import DTYPES, Denoiser, describe
 from fastddim.export.schedule_module import ScheduleModule
@@ -142,7 +143,7 @@ def plan_sampler(
     else:
         if limit is not None:
             raise ValueError(f"limit: {limit!r}, but a scheduler's configuration has its own; leave it out")
-        schedule = to_schedule(scheduler_or_table)
+        schedule = to_schedule(scheduler_or_table, "scheduler_or_table")
         limit = schedule.config.limit
         rederive = options.use_clipped_model_output
         options = replace(
@@ -155,6 +156,14 @@ def plan_sampler(
             schedule.pairs(options.num_inference_steps),
             eta=options.eta,
             use_clipped_model_output=bool(options.use_clipped_model_output),
+        )
+    bad = np.argwhere(~np.isfinite(table.columns))
+    if len(bad):
+        row, column = bad[0]
+        name = StepCoefficients._fields[column]
+        raise ValueError(
+            f"scheduler_or_table: row {row} has {name} {table.columns[row, column]}, which a manifest cannot hold; leave out"
+            f" timestep {table.timesteps[row]}"
         )
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: {type(model).__name__}; pass a torch module")

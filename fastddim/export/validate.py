@@ -60,9 +60,7 @@ def measure_parity(
             for table in tables:
                 if opened.schedule is None:
                     exported.bundle = _with_steps(opened, len(table))
-                entry = _compare(exported, denoiser, table, batch, shape, dtype, tolerance)
-                require_parity(entry, f"after {len(table)} steps of a batch of {batch} of {shape}")
-                results.append(entry)
+                results.append(_compare(exported, denoiser, table, batch, shape, dtype, tolerance))
     return results
 
 
@@ -85,13 +83,18 @@ def _with_steps(bundle: Bundle, count: int) -> Bundle:
     return Bundle(bundle.path, {**bundle.manifest, "table": table})
 
 
-def require_parity(entry: Mapping[str, Any], where: str) -> None:
-    """Raise `ParityError` if an entry's error is above its tolerance."""
-    if not entry["largest_error"] <= entry["tolerance"]:
+def parity_entry(error: float, tolerance: float, where: str, **compared: Any) -> dict[str, Any]:
+    """A comparison as the manifest has it: `compared`, `largest_error` and `tolerance`.
+
+    Raises:
+        ParityError: the error is above the tolerance.
+    """
+    error = error if math.isfinite(error) else math.inf
+    if error > tolerance:
         raise ParityError(
-            f"model: the exported file differs from torch by {entry['largest_error']:.3g} (tolerance"
-            f" {entry['tolerance']:.3g}) {where}"
+            f"model: the exported file differs from torch by {error:.3g} (tolerance {tolerance:.3g}) {where}"
         )
+    return {**compared, "largest_error": error, "tolerance": tolerance}
 
 
 def verify_bundle(
@@ -149,10 +152,10 @@ def _compare(
     conditions, uncond = _draw_conditions(denoiser, batch, device)
     kwargs: dict[str, Any] = {**conditions, "uncond_kwargs": uncond if sampling["guided"] else None}
     start = normal(range(batch), 0, shape, STREAM_INITIAL, device=device) * table.start_scale
-    expected = _sample(sampler, start, kwargs)
+    expected: Any = sampler(start, seeds=0, **kwargs)
     if tolerance is None:
         # A random model is chaotic: what a last-bit change of the start does says how far two programs may be apart.
-        nudged = _sample(sampler, start * (1 + 2**-23), kwargs)
+        nudged: Any = sampler(start * (1 + 2**-23), seeds=0, **kwargs)
         tolerance = max(TOLERANCES[dtype], _AMPLIFIED * float((nudged - expected).abs().max()))
     arrays: dict[str, Any] = {name: value.numpy(force=True) for name, value in conditions.items()}
     actual = exported(
@@ -165,19 +168,9 @@ def _compare(
         **arrays,
     )
     error = float((torch.as_tensor(actual, device=device) - expected).abs().max())
-    return {
-        "batch": batch,
-        "size": list(shape),
-        "steps": len(table),
-        "largest_error": error if math.isfinite(error) else math.inf,
-        "tolerance": tolerance,
-    }
-
-
-def _sample(sampler: Sampler, start: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-    samples = sampler(start, seeds=0, **kwargs)
-    assert isinstance(samples, torch.Tensor)
-    return samples
+    steps = len(table)
+    where = f"after {steps} steps of a batch of {batch} of {shape}"
+    return parity_entry(error, tolerance, where, batch=batch, size=list(shape), steps=steps)
 
 
 def _draw_conditions(

@@ -296,7 +296,7 @@ def _key(model_output: Any, sample: Any, table: Any, step: Any, options: StepOpt
         guided = (
             spec(scale) if isinstance(scale, torch.Tensor) else type(scale),
             spec(rescale) if isinstance(rescale, torch.Tensor) else (type(rescale), rescale != 0),
-            guidance.cond_first,
+            guidance.fixed,
         )
     rest: Any = None
     # One comparison for what most steps do not have.

@@ -4,9 +4,10 @@ from typing import Any, List, Optional  # noqa: UP035
 
 import torch
 from torch.library import triton_op, wrap_triton
+from triton.runtime.jit import JITFunction
 
 from fastddim.coefficients import StepTable
-from fastddim.config import Clip, DynamicThreshold, Limit, limit_numbers
+from fastddim.config import LIMITS, limit_name, limit_numbers, with_numbers
 from fastddim.kernels.launch import make_entry, scalar_tensor
 from fastddim.kernels.plan import STEP_POINTERS
 from fastddim.step import Guidance, StepOptions
@@ -34,9 +35,7 @@ def _write_step(
     guidance = None
     if guidance_scale is not None:
         guidance = Guidance(guidance_scale, 0.0 if guidance_rescale is None else guidance_rescale, cond_first)
-    named: Limit = None
-    if limit != "none":
-        named = Clip(limit_range) if limit == "clip" else DynamicThreshold(limit_ratio, limit_range)
+    named = None if limit == "none" else with_numbers(LIMITS[limit](), limit_range, limit_ratio)
     options = StepOptions(
         guidance=guidance, limit=named, noise=noise, seeds=seeds, first_row=first_row, out=out, model_input=model_input
     )
@@ -60,7 +59,9 @@ def _write_step(
         slots["statistics"] = torch.zeros(plan.statistics, dtype=torch.float32, device=sample.device)
         slots["counters"] = torch.zeros(plan.counters, dtype=torch.int32, device=sample.device)
     for call in plan.calls:
-        wrap_triton(call.kernel)[call.grid](
+        # torch 2.11 refuses to wrap a kernel that Triton interprets.
+        kernel = wrap_triton(call.kernel) if isinstance(call.kernel, JITFunction) else call.kernel
+        kernel[call.grid](
             *(slots[name] for name in call.pointers),
             *call.numbers,
             **call.constants,
@@ -119,7 +120,6 @@ def ddim_step(
         table = table.tensor(device)
     if not isinstance(step, torch.Tensor):
         step = torch.full((1,), step, dtype=torch.int64, device=device).reshape(())
-    name = {Clip: "clip", DynamicThreshold: "threshold"}.get(type(options.limit), "none")
     inputs = (
         model_output,
         sample.contiguous(),
@@ -128,7 +128,7 @@ def ddim_step(
         None if guidance is None else scalar_tensor(guidance.scale, device),
         scalar_tensor(guidance.rescale, device) if guidance is not None and guidance.rescaled else None,
         guidance is not None and bool(guidance.cond_first),
-        name,
+        limit_name(options.limit),
         *limit_numbers(options.limit),
         options.noise,
         options.seeds,

@@ -240,6 +240,8 @@ def histogram_kernel(
                         next_above = tl.minimum(next_above, tl.min(tl.where(totals > upper, patterns, LARGEST_INT), 0))
                         tl.store(fine + entry, tl.zeros_like(entry), mask=entry < width)
                         seen += tl.sum(counts, 0)
+                # Every warp has to have read the counters before one of them clears these.
+                tl.debug_barrier()
                 tl.store(workspace + ABOVE, 0)
                 tl.store(workspace + LARGEST_TO_ONE, 0)
                 tl.store(workspace + BIN, DONE)

@@ -34,7 +34,7 @@ struct Outcome {
     Kind kind;
     /// The PNG file, or a message.
     std::string content;
-    /// Of sampling; where requests shared a run, this one's part.
+    /// The time of sampling; where requests shared a run, this one's part.
     double seconds = 0;
 };
 

@@ -126,13 +126,10 @@ struct DDIMConfig {
     }
 };
 
-/// The clean end of the chain, behind timestep 0.
-constexpr std::int64_t final_timestep = -1;
-
-/// A step from a training timestep to a less noisy one, or to `final_timestep`.
+/// A step from a training timestep to a less noisy one, or, without `t_next`, to the clean end behind timestep 0.
 struct Transition {
     std::int64_t t = 0;
-    std::int64_t t_next = final_timestep;
+    std::optional<std::int64_t> t_next;
 };
 
 FASTDDIM_EXACT_BEGIN
@@ -243,10 +240,10 @@ class Schedule {
     const DDIMConfig& config() const noexcept { return config_; }
     const std::vector<double>& alphas_cumprod() const noexcept { return alphas_cumprod_; }
 
-    /// alpha_bar of a training timestep, or of `final_timestep`: 1 with `set_alpha_to_one`, else timestep 0's.
-    double alpha_bar(std::int64_t t) const {
-        if (t < 0) return config_.set_alpha_to_one ? 1.0 : alphas_cumprod_.front();
-        return alphas_cumprod_.at(static_cast<std::size_t>(t));
+    /// alpha_bar of a training timestep, or, without one, of the clean end: 1 with `set_alpha_to_one`, else timestep 0's.
+    double alpha_bar(std::optional<std::int64_t> t) const {
+        if (!t) return config_.set_alpha_to_one ? 1.0 : alphas_cumprod_.front();
+        return alphas_cumprod_.at(static_cast<std::size_t>(*t));
     }
 
     /// The transitions of a run of `num_inference_steps` steps, in sampling order.
@@ -270,8 +267,10 @@ class Schedule {
    private:
     static std::vector<Transition> to_transitions(const std::vector<std::int64_t>& timesteps) {
         std::vector<Transition> pairs(timesteps.size());
-        for (std::size_t k = 0; k < pairs.size(); ++k)
-            pairs[k] = {timesteps[k], k + 1 < pairs.size() ? timesteps[k + 1] : final_timestep};
+        for (std::size_t k = 0; k < pairs.size(); ++k) {
+            pairs[k].t = timesteps[k];
+            if (k + 1 < pairs.size()) pairs[k].t_next = timesteps[k + 1];
+        }
         return pairs;
     }
 
@@ -344,9 +343,11 @@ struct StepTable {
         const std::int64_t n_train = schedule.config().num_train_timesteps;
         StepTable table;
         for (const Transition& pair : transitions) {
-            if (!(final_timestep <= pair.t_next && pair.t_next < pair.t && pair.t < n_train))
-                throw std::invalid_argument(detail::text("transitions: (", pair.t, ", ", pair.t_next, "); pass ",
-                                                         final_timestep, " <= t_next < t < ", n_train));
+            // An absent t_next compares below every number.
+            if (!(0 <= pair.t && 0 <= pair.t_next.value_or(0) && pair.t_next < pair.t && pair.t < n_train))
+                throw std::invalid_argument(
+                    detail::text("transitions: (", pair.t, ", ", pair.t_next ? detail::text(*pair.t_next) : "none",
+                                 "); pass 0 <= t_next < t < ", n_train, ", or no t_next for the clean end"));
             const double alpha_bar = schedule.alpha_bar(pair.t), alpha_bar_next = schedule.alpha_bar(pair.t_next);
             const PredictionType kind = schedule.config().prediction_type;
             if (kind == PredictionType::epsilon && alpha_bar == 0)
@@ -368,12 +369,15 @@ struct StepTable {
     static StepCoefficients row(double alpha_bar, double alpha_bar_next, double eta, PredictionType kind,
                                 bool use_clipped_model_output) {
         FASTDDIM_EXACT
-        const double large = 1.0 - alpha_bar / alpha_bar_next;
-        const double ratio = (1.0 - alpha_bar_next) / std::max(1.0 - alpha_bar, std::numeric_limits<double>::min());
+        // A product of many alphas underflows to 0, and so does the quotient of two; `large` is 1 there.
+        constexpr double tiny = std::numeric_limits<double>::min();
+        const double least_next = std::max(alpha_bar_next, tiny);
+        const double large = 1.0 - alpha_bar / least_next;
+        const double ratio = (1.0 - alpha_bar_next) / std::max(1.0 - alpha_bar, tiny);
         const double noise_scale = eta * std::sqrt(ratio * large);
         // 1 - alpha_bar_next - noise_scale**2 as a sum of positive terms: at eta 1 the difference cancels to nothing.
         const double direction = std::sqrt(
-            ratio * ((1.0 - eta * eta) * large + alpha_bar * (1.0 - alpha_bar_next) / alpha_bar_next));
+            ratio * ((1.0 - eta * eta) * large + alpha_bar * (1.0 - alpha_bar_next) / least_next));
         const double signal = std::sqrt(alpha_bar), sigma = std::sqrt(1.0 - alpha_bar);
         // Epsilon and x0 in terms of the state, the output and the limited x0.
         double x0_x = 0, x0_output = 1, eps_x = 1 / sigma, eps_output = -signal / sigma, eps_x0 = 0;

@@ -28,7 +28,7 @@ from fastddim.schedule import Schedule
 
 MODEL_FILE = "model.pt2"
 DEVICES = ("cpu", "cuda")
-# Of each x86-64 instruction set: the compiler's architecture, the vectors' bits, and the features as Linux names them.
+# For each x86-64 instruction set the compiler's architecture, the vectors' bits, and the features as Linux names them.
 _AVX2 = ("abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
 _ISAS = {
     "avx2": ("x86-64-v3", 256, _AVX2),
@@ -177,6 +177,8 @@ def _compile(program: ExportedProgram, path: Path, cpu_options: Mapping[str, Any
             "aot_inductor.enable_line_tables": False,
             # They would stay in Inductor's cache, 100 MB for each set of options.
             "aot_inductor.precompile_headers": False,
+            # torch 2.11 looks up the nodes of the loop's body in the graph around it (pytorch #184623).
+            "allow_buffer_reuse": torch.__version__ >= "2.13",
             **cpu_options,
         }
         try:
@@ -201,17 +203,14 @@ def _manifest(
     outputs = ("samples",) if plan.options.kind == "loop" else STEP_OUTPUTS
     dtypes = {name: str(value.dtype).removeprefix("torch.") for name, value in examples.items()}
     meanings = name_meanings(plan)
-
-    def described(name: str) -> dict[str, Any]:
-        return {
-            "name": name,
-            "dtype": dtypes.get(name, "float32"),
-            "shape": list(dims[name]),
-            "meaning": meanings[name],
-        }
-
-    inputs = [described(name) for name in examples]
-    manifest = build_manifest(plan, MODEL_FILE, inputs, [*map(described, outputs)], "aoti")
+    inputs, results = (
+        [
+            {"name": name, "dtype": dtypes.get(name, "float32"), "shape": list(dims[name]), "meaning": meanings[name]}
+            for name in names
+        ]
+        for names in (examples, outputs)
+    )
+    manifest = build_manifest(plan, MODEL_FILE, inputs, results, "aoti")
     manifest["target"] = {
         "device": device,
         "platform": sys.platform,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from fastddim.cli_options import choice, integers, parse_integers, with_options
-from fastddim.config import Clip, DynamicThreshold, Limit
+from fastddim.config import LIMITS, Limit, require_choice
 from fastddim.export.command_options import Destination, report
 
 
@@ -59,15 +59,15 @@ def export_command(*, destination: Destination, kernel: KernelFlags) -> None:
 
 
 def _parse_limit(text: str) -> Limit:
-    kind, _, numbers = text.partition("=")
+    kind, _, given = text.partition("=")
     try:
         if text == "none":
             return None
-        if kind == "clip":
-            return Clip(float(numbers))
-        if kind == "threshold":
-            ratio, _, max_value = numbers.partition(":")
-            return DynamicThreshold(float(ratio), float(max_value))
-        raise ValueError("no such limit")
+        require_choice("limit", kind, LIMITS)
+        names = [field.name for field in dataclasses.fields(LIMITS[kind])]
+        numbers = [float(number) for number in given.split(":") if number]
+        if len(numbers) != len(names):
+            raise ValueError(f"{kind} takes {' and '.join(names)}")
+        return LIMITS[kind](**dict(zip(names, numbers, strict=True)))
     except ValueError as error:
         raise ValueError(f"--limit: {text!r} ({error}); pass none, clip=1 or such as threshold=0.995:1.5") from error

@@ -20,7 +20,7 @@ from fastddim.export.cubin.options import TRITON_DTYPES, KernelOptions
 from fastddim.export.manifest import limit_text
 from fastddim.export.sampler_plan import ExportError
 from fastddim.kernels.aot import ALIGNMENT, compile_call, make_source
-from fastddim.kernels.plan import ARGUMENT_OF, KernelCall, Plan, make_plan
+from fastddim.kernels.plan import ARGUMENT_OF, KernelCall, make_plan
 
 # Compute capabilities, times ten, of the cubins.
 TARGETS = (80, 90, 100, 120)
@@ -90,12 +90,13 @@ def _fill(folder: Path, options: KernelOptions) -> dict[str, Any]:
                 if source.signature[name] != "constexpr" and name != "num_steps"
             }
             launches.append({"kernel": kernels[key]["name"], "grid": [*call.grid, 1], "numbers": numbers})
+        scratch = {"tickets": plan.tickets, "counters": plan.counters, "statistics": plan.statistics}
         plans.append(
             {
                 "batch": batch,
                 "tier": plan.tier,
                 "shapes": _shapes(options, batch, types),
-                "scratch": _scratch(plan),
+                "scratch": {name: 4 * size for name, size in scratch.items() if size},
                 "launches": launches,
             }
         )
@@ -122,9 +123,10 @@ def _write_kernel(
         compiled = _compile(call, types, arch, options)
         _check_parameters(compiled, parameters)
         (target,) = re.findall(r"^\.target (\w+)$", compiled.asm["ptx"], re.MULTILINE)
-        for kind, content in (("cubin", compiled.asm["cubin"]), ("ptx", compiled.asm["ptx"].encode())):
-            if kind == "ptx" and arch != PTX_TARGET:
-                continue
+        contents = {"cubin": compiled.asm["cubin"]}
+        if arch == PTX_TARGET:
+            contents["ptx"] = compiled.asm["ptx"].encode()
+        for kind, content in contents.items():
             file = f"{name}.{target}.{kind}"
             (folder / file).write_bytes(content)
             images.append(
@@ -221,8 +223,3 @@ def _arguments(options: KernelOptions) -> dict[str, Any]:
         for name, meaning in _MEANINGS.items()
         if name in dtypes
     }
-
-
-def _scratch(plan: Plan) -> dict[str, int]:
-    sizes = {"tickets": plan.tickets, "counters": plan.counters, "statistics": plan.statistics}
-    return {name: 4 * size for name, size in sizes.items() if size}

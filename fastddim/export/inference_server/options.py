@@ -75,7 +75,10 @@ class InferenceServerOptions:
         require_int("instances", self.instances, 1)
         require_choice("timeout_action", self.timeout_action, ("reject", "delay"))
         require_choice("kind", self.kind, ("auto", "cpu", "gpu"))
-        for name, most in (("preferred_batch_sizes", self.max_batch_size), ("warmup_batch_sizes", self._most)):
+        for name, most in (
+            ("preferred_batch_sizes", self.max_batch_size),
+            ("warmup_batch_sizes", max(1, self.max_batch_size)),
+        ):
             for size in getattr(self, name):
                 require_int(name, size, 1, most)
         for name in ("max_queue_delay_microseconds", "queue_timeout_microseconds", "max_queue_size"):
@@ -107,10 +110,6 @@ class InferenceServerOptions:
         needed = ACCELERATORS[self.accelerator]
         if self.kind not in ("auto", needed):
             raise ValueError(f"accelerator: {self.accelerator!r} with kind {self.kind!r}; pass kind={needed!r}")
-
-    @property
-    def _most(self) -> int:
-        return max(1, self.max_batch_size)
 
 
 def check_model_name(name: str) -> str:

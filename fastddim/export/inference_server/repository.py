@@ -241,15 +241,11 @@ def _require_batched(manifest: Mapping[str, Any], max_batch_size: int) -> None:
 
 
 def _tensor(item: Mapping[str, Any], batched: bool) -> dict[str, Any]:
-    dims = _dims(item, batched)
+    # Without the batch; -1 where it may differ.
+    dims = [dim if isinstance(dim, int) else -1 for dim in item["shape"][batched:]]
     tensor = {"name": item["name"], "data_type": _Word(f"TYPE_{_data_type(item)}"), "dims": dims or [1]}
     # Requests have no empty shapes: [B, 1] comes in for a model's [B].
     return tensor if dims else {**tensor, "reshape": {"shape": []}}
-
-
-def _dims(item: Mapping[str, Any], batched: bool) -> list[int]:
-    """What a request's tensor has, without the batch; -1 where it may differ."""
-    return [dim if isinstance(dim, int) else -1 for dim in item["shape"][batched:]]
 
 
 def _data_type(item: Mapping[str, Any]) -> str:

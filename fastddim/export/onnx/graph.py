@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, compose, helper, numpy_helper
 
 # What the loop takes one row of for each step.
 _ROWS = {"timestep": "timesteps", "coefficients": "coefficients", "noise": "noise"}
@@ -121,11 +121,8 @@ def as_loop(step: onnx.ModelProto, per_sample: bool = False) -> onnx.ModelProto:
     )
     inputs = [given[name] for name in ("sample", *others)]
     for name, outer in rows.items():
-        kind = given[name].type.tensor_type
-        dims = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
-        inputs.append(
-            helper.make_tensor_value_info(outer, kind.elem_type, ["steps", *(dims[1:] if name in shared else dims)])
-        )
+        dims = ["steps", *symbolic_dims(graph)[name][name in shared :]]
+        inputs.append(helper.make_tensor_value_info(outer, given[name].type.tensor_type.elem_type, dims))
     constants = {"true": np.array(True), "zero": np.array([0])}
     outside = [
         helper.make_node("Shape", ["timesteps"], ["steps_shape"], name="count_steps", start=0, end=1),
@@ -161,27 +158,15 @@ def fed_by(model: onnx.ModelProto, producer: onnx.ModelProto, prefix: str) -> on
     Returns:
         The model with the producer's inputs in place of its outputs.
     """
-    source = producer.graph
+    source = compose.add_prefix_graph(producer.graph, prefix, rename_inputs=False, rename_outputs=False)
     made = {value.name for value in source.output}
-    outside = made | {value.name for value in source.input}
-    nodes, weights = [], []
-    for node in source.node:
-        copied = copy.deepcopy(node)
-        copied.name = prefix + node.name
-        for names in (copied.input, copied.output):
-            names[:] = [name if not name or name in outside else prefix + name for name in names]
-        nodes.append(copied)
-    for weight in source.initializer:
-        named = copy.deepcopy(weight)
-        named.name = prefix + weight.name
-        weights.append(named)
     inputs = {value.name: value for value in (*source.input, *model.graph.input) if value.name not in made}
     graph = helper.make_graph(
-        [*nodes, *model.graph.node],
+        [*source.node, *model.graph.node],
         model.graph.name,
         list(inputs.values()),
         list(model.graph.output),
-        initializer=[*weights, *model.graph.initializer],
+        initializer=[*source.initializer, *model.graph.initializer],
     )
     return helper.make_model(graph, opset_imports=list(model.opset_import), ir_version=model.ir_version)
 

@@ -122,9 +122,8 @@ class OrtPipeline:
             uncond_kwargs=uncond,
             **conditions,
         )
-        (images,) = self._sessions[DECODER].run(["images"], {"latents": latents})
-        result: Array = images
-        return result
+        images: Array = self._sessions[DECODER].run(["images"], {"latents": latents})[0]
+        return images
 
     def tokenize(self, prompts: Sequence[str]) -> Ids:
         """`input_ids` of texts, with the bundle's tokenizers: an array, or for SDXL a pair. Needs transformers, no torch.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from fastddim.export.onnx.graph import name_dims, symbolic_dims
 from fastddim.export.onnx.parity import runnable
 from fastddim.export.onnx.sampler import yielding_options
 from fastddim.export.sampler_plan import ExportOptions, plan_sampler
-from fastddim.export.validate import LARGEST_BATCH, PARITY_STEPS, TOLERANCES, require_parity, verify_bundle
+from fastddim.export.validate import LARGEST_BATCH, PARITY_STEPS, TOLERANCES, parity_entry, verify_bundle
 from fastddim.noise import STREAM_INITIAL, normal
 
 _MEANINGS = {
@@ -195,19 +194,13 @@ def _measure(path: Path, name: str, component: _Component, tolerance: float | No
         ]
     results = []
     for inputs, (expected, actual) in zip(component.batches, pairs, strict=True):
-        first = next(iter(inputs.values()))
+        batch, *size = next(iter(inputs.values())).shape
         largest = max(float(value.abs().max()) for value in expected)
         # numpy's maximum keeps a NaN, Python's need not.
         error = float(np.max([np.abs(have - want.numpy()).max() for have, want in zip(actual, expected, strict=True)]))
-        entry = {
-            "component": name,
-            "batch": first.shape[0],
-            "size": list(first.shape[1:]),
-            "largest_error": error if math.isfinite(error) else math.inf,
-            "tolerance": TOLERANCES[dtype] * max(1.0, largest) if tolerance is None else tolerance,
-        }
-        require_parity(entry, f"in {name}, a batch of {first.shape[0]} of {tuple(first.shape[1:])}")
-        results.append(entry)
+        allowed = TOLERANCES[dtype] * max(1.0, largest) if tolerance is None else tolerance
+        where = f"in {name}, a batch of {batch} of {tuple(size)}"
+        results.append(parity_entry(error, allowed, where, component=name, batch=batch, size=size))
     return results
 
 

@@ -118,9 +118,8 @@ class OrtSampler(BundleSampler):
         return first.removesuffix("ExecutionProvider")
 
     def _sample_loop(self, inputs: Mapping[str, Array]) -> Array:
-        (samples,) = self.session.run(["samples"], dict(inputs))
-        result: Array = samples
-        return result
+        samples: Array = self.session.run(["samples"], dict(inputs))[0]
+        return samples
 
     def _run_steps(self, sample: Array, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Array]) -> Array:
         batch = sample.shape[0]

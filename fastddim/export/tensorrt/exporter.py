@@ -368,7 +368,7 @@ def _fill(source: Bundle, engine: Mapping[str, Any], build: _Build, folder: Path
         if "/" in name:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.path / name, folder / name)
-    # Of the graphs, not of the engines.
+    # Parity was measured on the graphs, not on the engines.
     manifest["parity"] = []
     manifest["runtime"] = "tensorrt"
     manifest["engine"] = dict(engine)

@@ -13,7 +13,7 @@ from typing import Any
 from fastddim.export.bundle import Bundle, BundleError
 from fastddim.export.tensorrt.options import open_dimensions
 
-# Of networks with plugins that are compiled ahead of time; TensorRT 10.8 is the first to have it.
+# The flag of networks with plugins that are compiled ahead of time; TensorRT 10.8 is the first to have it.
 PLUGIN_FLAG = "PREFER_AOT_PYTHON_PLUGINS"
 
 # An engine's first bytes, those before its version, and the bytes of its version.

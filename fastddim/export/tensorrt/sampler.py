@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fastddim.coefficients import StepTable
-from fastddim.cuda_graph import CaptureError, Graph, GraphCache
+from fastddim.cuda_graph import CaptureError, Graph, GraphCache, MemoryPool
 from fastddim.export.bundle import Bundle, BundleError, open_bundle, require_runtime
 from fastddim.export.bundle_sampler import BundleSampler
 from fastddim.export.machine import compute_capability
@@ -213,7 +213,7 @@ class TensorRTSampler(BundleSampler):
             try:
                 replayed = self._contexts.get(
                     _capture_key(inputs),
-                    lambda: _Replayed(self, self._make_context(profile), inputs, self._contexts.pool),
+                    lambda: _Replayed(self, self._make_context(profile), inputs, self._contexts.pool(self._device)),
                 )
             except CaptureError as error:
                 logger.warning("the engine is run without a CUDA graph: %s", error)
@@ -325,7 +325,9 @@ class _Execution:
 class _Replayed(_Execution):
     """An execution over tensors of its own, captured."""
 
-    def __init__(self, sampler: TensorRTSampler, context: Any, inputs: Mapping[str, torch.Tensor], pool: Any) -> None:
+    def __init__(
+        self, sampler: TensorRTSampler, context: Any, inputs: Mapping[str, torch.Tensor], pool: MemoryPool | None
+    ) -> None:
         super().__init__(sampler, context, {name: tensor.clone() for name, tensor in inputs.items()})
         self._graph = Graph(super().run, sampler._device, pool)
         self.nbytes = self._graph.nbytes + sum(t.nbytes for t in (*self.inputs.values(), *self._outputs.values()))
