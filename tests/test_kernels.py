@@ -526,13 +526,18 @@ def test_the_last_program_of_a_grid_moves_the_index_on_whatever_the_size():
     assert (int(step), float(next_timestep), int(tickets)) == (4, 4.0, 0)
 
 
-def test_an_index_outside_the_table_gives_nan_instead_of_someone_elses_memory():
-    x, output = draw((4, 9)), draw((4, 9), seed=1)
-    rows = torch.tensor([9, 10, -1, 2**40], device=DEVICE)
-    x_next, x0 = ddim_step(output, x, table(), rows, limit=Clip())
-    assert x_next[[1, 3]].isnan().all() and x0[[1, 3]].isnan().all()
-    expected, _ = reference_step(output, x, table(), torch.tensor([9, 9, -1, 9], device=DEVICE), limit=Clip())
-    torch.testing.assert_close(x_next[[0, 2]], expected[[0, 2]])
+@pytest.mark.parametrize("limit", [Clip(), DynamicThreshold(0.9, 1.5)])
+@pytest.mark.parametrize("small", [False, True])
+def test_an_index_outside_the_table_gives_nan_instead_of_someone_elses_memory(monkeypatch, limit, small):
+    if small:
+        monkeypatch.setattr(plan, "WHOLE_SAMPLE", 0)
+    rows = torch.tensor([9, -10, -1, 10, -11, 2**40, -(2**40), 2**63 - 1, -(2**63)], device=DEVICE)
+    x, output = draw((len(rows), 9)), draw((len(rows), 9), seed=1)
+    x_next, x0 = ddim_step(output, x, table(), rows, limit=limit)
+    assert x_next[3:].isnan().all() and x0[3:].isnan().all()
+    for k, row in enumerate((9, 0, 9)):
+        expected, _ = reference_step(output[k : k + 1], x[k : k + 1], table(), row, limit=limit)
+        torch.testing.assert_close(x_next[k : k + 1], expected)
 
 
 @pytest.mark.sampled
@@ -589,6 +594,21 @@ def test_samples_that_do_not_differ_are_one_flat_sample():
     assert last_plan().flat
     ddim_step(output, x, table(), torch.arange(16, device=DEVICE) % 4)
     assert not last_plan().flat
+
+
+@pytest.mark.parametrize("limit", [Clip(), DynamicThreshold(0.9, 1.5)])
+@pytest.mark.parametrize("small", [False, True])
+def test_a_batch_of_one_is_known_to_the_compiler_and_changes_no_bit(monkeypatch, limit, small):
+    if small:
+        monkeypatch.setattr(plan, "WHOLE_SAMPLE", 0)
+    x, output, rows = draw((2, 720)), draw((4, 720), seed=1), torch.tensor([3, 3], device=DEVICE)
+    options = {"limit": limit, "guidance": Guidance(3.0, 0.7), "seeds": seed_tensor([5, 6], DEVICE)}
+    both = ddim_step(output, x, table(1.0), rows, **options)
+    assert last_plan().calls[0].constants["SAMPLE_AXIS"] == 1
+    options["seeds"] = options["seeds"][:1]
+    one = ddim_step(output[::2].contiguous(), x[:1], table(1.0), rows[:1], **options)
+    assert last_plan().calls[0].constants["SAMPLE_AXIS"] == -1
+    assert all(torch.equal(alone[0], among[0]) for alone, among in zip(one, both, strict=True))
 
 
 def test_more_samples_than_a_grids_second_axis_takes(monkeypatch):

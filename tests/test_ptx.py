@@ -129,6 +129,22 @@ def test_integers_are_pythons(opcode):
     assert [int(x) % 2**bits for x in known.function(a, b)] == expected
 
 
+def test_bytes_are_picked_as_cudas_manual_describes():
+    """CUDA's integer intrinsics, `__byte_perm`, and the sign of PTX's own most significant bit."""
+    cells = np.zeros(64, np.uint32)
+    picks = {
+        "0x3210U": 0x84838281,
+        "0x7654U": 0x14131211,
+        "0x3340U": 0x84841181,
+        "0x5410U": 0x12118281,
+        "0xC8F1": 0x00FF0082,
+    }
+    for selector, expected in picks.items():
+        body = f"mov.b32 %r5, 0x84838281; mov.b32 %r6, 0x14131211; prmt.b32 %r7, %r5, %r6, {selector};"
+        run(source(body + "st.global.b32 [%rd2], %r7;"), np.zeros(64, np.uint32), cells)
+        assert set(cells.tolist()) == {expected}, selector
+
+
 def test_branches_meet_again_and_a_warp_exchanges():
     first, second = np.arange(64, dtype=np.uint32), np.zeros(64, np.uint32)
     body = """

@@ -37,6 +37,8 @@ _ENOUGH_PROGRAMS = 512
 # What a program that has a whole sample's statistics updates at a time; more elements a thread would spill.
 _CHUNK = 4096
 _MAX_GRID_Y = 65535
+# What Triton knows of a size: whether it is a multiple of this.
+_ALIGNED = 16
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def make_plan(shape: StepShape) -> Plan:
     else:
         block, num_warps = _element_block(batch, n), NUM_WARPS
     blocks = 1 if whole else triton.cdiv(n, block)
-    sample_axis, grid = make_grid(batch, blocks)
+    sample_axis, grid = make_grid(batch, blocks, n)
     guidance = {"COND_FIRST": shape.cond_first, "SCALE_PER_SAMPLE": shape.scale_per_sample}
     constants: dict[str, Any] = {
         "GUIDED": shape.guided,
@@ -186,7 +188,7 @@ def make_plan(shape: StepShape) -> Plan:
         return Plan("whole" if whole else "elements", flat, (step,), tickets)
 
     blocks = triton.cdiv(n, STATISTICS_BLOCK)
-    sample_axis, grid = make_grid(batch, blocks)
+    sample_axis, grid = make_grid(batch, blocks, n)
     row_size = SLOTS.value
     layout = {
         "SAMPLE_AXIS": sample_axis,
@@ -228,8 +230,14 @@ def _element_block(batch: int, n: int) -> int:
     return min(block, max(64, int(triton.next_power_of_2(n))))
 
 
-def make_grid(batch: int, blocks: int) -> tuple[int, tuple[int, int]]:
-    """Which axis counts the samples, and the grid: the second one, which is the short one, unless there are too many."""
-    if isinstance(batch, torch.SymInt) or batch <= _MAX_GRID_Y:
+def make_grid(batch: int, blocks: int, n: int) -> tuple[int, tuple[int, int]]:
+    """Which axis counts the samples of n elements, and the grid: the second one, the short one, unless there are too many.
+
+    -1 where there is one sample, so that its number is known to the compiler: a short block has a quarter fewer instructions.
+    Not where its halves are aligned differently, which would get them different layouts.
+    """
+    if isinstance(batch, torch.SymInt):
         return 1, (blocks, batch)
-    return 0, (batch, blocks)
+    if batch == 1 and not isinstance(n, torch.SymInt) and n % _ALIGNED == 0:
+        return -1, (blocks, 1)
+    return (1, (blocks, batch)) if batch <= _MAX_GRID_Y else (0, (batch, blocks))

@@ -101,7 +101,7 @@ def plan_plugin_step(batch: int, elements: int, options: StepOptions, largest_ba
     asked = {"noise": options.noise is not None, "guidance_scale": shape.guided, "guidance_rescale": shape.rescale}
     constants = {name: value for name, value in call.constants.items() if name in ddim_step_in_plugin.arg_names}
     blocks = triton.cdiv(elements, constants["BLOCK"])
-    constants["SAMPLE_AXIS"], _ = make_grid(largest_batch, blocks)
+    constants["SAMPLE_AXIS"], _ = make_grid(largest_batch, blocks, elements)
     inputs = tuple(name for name in INPUTS if asked.get(name, True))
     return PluginStep(inputs, elements, constants, blocks, call.num_warps)
 

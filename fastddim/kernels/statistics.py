@@ -27,6 +27,7 @@ from fastddim.kernels.step import (
     load_limit,
     load_x0_columns,
     predict,
+    program_place,
     quantile_rank,
     rescale_factor,
     split_halves,
@@ -114,9 +115,7 @@ def rescale_kernel(
     BLOCK: tl.constexpr,
 ):
     """Each sample's guidance rescale factor into `statistics[b, 1]`."""
-    b = tl.program_id(SAMPLE_AXIS).to(tl.int64)
-    block = tl.program_id(1 - SAMPLE_AXIS)
-    blocks = tl.num_programs(1 - SAMPLE_AXIS)
+    b, block, blocks = program_place(SAMPLE_AXIS)
     start = block.to(tl.int64) * BLOCK
     lanes = tl.arange(0, BLOCK)
     size = tl.minimum(n - start, BLOCK).to(tl.int32)
@@ -181,9 +180,8 @@ def histogram_kernel(
 
     shift: the bins are `1 << shift` bit patterns wide, and the second histogram has as many.
     """
-    b = tl.program_id(SAMPLE_AXIS).to(tl.int64)
-    start = tl.program_id(1 - SAMPLE_AXIS).to(tl.int64) * BLOCK
-    blocks = tl.num_programs(1 - SAMPLE_AXIS)
+    b, block, blocks = program_place(SAMPLE_AXIS)
+    start = block.to(tl.int64) * BLOCK
     lanes = tl.arange(0, BLOCK)
     live = lanes < tl.minimum(n - start, BLOCK).to(tl.int32)
     where = (b, batch, start, lanes, n, channels)
@@ -200,11 +198,11 @@ def histogram_kernel(
     # A sample whose threshold the first launch knew is not read again.
     if not REFINE or bin != DONE:
         # x0 before the limit, as the step kernel computes it.
-        row = table_row(tl.load(step_ptr + (b if ROW_PER_SAMPLE else 0)).to(tl.int64), num_steps)
+        place, _ = table_row(tl.load(step_ptr + (b if ROW_PER_SAMPLE else 0)).to(tl.int64), num_steps)
         factor = tl.full([], 1.0, tl.float32)
         if RESCALED:
             factor = tl.load(statistics_ptr + b * 2 + 1)
-        x0_columns = load_x0_columns(table_ptr + row.to(tl.int32) * NUM_COLUMNS, 0.0, sample_ptr.dtype.element_ty)
+        x0_columns = load_x0_columns(table_ptr + place * NUM_COLUMNS, 0.0, sample_ptr.dtype.element_ty)
         if REFINE:
             inputs = load_inputs(sample_ptr, output_ptr, where, live, GUIDED, OUTPUT_CHANNELS_LAST)
         guidance = load_guidance(guidance_ptr, b, SCALE_PER_SAMPLE)

@@ -71,9 +71,26 @@ def load_x0_columns(columns, poison, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def program_place(SAMPLE_AXIS: tl.constexpr):
+    """A program's sample, and its place among the programs of that sample and their number. SAMPLE_AXIS: `make_grid`'s."""
+    if SAMPLE_AXIS < 0:
+        b = tl.full([], 0, tl.int64)
+        block = tl.program_id(0)
+        blocks = tl.num_programs(0)
+    else:
+        b = tl.program_id(SAMPLE_AXIS).to(tl.int64)
+        block = tl.program_id(1 - SAMPLE_AXIS)
+        blocks = tl.num_programs(1 - SAMPLE_AXIS)
+    return b, block, blocks
+
+
+@triton.jit
 def table_row(row, num_steps):
-    """The row of an index, negative ones counted from the end, and the nearest row of one outside the table."""
-    return tl.minimum(tl.maximum(tl.where(row < 0, row + num_steps, row), 0), num_steps - 1)
+    """The row of an index, negative ones counted from the end, and whether there is one; row 0 if not."""
+    counted = tl.where(row < 0, row + num_steps, row)
+    # Unsigned, so that one comparison has both ends.
+    inside = counted.to(tl.uint64) < tl.cast(num_steps, tl.uint64)
+    return tl.where(inside, counted.to(tl.int32), 0), inside
 
 
 @triton.jit
@@ -417,27 +434,27 @@ def ddim_step_kernel(
     LIMIT: "none", "clip" to RANGE, "threshold" with RATIO and at most RANGE, or "fixed", the threshold RANGE.
     limit_ptr: float64 range and ratio that take the place of RANGE and RATIO.
     """
-    b = tl.program_id(SAMPLE_AXIS).to(tl.int64)
-    start = tl.program_id(1 - SAMPLE_AXIS).to(tl.int64) * BLOCK
+    b, block, blocks = program_place(SAMPLE_AXIS)
+    start = block.to(tl.int64) * BLOCK
     first = b * n
 
     # Before anything that waits for the row: all loads of the large tensors are under way while that is read.
     lanes = tl.arange(0, CHUNK)
     early = None
     if not WHOLE:
-        block = (b, batch, start, lanes, n, channels)
+        where = (b, batch, start, lanes, n, channels)
         present = live_lanes(start, lanes, n, EVEN)
-        early = load_inputs(sample_ptr, output_ptr, block, present, GUIDED, OUTPUT_CHANNELS_LAST)
+        early = load_inputs(sample_ptr, output_ptr, where, present, GUIDED, OUTPUT_CHANNELS_LAST)
         # ptxas would move them behind the wait for the row.
         tl.debug_barrier()
     guidance = load_guidance(guidance_ptr, b, SCALE_PER_SAMPLE)
     row = b
     if step_ptr is not None:
         row = tl.load(step_ptr + (b if ROW_PER_SAMPLE else 0)).to(tl.int64)
-    inside = table_row(row, num_steps)
+    place, inside = table_row(row, num_steps)
     # No host sees this index, so one outside the table has to show: its results are NaN.
-    poison = tl.where((row == inside) | (row + num_steps == inside), 0.0, float("nan"))
-    columns = table_ptr + inside.to(tl.int32) * NUM_COLUMNS
+    poison = tl.where(inside, 0.0, float("nan"))
+    columns = table_ptr + place * NUM_COLUMNS
     x0_columns = load_x0_columns(columns, poison, sample_ptr.dtype.element_ty)
 
     # A whole sample is reduced to two scalars; then the inputs are read again, as registers cannot hold both.
@@ -514,7 +531,9 @@ def ddim_step_kernel(
         index = b if ROW_PER_SAMPLE else b * 0
         last = True
         if tickets_ptr is not None:
-            readers = tl.num_programs(1 - SAMPLE_AXIS) * (1 if ROW_PER_SAMPLE else tl.num_programs(SAMPLE_AXIS))
+            readers = blocks
+            if not ROW_PER_SAMPLE and SAMPLE_AXIS >= 0:
+                readers = blocks * tl.num_programs(SAMPLE_AXIS)
             last = tl.atomic_add(tickets_ptr + index, 1, sem="acq_rel") == readers - 1
             if last:
                 tl.store(tickets_ptr + index, 0)
