@@ -4,7 +4,9 @@
 
 For each variant and target: spilled bytes (0 asked), the width of the accesses to the large tensors (128 bits asked where
 sizes allow), and instructions an element, registers and bytes in flight, which may not be worse than in the committed
-`kernel_budget.json`. `--update` rewrites that file; `--quick` compiles a sample. Status 1 if a variant is over budget.
+`kernel_budget.json`. On NVIDIA's also the PTX instructions an element that the machine in tests/ptx executes: a loop's as
+often as it runs, none behind a branch not taken. `--update` rewrites that file; `--quick` compiles a sample. Status 1 if a
+variant is over budget.
 """
 
 from __future__ import annotations
@@ -21,12 +23,17 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fastddim.config import Clip, DynamicThreshold
+from fastddim import DDIMConfig, Schedule, StepTable
+from fastddim.config import Clip, DynamicThreshold, limit_numbers
 from fastddim.kernels.aot import compile_call, pointer_types
-from fastddim.kernels.plan import KernelCall, StepShape, make_plan
+from fastddim.kernels.plan import KernelCall, Plan, StepShape, make_plan
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+import ptx
 
 BUDGET_FILE = Path(__file__).with_suffix(".json")
 TARGETS = {
@@ -47,6 +54,10 @@ LATENT = {"batch": 64, "elements": 16384}
 PIXELS = {"batch": 8, "elements": 3 * 256 * 256}
 # Bits of an element.
 WIDTHS = {"fp32": 32, "fp16": 16, "bf16": 16}
+# bfloat16's bits.
+NUMPY_TYPES = {
+    "fp32": np.float32, "fp16": np.float16, "bf16": np.uint16, "fp64": np.float64, "i64": np.int64, "i32": np.int32,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,7 @@ class Figure:
         wide, wide_asked: its widest accesses, and those that the large tensors need.
         in_flight: bytes that an SM has under way: what a thread reads by its widest loads before it uses any of it, times
             the threads that the registers allow; 0 on AMD.
+        executed: PTX instructions that were executed, an element; 0 on AMD.
     """
 
     case: str
@@ -91,6 +103,7 @@ class Figure:
     wide: int
     wide_asked: int
     in_flight: int
+    executed: float
 
 
 def make_cases() -> list[Case]:
@@ -173,10 +186,12 @@ def case_types(case: Case) -> dict[str, str]:
 def measure(case: Case, target: str) -> list[Figure]:
     """Compile the case's kernels for a target."""
     figures = []
-    types = case_types(case)
-    for call in make_plan(case.shape).calls:
-        compiled = compile_call(call, types, TARGETS[target])
-        count, registers, spills, widths, ahead = (_nvidia if target.startswith("sm_") else _amd)(compiled)
+    types, plan = case_types(case), make_plan(case.shape)
+    compiled = [compile_call(call, types, TARGETS[target]) for call in plan.calls]
+    nvidia = target.startswith("sm_")
+    executed = _execute(case.shape, plan, types, compiled) if nvidia else [0.0] * len(compiled)
+    for call, binary, run in zip(plan.calls, compiled, executed, strict=True):
+        count, registers, spills, widths, ahead = (_nvidia if nvidia else _amd)(binary)
         block = call.constants["BLOCK"]
         threads = call.num_warps * TARGETS[target].warp_size
         # A whole sample is updated in chunks, by a loop whose body is there once.
@@ -190,10 +205,63 @@ def measure(case: Case, target: str) -> list[Figure]:
                 case.name, call.kernel.__name__ + (" (refine)" if call.constants.get("REFINE") else ""), target, block,
                 call.num_warps, round(count / (block / threads), 2), registers, spills,
                 sum(width >= best for width in widths), sum(bits // min(128, bits) for bits in moved),
-                ahead * warps // call.num_warps * threads,
+                ahead * warps // call.num_warps * threads, round(run, 2),
             )
         )  # fmt: skip
     return figures
+
+
+def _execute(
+    shape: StepShape, plan: Plan, types: dict[str, str], compiled: list[triton.compiler.CompiledKernel]
+) -> list[float]:
+    """PTX instructions an element that each launch of a step in the middle of a run executes.
+
+    The model finds the noise, and what is left of x0 has its threshold between 1 and the largest one asked for here.
+    """
+    schedule = Schedule(DDIMConfig())
+    noisy = "noise" in types or shape.drawn
+    table = StepTable.build(
+        schedule, schedule.pairs(10), eta=float(noisy), use_clipped_model_output=shape.limit is not None
+    )
+    total = shape.batch * shape.elements
+    rng = np.random.default_rng(0)
+    clean, noise, further = rng.standard_normal((3, total), np.float32)
+    x0_from_x, x0_from_output = table.columns[4, :2]
+    values = {
+        "sample": (0.55 * clean - x0_from_output * noise) / x0_from_x,
+        "output": np.tile(noise, 1 + shape.guided),
+        "noise": further,
+        "table": table.columns[4:5],
+        "guidance": np.full(shape.batch, 7.5),
+        "rescale": np.full(shape.batch, 0.7),
+        "limit": np.array(limit_numbers(shape.limit)),
+        "statistics": np.zeros(plan.statistics),
+        "counters": np.zeros(plan.counters),
+        "tickets": np.zeros(plan.tickets),
+    }
+    sizes = {"next": total, "x0": total, "input": total * (1 + shape.guided)}
+    memory, addresses = ptx.Memory(), {}
+    for name, kind in types.items():
+        given = values.get(name, np.zeros(sizes.get(name, 2 * shape.batch)))
+        if kind == "bf16":
+            given = given.astype(np.float32).view(np.uint32) >> 16
+        # Kept, as the machine goes by addresses.
+        array = values[name] = np.ascontiguousarray(given.astype(NUMPY_TYPES[kind]))
+        addresses[name] = array.ctypes.data
+        memory.add(array.ctypes.data, array.nbytes)
+    counts = []
+    for call, binary in zip(plan.calls, compiled, strict=True):
+        program = ptx.prepare(ptx.load(binary.asm["ptx"]))
+        parameters = [addresses[name] for name in call.pointers if name in addresses]
+        # A number that is 1 may be a constant.
+        exempt = {each.name for each in call.kernel.params if each.do_not_specialize}
+        names = call.kernel.arg_names[len(call.pointers) :]
+        parameters += [
+            number for name, number in zip(names, call.numbers, strict=False) if number != 1 or name in exempt
+        ]
+        parameters += [0] * (len(program.kernel.parameters) - len(parameters))
+        counts.append(ptx.launch(program, (*call.grid, 1), parameters, binary.metadata.shared, memory) / total)
+    return counts
 
 
 def _large_accesses(call: KernelCall, types: dict[str, str]) -> list[str]:
@@ -284,7 +352,7 @@ def check(figures: list[Figure], kept: dict[str, dict[str, float]] | None) -> It
         if before is None:
             yield f"{where}: not in {BUDGET_FILE.name}; run with --update and commit it"
             continue
-        for name in ("instructions", "registers"):
+        for name in ("instructions", "registers", "executed"):
             now = getattr(figure, name)
             if now > before[name] * SLACK:
                 yield f"{where}: {now} {name}, {before[name]} before; mend it, or run with --update and say why"
@@ -304,17 +372,20 @@ def main() -> int:
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         figures = [figure for group in pool.map(measure, *zip(*jobs, strict=True)) for figure in group]
     print(f"Triton {triton.__version__}")
+    print("Instructions an element / executed ones / registers / KiB in flight")
     print(
-        f"{'variant':42} {'kernel':26} {'block':>5} {'warps':>5} | instructions an element / registers / KiB in flight"
+        f"{'variant':42} {'kernel':26} {'block':>5} {'warps':>5} | " + " ".join(f"{target:>18}" for target in TARGETS)
     )
-    print(f"{'':42} {'':26} {'':>5} {'':>5} | " + " ".join(f"{target:>13}" for target in TARGETS))
     rows: dict[tuple[str, str], dict[str, Figure]] = {}
     for figure in figures:
         rows.setdefault((figure.case, figure.kernel), {})[figure.target] = figure
     for (case, kernel), row in rows.items():
         first = next(iter(row.values()))
-        figured = [f"{each.instructions:.1f}/{each.registers}/{each.in_flight >> 10}" for each in row.values()]
-        cells = " ".join(f"{cell:>13}" for cell in figured)
+        figured = [
+            f"{each.instructions:.1f}/{each.executed:.1f}/{each.registers}/{each.in_flight >> 10}"
+            for each in row.values()
+        ]
+        cells = " ".join(f"{cell:>18}" for cell in figured)
         print(f"{case:42} {kernel:26} {first.block:5} {first.num_warps:5} | {cells}")
     if arguments.json:
         report = {"triton": triton.__version__, "figures": [asdict(figure) for figure in figures]}
@@ -323,7 +394,7 @@ def main() -> int:
         table = {
             f"{figure.case}: {figure.kernel}: {figure.target}": {
                 "instructions": figure.instructions, "registers": figure.registers,
-                "in_flight": figure.in_flight,
+                "in_flight": figure.in_flight, "executed": figure.executed,
             }
             for figure in figures
         }  # fmt: skip

@@ -60,7 +60,7 @@ def run(text, first, second, blocks=1, shared=0, seed=None, unwritten=()):
     for k, array in enumerate((first, second)):
         memory.add(array.ctypes.data, array.nbytes, written=k not in unwritten)
     program = ptx.prepare(ptx.load(text))
-    ptx.launch(program, (blocks, 1, 1), (first.ctypes.data, second.ctypes.data, 7), shared, memory, seed)
+    return ptx.launch(program, (blocks, 1, 1), (first.ctypes.data, second.ctypes.data, 7), shared, memory, seed)
 
 
 def refused(message, body, *, blocks=1, size=None, **options):
@@ -166,6 +166,23 @@ $end:
     run(source(body), first, second, seed=3)
     kept = [6 if k % 2 == 0 else k + 100 for k in range(64)]
     assert second.tolist() == [kept[k ^ 1] for k in range(64)]
+
+
+def test_the_instructions_of_all_threads_are_counted():
+    # In INDEX and before the loop, in the loop as often as it is gone through, and the `ret`.
+    body = """
+        and.b32 %r5, %r1, 3;
+        setp.eq.b32 %p1, %r5, 0;
+$again:
+        add.s32 %r5, %r5, 1;
+        @%p1 add.s32 %r6, %r1, 1;
+        setp.lt.s32 %p2, %r5, 4;
+        @%p2 bra $again;
+    """
+    for seed in (None, 0):
+        executed = run(source(body), *np.zeros((2, 3 * 64), np.uint32), 3, seed=seed)
+        before = len([line for line in INDEX.splitlines() if line.strip()]) + 2
+        assert executed == sum(before + 4 * (4 - k % 4) + 1 for k in range(64)) * 3
 
 
 def test_blocks_run_in_order_or_in_an_order_drawn_from_the_seed():
