@@ -350,6 +350,47 @@ def test_a_sample_of_16384_takes_one_program_and_one_more_element_three_launches
         torch.testing.assert_close(x0, output.clamp(-scale, scale) / scale, rtol=0, atol=0)
 
 
+def take_captured(batch, dtype, rescale):
+    """A step as a graph has it, of the first `batch` of 17 samples."""
+    steps, n = table(1.0, rederive=True), 16384
+    x, output = draw((17, n), dtype), draw((2, 17, n), dtype, seed=1)
+    halves = output[:, :batch].flatten(0, 1).contiguous()
+    step, workspace = torch.tensor(5, device=DEVICE), Workspace()
+    results = ddim_step(
+        halves, x[:batch].contiguous(), steps, step, limit=DynamicThreshold(0.995, 30.0), guidance=Guidance(3.0, rescale),
+        seeds=seed_tensor(range(batch), DEVICE), advance=True, workspace=workspace,
+    )  # fmt: skip
+    assert int(step) == 6 and not any(each.any() for name, each in workspace._kept.items() if name != "statistics")
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_thresholds_tier_follows_the_batch_and_no_bit_does(dtype):
+    few = take_captured(1, dtype, 0.0)
+    assert last_plan().tier == "statistics"
+    many = take_captured(17, dtype, 0.0)
+    assert last_plan().tier == "whole"
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(few, many, strict=True))
+
+
+def test_the_tier_of_what_is_rounded_follows_the_samples_size_alone():
+    few, tier = take_captured(1, torch.float32, 0.7), last_plan().tier
+    many = take_captured(17, torch.float32, 0.7)
+    assert last_plan().tier == tier == "whole"
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(few, many, strict=True))
+    limits = (None, Clip(), DynamicThreshold(0.9, 2.0))
+    for limit, n, advance, drawn in itertools.product(
+        limits, (9, 8192, 8193, 16384, 16385), (False, True), (False, True)
+    ):
+        shape = plan.StepShape(1, n, guided=True, rescale=True, limit=limit, advance=advance, drawn=drawn)
+        blocks = {
+            tuple((call.kernel, call.constants["BLOCK"]) for call in plan.make_plan(planned).calls[:-1])
+            or plan.make_plan(planned).calls[-1].constants["BLOCK"]
+            for planned in (dataclasses.replace(shape, batch=batch) for batch in (1, 16, 17, 200, 70000))
+        }
+        assert len(blocks) == 1
+
+
 @pytest.mark.slow
 def test_a_megapixel_sample_is_exact():
     output = draw((1, 3, 1024, 1024)) * 1.5

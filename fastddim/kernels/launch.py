@@ -166,8 +166,8 @@ def ddim_step(
         - `out`, `model_input` and what moves on may not share memory with anything else, except `out` with `sample`, or
           with an unguided `model_output` of its layout.
         - An index tensor is not read on the host: a row outside the table gives NaN.
-        - Samples of more than 16,384 elements take two more launches with dynamic thresholding, and one more with a
-          guidance rescale.
+        - Samples of more than 16,384 elements take two more launches with dynamic thresholding (of more than 8,192 where few
+          samples advance without a rescale), and one more with a guidance rescale.
 
     Raises:
         TypeError, ValueError, IndexError: as the reference, and for what differs.

@@ -28,6 +28,9 @@ _HISTOGRAM_POINTERS = ("sample", "output", "table", "step", "guidance", "limit",
 
 # The largest sample whose statistics one program takes without spilling registers, on every supported Triton.
 WHOLE_SAMPLE = 16384
+# The same where few samples have a threshold in a captured step: there three launches of many programs take less time than
+# the bisection that leaves most of the GPU idle.
+FEW_SAMPLES, WHOLE_OF_FEW = 16, 8192
 STATISTICS_BLOCK = 2048
 LARGEST_BLOCK = 2048
 # Two warps give a thread 32 elements of the largest block: enough loads in flight, and little overhead for each.
@@ -148,7 +151,7 @@ def make_plan(shape: StepShape) -> Plan:
     limit_name, magnitude = limit_kind(shape.limit, numbers_change=shape.limit_on_device)
     limit_range, ratio = (1.0, 1.0) if shape.limit_on_device else limit_numbers(shape.limit)
     needs_statistics = limit_name == "threshold" or shape.rescale
-    whole = needs_statistics and n <= WHOLE_SAMPLE
+    whole = needs_statistics and n <= _whole_sample(shape, limit_name)
     channels_last = shape.output_channels_last or shape.input_channels_last
     differ = shape.scale_per_sample or shape.row_per_sample or shape.drawn or needs_statistics or channels_last
     flat = not differ
@@ -219,6 +222,18 @@ def make_plan(shape: StepShape) -> Plan:
         calls.insert(0, KernelCall(rescale_kernel, _RESCALE_POINTERS, numbers, rescale, grid, 8))
     statistics = 2 * batch + (4 * batch * blocks if shape.rescale else 0)
     return Plan("statistics", flat, (*calls, step), tickets, batch * row_size, statistics)
+
+
+def _whole_sample(shape: StepShape, limit_name: str) -> int:
+    """The largest sample whose statistics one program finds.
+
+    A threshold is exact, so that its bits are the same either way; the sums of a rescale are rounded, so that the batch must
+    not choose how they are taken. A step that moves its index on is captured: elsewhere each launch costs the host.
+    """
+    batch = shape.batch
+    exact = limit_name == "threshold" and not shape.rescale
+    few = not isinstance(batch, torch.SymInt) and batch <= FEW_SAMPLES
+    return min(WHOLE_SAMPLE, WHOLE_OF_FEW) if exact and few and shape.advance else WHOLE_SAMPLE
 
 
 def _element_block(batch: int, n: int) -> int:
