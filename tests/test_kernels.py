@@ -639,16 +639,24 @@ def test_samples_that_do_not_differ_are_one_flat_sample():
 
 @pytest.mark.parametrize("limit", [Clip(), DynamicThreshold(0.9, 1.5)])
 @pytest.mark.parametrize("small", [False, True])
-def test_a_batch_of_one_is_known_to_the_compiler_and_changes_no_bit(monkeypatch, limit, small):
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_of_one_is_known_to_the_compiler_and_changes_no_bit(monkeypatch, limit, small, channels_last, dtype):
+    """Nor the order in which the sums of a rescale are taken."""
     if small:
         monkeypatch.setattr(plan, "WHOLE_SAMPLE", 0)
-    x, output, rows = draw((2, 720)), draw((4, 720), seed=1), torch.tensor([3, 3], device=DEVICE)
-    options = {"limit": limit, "guidance": Guidance(3.0, 0.7), "seeds": seed_tensor([5, 6], DEVICE)}
-    both = ddim_step(output, x, table(1.0), rows, **options)
-    assert last_plan().calls[0].constants["SAMPLE_AXIS"] == 1
-    options["seeds"] = options["seeds"][:1]
-    one = ddim_step(output[::2].contiguous(), x[:1], table(1.0), rows[:1], **options)
-    assert last_plan().calls[0].constants["SAMPLE_AXIS"] == -1
+    shape = (3, 16, 65)
+    x, output = draw((2, *shape), dtype), draw((4, *shape), dtype, seed=1)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    rows, seeds = torch.tensor([3, 3], device=DEVICE), seed_tensor([5, 6], DEVICE)
+    results = {}
+    for batch, axis in ((1, -1), (2, 1)):
+        halves = output[:: 2 // batch].contiguous(memory_format=memory_format)
+        results[batch] = ddim_step(
+            halves, x[:batch], table(1.0), rows[:batch], limit=limit, guidance=Guidance(3.0, 0.7), seeds=seeds[:batch]
+        )
+        assert all(call.constants["SAMPLE_AXIS"] == axis for call in last_plan().calls)
+    one, both = results[1], results[2]
     assert all(torch.equal(alone[0], among[0]) for alone, among in zip(one, both, strict=True))
 
 
