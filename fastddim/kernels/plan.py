@@ -32,6 +32,8 @@ WHOLE_SAMPLE = 16384
 # the bisection that leaves most of the GPU idle.
 FEW_SAMPLES, WHOLE_OF_FEW = 16, 8192
 STATISTICS_BLOCK = 2048
+# 16 elements a thread: with 8 or 32 there are fewer bytes in flight.
+_STATISTICS_WARPS = 4
 LARGEST_BLOCK = 2048
 # Two warps give a thread 32 elements of the largest block: enough loads in flight, and little overhead for each.
 NUM_WARPS = 2
@@ -215,11 +217,11 @@ def make_plan(shape: StepShape) -> Plan:
                 **layout,
             }
             numbers = (n, batch, shape.num_steps, shape.channels, row_size, shift)
-            calls.append(KernelCall(histogram_kernel, _HISTOGRAM_POINTERS, numbers, histogram, grid, 4))
+            calls.append(KernelCall(histogram_kernel, _HISTOGRAM_POINTERS, numbers, histogram, grid, _STATISTICS_WARPS))
     if shape.rescale:
         rescale = {**guidance, "RESCALE_PER_SAMPLE": shape.rescale_per_sample, **layout}
         numbers = (n, batch, shape.channels, row_size)
-        calls.insert(0, KernelCall(rescale_kernel, _RESCALE_POINTERS, numbers, rescale, grid, 8))
+        calls.insert(0, KernelCall(rescale_kernel, _RESCALE_POINTERS, numbers, rescale, grid, _STATISTICS_WARPS))
     statistics = 2 * batch + (4 * batch * blocks if shape.rescale else 0)
     return Plan("statistics", flat, (*calls, step), tickets, batch * row_size, statistics)
 
