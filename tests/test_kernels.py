@@ -805,6 +805,36 @@ def _prepared_in_place(model_output, sample, step):
     return PreparedStep(model_output, sample, table(), StepOptions(out=model_output))(model_output, step)
 
 
+@pytest.mark.sampled
+@pytest.mark.parametrize("limit", [Clip(), DynamicThreshold(0.9, 1.5)])
+@pytest.mark.parametrize("small", [False, True])
+def test_a_dependent_launch_waits_before_it_touches_memory_and_changes_no_bit(machine, monkeypatch, limit, small):
+    if small:
+        monkeypatch.setattr(plan, "WHOLE_SAMPLE", 0)
+    x, outputs = draw((2, 700)), [draw((4, 700), seed=seed) for seed in (1, 2)]
+    options = StepOptions(limit=limit, guidance=Guidance(3.0), seeds=seed_tensor([5, 6], DEVICE))
+    plain, dependent = (
+        PreparedStep(outputs[0], x, table(1.0), options, dependent_launch=asked) for asked in (False, True)
+    )
+    if machine is None:
+        asked = DEVICE == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
+    else:
+        seen, asked = [], machine.capability >= 90
+        monkeypatch.setattr(machine, "edit", lambda text: seen.append(text) or text)
+    for output, step in zip(outputs, (3, 4), strict=True):
+        expected = [each.clone() for each in plain(output, step)]
+        assert all(torch.equal(*pair) for pair in zip(dependent(output, step), expected, strict=True))
+    launchers = [each._request.entry.launchers for each in (plain, dependent)]
+    assert [each[-1].call.constants["DEPENDENT"] for each in launchers] == [False, asked]
+    assert not any(each.call.constants.get("DEPENDENT") for each in launchers[1][:-1])
+    if machine is not None:
+        waiting = {text for text in seen if "griddepcontrol" in text}
+        assert len(waiting) == asked
+        assert all(text.index("griddepcontrol.wait") < text.index(".global.", text.index("{")) for text in waiting)
+        kernels = [next(iter(each[-1]._compiled.values()))[3] for each in launchers]
+        assert [kernel.metadata.launch_pdl for kernel in kernels] == [False, asked]
+
+
 @pytest.mark.usefixtures("_small_statistics")
 @pytest.mark.parametrize("error", [KeyboardInterrupt, KernelUnavailableError])
 def test_a_step_interrupted_between_its_launches_leaves_its_workspace_clear(error, monkeypatch):

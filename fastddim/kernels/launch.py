@@ -28,6 +28,8 @@ _TABLE_DTYPES = (torch.float64, torch.float32)
 _DEVICE_TYPES = ("cuda",)
 _MAX_KEPT = 1024
 _INT32_RANGE = 1 << 31
+# The compute capability, times ten, from which on a kernel can be launched before the one before it has ended.
+_DEPENDENT_LAUNCH = 90
 
 
 class KernelUnavailableError(RuntimeError):
@@ -86,6 +88,8 @@ class _Launcher:
 
     def _compile(self, tensors: Sequence[torch.Tensor | None]) -> tuple[Any, Any, Any, Any]:
         call = self.call
+        # Other backends do not know the option.
+        dependent = {"launch_pdl": True} if call.constants.get("DEPENDENT") else {}
         try:
             compiled = call.kernel.warmup(
                 *tensors,
@@ -94,6 +98,7 @@ class _Launcher:
                 grid=call.grid,
                 num_warps=call.num_warps,
                 enable_fp_fusion=False,
+                **dependent,
             )
             if hasattr(compiled, "result"):
                 compiled = compiled.result()
@@ -105,6 +110,19 @@ class _Launcher:
                 f"the fused step does not compile here: {type(error).__name__}: {reason}"
             ) from error
         return run, compiled.function, compiled.packed_metadata, compiled
+
+
+def make_dependent(entry: Entry) -> Entry:
+    """The entry with a step that is launched while the kernel before it ends, and waits for that; itself where none can."""
+    if _interpreted():
+        return entry
+    target = driver.active.get_current_target()
+    if target.backend != "cuda" or target.arch < _DEPENDENT_LAUNCH:
+        return entry
+    call = entry.plan.calls[-1]
+    call = replace(call, constants={**call.constants, "DEPENDENT": True})
+    plan = replace(entry.plan, calls=(*entry.plan.calls[:-1], call))
+    return replace(entry, plan=plan, launchers=(*entry.launchers[:-1], _Launcher(call)))
 
 
 def launch_hooks(kernel: Any, grid: tuple[int, int], stream: int) -> tuple[Any, Any, Any]:

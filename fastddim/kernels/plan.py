@@ -180,6 +180,7 @@ def make_plan(shape: StepShape) -> Plan:
         "OUTPUT_CHANNELS_LAST": shape.output_channels_last,
         "INPUT_CHANNELS_LAST": shape.input_channels_last,
         "ADVANCE": shape.advance,
+        "DEPENDENT": False,
         "EVEN": not whole and isinstance(n, int) and n % block == 0,
         "BLOCK": block,
         "CHUNK": min(block, _CHUNK) if whole else block,

@@ -54,7 +54,7 @@ def ddim_step_in_plugin(
         next_timestep_ptr=None, tickets_ptr=None, n=n, batch=batch, num_steps=batch, channels=1, rows=batch,
         GUIDED=GUIDED, COND_FIRST=False, SCALE_PER_SAMPLE=True, RESCALE_PER_SAMPLE=True, ROW_PER_SAMPLE=True,
         LIMIT=LIMIT, RANGE=RANGE, RATIO=RATIO, WHOLE=WHOLE, SAMPLE_AXIS=SAMPLE_AXIS, OUTPUT_CHANNELS_LAST=False,
-        INPUT_CHANNELS_LAST=False, ADVANCE=False, EVEN=EVEN, BLOCK=BLOCK, CHUNK=CHUNK,
+        INPUT_CHANNELS_LAST=False, ADVANCE=False, DEPENDENT=False, EVEN=EVEN, BLOCK=BLOCK, CHUNK=CHUNK,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from fastddim.kernels.philox import STREAM_STEP, normal_block, product
 
@@ -421,6 +422,7 @@ def ddim_step_kernel(
     OUTPUT_CHANNELS_LAST: tl.constexpr,
     INPUT_CHANNELS_LAST: tl.constexpr,
     ADVANCE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -433,7 +435,10 @@ def ddim_step_kernel(
     rows: the batch size, also where `n` elements are those of a whole batch.
     LIMIT: "none", "clip" to RANGE, "threshold" with RATIO and at most RANGE, or "fixed", the threshold RANGE.
     limit_ptr: float64 range and ratio that take the place of RANGE and RATIO.
+    DEPENDENT: launched while the kernel before may still run; from sm_90 on.
     """
+    if DEPENDENT:
+        gdc_wait()
     b, block, blocks = program_place(SAMPLE_AXIS)
     start = block.to(tl.int64) * BLOCK
     first = b * n
