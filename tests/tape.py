@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import weakref
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -28,6 +29,7 @@ HOST_READS = {
     aten._unique2.default, aten.bincount.default, aten.repeat_interleave.Tensor, aten._pin_memory.default,
 }  # fmt: skip
 HOST_COPIES = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.pin_memory}
+_randn = torch.randn
 REFUSED = "operation not permitted when stream is capturing"
 
 
@@ -41,7 +43,7 @@ class Ref(NamedTuple):
     dtype: torch.dtype
 
     def of(self, storage: torch.UntypedStorage) -> torch.Tensor:
-        return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.size, self.stride)
+        return torch.empty(0, dtype=self.dtype, device="cpu").set_(storage, self.offset, self.size, self.stride)
 
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:
@@ -222,7 +224,6 @@ class Tape:
         log: what happened, in words.
         captures: pool and stream of each capture that was begun.
         cached: bytes that the allocator holds for later, until a capture begins.
-        pooled: bytes of the captures.
         generator_captures: whether a failed capture has left torch's random generator in its state.
         on_capture: called when a capture begins.
     """
@@ -230,8 +231,10 @@ class Tape:
     def __init__(self) -> None:
         self.log: list[str] = []
         self.captures: list[tuple[Any, Stream]] = []
-        self.graphs: list[TapedGraph] = []
-        self.cached = self.pooled = 0
+        # Those that somebody holds.
+        self.graphs: weakref.WeakSet[TapedGraph] = weakref.WeakSet()
+        self.capturing: TapedGraph | None = None
+        self.cached = 0
         self.generator_captures = False
         self.on_capture = lambda: None
         self.recording: set[Any] = set()
@@ -257,6 +260,7 @@ class Tape:
                 if self.pool in tape.recording:
                     raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
                 tape.recording.add(self.pool)
+                tape.capturing = self.graph
                 tape.captures.append((self.pool, self.stream))
                 tape.log.append("capture")
                 self.modes = contextlib.ExitStack()
@@ -266,15 +270,15 @@ class Tape:
 
             def __exit__(self, *error):
                 self.modes.close()
+                tape.capturing = None
                 if error[0] is not None or self.graph.recorder.failed:
-                    tape.generator_captures = True
+                    tape.generator_captures = torch.__version__ < (2, 13)
                     # The rest of torch's epilogue is not reached.
                     raise RuntimeError("operation failed due to a previous error during capture")
                 tape.recording.discard(self.pool)
                 tape.generator_captures = False
                 self.graph.recorder.finish()
-                tape.graphs.append(self.graph)
-                tape.pooled += 64
+                tape.graphs.add(self.graph)
                 self.current.__exit__(*error)
 
         def end_allocate(device, handle):
@@ -295,10 +299,12 @@ class Tape:
         for name, value in {
             "graph": Capture, "CUDAGraph": TapedGraph, "Stream": Stream, "stream": self.stream,
             "device": lambda device: contextlib.nullcontext(), "current_stream": lambda device: self.current_stream(),
-            "memory_reserved": lambda device: self.cached + self.pooled, "graph_pool_handle": lambda: (0, next(handles)),
-            "synchronize": self.synchronize,
+            "memory_reserved": lambda device: self.cached + self.allocated(), "graph_pool_handle": lambda: (0, next(handles)),
+            "memory_allocated": lambda device: self.allocated(), "synchronize": self.synchronize,
+            "is_current_stream_capturing": lambda: self.capturing is not None and self.current_stream() is not self.default,
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch, "randn", self.randn)
         for name, value in {
             "_cuda_clearCublasWorkspaces": lambda: self.log.append("clear workspaces"),
             "_cuda_endAllocateToPool": end_allocate,
@@ -313,8 +319,18 @@ class Tape:
     def stream(self, stream: Stream) -> StreamContext:
         return StreamContext(self, stream)
 
+    def allocated(self) -> int:
+        return 64 * len(self.graphs)
+
+    def randn(self, *size: Any, **options: Any) -> torch.Tensor:
+        if self.generator_captures and options.get("generator") is None:
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+        return _randn(*size, **options)
+
     def synchronize(self, device: Any = None) -> None:
-        if self.recording:
+        if self.capturing is not None:
+            # Whichever thread it is.
+            self.capturing.recorder.failed = True
             raise RuntimeError(REFUSED)
 
     def check_reads(self, *owners: Any) -> None:
