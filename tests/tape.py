@@ -1,4 +1,5 @@
-"""CUDA graphs on a CPU: torch.cuda's names for captures over a tape of aten operations, which a replay runs again.
+"""CUDA graphs on a CPU: torch.cuda's names for captures over a tape, which a replay runs again: aten operations, and launches
+of kernels on the machine in tests/ptx.
 
 It is stricter than a device. An operation that a capture refuses raises; a replay that reads memory which was freed since
 raises too; and what a body leaves in memory that nobody holds is NaN before the next replay.
@@ -17,10 +18,11 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fastddim import backends, capture_checks, cuda_graph, loop, noise, reference
 from fastddim.capture_checks import Probe
+from ptx.launcher import Machine, span
 
 aten = torch.ops.aten
 # Operations whose result, or its size, the host has to read.
@@ -179,6 +181,41 @@ class TapedGraph:
                         ref.of(storages[ref.slot]).copy_(tensor)
 
 
+class TapedMachine(Machine):
+    """The machine whose launches within a capture are on the tape too."""
+
+    def __init__(self, tape: Tape, capability: int, seed: int | None = None) -> None:
+        super().__init__(capability, seed)
+        self.tape = tape
+        # By their addresses: the memory of the tensors that were taken, the byte in it, and the number of bytes.
+        self.taken: dict[int, tuple[StorageWeakRef, int, int]] = {}
+
+    def take(self, tensor: torch.Tensor) -> int:
+        address = super().take(tensor)
+        if tensor.numel():
+            offset = tensor.storage_offset() * tensor.element_size()
+            self.taken[address] = StorageWeakRef(tensor.untyped_storage()), offset, span(tensor)
+        return address
+
+    def launch(self, program: Any, grid: Any, arguments: Any, shared: int) -> None:
+        recorder = self.tape.recorder()
+        if recorder is None:
+            super().launch(program, grid, arguments, shared)
+            return
+        with _disable_current_modes():
+            given = [self._bytes_at(each) if each in self.taken else each for each in map(self._address, arguments)]
+            recorder.record(super().launch, (program, grid, given, shared), {})
+
+    def _address(self, value: Any) -> int:
+        return self.take(value) if isinstance(value, torch.Tensor) else int(value)
+
+    def _bytes_at(self, address: int) -> torch.Tensor:
+        weak, offset, size = self.taken[address]
+        storage = torch.UntypedStorage._new_with_weak_ptr(weak.cdata)
+        assert storage is not None, "a launch is given memory that was freed"
+        return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage, offset, (size,))
+
+
 class Stream:
     """In place of `torch.cuda.Stream`, and of its events: everything has happened already."""
 
@@ -298,9 +335,9 @@ class Tape:
         )
         for name, value in {
             "graph": Capture, "CUDAGraph": TapedGraph, "Stream": Stream, "stream": self.stream,
-            "device": lambda device: contextlib.nullcontext(), "current_stream": lambda device: self.current_stream(),
-            "memory_reserved": lambda device: self.cached + self.allocated(), "graph_pool_handle": lambda: (0, next(handles)),
-            "memory_allocated": lambda device: self.allocated(), "synchronize": self.synchronize,
+            "device": lambda device: contextlib.nullcontext(), "current_stream": lambda device=None: self.current_stream(),
+            "memory_reserved": lambda device=None: self.cached + self.allocated(), "graph_pool_handle": lambda: (0, next(handles)),
+            "memory_allocated": lambda device=None: self.allocated(), "synchronize": self.synchronize,
             "is_current_stream_capturing": lambda: self.capturing is not None and self.current_stream() is not self.default,
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, value)
@@ -332,6 +369,10 @@ class Tape:
             # Whichever thread it is.
             self.capturing.recorder.failed = True
             raise RuntimeError(REFUSED)
+
+    def recorder(self) -> Recorder | None:
+        """Where this thread's work is written down, None where it is done."""
+        return self.capturing.recorder if torch.cuda.is_current_stream_capturing() else None
 
     def check_reads(self, *owners: Any) -> None:
         """Every capture reads what it made and what one of the owners holds: a module, a tensor, a `StaticLoop`."""

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 import test_accelerate as pipelines
 from fastddim import Clip, DDIMConfig, DynamicThreshold, Sampler, accelerate, loop, unaccelerate
 from fastddim.cuda_graph import CaptureError, Graph
-from tape import REFUSED, Tape
+from tape import REFUSED, Tape, TapedMachine
 from test_loop import MODES, SHAPE, Denoiser, labels, make
 
 CPU = torch.device("cpu")
@@ -708,3 +708,32 @@ def test_two_calls_do_not_need_an_output_each(channels_last):
     options = {"guidance_scale": 3.0, "channels_last": channels_last, "graph": "off"}
     expected = make(Denoiser(), **options)(2, seeds=0, **labels(2))
     close(make(OneOutput(), batched_guidance=False, **options)(2, seeds=0, **labels(2)), expected)
+
+
+# The fused step, on the machine in tests/ptx.
+
+
+@pytest.fixture
+def taped_machine(tape):
+    device = TapedMachine(tape, 90, seed=0)
+    with device.installed():
+        yield device
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("guidance", ["none", "interval"])
+def test_a_captured_fused_step_is_the_eager_loops(tape, taped_machine, model, mode, guidance):
+    options = {"steps": 4, "eta": 1.0, "limit": Clip(0.8), "backend": "triton", **GUIDANCE[guidance]}
+    sampler, eager = make(model, graph=mode, **options), make(model, graph="off", **options)
+    call = conditioned(options, 2)
+    sampler(2, seeds=0, **call)
+    for seed in (3, 9):
+        launches = taped_machine.launches
+        got = sampler(2, seeds=seed, **call)
+        # A replay launches the start's kernel and one for each step.
+        if seed == 9:
+            assert taped_machine.launches - launches == 5
+        assert torch.equal(got, eager(2, seeds=seed, **call))
+    assert len(sampler.graphs) == 1
+    reference = make(model, graph="off", **{**options, "backend": "reference"})
+    close(got, reference(2, seeds=9, **call))
