@@ -336,8 +336,8 @@ class Tape:
         for name, value in {
             "graph": Capture, "CUDAGraph": TapedGraph, "Stream": Stream, "stream": self.stream,
             "device": lambda device: contextlib.nullcontext(), "current_stream": lambda device=None: self.current_stream(),
-            "memory_reserved": lambda device=None: self.cached + self.allocated(), "graph_pool_handle": lambda: (0, next(handles)),
-            "memory_allocated": lambda device=None: self.allocated(), "synchronize": self.synchronize,
+            "memory_reserved": lambda device=None: self.cached + self.allocated(), "synchronize": self.synchronize,
+            "memory_allocated": lambda device=None: self.allocated(), "graph_pool_handle": lambda: (0, next(handles)),
             "is_current_stream_capturing": lambda: self.capturing is not None and self.current_stream() is not self.default,
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, value)
