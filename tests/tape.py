@@ -31,6 +31,8 @@ HOST_READS = {
     aten._unique2.default, aten.bincount.default, aten.repeat_interleave.Tensor, aten._pin_memory.default,
 }  # fmt: skip
 HOST_COPIES = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.pin_memory}
+# No lines of a model's.
+OWN_FILES = {__file__}
 _randn = torch.randn
 REFUSED = "operation not permitted when stream is capturing"
 
@@ -238,7 +240,7 @@ def normal_as_on_a_device(*args: Any) -> torch.Tensor:
 
 def line_outside_torch() -> str:
     frame = sys._getframe(1)
-    while "torch" in frame.f_code.co_filename or frame.f_code.co_filename == __file__:
+    while "torch" in frame.f_code.co_filename or frame.f_code.co_filename in OWN_FILES:
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
@@ -326,7 +328,7 @@ class Tape:
         for module in (cuda_graph, loop):
             monkeypatch.setattr(module, "is_captured", lambda device: True)
         monkeypatch.setattr(cuda_graph, "Probe", TapedProbe)
-        monkeypatch.setattr(capture_checks, "_NOT_THE_MODEL", (*capture_checks._NOT_THE_MODEL, __file__))
+        monkeypatch.setattr(capture_checks, "_NOT_THE_MODEL", (*capture_checks._NOT_THE_MODEL, *OWN_FILES))
         # What the reference takes a shorter way for where tensors are on the host.
         for module in (backends, reference):
             monkeypatch.setattr(module, "normal_for", normal_as_on_a_device)

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 import test_accelerate as pipelines
 from fastddim import Clip, DDIMConfig, DynamicThreshold, Sampler, accelerate, loop, unaccelerate
+from fastddim.bench import gpu as bench_gpu
 from fastddim.cuda_graph import CaptureError, Graph
 from tape import REFUSED, Tape, TapedMachine
 from test_loop import MODES, SHAPE, Denoiser, labels, make
@@ -708,6 +709,14 @@ def test_two_calls_do_not_need_an_output_each(channels_last):
     options = {"guidance_scale": 3.0, "channels_last": channels_last, "graph": "off"}
     expected = make(Denoiser(), **options)(2, seeds=0, **labels(2))
     close(make(OneOutput(), batched_guidance=False, **options)(2, seeds=0, **labels(2)), expected)
+
+
+def test_a_benchs_capture_holds_what_it_reads(tape):
+    def make():
+        x = torch.ones(3)
+        return bench_gpu.capture(lambda: x * 2)
+
+    assert make()().tolist() == [2, 2, 2]
 
 
 # The fused step, on the machine in tests/ptx.
