@@ -261,6 +261,12 @@ def test_a_file_that_imports_what_is_missing_is_named_and_the_others_run(tmp_pat
             assert "test_lacking.py" in line and "no_such_package is not installed" in line
 
 
+def test_files_of_which_none_can_be_imported_have_not_passed() -> None:
+    part = Part("tests", 300, [])
+    gpu_check.judge(part, "SKIPPED [1] tests/test_kernels.py:0: hypothesis is not installed\n= 1 skipped in 0.1s =\n", 5)
+    assert (part.status, part.summary) == (SKIPPED, "1 skipped in 0.1s")
+
+
 def test_time_runs_out_for_what_comes_last(tmp_path: Path, check: Callable[..., int]) -> None:
     parts = Part("first", 60, python(HANG)), Part("last", 60, python(""))
     assert check(*parts, arguments=["--minutes", "0.05"]) == 0
