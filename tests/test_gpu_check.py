@@ -263,7 +263,9 @@ def test_a_file_that_imports_what_is_missing_is_named_and_the_others_run(tmp_pat
 
 def test_files_of_which_none_can_be_imported_have_not_passed() -> None:
     part = Part("tests", 300, [])
-    gpu_check.judge(part, "SKIPPED [1] tests/test_kernels.py:0: hypothesis is not installed\n= 1 skipped in 0.1s =\n", 5)
+    gpu_check.judge(
+        part, "SKIPPED [1] tests/test_kernels.py:0: hypothesis is not installed\n= 1 skipped in 0.1s =\n", 5
+    )
     assert (part.status, part.summary) == (SKIPPED, "1 skipped in 0.1s")
 
 
