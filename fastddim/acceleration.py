@@ -333,7 +333,7 @@ class _Call:
             noise = torch.stack(
                 [randn_tensor(model_output.shape, generator=generator, **like) for _ in self._timesteps]
             )
-        columns = scheduler._columns(torch.tensor(self._timesteps), eta, use_clipped_model_output)
+        columns = scheduler._columns(torch.tensor(self._timesteps, device="cpu"), eta, use_clipped_model_output)
         if noise is None:
             columns[:, -1] = 0.0
         run = Run(
