@@ -20,7 +20,7 @@ help:
 	@echo "make quality quality against time on the digits, into benchmarks/results"
 	@echo "make performance  docs/performance.md and its plots, from benchmarks/results"
 	@echo "make budget  the kernels compiled for every supported GPU, held to their budget"
-	@echo "make gpu     tests, checkers, a profile and benchmarks on this machine's GPU (ARGS='--minutes 9')"
+	@echo "make gpu     tests, checkers, a profile and benchmarks on this machine's GPU (ARGS='--minutes 9'; --rehearse: without one)"
 	@echo "make slow    the long sweeps"
 	@echo "make format  let ruff format the code"
 

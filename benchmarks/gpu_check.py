@@ -1,6 +1,10 @@
 """Everything that needs a GPU, in order of importance and within a time: tests, checkers, a profile, step and loop suites.
 
     sh scripts/gpu_check.sh [--minutes 9] [--wheels DIR] [--out DIR]
+    sh scripts/gpu_check.sh --rehearse
+
+The second runs the same parts on a machine without a GPU, on what tests/rehearsal.py emulates, at small sizes, and names
+what was not run.
 
 Writes gpu-check.md, rewritten as each part ends, and the suites' own gpu-*.json, rewritten after every case. The status is 1
 if a part failed. Needs torch, triton, numpy and pytest; diffusers, of which most baselines are, comes from a folder of
@@ -15,6 +19,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -42,6 +47,14 @@ LEAST_SECONDS = 15
 # For what a killed part leaves behind to end.
 GRACE_SECONDS = 10
 MACHINE_SECONDS = 120
+
+MINUTES, REHEARSAL_MINUTES = 9.0, 60.0
+REHEARSAL = "no GPU: a rehearsal"
+NOT_REHEARSED = (
+    "the assembler's code, the driver, and how long anything takes",
+    "synchronisation, races and memory errors, which the tools would find",
+    "measurements of memory",
+)
 
 PASSED, FAILED, SKIPPED, CUT = "passed", "failed", "skipped", "cut off"
 
@@ -130,7 +143,9 @@ def make_parts(out: Path) -> list[Part]:
     several = ["-n", "8"] if importlib.util.find_spec("xdist") else []
     # The clocks are the machine owner's, and what users run at.
     profiler = ["--clock-control", "none", "--kernel-name", "regex:ddim_step", "--metrics", ",".join(NCU_METRICS)]
-    gpu_tests = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    first = "test_gpu_graphs.py"
+    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: (path.name != first, path.name))
+    gpu_tests = [str(path) for path in files if "mark.gpu" in path.read_text()]
     return [
         tests("gpu-marked tests", 120, "-vv", "-m", "gpu", *gpu_tests),
         tests("kernel tests", 90, *several, "tests/test_kernels.py"),
@@ -183,47 +198,64 @@ def read_metrics(output: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu_check.sh", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together; 9 by default")
+    parser.add_argument("--rehearse", action="store_true", help="run all parts without a GPU, emulated, at small sizes")
+    parser.add_argument("--minutes", type=float, help="for all parts together; 9 by default, 60 with --rehearse")
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="wheels to use, such as diffusers'")
-    default = Path(os.environ.get("OUT") or RESULTS)
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", default=default, help="$OUT or benchmarks/results by default"
-    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="$OUT or benchmarks/results by default")
     options = parser.parse_args(arguments)
+    if options.minutes is None:
+        options.minutes = REHEARSAL_MINUTES if options.rehearse else MINUTES
     if not 0 < options.minutes < float("inf"):
         parser.error(f"--minutes: {options.minutes}; pass a number above 0")
     wheels = [] if options.wheels is None else sorted(options.wheels.glob("*.whl"))
     if options.wheels is not None and not wheels:
         parser.error(f"--wheels: {str(options.wheels)!r} has no wheels; pass a folder of .whl files")
-    try:
-        check_writable(options.out / SUMMARY, "--out")
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    with tempfile.TemporaryDirectory() as site:
+    with tempfile.TemporaryDirectory() as folder:
+        site, rehearsed = Path(folder, "site"), Path(folder, "out")
+        rehearsed.mkdir()
+        # What a rehearsal writes are no results.
+        out = options.out or Path(os.environ.get("OUT") or (rehearsed if options.rehearse else RESULTS))
+        try:
+            check_writable(out / SUMMARY, "--out")
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
         for wheel in wheels:
             try:
                 zipfile.ZipFile(wheel).extractall(site)
             except (OSError, zipfile.BadZipFile) as error:
                 parser.error(f"--wheels: {str(wheel)!r} cannot be unpacked ({error}); fetch it again")
-        return check(options.out, options.minutes, site)
+        return check(out, options.minutes, site, Path(folder, "tools") if options.rehearse else None)
 
 
-def check(out: Path, minutes: float, site: str) -> int:
-    """Run the parts; 1 if one failed. Packages in the folder `site` go before those that are installed."""
-    path = os.pathsep.join(filter(None, (str(ROOT), site, os.environ.get("PYTHONPATH"))))
+def check(out: Path, minutes: float, site: Path, tools: Path | None = None) -> int:
+    """Run the parts; 1 if one failed. Packages in the folder `site` go before those that are installed.
+
+    Args:
+        tools: a folder for a rehearsal's stand-ins; None for the real thing.
+    """
+    path = os.pathsep.join(filter(None, (str(ROOT), str(site), os.environ.get("PYTHONPATH"))))
     environment = {
         **os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
     environment.pop("OMP_NUM_THREADS", None)
     end = time.monotonic() + 60 * minutes
-    machine = describe_machine(environment)
     parts = make_parts(out)
+    if tools is not None:
+        make_tools(tools, {part.tool for part in parts if part.tool})
+        environment["PATH"] = os.pathsep.join((str(tools), environment["PATH"]))
+        environment["PYTHONPATH"] += "".join(os.pathsep + str(ROOT / name) for name in ("tests", "benchmarks"))
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+        for part in parts:
+            part.command, part.limit_s = rehearse(part), 60 * minutes
+    machine = describe_machine(environment)
+    if tools is not None:
+        machine["gpu"] = {"name": REHEARSAL}
     for number, part in enumerate(parts, 1):
         part.limit_s = min(part.limit_s, end - time.monotonic())
         try:
             if machine["gpu"] is None:
                 part.summary = NO_DEVICE
-            elif part.tool and not shutil.which(part.tool):
+            elif part.tool and not shutil.which(part.tool, path=environment.get("PATH")):
                 part.summary = f"{part.tool} is not installed"
             elif part.limit_s < LEAST_SECONDS:
                 part.summary = f"out of time: {minutes:g} minutes"
@@ -233,7 +265,48 @@ def check(out: Path, minutes: float, site: str) -> int:
             # Whatever ends this process, what the part has so far is kept.
             report.write_text("--out", out / SUMMARY, make_markdown(machine, parts[:number]))
             print(f"{part.status:<8} {part.name}: {part.summary} ({part.seconds:.0f} s)", flush=True)
+    if tools is not None:
+        for line in [*NOT_REHEARSED, *dict.fromkeys(line for part in parts for line in find_absent(part))]:
+            print(f"not rehearsed: {line}")
     return int(any(part.status == FAILED for part in parts))
+
+
+def make_tools(folder: Path, names: set[str]) -> None:
+    """Stand-ins that check how they are called, and run what they are called with."""
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m rehearsal {name} "$@"\n')
+        (folder / name).chmod(0o755)
+
+
+def rehearse(part: Part) -> list[str]:
+    """A part's command with tests/rehearsal.py in it."""
+    first, *rest = part.command
+    if part.tool:
+        return [first, *rest]
+    if rest[:2] == ["-m", "pytest"]:
+        # `make test` runs all of the kernels' tests.
+        few = (
+            ["-m", "sampled and not slow", *(["-n", "2"] if "-n" in rest else [])]
+            if "tests/test_kernels.py" in rest
+            else []
+        )
+        return [first, *rest[:2], "-p", "rehearsal", *rest[2:], *few]
+    return [first, "-m", "rehearsal", *rest]
+
+
+def find_absent(part: Part) -> list[str]:
+    """What a rehearsed part has not run: its tests and tools that were skipped, its candidates that cannot run here."""
+    found = [line for line in part.details if line.startswith("SKIPPED")]
+    if part.status == SKIPPED:
+        found.append(f"{part.name}: {part.summary}")
+    if part.file is not None and part.file.exists():
+        cases: dict[str, list[str]] = {}
+        for row in json.loads(part.file.read_text())["rows"]:
+            if row["status"] == "absent":
+                cases.setdefault(f"{row['suite']}, {row['candidate']}, {row['message']}", []).append(row["case"])
+        found += [f"{what}: {', '.join(names)}" for what, names in cases.items()]
+    return found
 
 
 def describe_machine(environment: dict[str, str]) -> dict[str, Any]:
@@ -289,8 +362,8 @@ def call(part: Part, environment: dict[str, str], log: IO[bytes]) -> int | None:
 
 
 def judge(part: Part, output: str, status: int | None) -> None:
-    # pytest's 5: no test was chosen.
-    part.status = CUT if status is None else PASSED if status in (0, 5) else FAILED
+    # pytest's 5: no test was chosen, as the files import what is missing.
+    part.status = CUT if status is None else {0: PASSED, 5: SKIPPED}.get(status, FAILED)
     part.details = [line for line in output.splitlines() if line.startswith("SKIPPED")]
     try:
         part.summary = part.read(output)

@@ -3,8 +3,10 @@
     python benchmarks/kernel_budget.py [--quick] [--update] [--json FILE]
 
 For each variant and target: spilled bytes (0 asked), the width of the accesses to the large tensors (128 bits asked where
-sizes allow), and instructions an element and registers, which may not pass the committed `kernel_budget.json`. `--update`
-rewrites that file; `--quick` compiles a sample. Status 1 if a variant is over budget.
+sizes allow), and instructions an element, registers and bytes in flight, which may not be worse than in the committed
+`kernel_budget.json`. On NVIDIA's also the PTX instructions an element that the machine in tests/ptx executes: a loop's as
+often as it runs, none behind a branch not taken. `--update` rewrites that file; `--quick` compiles a sample. Status 1 if a
+variant is over budget.
 """
 
 from __future__ import annotations
@@ -21,12 +23,17 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fastddim.config import Clip, DynamicThreshold
+from fastddim import DDIMConfig, Schedule, StepTable
+from fastddim.config import Clip, DynamicThreshold, limit_numbers
 from fastddim.kernels.aot import compile_call, pointer_types
-from fastddim.kernels.plan import KernelCall, StepShape, make_plan
+from fastddim.kernels.plan import KernelCall, Plan, StepShape, make_plan
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+import ptx
 
 BUDGET_FILE = Path(__file__).with_suffix(".json")
 TARGETS = {
@@ -38,13 +45,19 @@ TARGETS = {
 }
 # Compilers differ a little from one build to the next; a variant that grew by more has changed.
 SLACK = 1.02
-NOISE_LIMIT = 70.0
+NOISE_LIMIT = 64.0
 GUIDED_CLIP_LIMIT = 12.0
+# Of an SM: its registers, what a warp's are a multiple of, and the most warps, 48 on sm_120.
+SM_REGISTERS, REGISTER_UNIT, SM_WARPS = 65536, 256, {"sm_120": 48}
 
 LATENT = {"batch": 64, "elements": 16384}
 PIXELS = {"batch": 8, "elements": 3 * 256 * 256}
 # Bits of an element.
 WIDTHS = {"fp32": 32, "fp16": 16, "bf16": 16}
+# bfloat16's bits.
+NUMPY_TYPES = {
+    "fp32": np.float32, "fp16": np.float16, "bf16": np.uint16, "fp64": np.float64, "i64": np.int64, "i32": np.int32,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,7 +83,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Figure:
-    """What a kernel compiled to. `wide` counts its widest accesses, `wide_asked` those that the large tensors need."""
+    """What a kernel compiled to.
+
+    Attributes:
+        wide, wide_asked: its widest accesses, and those that the large tensors need.
+        in_flight: bytes that an SM has under way: what a thread reads by its widest loads before it uses any of it, times
+            the threads that the registers allow; 0 on AMD.
+        executed: PTX instructions that were executed, an element; 0 on AMD.
+    """
 
     case: str
     kernel: str
@@ -82,6 +102,8 @@ class Figure:
     spills: int
     wide: int
     wide_asked: int
+    in_flight: int
+    executed: float
 
 
 def make_cases() -> list[Case]:
@@ -164,10 +186,12 @@ def case_types(case: Case) -> dict[str, str]:
 def measure(case: Case, target: str) -> list[Figure]:
     """Compile the case's kernels for a target."""
     figures = []
-    types = case_types(case)
-    for call in make_plan(case.shape).calls:
-        compiled = compile_call(call, types, TARGETS[target])
-        count, registers, spills, widths = (_nvidia if target.startswith("sm_") else _amd)(compiled)
+    types, plan = case_types(case), make_plan(case.shape)
+    compiled = [compile_call(call, types, TARGETS[target]) for call in plan.calls]
+    nvidia = target.startswith("sm_")
+    executed = _execute(case.shape, plan, types, compiled) if nvidia else [0.0] * len(compiled)
+    for call, binary, run in zip(plan.calls, compiled, executed, strict=True):
+        count, registers, spills, widths, ahead = (_nvidia if nvidia else _amd)(binary)
         block = call.constants["BLOCK"]
         threads = call.num_warps * TARGETS[target].warp_size
         # A whole sample is updated in chunks, by a loop whose body is there once.
@@ -175,14 +199,69 @@ def measure(case: Case, target: str) -> list[Figure]:
         # Bits that one thread moves of each large tensor, in accesses as wide as that allows.
         moved = [share * WIDTHS[types[name]] for name in _large_accesses(call, types)]
         best = min(128, *moved)
+        warps = min(SM_WARPS.get(target, 64), SM_REGISTERS // (-(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT))
         figures.append(
             Figure(
                 case.name, call.kernel.__name__ + (" (refine)" if call.constants.get("REFINE") else ""), target, block,
                 call.num_warps, round(count / (block / threads), 2), registers, spills,
                 sum(width >= best for width in widths), sum(bits // min(128, bits) for bits in moved),
+                ahead * warps // call.num_warps * threads, round(run, 2),
             )
         )  # fmt: skip
     return figures
+
+
+def _execute(
+    shape: StepShape, plan: Plan, types: dict[str, str], compiled: list[triton.compiler.CompiledKernel]
+) -> list[float]:
+    """PTX instructions an element that each launch of a step in the middle of a run executes.
+
+    The model finds the noise, and what is left of x0 has its threshold between 1 and the largest one asked for here.
+    """
+    schedule = Schedule(DDIMConfig())
+    noisy = "noise" in types or shape.drawn
+    table = StepTable.build(
+        schedule, schedule.pairs(10), eta=float(noisy), use_clipped_model_output=shape.limit is not None
+    )
+    total = shape.batch * shape.elements
+    rng = np.random.default_rng(0)
+    clean, noise, further = rng.standard_normal((3, total), np.float32)
+    x0_from_x, x0_from_output = table.columns[4, :2]
+    values = {
+        "sample": (0.55 * clean - x0_from_output * noise) / x0_from_x,
+        "output": np.tile(noise, 1 + shape.guided),
+        "noise": further,
+        "table": table.columns[4:5],
+        "guidance": np.full(shape.batch, 7.5),
+        "rescale": np.full(shape.batch, 0.7),
+        "limit": np.array(limit_numbers(shape.limit)),
+        "statistics": np.zeros(plan.statistics),
+        "counters": np.zeros(plan.counters),
+        "tickets": np.zeros(plan.tickets),
+    }
+    sizes = {"next": total, "x0": total, "input": total * (1 + shape.guided)}
+    memory, addresses = ptx.Memory(), {}
+    for name, kind in types.items():
+        given = values.get(name, np.zeros(sizes.get(name, 2 * shape.batch)))
+        if kind == "bf16":
+            given = given.astype(np.float32).view(np.uint32) >> 16
+        # Kept, as the machine goes by addresses.
+        array = values[name] = np.ascontiguousarray(given.astype(NUMPY_TYPES[kind]))
+        addresses[name] = array.ctypes.data
+        memory.add(array.ctypes.data, array.nbytes)
+    counts = []
+    for call, binary in zip(plan.calls, compiled, strict=True):
+        program = ptx.prepare(ptx.load(binary.asm["ptx"]))
+        parameters = [addresses[name] for name in call.pointers if name in addresses]
+        # A number that is 1 may be a constant.
+        exempt = {each.name for each in call.kernel.params if each.do_not_specialize}
+        names = call.kernel.arg_names[len(call.pointers) :]
+        parameters += [
+            number for name, number in zip(names, call.numbers, strict=False) if number != 1 or name in exempt
+        ]
+        parameters += [0] * (len(program.kernel.parameters) - len(parameters))
+        counts.append(ptx.launch(program, (*call.grid, 1), parameters, binary.metadata.shared, memory) / total)
+    return counts
 
 
 def _large_accesses(call: KernelCall, types: dict[str, str]) -> list[str]:
@@ -194,8 +273,8 @@ def _large_accesses(call: KernelCall, types: dict[str, str]) -> list[str]:
     return large + [name for name in large if stacked and name in ("output", "input")]
 
 
-def _nvidia(compiled: triton.compiler.CompiledKernel) -> tuple[int, int, int, list[int]]:
-    """Instructions, registers, spilled bytes, and the widths in bits of the global accesses."""
+def _nvidia(compiled: triton.compiler.CompiledKernel) -> tuple[int, int, int, list[int], int]:
+    """Instructions, registers, spilled bytes, the widths in bits of the global accesses, and a thread's bytes in flight."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
@@ -212,10 +291,27 @@ def _nvidia(compiled: triton.compiler.CompiledKernel) -> tuple[int, int, int, li
     # The kernels have no arrays, so what they have on the stack is spilled.
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, f"cuobjdump prints something else than expected: {usage}"
-    return len(lines), int(found[1]), int(found[2]), widths
+    return len(lines), int(found[1]), int(found[2]), widths, _loaded_ahead(lines)
 
 
-def _amd(compiled: triton.compiler.CompiledKernel) -> tuple[int, int, int, list[int]]:
+def _loaded_ahead(lines: list[str]) -> int:
+    """Bytes that a thread reads by 128-bit (or 64-bit) loads before it uses any of them."""
+    width = next((bits for bits in (128, 64) if any(f" LDG.E.{bits} " in line for line in lines)), 32)
+    waited_for: set[int] = set()
+    loaded = 0
+    for line in lines:
+        registers = [int(number) for number in re.findall(r"\bR(\d+)\b", line)]
+        load = f" LDG.E.{width} " in line
+        # The first register is written, but where a store has none.
+        if waited_for.intersection(registers if " ST" in line else registers[1:]):
+            break
+        if load:
+            waited_for.update(range(registers[0], registers[0] + width // 32))
+            loaded += width // 8
+    return loaded
+
+
+def _amd(compiled: triton.compiler.CompiledKernel) -> tuple[int, int, int, list[int], int]:
     assembly = compiled.asm["amdgcn"]
     lines = [line for line in assembly.splitlines() if re.match(r"\s+(?:[vs]|global|buffer|ds|flat)_\w+", line)]
     names = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16, "ubyte": 8}
@@ -228,7 +324,7 @@ def _amd(compiled: triton.compiler.CompiledKernel) -> tuple[int, int, int, list[
         key: re.search(rf"\.{key}:\s+(\d+)", assembly) for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
     }
     counts = {key: int(match[1]) for key, match in found.items() if match is not None}
-    return len(lines), counts["vgpr_count"], counts["vgpr_spill_count"] + counts["sgpr_spill_count"], widths
+    return len(lines), counts["vgpr_count"], counts["vgpr_spill_count"] + counts["sgpr_spill_count"], widths, 0
 
 
 def _run(*command: object) -> str:
@@ -256,10 +352,13 @@ def check(figures: list[Figure], kept: dict[str, dict[str, float]] | None) -> It
         if before is None:
             yield f"{where}: not in {BUDGET_FILE.name}; run with --update and commit it"
             continue
-        for name in ("instructions", "registers"):
+        for name in ("instructions", "registers", "executed"):
             now = getattr(figure, name)
             if now > before[name] * SLACK:
                 yield f"{where}: {now} {name}, {before[name]} before; mend it, or run with --update and say why"
+        if figure.in_flight * SLACK < before["in_flight"]:
+            fewer = f"{figure.in_flight} bytes in flight, {before['in_flight']} before"
+            yield f"{where}: {fewer}; mend it, or run with --update and say why"
 
 
 def main() -> int:
@@ -273,14 +372,20 @@ def main() -> int:
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         figures = [figure for group in pool.map(measure, *zip(*jobs, strict=True)) for figure in group]
     print(f"Triton {triton.__version__}")
-    print(f"{'variant':42} {'kernel':26} {'block':>5} {'warps':>5} | instructions an element / registers")
-    print(f"{'':42} {'':26} {'':>5} {'':>5} | " + " ".join(f"{target:>10}" for target in TARGETS))
+    print("Instructions an element / executed ones / registers / KiB in flight")
+    print(
+        f"{'variant':42} {'kernel':26} {'block':>5} {'warps':>5} | " + " ".join(f"{target:>18}" for target in TARGETS)
+    )
     rows: dict[tuple[str, str], dict[str, Figure]] = {}
     for figure in figures:
         rows.setdefault((figure.case, figure.kernel), {})[figure.target] = figure
     for (case, kernel), row in rows.items():
         first = next(iter(row.values()))
-        cells = " ".join(f"{f'{figure.instructions:.1f}/{figure.registers}':>10}" for figure in row.values())
+        figured = [
+            f"{each.instructions:.1f}/{each.executed:.1f}/{each.registers}/{each.in_flight >> 10}"
+            for each in row.values()
+        ]
+        cells = " ".join(f"{cell:>18}" for cell in figured)
         print(f"{case:42} {kernel:26} {first.block:5} {first.num_warps:5} | {cells}")
     if arguments.json:
         report = {"triton": triton.__version__, "figures": [asdict(figure) for figure in figures]}
@@ -289,6 +394,7 @@ def main() -> int:
         table = {
             f"{figure.case}: {figure.kernel}: {figure.target}": {
                 "instructions": figure.instructions, "registers": figure.registers,
+                "in_flight": figure.in_flight, "executed": figure.executed,
             }
             for figure in figures
         }  # fmt: skip

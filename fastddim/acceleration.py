@@ -367,7 +367,7 @@ class _Call:
         table, draws = _table_of(scheduler, self._timesteps, options)
         # The loop's states are those that the model is called with.
         scales = getattr(scheduler, "scale_model_input", None)
-        scale = 1.0 if scales is None else float(scales(torch.ones(()), timestep))
+        scale = 1.0 if scales is None else float(scales(torch.ones((), device="cpu"), timestep))
         if scale != 1.0:
             start = (start.to(torch.promote_types(start.dtype, torch.float32)) * scale).to(start.dtype)
         noise = None
@@ -414,7 +414,7 @@ def _table_of(scheduler: Any, timesteps: list[float], options: Mapping[str, Any]
     """The table of a scheduler's steps at `timesteps`, and at which of them it draws noise; `options` are a step's."""
     if isinstance(scheduler, diffusers.DDIMScheduler):
         eta, rederive = options.get("eta", 0.0), bool(options.get("use_clipped_model_output"))
-        columns = _view(scheduler, DDIMScheduler)._columns(torch.tensor(timesteps), eta, rederive)
+        columns = _view(scheduler, DDIMScheduler)._columns(torch.tensor(timesteps, device="cpu"), eta, rederive)
         if eta <= 0:
             columns[:, -1] = 0.0
         return StepTable.from_columns(timesteps, columns), [eta > 0] * len(timesteps)

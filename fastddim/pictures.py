@@ -52,7 +52,7 @@ def picture_tensor(image: Image.Image, shape: tuple[int, int, int]) -> torch.Ten
 
     channels, height, width = shape
     fitted = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (width, height), Image.Resampling.LANCZOS)
-    pixels = torch.tensor(np.asarray(fitted)).reshape(height, width, channels)
+    pixels = torch.tensor(np.asarray(fitted), device="cpu").reshape(height, width, channels)
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 

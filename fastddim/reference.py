@@ -34,7 +34,7 @@ def abs_quantile(sample: torch.Tensor, ratio: float) -> torch.Tensor:
     # torch.quantile takes the rank in the data's own dtype.
     exact = sample.dtype == torch.float64 or n > EXACT_FLOAT32_COUNT
     rank_dtype = torch.float64 if exact else torch.float32
-    rank = torch.tensor(ratio, dtype=rank_dtype) * (n - 1)
+    rank = torch.tensor(ratio, dtype=rank_dtype, device="cpu") * (n - 1)
     lower = int(rank)
     weight = float(rank - lower)
     upper = lower + (weight > 0)

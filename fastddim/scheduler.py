@@ -72,14 +72,16 @@ class _TimestepTable:
         if row is None:
             if not -self._n_train <= index < self._n_train:
                 raise IndexError(f"timestep: {index} is outside the {self._n_train} training timesteps")
-            row = self._rows[index] = StepCoefficients(*self._columns_of(torch.tensor(index))[0].tolist())
+            columns = self._columns_of(torch.tensor(index, device="cpu"))
+            row = self._rows[index] = StepCoefficients(*columns[0].tolist())
         return row
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Kept on a device: the rows of timesteps 0 ... N - 1, NaN, then -N ... -1; and those timesteps as 0-dim tensors."""
         kept = self._on_device.get(device)
         if kept is None:
-            every = self._columns_of(torch.cat([torch.arange(self._n_train), torch.arange(-self._n_train, 0)]))
+            halves = (torch.arange(first, first + self._n_train, device="cpu") for first in (0, -self._n_train))
+            every = self._columns_of(torch.cat([*halves]))
             ascending, negative = np.split(every, 2)
             # NaN between the two halves: no host checks a device timestep past the end, so it has to show.
             rows = np.concatenate([ascending, np.full_like(ascending, np.nan), negative])

@@ -1,4 +1,5 @@
-"""CUDA graphs on a CPU: torch.cuda's names for captures over a tape of aten operations, which a replay runs again.
+"""CUDA graphs on a CPU: torch.cuda's names for captures over a tape, which a replay runs again: aten operations, and launches
+of kernels on the machine in tests/ptx.
 
 It is stricter than a device. An operation that a capture refuses raises; a replay that reads memory which was freed since
 raises too; and what a body leaves in memory that nobody holds is NaN before the next replay.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import weakref
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -16,10 +18,11 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fastddim import backends, capture_checks, cuda_graph, loop, noise, reference
 from fastddim.capture_checks import Probe
+from ptx.launcher import Machine, span
 
 aten = torch.ops.aten
 # Operations whose result, or its size, the host has to read.
@@ -28,6 +31,9 @@ HOST_READS = {
     aten._unique2.default, aten.bincount.default, aten.repeat_interleave.Tensor, aten._pin_memory.default,
 }  # fmt: skip
 HOST_COPIES = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.pin_memory}
+# No lines of a model's.
+OWN_FILES = {__file__}
+_randn = torch.randn
 REFUSED = "operation not permitted when stream is capturing"
 
 
@@ -41,7 +47,7 @@ class Ref(NamedTuple):
     dtype: torch.dtype
 
     def of(self, storage: torch.UntypedStorage) -> torch.Tensor:
-        return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.size, self.stride)
+        return torch.empty(0, dtype=self.dtype, device="cpu").set_(storage, self.offset, self.size, self.stride)
 
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:
@@ -177,6 +183,41 @@ class TapedGraph:
                         ref.of(storages[ref.slot]).copy_(tensor)
 
 
+class TapedMachine(Machine):
+    """The machine whose launches within a capture are on the tape too."""
+
+    def __init__(self, tape: Tape, capability: int, seed: int | None = None) -> None:
+        super().__init__(capability, seed)
+        self.tape = tape
+        # By their addresses: the memory of the tensors that were taken, the byte in it, and the number of bytes.
+        self.taken: dict[int, tuple[StorageWeakRef, int, int]] = {}
+
+    def take(self, tensor: torch.Tensor) -> int:
+        address = super().take(tensor)
+        if tensor.numel():
+            offset = tensor.storage_offset() * tensor.element_size()
+            self.taken[address] = StorageWeakRef(tensor.untyped_storage()), offset, span(tensor)
+        return address
+
+    def launch(self, program: Any, grid: Any, arguments: Any, shared: int) -> None:
+        recorder = self.tape.recorder()
+        if recorder is None:
+            super().launch(program, grid, arguments, shared)
+            return
+        with _disable_current_modes():
+            given = [self._bytes_at(each) if each in self.taken else each for each in map(self._address, arguments)]
+            recorder.record(super().launch, (program, grid, given, shared), {})
+
+    def _address(self, value: Any) -> int:
+        return self.take(value) if isinstance(value, torch.Tensor) else int(value)
+
+    def _bytes_at(self, address: int) -> torch.Tensor:
+        weak, offset, size = self.taken[address]
+        storage = torch.UntypedStorage._new_with_weak_ptr(weak.cdata)
+        assert storage is not None, "a launch is given memory that was freed"
+        return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage, offset, (size,))
+
+
 class Stream:
     """In place of `torch.cuda.Stream`, and of its events: everything has happened already."""
 
@@ -199,7 +240,7 @@ def normal_as_on_a_device(*args: Any) -> torch.Tensor:
 
 def line_outside_torch() -> str:
     frame = sys._getframe(1)
-    while "torch" in frame.f_code.co_filename or frame.f_code.co_filename == __file__:
+    while "torch" in frame.f_code.co_filename or frame.f_code.co_filename in OWN_FILES:
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
@@ -222,7 +263,6 @@ class Tape:
         log: what happened, in words.
         captures: pool and stream of each capture that was begun.
         cached: bytes that the allocator holds for later, until a capture begins.
-        pooled: bytes of the captures.
         generator_captures: whether a failed capture has left torch's random generator in its state.
         on_capture: called when a capture begins.
     """
@@ -230,8 +270,10 @@ class Tape:
     def __init__(self) -> None:
         self.log: list[str] = []
         self.captures: list[tuple[Any, Stream]] = []
-        self.graphs: list[TapedGraph] = []
-        self.cached = self.pooled = 0
+        # Those that somebody holds.
+        self.graphs: weakref.WeakSet[TapedGraph] = weakref.WeakSet()
+        self.capturing: TapedGraph | None = None
+        self.cached = 0
         self.generator_captures = False
         self.on_capture = lambda: None
         self.recording: set[Any] = set()
@@ -257,6 +299,7 @@ class Tape:
                 if self.pool in tape.recording:
                     raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
                 tape.recording.add(self.pool)
+                tape.capturing = self.graph
                 tape.captures.append((self.pool, self.stream))
                 tape.log.append("capture")
                 self.modes = contextlib.ExitStack()
@@ -266,15 +309,15 @@ class Tape:
 
             def __exit__(self, *error):
                 self.modes.close()
+                tape.capturing = None
                 if error[0] is not None or self.graph.recorder.failed:
-                    tape.generator_captures = True
+                    tape.generator_captures = torch.__version__ < (2, 13)
                     # The rest of torch's epilogue is not reached.
                     raise RuntimeError("operation failed due to a previous error during capture")
                 tape.recording.discard(self.pool)
                 tape.generator_captures = False
                 self.graph.recorder.finish()
-                tape.graphs.append(self.graph)
-                tape.pooled += 64
+                tape.graphs.add(self.graph)
                 self.current.__exit__(*error)
 
         def end_allocate(device, handle):
@@ -285,7 +328,7 @@ class Tape:
         for module in (cuda_graph, loop):
             monkeypatch.setattr(module, "is_captured", lambda device: True)
         monkeypatch.setattr(cuda_graph, "Probe", TapedProbe)
-        monkeypatch.setattr(capture_checks, "_NOT_THE_MODEL", (*capture_checks._NOT_THE_MODEL, __file__))
+        monkeypatch.setattr(capture_checks, "_NOT_THE_MODEL", (*capture_checks._NOT_THE_MODEL, *OWN_FILES))
         # What the reference takes a shorter way for where tensors are on the host.
         for module in (backends, reference):
             monkeypatch.setattr(module, "normal_for", normal_as_on_a_device)
@@ -294,11 +337,13 @@ class Tape:
         )
         for name, value in {
             "graph": Capture, "CUDAGraph": TapedGraph, "Stream": Stream, "stream": self.stream,
-            "device": lambda device: contextlib.nullcontext(), "current_stream": lambda device: self.current_stream(),
-            "memory_reserved": lambda device: self.cached + self.pooled, "graph_pool_handle": lambda: (0, next(handles)),
-            "synchronize": self.synchronize,
+            "device": lambda device: contextlib.nullcontext(), "current_stream": lambda device=None: self.current_stream(),
+            "memory_reserved": lambda device=None: self.cached + self.allocated(), "synchronize": self.synchronize,
+            "memory_allocated": lambda device=None: self.allocated(), "graph_pool_handle": lambda: (0, next(handles)),
+            "is_current_stream_capturing": lambda: self.capturing is not None and self.current_stream() is not self.default,
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch, "randn", self.randn)
         for name, value in {
             "_cuda_clearCublasWorkspaces": lambda: self.log.append("clear workspaces"),
             "_cuda_endAllocateToPool": end_allocate,
@@ -313,9 +358,23 @@ class Tape:
     def stream(self, stream: Stream) -> StreamContext:
         return StreamContext(self, stream)
 
+    def allocated(self) -> int:
+        return 64 * len(self.graphs)
+
+    def randn(self, *size: Any, **options: Any) -> torch.Tensor:
+        if self.generator_captures and options.get("generator") is None:
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+        return _randn(*size, **options)
+
     def synchronize(self, device: Any = None) -> None:
-        if self.recording:
+        if self.capturing is not None:
+            # Whichever thread it is.
+            self.capturing.recorder.failed = True
             raise RuntimeError(REFUSED)
+
+    def recorder(self) -> Recorder | None:
+        """Where this thread's work is written down, None where it is done."""
+        return self.capturing.recorder if torch.cuda.is_current_stream_capturing() else None
 
     def check_reads(self, *owners: Any) -> None:
         """Every capture reads what it made and what one of the owners holds: a module, a tensor, a `StaticLoop`."""

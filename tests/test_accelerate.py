@@ -683,6 +683,15 @@ def test_accelerating_again_keeps_the_captures_unless_the_options_change():
     assert type(unaccelerate(pipe)) is diffusers.StableDiffusionPipeline
 
 
+def test_another_default_device_changes_nothing():
+    pipe, call = make("sd")
+    expected, _ = run(pipe, call)
+    accelerate(pipe, graph="off")
+    with torch.device("meta"):
+        images = pipe(**call, generator=torch.Generator().manual_seed(0)).images
+    torch.testing.assert_close(images, expected, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("graph", ["step", "loop"])
 def test_changed_weights_and_models_are_noticed(graph, caplog):
     pipe, call = make("sd")

@@ -33,7 +33,7 @@ def test_the_kernels_keep_their_budget_on_every_target(tmp_path):
     figures = check_budget(tmp_path, "--quick")
     instructions = {figure["case"]: figure["instructions"] for figure in figures if figure["target"] == "sm_90"}
     assert instructions["guidance + clip"] <= 12
-    assert instructions["guidance + clip + drawn noise, fp32"] <= 70
+    assert instructions["guidance + clip + drawn noise, fp32"] <= 64
 
 
 @pytest.mark.slow
@@ -45,8 +45,9 @@ def test_a_variant_over_budget_is_an_error(tmp_path):
     """The check can fail."""
     program = (
         "import kernel_budget as k;"
-        "f = k.Figure('guidance + clip', 'ddim_step_kernel', 'sm_90', 2048, 2, 12.5, 99, 8, 31, 32);"
-        "kept = {'guidance + clip: ddim_step_kernel: sm_90': {'instructions': 12.0, 'registers': 80}};"
+        "f = k.Figure('guidance + clip', 'ddim_step_kernel', 'sm_90', 2048, 2, 12.5, 99, 8, 31, 32, 9000, 15.0);"
+        "kept = {'guidance + clip: ddim_step_kernel: sm_90': "
+        "{'instructions': 12.0, 'registers': 80, 'in_flight': 10000, 'executed': 14.0}};"
         "print(*k.check([f], kept), sep='\\n')"
     )
     done = run("-c", program)
@@ -60,6 +61,8 @@ def test_a_variant_over_budget_is_an_error(tmp_path):
             "12.5 instructions an element; at most 12 asked",
             "12.5 instructions, 12.0 before; mend it, or run with --update and say why",
             "99 registers, 80 before; mend it, or run with --update and say why",
+            "15.0 executed, 14.0 before; mend it, or run with --update and say why",
+            "9000 bytes in flight, 10000 before; mend it, or run with --update and say why",
         ),
         strict=True,
     ):

@@ -56,6 +56,43 @@ def test_without_a_gpu_every_part_is_skipped_for_lack_of_one(tmp_path: Path) -> 
     assert os.listdir(tmp_path) == [gpu_check.SUMMARY]
 
 
+def test_a_rehearsal_runs_parts_and_names_what_it_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = {part.name: part for part in gpu_check.make_parts(tmp_path)}
+    tests = parts["gpu-marked tests"]
+    files = [f"tests/test_{name}.py" for name in ("cuda_graph", "export_aoti")]
+    tests.command = [*(each for each in tests.command if not each.endswith(".py")), *files]
+    options = {"suite": "step", "baselines": gpu_check.FEW}
+    profile, checker = parts["ncu on the step kernel"], parts["compute-sanitizer memcheck"]
+    # Not every kind.
+    checker.command = [*checker.command, "--elements", str(1 << 14)]
+    chosen = [
+        tests,
+        checker,
+        profile,
+        gpu_check.suite("steps", 60, tmp_path / "steps.json", patterns=["in place", "size [4,*"], **options),
+        gpu_check.suite("lost", 60, tmp_path / "lost.json", patterns=["in place", "sizes [*"], **options),
+        Part("mistyped", 60, [each.replace("--metrics", "--metric") for each in profile.command], "ncu"),
+        Part("misplaced", 60, [each.replace("launch_", "") for each in profile.command], "ncu"),
+    ]
+    monkeypatch.setattr(gpu_check, "make_parts", lambda out: chosen)
+    assert gpu_check.main(["--rehearse", "--out", str(tmp_path)]) == 1
+    found = summary(tmp_path)
+    failed = {name for name, (status, _) in found.items() if status == FAILED}
+    assert failed == {"lost", "mistyped", "misplaced"} and {status for status, _ in found.values()} == {PASSED, FAILED}
+    assert "2 passed, 2 skipped" in found["gpu-marked tests"][1] and found["steps"][1].startswith("6 ok, 15 absent")
+    said = capsys.readouterr().out
+    assert "AOTInductor's code for a GPU" in said
+    assert "not rehearsed: step, fastddim.ddim_step, left out by --quick: size [4,4,128,128], size" in said
+
+
+@pytest.mark.slow
+def test_the_whole_check_is_rehearsed(tmp_path: Path) -> None:
+    assert gpu_check.main(["--rehearse", "--out", str(tmp_path)]) == 0
+    assert {status for status, _ in summary(tmp_path).values()} == {PASSED}
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -222,6 +259,14 @@ def test_a_file_that_imports_what_is_missing_is_named_and_the_others_run(tmp_pat
         if skips == "1":
             (line,) = part.details
             assert "test_lacking.py" in line and "no_such_package is not installed" in line
+
+
+def test_files_of_which_none_can_be_imported_have_not_passed() -> None:
+    part = Part("tests", 300, [])
+    gpu_check.judge(
+        part, "SKIPPED [1] tests/test_kernels.py:0: hypothesis is not installed\n= 1 skipped in 0.1s =\n", 5
+    )
+    assert (part.status, part.summary) == (SKIPPED, "1 skipped in 0.1s")
 
 
 def test_time_runs_out_for_what_comes_last(tmp_path: Path, check: Callable[..., int]) -> None:

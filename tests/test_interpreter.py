@@ -1,4 +1,4 @@
-"""What the kernels have for Triton's interpreter alone: products and sums rounded once, conversions to bfloat16."""
+"""What the kernels have for Triton's interpreter alone: products and sums rounded once, conversions to bfloat16, no waiting."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-CHOSEN = "every_pair_of_dtypes and clip and state2 and model2 or drawn_noise_is"
+CHOSEN = "every_pair_of_dtypes and clip and state2 and model2 or drawn_noise_is or dependent_launch"
 
 
 def test_the_interpreter_gives_the_oracles_results_too():

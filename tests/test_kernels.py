@@ -352,6 +352,47 @@ def test_a_sample_of_16384_takes_one_program_and_one_more_element_three_launches
         torch.testing.assert_close(x0, output.clamp(-scale, scale) / scale, rtol=0, atol=0)
 
 
+def take_captured(batch, dtype, rescale):
+    """A step as a graph has it, of the first `batch` of 17 samples."""
+    steps, n = table(1.0, rederive=True), 16384
+    x, output = draw((17, n), dtype), draw((2, 17, n), dtype, seed=1)
+    halves = output[:, :batch].flatten(0, 1).contiguous()
+    step, workspace = torch.tensor(5, device=DEVICE), Workspace()
+    results = ddim_step(
+        halves, x[:batch].contiguous(), steps, step, limit=DynamicThreshold(0.995, 30.0), guidance=Guidance(3.0, rescale),
+        seeds=seed_tensor(range(batch), DEVICE), advance=True, workspace=workspace,
+    )  # fmt: skip
+    assert int(step) == 6 and not any(each.any() for name, each in workspace._kept.items() if name != "statistics")
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_thresholds_tier_follows_the_batch_and_no_bit_does(dtype):
+    few = take_captured(1, dtype, 0.0)
+    assert last_plan().tier == "statistics"
+    many = take_captured(17, dtype, 0.0)
+    assert last_plan().tier == "whole"
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(few, many, strict=True))
+
+
+def test_the_tier_of_what_is_rounded_follows_the_samples_size_alone():
+    few, tier = take_captured(1, torch.float32, 0.7), last_plan().tier
+    many = take_captured(17, torch.float32, 0.7)
+    assert last_plan().tier == tier == "whole"
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(few, many, strict=True))
+    limits = (None, Clip(), DynamicThreshold(0.9, 2.0))
+    for limit, n, advance, drawn in itertools.product(
+        limits, (9, 8192, 8193, 16384, 16385), (False, True), (False, True)
+    ):
+        shape = plan.StepShape(1, n, guided=True, rescale=True, limit=limit, advance=advance, drawn=drawn)
+        blocks = {
+            tuple((call.kernel, call.constants["BLOCK"]) for call in plan.make_plan(planned).calls[:-1])
+            or plan.make_plan(planned).calls[-1].constants["BLOCK"]
+            for planned in (dataclasses.replace(shape, batch=batch) for batch in (1, 16, 17, 200, 70000))
+        }
+        assert len(blocks) == 1
+
+
 @pytest.mark.slow
 def test_a_megapixel_sample_is_exact():
     output = draw((1, 3, 1024, 1024)) * 1.5
@@ -528,13 +569,18 @@ def test_the_last_program_of_a_grid_moves_the_index_on_whatever_the_size():
     assert (int(step), float(next_timestep), int(tickets)) == (4, 4.0, 0)
 
 
-def test_an_index_outside_the_table_gives_nan_instead_of_someone_elses_memory():
-    x, output = draw((4, 9)), draw((4, 9), seed=1)
-    rows = torch.tensor([9, 10, -1, 2**40], device=DEVICE)
-    x_next, x0 = ddim_step(output, x, table(), rows, limit=Clip())
-    assert x_next[[1, 3]].isnan().all() and x0[[1, 3]].isnan().all()
-    expected, _ = reference_step(output, x, table(), torch.tensor([9, 9, -1, 9], device=DEVICE), limit=Clip())
-    torch.testing.assert_close(x_next[[0, 2]], expected[[0, 2]])
+@pytest.mark.parametrize("limit", [Clip(), DynamicThreshold(0.9, 1.5)])
+@pytest.mark.parametrize("small", [False, True])
+def test_an_index_outside_the_table_gives_nan_instead_of_someone_elses_memory(monkeypatch, limit, small):
+    if small:
+        monkeypatch.setattr(plan, "WHOLE_SAMPLE", 0)
+    rows = torch.tensor([9, -10, -1, 10, -11, 2**40, -(2**40), 2**63 - 1, -(2**63)], device=DEVICE)
+    x, output = draw((len(rows), 9)), draw((len(rows), 9), seed=1)
+    x_next, x0 = ddim_step(output, x, table(), rows, limit=limit)
+    assert x_next[3:].isnan().all() and x0[3:].isnan().all()
+    for k, row in enumerate((9, 0, 9)):
+        expected, _ = reference_step(output[k : k + 1], x[k : k + 1], table(), row, limit=limit)
+        torch.testing.assert_close(x_next[k : k + 1], expected)
 
 
 @pytest.mark.sampled
@@ -591,6 +637,29 @@ def test_samples_that_do_not_differ_are_one_flat_sample():
     assert last_plan().flat
     ddim_step(output, x, table(), torch.arange(16, device=DEVICE) % 4)
     assert not last_plan().flat
+
+
+@pytest.mark.parametrize("limit", [Clip(), DynamicThreshold(0.9, 1.5)])
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_of_one_is_known_to_the_compiler_and_changes_no_bit(monkeypatch, limit, small, channels_last, dtype):
+    """Nor the order in which the sums of a rescale are taken."""
+    if small:
+        monkeypatch.setattr(plan, "WHOLE_SAMPLE", 0)
+    shape = (3, 16, 65)
+    x, output = draw((2, *shape), dtype), draw((4, *shape), dtype, seed=1)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    rows, seeds = torch.tensor([3, 3], device=DEVICE), seed_tensor([5, 6], DEVICE)
+    results = {}
+    for batch, axis in ((1, -1), (2, 1)):
+        halves = output[:: 2 // batch].contiguous(memory_format=memory_format)
+        results[batch] = ddim_step(
+            halves, x[:batch], table(1.0), rows[:batch], limit=limit, guidance=Guidance(3.0, 0.7), seeds=seeds[:batch]
+        )
+        assert all(call.constants["SAMPLE_AXIS"] == axis for call in last_plan().calls)
+    one, both = results[1], results[2]
+    assert all(torch.equal(alone[0], among[0]) for alone, among in zip(one, both, strict=True))
 
 
 def test_more_samples_than_a_grids_second_axis_takes(monkeypatch):
@@ -736,6 +805,36 @@ def test_the_memory_of_a_model_output_in_another_order_is_refused():
 
 def _prepared_in_place(model_output, sample, step):
     return PreparedStep(model_output, sample, table(), StepOptions(out=model_output))(model_output, step)
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("limit", [Clip(), DynamicThreshold(0.9, 1.5)])
+@pytest.mark.parametrize("small", [False, True])
+def test_a_dependent_launch_waits_before_it_touches_memory_and_changes_no_bit(machine, monkeypatch, limit, small):
+    if small:
+        monkeypatch.setattr(plan, "WHOLE_SAMPLE", 0)
+    x, outputs = draw((2, 700)), [draw((4, 700), seed=seed) for seed in (1, 2)]
+    options = StepOptions(limit=limit, guidance=Guidance(3.0), seeds=seed_tensor([5, 6], DEVICE))
+    plain, dependent = (
+        PreparedStep(outputs[0], x, table(1.0), options, dependent_launch=asked) for asked in (False, True)
+    )
+    if machine is None:
+        asked = DEVICE == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
+    else:
+        seen, asked = [], machine.capability >= 90
+        monkeypatch.setattr(machine, "edit", lambda text: seen.append(text) or text)
+    for output, step in zip(outputs, (3, 4), strict=True):
+        expected = [each.clone() for each in plain(output, step)]
+        assert all(torch.equal(*pair) for pair in zip(dependent(output, step), expected, strict=True))
+    launchers = [each._request.entry.launchers for each in (plain, dependent)]
+    assert [each[-1].call.constants["DEPENDENT"] for each in launchers] == [False, asked]
+    assert not any(each.call.constants.get("DEPENDENT") for each in launchers[1][:-1])
+    if machine is not None:
+        waiting = {text for text in seen if "griddepcontrol" in text}
+        assert len(waiting) == asked
+        assert all(text.index("griddepcontrol.wait") < text.index(".global.", text.index("{")) for text in waiting)
+        kernels = [next(iter(each[-1]._compiled.values()))[3] for each in launchers]
+        assert [kernel.metadata.launch_pdl for kernel in kernels] == [False, asked]
 
 
 @pytest.mark.usefixtures("_small_statistics")

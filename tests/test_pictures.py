@@ -270,5 +270,6 @@ def test_a_picture_is_cropped_to_the_models_shape_and_turned_upright(tmp_path: P
     image = open_picture(tmp_path / "a.jpg")
     assert image.size == (20, 60)
     # The black middle is all that a square keeps.
-    assert picture_tensor(image, (3, 8, 8)).shape == (3, 8, 8)
+    with torch.device("meta"):
+        assert picture_tensor(image, (3, 8, 8)).shape == (3, 8, 8)
     assert picture_tensor(image, (1, 8, 8)).max() < -0.8

@@ -60,7 +60,7 @@ def run(text, first, second, blocks=1, shared=0, seed=None, unwritten=()):
     for k, array in enumerate((first, second)):
         memory.add(array.ctypes.data, array.nbytes, written=k not in unwritten)
     program = ptx.prepare(ptx.load(text))
-    ptx.launch(program, (blocks, 1, 1), (first.ctypes.data, second.ctypes.data, 7), shared, memory, seed)
+    return ptx.launch(program, (blocks, 1, 1), (first.ctypes.data, second.ctypes.data, 7), shared, memory, seed)
 
 
 def refused(message, body, *, blocks=1, size=None, **options):
@@ -129,6 +129,22 @@ def test_integers_are_pythons(opcode):
     assert [int(x) % 2**bits for x in known.function(a, b)] == expected
 
 
+def test_bytes_are_picked_as_cudas_manual_describes():
+    """CUDA's integer intrinsics, `__byte_perm`, and the sign of PTX's own most significant bit."""
+    cells = np.zeros(64, np.uint32)
+    picks = {
+        "0x3210U": 0x84838281,
+        "0x7654U": 0x14131211,
+        "0x3340U": 0x84841181,
+        "0x5410U": 0x12118281,
+        "0xC8F1": 0x00FF0082,
+    }
+    for selector, expected in picks.items():
+        body = f"mov.b32 %r5, 0x84838281; mov.b32 %r6, 0x14131211; prmt.b32 %r7, %r5, %r6, {selector};"
+        run(source(body + "st.global.b32 [%rd2], %r7;"), np.zeros(64, np.uint32), cells)
+        assert set(cells.tolist()) == {expected}, selector
+
+
 def test_branches_meet_again_and_a_warp_exchanges():
     first, second = np.arange(64, dtype=np.uint32), np.zeros(64, np.uint32)
     body = """
@@ -150,6 +166,23 @@ $end:
     run(source(body), first, second, seed=3)
     kept = [6 if k % 2 == 0 else k + 100 for k in range(64)]
     assert second.tolist() == [kept[k ^ 1] for k in range(64)]
+
+
+def test_the_instructions_of_all_threads_are_counted():
+    # In INDEX and before the loop, in the loop as often as it is gone through, and the `ret`.
+    body = """
+        and.b32 %r5, %r1, 3;
+        setp.eq.b32 %p1, %r5, 0;
+$again:
+        add.s32 %r5, %r5, 1;
+        @%p1 add.s32 %r6, %r1, 1;
+        setp.lt.s32 %p2, %r5, 4;
+        @%p2 bra $again;
+    """
+    for seed in (None, 0):
+        executed = run(source(body), *np.zeros((2, 3 * 64), np.uint32), 3, seed=seed)
+        before = len([line for line in INDEX.splitlines() if line.strip()]) + 2
+        assert executed == sum(before + 4 * (4 - k % 4) + 1 for k in range(64)) * 3
 
 
 def test_blocks_run_in_order_or_in_an_order_drawn_from_the_seed():

@@ -379,3 +379,23 @@ def test_it_serves_stable_diffusion_pipelines(image_to_image):
         pictures.append(pipe(**call, generator=torch.Generator().manual_seed(3)).images)
     np.testing.assert_allclose(*pictures, atol=1e-4)
     assert pictures[0].std() > 0
+
+
+@pytest.mark.parametrize(("ours", "options"), [(DDIMScheduler, {"eta": 0.5}), (DDIMInverseScheduler, {})])
+def test_another_default_device_changes_nothing(ours, options):
+    output, sample, noise = (randn((2, 3, 8, 8), seed) for seed in range(3))
+    if options:
+        options = {**options, "variance_noise": noise}
+    config = {} if ours is DDIMInverseScheduler else {"thresholding": True}
+
+    # Each with a cache of its own; what diffusers makes of the betas is on the default device of that time.
+    schedulers = [pair({"limit": config}, ours)[0] for _ in range(2)]
+
+    def results(scheduler):
+        timesteps = scheduler.timesteps[3], int(scheduler.timesteps[4])
+        return [scheduler.step(output, t, sample, return_dict=False, **options) for t in timesteps]
+
+    expected = results(schedulers[0])
+    with torch.device("meta"):
+        got = results(schedulers[1])
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)

@@ -6,6 +6,7 @@ import re
 import subprocess
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 # A copy of this many bytes is far beyond any cache.
@@ -51,11 +52,13 @@ def capture(call: Callable[[], Any]) -> Callable[[], Any]:
     with torch.cuda.graph(graph):
         result = call()
 
-    def replay() -> Any:
-        graph.replay()
-        return result
+    return partial(_replay, graph, result, call)
 
-    return replay
+
+def _replay(graph: Any, result: Any, call: Callable[[], Any]) -> Any:
+    """What the graph reads and writes is in memory that `call` holds."""
+    graph.replay()
+    return result
 
 
 def count_launches(call: Callable[[], Any]) -> int | None:

@@ -12,6 +12,11 @@ from fastddim.export.bundle_sampler import NumpyArrays
 from fastddim.noise import STREAM_STEP, normal
 
 
+def as_tensor(value: Any) -> torch.Tensor:
+    """A tensor as it is; numpy's arrays and numbers on the host, whatever torch's default device."""
+    return value if isinstance(value, torch.Tensor) else torch.from_numpy(np.asarray(value))
+
+
 class TorchArrays(NumpyArrays):
     """Tensors on a device; numpy's arrays are taken too."""
 
@@ -22,8 +27,7 @@ class TorchArrays(NumpyArrays):
         return isinstance(value, (torch.Tensor, np.ndarray))
 
     def place(self, value: Any) -> Any:
-        tensor = value if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
-        return tensor.to(self._device)
+        return as_tensor(np.array(value) if isinstance(value, np.ndarray) else value).to(self._device)
 
     def casts(self, array: Any, dtype: str) -> bool:
         return torch.can_cast(array.dtype, getattr(torch, dtype))

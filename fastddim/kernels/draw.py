@@ -11,7 +11,7 @@ import triton.language as tl
 from fastddim.kernels.launch import COMPILING
 from fastddim.kernels.philox import normal_block
 from fastddim.kernels.plan import make_grid
-from fastddim.kernels.step import store
+from fastddim.kernels.step import program_place, store
 
 _BLOCK = 1024
 
@@ -19,12 +19,12 @@ _BLOCK = 1024
 @triton.jit
 def normal_kernel(out_ptr, seeds_ptr, n, step, STREAM: tl.constexpr, SAMPLE_AXIS: tl.constexpr, BLOCK: tl.constexpr):
     """BLOCK elements of one sample's noise."""
-    b = tl.program_id(SAMPLE_AXIS).to(tl.int64)
-    start = tl.program_id(1 - SAMPLE_AXIS).to(tl.int64) * BLOCK
+    b, block, _ = program_place(SAMPLE_AXIS)
+    start = block.to(tl.int64) * BLOCK
     lanes = tl.arange(0, BLOCK)
     live = lanes < tl.minimum(n - start, BLOCK).to(tl.int32)
     noise = normal_block(tl.load(seeds_ptr + b), tl.cast(step, tl.int64), start, BLOCK, STREAM)
-    store(out_ptr, b * n, (b, tl.num_programs(SAMPLE_AXIS), start, lanes, n, 1), live, noise, False)
+    store(out_ptr, b * n, (b, 1, start, lanes, n, 1), live, noise, False)
 
 
 def draw_normal(seeds: torch.Tensor, out: torch.Tensor, stream: int, step: int = 0) -> torch.Tensor:
@@ -49,7 +49,7 @@ def draw_normal(seeds: torch.Tensor, out: torch.Tensor, stream: int, step: int =
         )
     n = math.prod(out.shape[1:])
     if out.numel():
-        sample_axis, grid = make_grid(out.shape[0], triton.cdiv(n, _BLOCK))
+        sample_axis, grid = make_grid(out.shape[0], triton.cdiv(n, _BLOCK), n)
         # Its first launch compiles.
         with COMPILING, torch.cuda.device_of(out):
             normal_kernel[grid](

@@ -31,6 +31,8 @@ _MAX_KEPT = 1024
 _INT32_RANGE = 1 << 31
 # Triton parses a kernel's source to compile it, which CPython 3.11 cannot do in two threads at once.
 COMPILING = threading.Lock()
+# The compute capability, times ten, from which on a kernel can be launched before the one before it has ended.
+_DEPENDENT_LAUNCH = 90
 
 
 class KernelUnavailableError(RuntimeError):
@@ -89,6 +91,8 @@ class _Launcher:
 
     def _compile(self, tensors: Sequence[torch.Tensor | None]) -> tuple[Any, Any, Any, Any]:
         call = self.call
+        # Other backends do not know the option.
+        dependent = {"launch_pdl": True} if call.constants.get("DEPENDENT") else {}
         try:
             with COMPILING:
                 compiled = call.kernel.warmup(
@@ -98,6 +102,7 @@ class _Launcher:
                     grid=call.grid,
                     num_warps=call.num_warps,
                     enable_fp_fusion=False,
+                    **dependent,
                 )
             if hasattr(compiled, "result"):
                 compiled = compiled.result()
@@ -109,6 +114,19 @@ class _Launcher:
                 f"the fused step does not compile here: {type(error).__name__}: {reason}"
             ) from error
         return run, compiled.function, compiled.packed_metadata, compiled
+
+
+def make_dependent(entry: Entry) -> Entry:
+    """The entry with a step that is launched while the kernel before it ends, and waits for that; itself where none can."""
+    if _interpreted():
+        return entry
+    target = driver.active.get_current_target()
+    if target.backend != "cuda" or target.arch < _DEPENDENT_LAUNCH:
+        return entry
+    call = entry.plan.calls[-1]
+    call = replace(call, constants={**call.constants, "DEPENDENT": True})
+    plan = replace(entry.plan, calls=(*entry.plan.calls[:-1], call))
+    return replace(entry, plan=plan, launchers=(*entry.launchers[:-1], _Launcher(call)))
 
 
 def launch_hooks(kernel: Any, grid: tuple[int, int], stream: int) -> tuple[Any, Any, Any]:
@@ -170,8 +188,8 @@ def ddim_step(
         - `out`, `model_input` and what moves on may not share memory with anything else, except `out` with `sample`, or
           with an unguided `model_output` of its layout.
         - An index tensor is not read on the host: a row outside the table gives NaN.
-        - Samples of more than 16,384 elements take two more launches with dynamic thresholding, and one more with a
-          guidance rescale.
+        - Samples of more than 16,384 elements take two more launches with dynamic thresholding (of more than 8,192 where few
+          samples advance without a rescale), and one more with a guidance rescale.
 
     Raises:
         TypeError, ValueError, IndexError: as the reference, and for what differs.

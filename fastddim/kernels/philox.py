@@ -70,6 +70,23 @@ def box_muller(word0, word1):
 
 
 @triton.jit
+def philox(seed, c0, c1, c2, c3):
+    """Philox4x32-10 of counters (uint32) and an int64 seed; a round's product is one of 64 bits, not its two halves."""
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        a = c0.to(tl.uint64) * 0xD2511F53
+        b = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (b >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = b.to(tl.uint32)
+        c2 = (a >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = a.to(tl.uint32)
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
 def normal_block(seed, step, start, BLOCK: tl.constexpr, STREAM: tl.constexpr):
     """`[BLOCK]` float32: a stream's noise at a step, for elements `start ... start + BLOCK - 1` of one sample.
 
@@ -80,7 +97,7 @@ def normal_block(seed, step, start, BLOCK: tl.constexpr, STREAM: tl.constexpr):
     low = (first & 0xFFFFFFFF).to(tl.uint32) + tl.arange(0, BLOCK // 4).to(tl.uint32)
     zero = low * 0
     high = (first >> 32).to(tl.uint32) + zero
-    r0, r1, r2, r3 = tl.philox(seed, low, high, step.to(tl.uint32) + zero, zero + STREAM)
+    r0, r1, r2, r3 = philox(seed, low, high, step.to(tl.uint32) + zero, zero + STREAM)
     n0, n1 = box_muller(r0, r1)
     n2, n3 = box_muller(r2, r3)
     return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))

@@ -28,7 +28,12 @@ _HISTOGRAM_POINTERS = ("sample", "output", "table", "step", "guidance", "limit",
 
 # The largest sample whose statistics one program takes without spilling registers, on every supported Triton.
 WHOLE_SAMPLE = 16384
+# The same where few samples have a threshold in a captured step: there three launches of many programs take less time than
+# the bisection that leaves most of the GPU idle.
+FEW_SAMPLES, WHOLE_OF_FEW = 16, 8192
 STATISTICS_BLOCK = 2048
+# 16 elements a thread: with 8 or 32 there are fewer bytes in flight.
+_STATISTICS_WARPS = 4
 LARGEST_BLOCK = 2048
 # Two warps give a thread 32 elements of the largest block: enough loads in flight, and little overhead for each.
 NUM_WARPS = 2
@@ -37,6 +42,8 @@ _ENOUGH_PROGRAMS = 512
 # What a program that has a whole sample's statistics updates at a time; more elements a thread would spill.
 _CHUNK = 4096
 _MAX_GRID_Y = 65535
+# What Triton knows of a size: whether it is a multiple of this.
+_ALIGNED = 16
 
 
 @dataclass(frozen=True)
@@ -146,7 +153,7 @@ def make_plan(shape: StepShape) -> Plan:
     limit_name, magnitude = limit_kind(shape.limit, numbers_change=shape.limit_on_device)
     limit_range, ratio = (1.0, 1.0) if shape.limit_on_device else limit_numbers(shape.limit)
     needs_statistics = limit_name == "threshold" or shape.rescale
-    whole = needs_statistics and n <= WHOLE_SAMPLE
+    whole = needs_statistics and n <= _whole_sample(shape, limit_name)
     channels_last = shape.output_channels_last or shape.input_channels_last
     differ = shape.scale_per_sample or shape.row_per_sample or shape.drawn or needs_statistics or channels_last
     flat = not differ
@@ -158,7 +165,7 @@ def make_plan(shape: StepShape) -> Plan:
     else:
         block, num_warps = _element_block(batch, n), NUM_WARPS
     blocks = 1 if whole else triton.cdiv(n, block)
-    sample_axis, grid = make_grid(batch, blocks)
+    sample_axis, grid = make_grid(batch, blocks, n)
     guidance = {"COND_FIRST": shape.cond_first, "SCALE_PER_SAMPLE": shape.scale_per_sample}
     constants: dict[str, Any] = {
         "GUIDED": shape.guided,
@@ -173,6 +180,7 @@ def make_plan(shape: StepShape) -> Plan:
         "OUTPUT_CHANNELS_LAST": shape.output_channels_last,
         "INPUT_CHANNELS_LAST": shape.input_channels_last,
         "ADVANCE": shape.advance,
+        "DEPENDENT": False,
         "EVEN": not whole and isinstance(n, int) and n % block == 0,
         "BLOCK": block,
         "CHUNK": min(block, _CHUNK) if whole else block,
@@ -186,7 +194,7 @@ def make_plan(shape: StepShape) -> Plan:
         return Plan("whole" if whole else "elements", flat, (step,), tickets)
 
     blocks = triton.cdiv(n, STATISTICS_BLOCK)
-    sample_axis, grid = make_grid(batch, blocks)
+    sample_axis, grid = make_grid(batch, blocks, n)
     row_size = SLOTS.value
     layout = {
         "SAMPLE_AXIS": sample_axis,
@@ -210,13 +218,25 @@ def make_plan(shape: StepShape) -> Plan:
                 **layout,
             }
             numbers = (n, batch, shape.num_steps, shape.channels, row_size, shift)
-            calls.append(KernelCall(histogram_kernel, _HISTOGRAM_POINTERS, numbers, histogram, grid, 8))
+            calls.append(KernelCall(histogram_kernel, _HISTOGRAM_POINTERS, numbers, histogram, grid, _STATISTICS_WARPS))
     if shape.rescale:
         rescale = {**guidance, "RESCALE_PER_SAMPLE": shape.rescale_per_sample, **layout}
         numbers = (n, batch, shape.channels, row_size)
-        calls.insert(0, KernelCall(rescale_kernel, _RESCALE_POINTERS, numbers, rescale, grid, 8))
+        calls.insert(0, KernelCall(rescale_kernel, _RESCALE_POINTERS, numbers, rescale, grid, _STATISTICS_WARPS))
     statistics = 2 * batch + (4 * batch * blocks if shape.rescale else 0)
     return Plan("statistics", flat, (*calls, step), tickets, batch * row_size, statistics)
+
+
+def _whole_sample(shape: StepShape, limit_name: str) -> int:
+    """The largest sample whose statistics one program finds.
+
+    A threshold is exact, so that its bits are the same either way; the sums of a rescale are rounded, so that the batch must
+    not choose how they are taken. A step that moves its index on is captured: elsewhere each launch costs the host.
+    """
+    batch = shape.batch
+    exact = limit_name == "threshold" and not shape.rescale
+    few = not isinstance(batch, torch.SymInt) and batch <= FEW_SAMPLES
+    return min(WHOLE_SAMPLE, WHOLE_OF_FEW) if exact and few and shape.advance else WHOLE_SAMPLE
 
 
 def _element_block(batch: int, n: int) -> int:
@@ -228,8 +248,14 @@ def _element_block(batch: int, n: int) -> int:
     return min(block, max(64, int(triton.next_power_of_2(n))))
 
 
-def make_grid(batch: int, blocks: int) -> tuple[int, tuple[int, int]]:
-    """Which axis counts the samples, and the grid: the second one, which is the short one, unless there are too many."""
-    if isinstance(batch, torch.SymInt) or batch <= _MAX_GRID_Y:
+def make_grid(batch: int, blocks: int, n: int) -> tuple[int, tuple[int, int]]:
+    """Which axis counts the samples of n elements, and the grid: the second one, the short one, unless there are too many.
+
+    -1 where there is one sample, so that its number is known to the compiler: a short block has a quarter fewer instructions.
+    Not where its halves are aligned differently, which would get them different layouts.
+    """
+    if isinstance(batch, torch.SymInt):
         return 1, (blocks, batch)
-    return 0, (batch, blocks)
+    if batch == 1 and not isinstance(n, torch.SymInt) and n % _ALIGNED == 0:
+        return -1, (blocks, 1)
+    return (1, (blocks, batch)) if batch <= _MAX_GRID_Y else (0, (batch, blocks))

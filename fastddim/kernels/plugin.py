@@ -54,7 +54,7 @@ def ddim_step_in_plugin(
         next_timestep_ptr=None, tickets_ptr=None, n=n, batch=batch, num_steps=batch, channels=1, rows=batch,
         GUIDED=GUIDED, COND_FIRST=False, SCALE_PER_SAMPLE=True, RESCALE_PER_SAMPLE=True, ROW_PER_SAMPLE=True,
         LIMIT=LIMIT, RANGE=RANGE, RATIO=RATIO, WHOLE=WHOLE, SAMPLE_AXIS=SAMPLE_AXIS, OUTPUT_CHANNELS_LAST=False,
-        INPUT_CHANNELS_LAST=False, ADVANCE=False, EVEN=EVEN, BLOCK=BLOCK, CHUNK=CHUNK,
+        INPUT_CHANNELS_LAST=False, ADVANCE=False, DEPENDENT=False, EVEN=EVEN, BLOCK=BLOCK, CHUNK=CHUNK,
     )  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def plan_plugin_step(batch: int, elements: int, options: StepOptions, largest_ba
     asked = {"noise": options.noise is not None, "guidance_scale": shape.guided, "guidance_rescale": shape.rescale}
     constants = {name: value for name, value in call.constants.items() if name in ddim_step_in_plugin.arg_names}
     blocks = triton.cdiv(elements, constants["BLOCK"])
-    constants["SAMPLE_AXIS"], _ = make_grid(largest_batch, blocks)
+    constants["SAMPLE_AXIS"], _ = make_grid(largest_batch, blocks, elements)
     inputs = tuple(name for name in INPUTS if asked.get(name, True))
     return PluginStep(inputs, elements, constants, blocks, call.num_warps)
 

@@ -19,21 +19,26 @@ from fastddim.kernels.step import (
     LARGEST_INT,
     NUM_COLUMNS,
     ONE_BITS,
+    guide,
     limit_scale,
-    load_cond,
-    load_guided,
+    load_guidance,
+    load_halves,
+    load_inputs,
     load_limit,
     load_x0_columns,
     predict,
+    program_place,
     quantile_rank,
     rescale_factor,
+    split_halves,
     table_row,
 )
 
 # The counters; the ticket is the first.
 AT_MOST_ONE = tl.constexpr(1)
 LARGEST_TO_ONE = tl.constexpr(2)
-TOP = tl.constexpr(3)
+NANS = tl.constexpr(3)
+# Infinities and NaNs.
 INFINITIES = tl.constexpr(4)
 # The smallest pattern above the bin, as its distance from the largest integer, so that zero means none.
 ABOVE = tl.constexpr(5)
@@ -110,16 +115,14 @@ def rescale_kernel(
     BLOCK: tl.constexpr,
 ):
     """Each sample's guidance rescale factor into `statistics[b, 1]`."""
-    b = tl.program_id(SAMPLE_AXIS).to(tl.int64)
-    block = tl.program_id(1 - SAMPLE_AXIS)
-    blocks = tl.num_programs(1 - SAMPLE_AXIS)
+    b, block, blocks = program_place(SAMPLE_AXIS)
     start = block.to(tl.int64) * BLOCK
     lanes = tl.arange(0, BLOCK)
     size = tl.minimum(n - start, BLOCK).to(tl.int32)
     live = lanes < size
     where = (b, batch, start, lanes, n, channels)
-    out = load_guided(output_ptr, guidance_ptr, where, live, COND_FIRST, SCALE_PER_SAMPLE, OUTPUT_CHANNELS_LAST)
-    cond = load_cond(output_ptr, where, live, COND_FIRST, OUTPUT_CHANNELS_LAST)
+    cond, uncond = split_halves(load_halves(output_ptr, where, live, True, OUTPUT_CHANNELS_LAST), COND_FIRST)
+    out = guide(cond, uncond, load_guidance(guidance_ptr, b, SCALE_PER_SAMPLE))
     parts = statistics_ptr + batch * 2 + b * blocks * 4
     mean, square = part(out, live, size.to(tl.float32))
     cond_mean, cond_square = part(cond, live, size.to(tl.float32))
@@ -177,11 +180,14 @@ def histogram_kernel(
 
     shift: the bins are `1 << shift` bit patterns wide, and the second histogram has as many.
     """
-    b = tl.program_id(SAMPLE_AXIS).to(tl.int64)
-    start = tl.program_id(1 - SAMPLE_AXIS).to(tl.int64) * BLOCK
-    blocks = tl.num_programs(1 - SAMPLE_AXIS)
+    b, block, blocks = program_place(SAMPLE_AXIS)
+    start = block.to(tl.int64) * BLOCK
     lanes = tl.arange(0, BLOCK)
     live = lanes < tl.minimum(n - start, BLOCK).to(tl.int32)
+    where = (b, batch, start, lanes, n, channels)
+    # The first launch reads every sample: its loads wait for nothing.
+    if not REFINE:
+        inputs = load_inputs(sample_ptr, output_ptr, where, live, GUIDED, OUTPUT_CHANNELS_LAST)
     workspace = workspace_ptr + b * row_size
     coarse = workspace + SLOTS
     fine = coarse + BINS
@@ -192,16 +198,15 @@ def histogram_kernel(
     # A sample whose threshold the first launch knew is not read again.
     if not REFINE or bin != DONE:
         # x0 before the limit, as the step kernel computes it.
-        row = table_row(tl.load(step_ptr + (b if ROW_PER_SAMPLE else 0)).to(tl.int64), num_steps)
+        place, _ = table_row(tl.load(step_ptr + (b if ROW_PER_SAMPLE else 0)).to(tl.int64), num_steps)
         factor = tl.full([], 1.0, tl.float32)
         if RESCALED:
             factor = tl.load(statistics_ptr + b * 2 + 1)
-        x0_columns = load_x0_columns(table_ptr + row.to(tl.int32) * NUM_COLUMNS, 0.0, sample_ptr.dtype.element_ty)
-        where = (b, batch, start, lanes, n, channels)
-        _, _, x0 = predict(
-            sample_ptr, output_ptr, guidance_ptr, where, live, x0_columns, factor, GUIDED, RESCALED, COND_FIRST,
-            SCALE_PER_SAMPLE, OUTPUT_CHANNELS_LAST,
-        )  # fmt: skip
+        x0_columns = load_x0_columns(table_ptr + place * NUM_COLUMNS, 0.0, sample_ptr.dtype.element_ty)
+        if REFINE:
+            inputs = load_inputs(sample_ptr, output_ptr, where, live, GUIDED, OUTPUT_CHANNELS_LAST)
+        guidance = load_guidance(guidance_ptr, b, SCALE_PER_SAMPLE)
+        _, _, x0 = predict(inputs, guidance, x0_columns, factor, GUIDED, RESCALED, COND_FIRST)
         bits = tl.abs(x0).to(tl.int32, bitcast=True)
         if REFINE:
             # UP_TO_ONE is an empty bin: all of (1, ...) is above it.
@@ -211,6 +216,9 @@ def histogram_kernel(
             tl.atomic_add(fine + (bits - floor), 1, mask=inside, sem="relaxed")
             above = tl.max(tl.where(live & (bits > end), LARGEST_INT - bits, 0), 0)
             tl.atomic_max(workspace + ABOVE, above, sem="relaxed")
+            if bin == UP_TO_ONE:
+                largest = tl.max(tl.where(live & (bits <= ONE_BITS), bits, 0), 0)
+                tl.atomic_max(workspace + LARGEST_TO_ONE, largest, sem="relaxed")
             if take_ticket(workspace, blocks):
                 if bin == UP_TO_ONE:
                     below = tl.load(workspace + LARGEST_TO_ONE, volatile=True)
@@ -239,19 +247,20 @@ def histogram_kernel(
                 tl.store(statistics_ptr + b * 2, limit_scale(below, next_above, weight, max_value))
         else:
             ceiling = max_value.to(tl.int32, bitcast=True)
-            low = live & (bits <= ONE_BITS)
-            tl.atomic_add(workspace + AT_MOST_ONE, tl.sum(low.to(tl.int32), 0), sem="relaxed")
-            tl.atomic_max(workspace + LARGEST_TO_ONE, tl.max(tl.where(low, bits, 0), 0), sem="relaxed")
-            top = tl.max(tl.where(live, bits, 0), 0)
-            tl.atomic_max(workspace + TOP, top, sem="relaxed")
-            if top >= INFINITY_BITS:
-                infinite = tl.sum((live & (bits >= INFINITY_BITS)).to(tl.int32), 0)
-                tl.atomic_add(workspace + INFINITIES, infinite, sem="relaxed")
+            # Two counts in one sum, of 16 bits each.
+            tl.static_assert(BLOCK < 1 << 15)
+            kinds = (bits <= ONE_BITS).to(tl.int32) + ((bits >= INFINITY_BITS).to(tl.int32) << 16)
+            counted = tl.sum(tl.where(live, kinds, 0), 0)
+            tl.atomic_add(workspace + AT_MOST_ONE, counted & 0xFFFF, sem="relaxed")
+            if counted > 0xFFFF:
+                tl.atomic_add(workspace + INFINITIES, counted >> 16, sem="relaxed")
+                nans = tl.sum((live & (bits > INFINITY_BITS)).to(tl.int32), 0)
+                tl.atomic_add(workspace + NANS, nans, sem="relaxed")
             between = live & (bits > ONE_BITS) & (bits <= ceiling)
             tl.atomic_add(coarse + ((bits - ONE_BITS - 1) >> shift), 1, mask=between, sem="relaxed")
             if take_ticket(workspace, blocks):
                 at_most_one = tl.load(workspace + AT_MOST_ONE, volatile=True)
-                top = tl.load(workspace + TOP, volatile=True)
+                nans = tl.load(workspace + NANS, volatile=True)
                 finite = tl.cast(n, tl.int32) - tl.load(workspace + INFINITIES, volatile=True)
                 entry = tl.arange(0, BINS)
                 counts = tl.load(coarse + entry, volatile=True)
@@ -261,7 +270,7 @@ def histogram_kernel(
                 bin = tl.full([], DONE, tl.int32)
                 scale = tl.full([], 1.0, tl.float32)
                 below_bin = at_most_one
-                if top > INFINITY_BITS:
+                if nans > 0:
                     scale = float("nan")
                 elif at_most_one > upper:
                     scale = tl.full([], 1.0, tl.float32)
@@ -279,8 +288,6 @@ def histogram_kernel(
                     tl.store(workspace + BIN, bin)
                     tl.store(workspace + BELOW_BIN, below_bin)
                 tl.store(workspace + AT_MOST_ONE, 0)
-                tl.store(workspace + TOP, 0)
+                tl.store(workspace + NANS, 0)
                 tl.store(workspace + INFINITIES, 0)
-                if bin != UP_TO_ONE:
-                    tl.store(workspace + LARGEST_TO_ONE, 0)
                 tl.store(statistics_ptr + b * 2, scale)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from fastddim.kernels.philox import STREAM_STEP, normal_block, product
 
@@ -71,9 +72,26 @@ def load_x0_columns(columns, poison, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def program_place(SAMPLE_AXIS: tl.constexpr):
+    """A program's sample, and its place among the programs of that sample and their number. SAMPLE_AXIS: `make_grid`'s."""
+    if SAMPLE_AXIS < 0:
+        b = tl.full([], 0, tl.int64)
+        block = tl.program_id(0)
+        blocks = tl.num_programs(0)
+    else:
+        b = tl.program_id(SAMPLE_AXIS).to(tl.int64)
+        block = tl.program_id(1 - SAMPLE_AXIS)
+        blocks = tl.num_programs(1 - SAMPLE_AXIS)
+    return b, block, blocks
+
+
+@triton.jit
 def table_row(row, num_steps):
-    """The row of an index, negative ones counted from the end, and the nearest row of one outside the table."""
-    return tl.minimum(tl.maximum(tl.where(row < 0, row + num_steps, row), 0), num_steps - 1)
+    """The row of an index, negative ones counted from the end, and whether there is one; row 0 if not."""
+    counted = tl.where(row < 0, row + num_steps, row)
+    # Unsigned, so that one comparison has both ends.
+    inside = counted.to(tl.uint64) < tl.cast(num_steps, tl.uint64)
+    return tl.where(inside, counted.to(tl.int32), 0), inside
 
 
 @triton.jit
@@ -92,6 +110,15 @@ def locate(ptr, first, where, CHANNELS_LAST: tl.constexpr):
         # The scalars first: one 64-bit addition a program, and the lanes stay 32-bit.
         address = (ptr + (first + start)) + lanes
     return address
+
+
+@triton.jit
+def live_lanes(start, lanes, n, EVEN: tl.constexpr):
+    """Which of the elements `start + lanes` a sample of n has; None where all of them."""
+    live = None
+    if not EVEN:
+        live = lanes < tl.minimum(n - start, lanes.shape[0]).to(tl.int32)
+    return live
 
 
 @triton.jit
@@ -120,74 +147,71 @@ def store(ptr, first, where, live, x, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
-def load_guided(
-    output_ptr,
-    guidance_ptr,
-    where,
-    live,
-    COND_FIRST: tl.constexpr,
-    SCALE_PER_SAMPLE: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-):
-    """`uncond + scale * (cond - uncond)` of the stacked model output."""
+def load_halves(output_ptr, where, live, GUIDED: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """The two halves of a stacked model output, in its dtype; without guidance twice the same one."""
     b, batch, _, _, n, _ = where
-    scale = tl.load(guidance_ptr + (b if SCALE_PER_SAMPLE else 0)).to(tl.float32)
-    # torch.lerp starts from the nearer end, which decides where infinities cancel; here by swapping the pointers.
-    from_cond = scale >= 0.5
-    weight = tl.where(from_cond, 1.0 - scale, scale)
-    base_second = from_cond if not COND_FIRST else scale < 0.5
-    half = tl.cast(batch, tl.int64) * n
-    first = b * n
-    base_first = first + tl.where(base_second, half, 0)
-    other_first = first + tl.where(base_second, 0, half)
-    base = load(output_ptr, base_first, where, live, CHANNELS_LAST)
-    other = load(output_ptr, other_first, where, live, CHANNELS_LAST)
-    return fused(weight, other - base, base)
-
-
-@triton.jit
-def load_cond(
-    output_ptr,
-    where,
-    live,
-    COND_FIRST: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-):
-    """The conditional half of the stacked model output."""
-    b, batch, _, _, n, _ = where
-    first = b * n
-    if not COND_FIRST:
-        first += tl.cast(batch, tl.int64) * n
-    return load(output_ptr, first, where, live, CHANNELS_LAST)
-
-
-@triton.jit
-def predict(
-    sample_ptr,
-    output_ptr,
-    guidance_ptr,
-    where,
-    live,
-    x0_columns,
-    factor,
-    GUIDED: tl.constexpr,
-    RESCALED: tl.constexpr,
-    COND_FIRST: tl.constexpr,
-    SCALE_PER_SAMPLE: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-):
-    """The state, the model's (guided, rescaled) output, and x0 before the limit, of columns from `load_x0_columns`."""
-    b, _, _, _, n, _ = where
-    first = b * n
-    x = load(sample_ptr, first, where, live, False)
+    first = tl.load(locate(output_ptr, b * n, where, CHANNELS_LAST), mask=live)
+    second = first
     if GUIDED:
-        out = load_guided(output_ptr, guidance_ptr, where, live, COND_FIRST, SCALE_PER_SAMPLE, CHANNELS_LAST)
+        half = tl.cast(batch, tl.int64) * n
+        second = tl.load(locate(output_ptr, b * n + half, where, CHANNELS_LAST), mask=live)
+    return first, second
+
+
+@triton.jit
+def load_inputs(sample_ptr, output_ptr, where, live, GUIDED: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """The state and the halves of the model's output, in their dtypes, from addresses that no other load decides."""
+    b, _, _, _, n, _ = where
+    x = tl.load(locate(sample_ptr, b * n, where, False), mask=live)
+    return x, load_halves(output_ptr, where, live, GUIDED, CHANNELS_LAST)
+
+
+@triton.jit
+def load_guidance(guidance_ptr, b, SCALE_PER_SAMPLE: tl.constexpr):
+    """The sample's guidance scale; None where there is none."""
+    scale = None
+    if guidance_ptr is not None:
+        scale = tl.load(guidance_ptr + (b if SCALE_PER_SAMPLE else 0)).to(tl.float32)
+    return scale
+
+
+@triton.jit
+def split_halves(halves, COND_FIRST: tl.constexpr):
+    """`(cond, uncond)` in float32."""
+    first, second = halves
+    if COND_FIRST:
+        cond, uncond = first, second
+    else:
+        cond, uncond = second, first
+    return cond.to(tl.float32), uncond.to(tl.float32)
+
+
+@triton.jit
+def guide(cond, uncond, scale):
+    """`uncond + scale * (cond - uncond)`."""
+    # torch.lerp starts from the nearer end, which decides where infinities cancel.
+    from_cond = scale >= 0.5
+    weight = tl.where(from_cond, scale - 1.0, scale)
+    return fused(weight, cond - uncond, tl.where(from_cond, cond, uncond))
+
+
+@triton.jit
+def predict(inputs, scale, x0_columns, factor, GUIDED: tl.constexpr, RESCALED: tl.constexpr, COND_FIRST: tl.constexpr):
+    """The state, the model's (guided, rescaled) output, and x0 before the limit, in float32.
+
+    inputs, scale, x0_columns: of `load_inputs`, `load_guidance` and `load_x0_columns`.
+    """
+    raw, halves = inputs
+    x = raw.to(tl.float32)
+    if GUIDED:
+        cond, uncond = split_halves(halves, COND_FIRST)
+        out = guide(cond, uncond, scale)
         if RESCALED:
             out = out * factor
     else:
-        out = load(output_ptr, first, where, live, CHANNELS_LAST)
+        out = halves[0].to(tl.float32)
     x0_from_x, x0_from_output, ratio, ratio_low = x0_columns
-    if sample_ptr.dtype.element_ty != tl.float32 and ratio != 0.0:
+    if raw.dtype != tl.float32 and ratio != 0.0:
         total = fused(ratio, out, x)
         # An infinity has to stay one.
         x0 = x0_from_x * tl.where(tl.abs(total) < float("inf"), fused(ratio_low, out, total), total)
@@ -398,6 +422,7 @@ def ddim_step_kernel(
     OUTPUT_CHANNELS_LAST: tl.constexpr,
     INPUT_CHANNELS_LAST: tl.constexpr,
     ADVANCE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -410,18 +435,31 @@ def ddim_step_kernel(
     rows: the batch size, also where `n` elements are those of a whole batch.
     LIMIT: "none", "clip" to RANGE, "threshold" with RATIO and at most RANGE, or "fixed", the threshold RANGE.
     limit_ptr: float64 range and ratio that take the place of RANGE and RATIO.
+    DEPENDENT: launched while the kernel before may still run; from sm_90 on.
     """
-    b = tl.program_id(SAMPLE_AXIS).to(tl.int64)
-    start = tl.program_id(1 - SAMPLE_AXIS).to(tl.int64) * BLOCK
+    if DEPENDENT:
+        gdc_wait()
+    b, block, blocks = program_place(SAMPLE_AXIS)
+    start = block.to(tl.int64) * BLOCK
     first = b * n
 
+    # Before anything that waits for the row: all loads of the large tensors are under way while that is read.
+    lanes = tl.arange(0, CHUNK)
+    early = None
+    if not WHOLE:
+        where = (b, batch, start, lanes, n, channels)
+        present = live_lanes(start, lanes, n, EVEN)
+        early = load_inputs(sample_ptr, output_ptr, where, present, GUIDED, OUTPUT_CHANNELS_LAST)
+        # ptxas would move them behind the wait for the row.
+        tl.debug_barrier()
+    guidance = load_guidance(guidance_ptr, b, SCALE_PER_SAMPLE)
     row = b
     if step_ptr is not None:
         row = tl.load(step_ptr + (b if ROW_PER_SAMPLE else 0)).to(tl.int64)
-    inside = table_row(row, num_steps)
+    place, inside = table_row(row, num_steps)
     # No host sees this index, so one outside the table has to show: its results are NaN.
-    poison = tl.where((row == inside) | (row + num_steps == inside), 0.0, float("nan"))
-    columns = table_ptr + inside.to(tl.int32) * NUM_COLUMNS
+    poison = tl.where(inside, 0.0, float("nan"))
+    columns = table_ptr + place * NUM_COLUMNS
     x0_columns = load_x0_columns(columns, poison, sample_ptr.dtype.element_ty)
 
     # A whole sample is reduced to two scalars; then the inputs are read again, as registers cannot hold both.
@@ -434,18 +472,14 @@ def ddim_step_kernel(
         sample = (b, batch, start, every, n, channels)
         if GUIDED and rescale_ptr is not None:
             phi = tl.load(rescale_ptr + (b if RESCALE_PER_SAMPLE else 0)).to(tl.float32)
-            std_cond = deviation(load_cond(output_ptr, sample, present, COND_FIRST, OUTPUT_CHANNELS_LAST), present, n)
-            tl.debug_barrier()
-            guided = load_guided(
-                output_ptr, guidance_ptr, sample, present, COND_FIRST, SCALE_PER_SAMPLE, OUTPUT_CHANNELS_LAST
-            )
-            factor = rescale_factor(std_cond, deviation(guided, present, n), phi)
+            halves = load_halves(output_ptr, sample, present, GUIDED, OUTPUT_CHANNELS_LAST)
+            cond, uncond = split_halves(halves, COND_FIRST)
+            std_cond = deviation(cond, present, n)
+            factor = rescale_factor(std_cond, deviation(guide(cond, uncond, guidance), present, n), phi)
             tl.debug_barrier()
         if LIMIT == "threshold":
-            _, _, whole = predict(
-                sample_ptr, output_ptr, guidance_ptr, sample, present, x0_columns, factor, GUIDED, rescale_ptr is not None,
-                COND_FIRST, SCALE_PER_SAMPLE, OUTPUT_CHANNELS_LAST,
-            )  # fmt: skip
+            early = load_inputs(sample_ptr, output_ptr, sample, present, GUIDED, OUTPUT_CHANNELS_LAST)
+            _, _, whole = predict(early, guidance, x0_columns, factor, GUIDED, rescale_ptr is not None, COND_FIRST)
             scale = threshold_scale(whole, present, n, ratio, limit_range)
             tl.debug_barrier()
     elif statistics_ptr is not None:
@@ -458,23 +492,23 @@ def ddim_step_kernel(
     next_from_x0 = tl.load(columns + 4).to(tl.float32)
     noise_scale = tl.load(columns + 5).to(tl.float32)
 
-    lanes = tl.arange(0, CHUNK)
     for offset in range(0, n if WHOLE else 1, CHUNK):
         here = start + offset
-        live = None
-        if not EVEN:
-            live = lanes < tl.minimum(n - here, CHUNK).to(tl.int32)
+        live = live_lanes(here, lanes, n, EVEN)
         where = (b, batch, here, lanes, n, channels)
-        x, out, x0 = predict(
-            sample_ptr, output_ptr, guidance_ptr, where, live, x0_columns, factor, GUIDED, rescale_ptr is not None, COND_FIRST,
-            SCALE_PER_SAMPLE, OUTPUT_CHANNELS_LAST,
-        )  # fmt: skip
+        inputs = early
+        if WHOLE:
+            inputs = load_inputs(sample_ptr, output_ptr, where, live, GUIDED, OUTPUT_CHANNELS_LAST)
+        x, out, x0 = predict(inputs, guidance, x0_columns, factor, GUIDED, rescale_ptr is not None, COND_FIRST)
         if LIMIT == "clip":
             x0 = clamp(x0, limit_range)
         if LIMIT == "fixed":
             x0 = apply_threshold(x0, limit_range)
         if LIMIT == "threshold":
             x0 = apply_threshold(x0, scale)
+        # Before the noise is drawn, which needs the registers.
+        if x0_ptr is not None:
+            store(x0_ptr, first, where, live, x0, False)
 
         x_next = add_term(next_from_x0 * x0, next_from_output, out)
         x_next = add_term(x_next, next_from_x, x)
@@ -490,8 +524,6 @@ def ddim_step_kernel(
                 x_next = fused(noise_scale, noise, x_next)
 
         store(next_ptr, first, where, live, x_next, False)
-        if x0_ptr is not None:
-            store(x0_ptr, first, where, live, x0, False)
         if input_ptr is not None:
             store(input_ptr, first, where, live, x_next, INPUT_CHANNELS_LAST)
             if GUIDED:
@@ -504,7 +536,9 @@ def ddim_step_kernel(
         index = b if ROW_PER_SAMPLE else b * 0
         last = True
         if tickets_ptr is not None:
-            readers = tl.num_programs(1 - SAMPLE_AXIS) * (1 if ROW_PER_SAMPLE else tl.num_programs(SAMPLE_AXIS))
+            readers = blocks
+            if not ROW_PER_SAMPLE and SAMPLE_AXIS >= 0:
+                readers = blocks * tl.num_programs(SAMPLE_AXIS)
             last = tl.atomic_add(tickets_ptr + index, 1, sem="acq_rel") == readers - 1
             if last:
                 tl.store(tickets_ptr + index, 0)

@@ -30,7 +30,7 @@ def launch(
     shared: int,
     memory: Memory,
     seed: int | None = None,
-) -> None:
+) -> int:
     """Run a grid to its end.
 
     Args:
@@ -38,6 +38,9 @@ def launch(
         parameters: the value of each of the kernel's, pointers as addresses of `memory`.
         shared: bytes of shared memory of a block.
         seed: lets blocks, and the warps of each, run in an order drawn from it; None: in order.
+
+    Returns:
+        How many instructions all threads came to, those under a predicate that does not hold among them.
 
     Raises:
         PtxError: the kernel does what no correct one would; with the instruction and its line.
@@ -68,11 +71,15 @@ def launch(
     races = Races(len(blocks), warps)
     tensors = _watch_tensors(program, regions, spans, races)
     at_once = max(1, _THREADS_AT_ONCE // kernel.threads)
+    executed = 0
     with np.errstate(all="ignore"):
         for first in range(0, len(blocks), at_once):
-            Run(program, grid, blocks[first : first + at_once], values, shared, tensors, races, order).run()
+            run = Run(program, grid, blocks[first : first + at_once], values, shared, tensors, races, order)
+            run.run()
+            executed += run.executed
     for span in set(spans.values()):
         span.keep_unwritten(memory.unwritten)
+    return executed
 
 
 def _watch_tensors(
@@ -104,6 +111,9 @@ class Run:
     """Some blocks of a launch, at once.
 
     Threads are numbered warp by warp, the same warp of all blocks together, so that some warps of each are a slice.
+
+    Attributes:
+        executed: how many instructions all threads came to.
     """
 
     def __init__(
@@ -121,6 +131,7 @@ class Run:
         self._program, self.parameters, self._tensors, self._order = program, parameters, tensors, order
         self._warps, self._blocks, self._size = threads // WARP, len(blocks), threads * len(blocks)
         self._everyone = slice(0, self._size)
+        self.executed = 0
         thread = np.arange(self._size)
         self._warp, position, lane = thread // (WARP * len(blocks)), thread // WARP % len(blocks), thread % WARP
         block = blocks[position]
@@ -343,7 +354,9 @@ class Run:
                 except PtxError as error:
                     raise kernel.instructions[place].error(error) from None
                 place = end
+                self.executed += (end - first) * len(indices)
                 if steps[place] is None:
+                    self.executed += len(indices)
                     instruction = kernel.instructions[place]
                     name = instruction.opcode.split(".")[0]
                     if name != "bra":

@@ -95,6 +95,18 @@ def count_ones(a: Any) -> Any:
     return np.bitwise_count(a).astype(U32)
 
 
+def pick_bytes(a: Any, b: Any, selector: Any) -> Any:
+    """The bytes of b and a, a's the lower four, that each 4 bits of the selector name; with the fourth bit, their sign."""
+    both = U64(1) * b << U64(32) | a
+    result = np.zeros(np.shape(both), U64)
+    for k in range(4):
+        chosen = selector.astype(U64) >> U64(4 * k)
+        byte = both >> (chosen & U64(7)) * U64(8) & U64(0xFF)
+        byte = np.where(chosen & U64(8), (byte >> U64(7)) * U64(0xFF), byte)
+        result |= byte << U64(8 * k)
+    return result.astype(U32)
+
+
 _define("div.s32", divide_integers, "s32", "s32", "s32")
 for _name in ("b16", "b32", "b64"):
     _define(f"shl.{_name}", shift_left, _name, _name, "u32")
@@ -103,6 +115,7 @@ for _name in ("u16", "u32", "u64", "s16", "s32", "s64"):
 for _name in ("u32", "s32"):
     _define(f"bfe.{_name}", extract_bits, _name, _name, "u32", "u32")
 _define("popc.b32", count_ones, "u32", "u32")
+_define("prmt.b32", pick_bytes, "b32", "b32", "b32", "b32")
 
 
 def add_once(a: Any, b: Any) -> Any:

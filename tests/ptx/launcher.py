@@ -60,13 +60,13 @@ class Machine:
         """Let kernels touch a tensor; returns its address."""
         address = _data_ptr(tensor)
         if tensor.numel():
-            self.memory.add(address, _span(tensor))
+            self.memory.add(address, span(tensor))
         return address
 
     def take_unwritten(self, tensor: torch.Tensor) -> None:
         """Let kernels write a tensor that nobody has, and only then read it."""
         if tensor.numel():
-            region = self.memory.add(_data_ptr(tensor), _span(tensor), written=False)
+            region = self.memory.add(_data_ptr(tensor), span(tensor), written=False)
             # Other tensors will have this memory.
             weakref.finalize(tensor, self.memory.unwritten.pop, region, None)
 
@@ -88,11 +88,11 @@ class Machine:
         """
 
         def data_ptr(tensor: torch.Tensor) -> int:
-            return self.take(tensor) if tensor.device.type == "cpu" else _data_ptr(tensor)
+            return _data_ptr(tensor) if tensor.is_meta else self.take(tensor)
 
         def empty_like(*args: Any, **kwargs: Any) -> torch.Tensor:
             tensor = _empty_like(*args, **kwargs)
-            if tensor.device.type == "cpu" and sys._getframe(1).f_globals["__name__"].startswith("fastddim.kernels."):
+            if not tensor.is_meta and sys._getframe(1).f_globals["__name__"].startswith("fastddim.kernels."):
                 self.take_unwritten(tensor)
             return tensor
 
@@ -121,7 +121,7 @@ class Machine:
 _data_ptr, _empty_like = torch.Tensor.data_ptr, torch.empty_like
 
 
-def _span(tensor: torch.Tensor) -> int:
+def span(tensor: torch.Tensor) -> int:
     """Bytes from a tensor's first element to its last."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()

@@ -183,7 +183,7 @@ def _operand(text: str, registers: dict[str, Register]) -> Operand:
     if text[:2] in ("0f", "0d"):
         return Immediate(int(text[2:], 16), "f32" if text[1] == "f" else "f64")
     if re.match(r"-?\d", text):
-        return Immediate(int(text, 0))
+        return Immediate(int(text.removesuffix("U"), 0))
     if not re.match(r"(%(tid|ctaid|nctaid)\.[xyz]|[$A-Za-z_][\w$]*)$", text):
         raise ValueError(text)
     return Symbol(text)

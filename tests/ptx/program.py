@@ -406,6 +406,11 @@ class _Binder:
 
         return step
 
+    def wait_for_launch(self, instruction: Instruction) -> Step:
+        """For the end of the launch before, which has ended here."""
+        _expect(instruction, 0)
+        return lambda run, lanes: None
+
     def reduce(self, instruction: Instruction) -> Step:
         target, source, mask = _expect(instruction, 3)
         _, _, operation, kind = instruction.opcode.split(".")
@@ -458,4 +463,5 @@ _OTHERS: dict[str, Callable[[_Binder, Instruction], Step]] = {
     **{f"ld.param.{kind}": _Binder.load_parameter for kind in ("b32", "b64", "s32", "u32", "u64")},
     **{f"shfl.sync.{kind}.b32": _Binder.shuffle for kind in ("bfly", "up", "down", "idx")},
     **{f"redux.sync.{operation}.s32": _Binder.reduce for operation in _COMBINE},
+    "griddepcontrol.wait": _Binder.wait_for_launch,
 }

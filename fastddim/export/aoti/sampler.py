@@ -15,7 +15,7 @@ from fastddim.coefficients import StepTable
 from fastddim.export.bundle import Bundle, BundleError
 from fastddim.export.bundle_sampler import BundleSampler
 from fastddim.export.machine import compute_capability, cpu_features
-from fastddim.export.torch_arrays import TorchArrays
+from fastddim.export.torch_arrays import TorchArrays, as_tensor
 from fastddim.export.tracing import quiet
 
 
@@ -69,7 +69,7 @@ class AotiSampler(BundleSampler):
     def _call(self, inputs: Mapping[str, Any]) -> Any:
         with torch.no_grad():
             # A number of steps is numpy's, and stays on the host.
-            return self._package({name: torch.as_tensor(inputs[name]) for name in self._inputs})
+            return self._package({name: as_tensor(inputs[name]) for name in self._inputs})
 
     def _sample_loop(self, inputs: Mapping[str, Any]) -> Any:
         (samples,) = self._call(inputs)

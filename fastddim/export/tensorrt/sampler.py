@@ -18,7 +18,7 @@ from fastddim.export.bundle import Bundle, BundleError, open_bundle, require_run
 from fastddim.export.bundle_sampler import BundleSampler
 from fastddim.export.machine import compute_capability
 from fastddim.export.tensorrt.library import first_error, load_library, require_capability, require_loadable
-from fastddim.export.torch_arrays import TorchArrays
+from fastddim.export.torch_arrays import TorchArrays, as_tensor
 from fastddim.files import check_writable, write_whole
 
 logger = logging.getLogger(__name__)
@@ -231,7 +231,7 @@ class TensorRTSampler(BundleSampler):
     def _sample_loop(self, inputs: Mapping[str, Any]) -> Any:
         with self._turn():
             # A number of steps stays on the host, where TensorRT reads it.
-            execution = self._start({name: torch.as_tensor(value) for name, value in inputs.items()})
+            execution = self._start({name: as_tensor(value) for name, value in inputs.items()})
             execution.run()
             return self._kept(execution.result("samples"))
 
