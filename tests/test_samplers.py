@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from fastddim import Clip, DDIMConfig, DynamicThreshold, Sampler, Schedule
-from fastddim.noise import STREAM_INITIAL, normal_numpy
+import fastddim
+from fastddim import Clip, DDIMConfig, DynamicThreshold, Guidance, Sampler, Schedule, StepTable
+from fastddim.noise import STREAM_INITIAL, normal_numpy, seed_tensor
 from fastddim.samplers import METHODS, Steps, dpm_solver, euler
 from fastddim.samplers.sampling import read_scheduler
 from fastddim.schedule import EDMSchedule, FlowSchedule
+from fastddim.step import StepOptions
 
 SHAPE = (3, 2, 5)
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -314,3 +316,95 @@ def test_a_limit_and_guidance_are_those_of_diffusers(method, limit, monkeypatch)
         previous = x0
         torch.testing.assert_close(states[step + 1].double(), state, rtol=1e-4, atol=1e-4)
     assert (sampler.table.columns[:, 3] == 0).all()
+
+
+def looking_back(noisy=False, n=6):
+    """A table each of whose steps but the first looks back; `noisy`, all of them add noise."""
+    columns = np.random.default_rng(0).uniform(0.2, 0.8, (n, 7))
+    columns[0, 6] = 0
+    columns[:, 5] *= noisy
+    return StepTable.from_columns(range(n, 0, -1), columns)
+
+
+STEPS = {
+    "plain": ((3, 4, 6, 7), {}),
+    "guided, clipped, drawn": ((3, 5, 8), {"guidance": 2.5, "limit": Clip(0.7), "seeds": True}),
+    "threshold of a whole sample": ((2, 3, 9, 9), {"limit": DynamicThreshold(0.9, 1.5), "guidance": 2.0}),
+    "threshold of a large one, rescaled": (
+        (2, 17000), {"limit": DynamicThreshold(0.9, 1.5), "guidance": Guidance(2.0, 0.5)}
+    ),
+    "rows of their own": ((4, 33), {"step": [0, 3, 5, 1], "seeds": True}),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", STEPS)
+def test_the_kernel_looks_back_as_the_reference_does(name, dtype):
+    shape, options = STEPS[name]
+    from fastddim.kernels.operator import ddim_step as operator_step
+
+    options, table = dict(options), looking_back("seeds" in options)
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)  # noqa: E731
+    x, output, previous = (
+        draw(*shape),
+        draw(2 * shape[0] if "guidance" in options else shape[0], *shape[1:]),
+        draw(*shape),
+    )
+    if options.pop("seeds", False):
+        options["seeds"] = seed_tensor(range(shape[0]), "cpu")
+    own_rows = options.pop("step", None)
+    steps = [0, 4] if own_rows is None else [torch.tensor(own_rows)]
+    for step in steps:
+        # A row that does not look back must not read what was never written.
+        given = previous.clone()
+        first = torch.tensor([step == 0] * shape[0]) if own_rows is None else torch.tensor(own_rows) == 0
+        given[first] = torch.nan
+        ours, theirs = given.clone(), given.clone()
+        rows = table if own_rows is None else table.tensor()
+        x_next, x0 = fastddim.ddim_step(output, x, rows, step, previous_x0=ours, backend="triton", **options)
+        expected, expected_x0 = fastddim.ddim_step(
+            output, x, rows, step, previous_x0=theirs, backend="reference", **options
+        )
+        assert x0 is ours and expected_x0 is theirs and expected.isfinite().all()
+        tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+        torch.testing.assert_close(x_next, expected, **tolerance)
+        torch.testing.assert_close(ours, theirs, **tolerance)
+        # As an exported program calls it.
+        guidance = options.get("guidance")
+        guidance = guidance if guidance is None or isinstance(guidance, Guidance) else Guidance(guidance)
+        traced = given.clone()
+        again, again_x0 = operator_step(
+            output, x, rows, step, StepOptions(**{**options, "guidance": guidance, "previous_x0": traced})
+        )
+        assert torch.equal(again, x_next) and again_x0 is traced and torch.equal(traced, ours)
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("graph", ["off", "step", "loop"])
+def test_a_fused_run_looks_back(graph):
+    sampler = Sampler(
+        Network(), SCHEDULES["ddpm"], 7, method="dpmsolver++", sample_shape=SHAPE, graph=graph, backend="triton",
+        limit=Clip(2.0), guidance_scale=2.0,
+    )  # fmt: skip
+    expected = sampler.replace(backend="reference", graph="off")(2, seeds=0)
+    sampler.warmup(2)
+    for _ in range(2):
+        torch.testing.assert_close(sampler(2, seeds=0), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_table_and_the_previous_x0_come_together():
+    x = torch.zeros(2, 3)
+    plain = StepTable.from_columns([2, 1], np.ones((2, 6)))
+    for table, previous, said in (
+        (looking_back(), None, "previous_x0: None with a table that looks back"),
+        (plain, torch.zeros(2, 3), "previous_x0: given with a table that does not"),
+        (looking_back(), torch.zeros(2, 4), r"previous_x0: shape \(2, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            fastddim.ddim_step(x, x, table, 0, previous_x0=previous)
+    with pytest.raises(ValueError, match="columns: the first step has next_from_previous_x0"):
+        StepTable.from_columns([2, 1], np.ones((2, 7)))
+    with pytest.raises(ValueError, match="not differentiable"):
+        fastddim.ddim_step(x.clone().requires_grad_(), x, looking_back(), 1, previous_x0=x.clone())

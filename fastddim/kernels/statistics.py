@@ -17,7 +17,6 @@ from fastddim.kernels.philox import product
 from fastddim.kernels.step import (
     INFINITY_BITS,
     LARGEST_INT,
-    NUM_COLUMNS,
     ONE_BITS,
     guide,
     limit_scale,
@@ -173,6 +172,7 @@ def histogram_kernel(
     SAMPLE_AXIS: tl.constexpr,
     RATIO: tl.constexpr,
     MAX_VALUE: tl.constexpr,
+    COLUMNS: tl.constexpr,
     OUTPUT_CHANNELS_LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -202,7 +202,7 @@ def histogram_kernel(
         factor = tl.full([], 1.0, tl.float32)
         if RESCALED:
             factor = tl.load(statistics_ptr + b * 2 + 1)
-        x0_columns = load_x0_columns(table_ptr + place * NUM_COLUMNS, 0.0, sample_ptr.dtype.element_ty)
+        x0_columns = load_x0_columns(table_ptr + place * COLUMNS, 0.0, sample_ptr.dtype.element_ty)
         if REFINE:
             inputs = load_inputs(sample_ptr, output_ptr, where, live, GUIDED, OUTPUT_CHANNELS_LAST)
         guidance = load_guidance(guidance_ptr, b, SCALE_PER_SAMPLE)

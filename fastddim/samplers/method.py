@@ -50,7 +50,7 @@ class Method:
         for name in options:
             if name not in self.options:
                 others = [other for other, method in METHODS.items() if name in method.options]
-                hint = f"; {', '.join(map(repr, others))} has it" if others else ""
+                hint = f"; it is one of {', '.join(map(repr, others))}" if others else ""
                 raise ValueError(
                     f"{name}: no option of method {self.name!r}, which takes {', '.join(self.options) or 'none'}{hint}"
                 )

@@ -19,8 +19,11 @@ class FusedStepModule(StepModule):
 
     def update(self, output: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         x, rows = inputs["sample"], inputs["coefficients"]
-        if not x.is_cuda or "previous_x0" in inputs:
+        if not x.is_cuda:
             return super().update(output, inputs)
+        if "previous_x0" in inputs:
+            # The kernel writes over it, and a loop may not write over what it carries.
+            inputs = {**inputs, "previous_x0": inputs["previous_x0"].clone()}
         from fastddim.kernels.operator import ddim_step
 
         shared = rows.shape[0] == 1
