@@ -180,6 +180,7 @@ def ddim_step(
     advance: bool = False,
     timesteps: torch.Tensor | None = None,
     next_timestep: torch.Tensor | None = None,
+    ratios: torch.Tensor | None = None,
     workspace: Workspace | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -196,7 +197,7 @@ def ddim_step(
             negative numbers count from the end.
         guidance: a `Guidance`, or its scale alone, a number or a tensor `[B]`; None for an unguided step.
         limit, limit_values, noise, seeds, first_row, out, return_x0, model_input, advance, timesteps, next_timestep,
-            workspace: as the attributes of `fastddim.step.StepOptions`.
+            ratios, workspace: as the attributes of `fastddim.step.StepOptions`.
         backend: `"reference"` or `"triton"` to choose; `"auto"` takes the kernel wherever it can run, and can be
             switched off with the environment variable `FASTDDIM_BACKEND=reference`.
 
@@ -224,6 +225,6 @@ def ddim_step(
     options = StepOptions(
         guidance=guidance, limit=limit, limit_values=limit_values, noise=noise, seeds=seeds, first_row=first_row, out=out,
         return_x0=return_x0, model_input=model_input, advance=advance, timesteps=timesteps, next_timestep=next_timestep,
-        workspace=workspace,
+        ratios=ratios, workspace=workspace,
     )  # fmt: skip
     return take_step(backend, model_output, sample, table, step, options)

@@ -72,6 +72,8 @@ class StepOptions:
         timesteps: `[num_steps]`, with `next_timestep`: what the model is called with at each row.
         next_timestep: `[B]`, or `[2 * B]` with guidance, which gets the timestep of the row advanced to, and is kept as it
             is after the last row.
+        ratios: `[num_steps, 2]` float32, the `StepTable.ratios` of a table that is given as a tensor: the fused step of a
+            half-precision state divides without it. The reference has no use for it.
         workspace: scratch memory of the fused steps on one stream; by default it is allocated and cleared for each step.
     """
 
@@ -87,6 +89,7 @@ class StepOptions:
     advance: bool = False
     timesteps: torch.Tensor | None = None
     next_timestep: torch.Tensor | None = None
+    ratios: torch.Tensor | None = None
     workspace: Workspace | None = None
 
 
@@ -133,6 +136,8 @@ def check_step(model_output: Any, sample: Any, table: Any, step: Any, options: S
         raise TypeError(f"step: {type(step).__name__}; pass an integer, or an integer tensor [] or [{batch}]")
     elif not 0 <= step < len(table):
         raise IndexError(f"step: {step} is outside the table of {len(table)} steps")
+    if options.ratios is not None:
+        _check_tensor("ratios", options.ratios, sample, (num_rows(table), 2), kind="a contiguous float32")
     _check_advance(step, sample, num_rows(table), options)
     inputs = (sample, model_output, noise)
     written = options.out is not None or options.model_input is not None
@@ -185,6 +190,7 @@ _KINDS: dict[str, Callable[[torch.Tensor], bool]] = {
     "an int64": lambda tensor: tensor.dtype == torch.int64,
     "an int64 or int32": lambda tensor: tensor.dtype in (torch.int64, torch.int32),
     "a contiguous": torch.Tensor.is_contiguous,
+    "a contiguous float32": lambda tensor: tensor.dtype == torch.float32 and tensor.is_contiguous(),
     "a contiguous float64": lambda tensor: tensor.dtype == torch.float64 and tensor.is_contiguous(),
 }
 

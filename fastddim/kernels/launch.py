@@ -268,10 +268,11 @@ def assemble(
     copy_output, copy_sample, copy_noise = entry.copied
     x_next = torch.empty_like(sample, memory_format=entry.memory_format) if out is None else out
     x0 = torch.empty_like(x_next) if options.return_x0 else None
+    index, ratios = None, options.ratios
     if isinstance(table, StepTable):
-        table, index = table.on(device)
-    else:
-        index = None
+        table, index, ratios = table.on(device)
+    if sample.dtype == torch.float32:
+        ratios = None
     if not isinstance(step, torch.Tensor):
         step = torch.full((), step, device=device) if index is None else index[step]
     plan = entry.plan
@@ -288,6 +289,7 @@ def assemble(
         model_output.contiguous() if copy_output else model_output,
         sample.contiguous() if copy_sample else sample,
         table,
+        ratios,
         step,
         None if guidance is None else scalar_tensor(guidance.scale, device),
         scalar_tensor(guidance.rescale, device) if guidance is not None and guidance.rescaled else None,
@@ -311,7 +313,7 @@ def _key(model_output: Any, sample: Any, table: Any, step: Any, options: StepOpt
     """All that an entry depends on, as something to look it up by."""
     guidance, noise, out, model_input = options.guidance, options.noise, options.out, options.model_input
     limit_values, seeds, first_row = options.limit_values, options.seeds, options.first_row
-    timesteps, next_timestep = options.timesteps, options.next_timestep
+    timesteps, next_timestep, ratios = options.timesteps, options.next_timestep, options.ratios
     guided: Any = None
     if guidance is not None:
         scale, rescale = guidance.scale, guidance.rescale
@@ -322,10 +324,9 @@ def _key(model_output: Any, sample: Any, table: Any, step: Any, options: StepOpt
         )
     rest: Any = None
     # One comparison for what most steps do not have.
-    if not (limit_values is seeds is first_row is timesteps is next_timestep is None):
-        rest = tuple(
-            [None if t is None else spec(t) for t in (limit_values, seeds, first_row, timesteps, next_timestep)]
-        )
+    if not (limit_values is seeds is first_row is timesteps is next_timestep is ratios is None):
+        others = (limit_values, seeds, first_row, timesteps, next_timestep, ratios)
+        rest = tuple([None if t is None else spec(t) for t in others])
     return (
         spec(model_output),
         spec(sample),
