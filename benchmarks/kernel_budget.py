@@ -173,7 +173,7 @@ def make_cases() -> list[Case]:
 
 def case_types(case: Case) -> dict[str, str]:
     """The dtype of every pointer that the case's kernels get."""
-    return pointer_types(
+    types = pointer_types(
         case.shape,
         case.state,
         case.model,
@@ -182,6 +182,7 @@ def case_types(case: Case) -> dict[str, str]:
         noise=case.noise is not None,
         first_row=case.shape.drawn,
     )
+    return types if case.state == "fp32" else {**types, "ratios": "fp32"}
 
 
 def measure(case: Case, target: str) -> list[Figure]:
@@ -233,6 +234,7 @@ def _execute(
         "output": np.tile(noise, 1 + shape.guided),
         "noise": further,
         "table": table.columns[4:5],
+        "ratios": table.ratios[4:5],
         "guidance": np.full(shape.batch, 7.5),
         "rescale": np.full(shape.batch, 0.7),
         "limit": np.array(limit_numbers(shape.limit)),

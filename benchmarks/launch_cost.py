@@ -47,7 +47,7 @@ def make_candidates() -> tuple[tuple[int, int], dict[str, Callable[[], Any]], di
 
     shape = StepShape(BATCH, CHANNELS * SIZE * SIZE, len(table), CHANNELS, guided=True, limit=Clip())
     (call,) = make_plan(shape).calls
-    columns, index = table.on(sample.device)
+    columns, index, _ = table.on(sample.device)
     given = {
         "output": output, "sample": sample, "table": columns, "step": index[STEP], "guidance": torch.tensor([7.5]),
         "next": sample, "x0": x0,

@@ -181,6 +181,7 @@ def ddim_step(
     timesteps: torch.Tensor | None = None,
     next_timestep: torch.Tensor | None = None,
     previous_x0: torch.Tensor | None = None,
+    ratios: torch.Tensor | None = None,
     workspace: Workspace | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -197,7 +198,7 @@ def ddim_step(
             negative numbers count from the end.
         guidance: a `Guidance`, or its scale alone, a number or a tensor `[B]`; None for an unguided step.
         limit, limit_values, noise, seeds, first_row, out, return_x0, model_input, advance, timesteps, next_timestep,
-            previous_x0, workspace: as the attributes of `fastddim.step.StepOptions`.
+            previous_x0, ratios, workspace: as the attributes of `fastddim.step.StepOptions`.
         backend: `"reference"` or `"triton"` to choose; `"auto"` takes the kernel wherever it can run, and can be
             switched off with the environment variable `FASTDDIM_BACKEND=reference`.
 
@@ -226,6 +227,6 @@ def ddim_step(
     options = StepOptions(
         guidance=guidance, limit=limit, limit_values=limit_values, noise=noise, seeds=seeds, first_row=first_row, out=out,
         return_x0=return_x0, model_input=model_input, advance=advance, timesteps=timesteps, next_timestep=next_timestep,
-        previous_x0=previous_x0, workspace=workspace,
+        previous_x0=previous_x0, ratios=ratios, workspace=workspace,
     )  # fmt: skip
     return take_step(backend, model_output, sample, table, step, options)

@@ -312,7 +312,7 @@ class StaticLoop:
         # x0 of the guided step and of the other one, in the graphs' own memory.
         self._x0: dict[bool, torch.Tensor] = {}
         at = self._at = _layout(run)
-        words = self._words = torch.zeros(at["table"].stop, dtype=torch.int64, device=run.device)
+        words = self._words = torch.zeros(at["ratios"].stop, dtype=torch.int64, device=run.device)
         numbers = words.view(torch.float64)
         self._seeds, self._index = words[at["seeds"]], words[at["index"]][0]
         self._scales, self._limit_values = numbers[at["guidance"]], numbers[at["limit"]]
@@ -320,6 +320,7 @@ class StaticLoop:
             numbers[at["start_scale"]][0],
             numbers[at["table"]].view(_capacity(run.table), -1),
         )
+        self._ratios = words[at["ratios"]].view(torch.float32).view(-1, 2)
         t_dtype = getattr(torch, run.table.timestep_dtype)
         self._t = torch.zeros(run.copies * run.shape[0], dtype=t_dtype, device=run.device)
         self._timesteps = (numbers if t_dtype.is_floating_point else words)[at["timesteps"]]
@@ -371,6 +372,7 @@ class StaticLoop:
         numbers[at["start_scale"]] = run.table.start_scale
         (numbers if self._t.is_floating_point() else words)[at["timesteps"]][:steps] = run.table.timesteps
         numbers[at["table"]][: run.table.columns.size] = run.table.columns.reshape(-1)
+        words[at["ratios"]][:steps] = run.table.ratios.view(np.int64).reshape(-1)
         upload(words, self._words)
         for mine, given in zip(self._leaves, pytree.tree_leaves(dict(run.kwargs)), strict=True):
             if isinstance(mine, torch.Tensor):
@@ -435,6 +437,7 @@ class StaticLoop:
             timesteps=self._timesteps,
             next_timestep=t,
             previous_x0=buffers.previous_x0,
+            ratios=self._ratios,
             workspace=self._workspace,
         )
         _, x0 = take_step(run.backend, output, self.x, self._table, self._index, options)
@@ -466,6 +469,7 @@ def _layout(run: Run) -> dict[str, slice]:
         "index": 1,
         "timesteps": capacity,
         "table": capacity * run.table.columns.shape[1],
+        "ratios": capacity,
     }
     ends = accumulate(sizes.values())
     return {name: slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}

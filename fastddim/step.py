@@ -74,6 +74,8 @@ class StepOptions:
             is after the last row.
         previous_x0: `[B, ...]` with a table that looks back: the limited x0 of the step before, over which this step writes
             its own. A row that does not look back does not read it.
+        ratios: `[num_steps, 2]` float32, the `StepTable.ratios` of a table that is given as a tensor: the fused step of a
+            half-precision state divides without it. The reference has no use for it.
         workspace: scratch memory of the fused steps on one stream; by default it is allocated and cleared for each step.
     """
 
@@ -90,6 +92,7 @@ class StepOptions:
     timesteps: torch.Tensor | None = None
     next_timestep: torch.Tensor | None = None
     previous_x0: torch.Tensor | None = None
+    ratios: torch.Tensor | None = None
     workspace: Workspace | None = None
 
 
@@ -145,6 +148,8 @@ def check_step(model_output: Any, sample: Any, table: Any, step: Any, options: S
         raise TypeError(f"step: {type(step).__name__}; pass an integer, or an integer tensor [] or [{batch}]")
     elif not 0 <= step < len(table):
         raise IndexError(f"step: {step} is outside the table of {len(table)} steps")
+    if options.ratios is not None:
+        _check_tensor("ratios", options.ratios, sample, (num_rows(table), 2), kind="a contiguous float32")
     _check_advance(step, sample, num_rows(table), options)
     inputs = (sample, model_output, noise)
     written = any(t is not None for t in (options.out, options.model_input, options.previous_x0))
@@ -204,6 +209,7 @@ _KINDS: dict[str, Callable[[torch.Tensor], bool]] = {
     "an int64": lambda tensor: tensor.dtype == torch.int64,
     "an int64 or int32": lambda tensor: tensor.dtype in (torch.int64, torch.int32),
     "a contiguous": torch.Tensor.is_contiguous,
+    "a contiguous float32": lambda tensor: tensor.dtype == torch.float32 and tensor.is_contiguous(),
     "a contiguous float64": lambda tensor: tensor.dtype == torch.float64 and tensor.is_contiguous(),
 }
 

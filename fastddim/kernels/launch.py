@@ -269,10 +269,11 @@ def assemble(
     x_next = torch.empty_like(sample, memory_format=entry.memory_format) if out is None else out
     previous = options.previous_x0
     x0 = torch.empty_like(x_next) if previous is None and options.return_x0 else previous
+    index, ratios = None, options.ratios
     if isinstance(table, StepTable):
-        table, index = table.on(device)
-    else:
-        index = None
+        table, index, ratios = table.on(device)
+    if sample.dtype == torch.float32:
+        ratios = None
     if not isinstance(step, torch.Tensor):
         step = torch.full((), step, device=device) if index is None else index[step]
     plan = entry.plan
@@ -289,6 +290,7 @@ def assemble(
         model_output.contiguous() if copy_output else model_output,
         sample.contiguous() if copy_sample else sample,
         table,
+        ratios,
         step,
         None if guidance is None else scalar_tensor(guidance.scale, device),
         scalar_tensor(guidance.rescale, device) if guidance is not None and guidance.rescaled else None,
@@ -313,6 +315,7 @@ def _key(model_output: Any, sample: Any, table: Any, step: Any, options: StepOpt
     guidance, noise, out, model_input = options.guidance, options.noise, options.out, options.model_input
     limit_values, seeds, first_row = options.limit_values, options.seeds, options.first_row
     timesteps, next_timestep, previous = options.timesteps, options.next_timestep, options.previous_x0
+    ratios = options.ratios
     guided: Any = None
     if guidance is not None:
         scale, rescale = guidance.scale, guidance.rescale
@@ -323,8 +326,8 @@ def _key(model_output: Any, sample: Any, table: Any, step: Any, options: StepOpt
         )
     rest: Any = None
     # One comparison for what most steps do not have.
-    if not (limit_values is seeds is first_row is timesteps is next_timestep is previous is None):
-        others = (limit_values, seeds, first_row, timesteps, next_timestep, previous)
+    if not (limit_values is seeds is first_row is timesteps is next_timestep is previous is ratios is None):
+        others = (limit_values, seeds, first_row, timesteps, next_timestep, previous, ratios)
         rest = tuple([None if t is None else spec(t) for t in others])
     return (
         spec(model_output),

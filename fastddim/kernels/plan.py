@@ -15,8 +15,8 @@ from fastddim.kernels.step import ddim_step_kernel
 from fastddim.step import Guidance, StepOptions
 
 STEP_POINTERS = (
-    "output", "sample", "table", "step", "guidance", "rescale", "limit", "statistics", "noise", "seeds", "first_row",
-    "next", "x0", "input", "timesteps", "next_timestep", "tickets",
+    "output", "sample", "table", "ratios", "step", "guidance", "rescale", "limit", "statistics", "noise", "seeds",
+    "first_row", "next", "x0", "input", "timesteps", "next_timestep", "tickets",
 )  # fmt: skip
 # What `ddim_step` calls those that have another name there.
 ARGUMENT_OF = {
@@ -24,7 +24,7 @@ ARGUMENT_OF = {
     "next": "out", "input": "model_input",
 }  # fmt: skip
 _RESCALE_POINTERS = ("output", "guidance", "rescale", "statistics", "counters")
-_HISTOGRAM_POINTERS = ("sample", "output", "table", "step", "guidance", "limit", "statistics", "counters")
+_HISTOGRAM_POINTERS = ("sample", "output", "table", "ratios", "step", "guidance", "limit", "statistics", "counters")
 
 # The largest sample whose statistics one program takes without spilling registers, on every supported Triton.
 WHOLE_SAMPLE = 16384

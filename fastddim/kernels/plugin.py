@@ -48,11 +48,11 @@ def ddim_step_in_plugin(
 ):
     """`ddim_step_kernel` with a row of coefficients, a scale and a rescale for each sample."""
     ddim_step_kernel(
-        output_ptr=model_output, sample_ptr=sample, table_ptr=coefficients, step_ptr=None, guidance_ptr=guidance_scale,
-        rescale_ptr=guidance_rescale, limit_ptr=None, statistics_ptr=None, noise_ptr=noise, seeds_ptr=None,
-        first_row_ptr=None, next_ptr=next_sample, x0_ptr=pred_original_sample, input_ptr=None, timesteps_ptr=None,
-        next_timestep_ptr=None, tickets_ptr=None, n=n, batch=batch, num_steps=batch, channels=1, rows=batch,
-        GUIDED=GUIDED, COND_FIRST=False, SCALE_PER_SAMPLE=True, RESCALE_PER_SAMPLE=True, ROW_PER_SAMPLE=True,
+        output_ptr=model_output, sample_ptr=sample, table_ptr=coefficients, ratios_ptr=None, step_ptr=None,
+        guidance_ptr=guidance_scale, rescale_ptr=guidance_rescale, limit_ptr=None, statistics_ptr=None, noise_ptr=noise,
+        seeds_ptr=None, first_row_ptr=None, next_ptr=next_sample, x0_ptr=pred_original_sample, input_ptr=None,
+        timesteps_ptr=None, next_timestep_ptr=None, tickets_ptr=None, n=n, batch=batch, num_steps=batch, channels=1,
+        rows=batch, GUIDED=GUIDED, COND_FIRST=False, SCALE_PER_SAMPLE=True, RESCALE_PER_SAMPLE=True, ROW_PER_SAMPLE=True,
         LIMIT=LIMIT, RANGE=RANGE, RATIO=RATIO, WHOLE=WHOLE, SAMPLE_AXIS=SAMPLE_AXIS, OUTPUT_CHANNELS_LAST=False,
         INPUT_CHANNELS_LAST=False, ADVANCE=False, DEPENDENT=False, EVEN=EVEN, BLOCK=BLOCK, CHUNK=CHUNK,
         COLUMNS=NUM_COLUMNS,

@@ -17,7 +17,8 @@ from fastddim.step import StepOptions
 # Places in the list of arguments of Triton's launch function.
 _STREAM, _HOOKS = 3, slice(6, 9)
 _OUTPUT = 9 + STEP_POINTERS.index("output")
-_ROW = 9 + STEP_POINTERS.index("step")
+_STEP = STEP_POINTERS.index("step")
+_ROW = 9 + _STEP
 
 
 class PreparedStep:
@@ -114,7 +115,8 @@ class PreparedStep:
 
     def _slowly(self, model_output: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         output = model_output.contiguous() if self._request.entry.copied[0] else model_output
-        tensors = (output, *self._request.tensors[1:3], self._rows[step], *self._request.tensors[4:])
+        given = self._request.tensors
+        tensors = (output, *given[1:_STEP], self._rows[step], *given[_STEP + 1 :])
         self._request._replace(tensors=tensors).run()
         return self.x_next, self.x0
 

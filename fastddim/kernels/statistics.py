@@ -29,6 +29,7 @@ from fastddim.kernels.step import (
     program_place,
     quantile_rank,
     rescale_factor,
+    row_of_ratios,
     split_halves,
     table_row,
 )
@@ -141,6 +142,7 @@ def rescale_kernel(
     do_not_specialize=["batch", "num_steps", "channels", "row_size", "shift"],
     do_not_specialize_on_alignment=[
         "table_ptr",
+        "ratios_ptr",
         "step_ptr",
         "guidance_ptr",
         "limit_ptr",
@@ -152,6 +154,7 @@ def histogram_kernel(
     sample_ptr,
     output_ptr,
     table_ptr,
+    ratios_ptr,
     step_ptr,
     guidance_ptr,
     limit_ptr,
@@ -202,7 +205,9 @@ def histogram_kernel(
         factor = tl.full([], 1.0, tl.float32)
         if RESCALED:
             factor = tl.load(statistics_ptr + b * 2 + 1)
-        x0_columns = load_x0_columns(table_ptr + place * COLUMNS, 0.0, sample_ptr.dtype.element_ty)
+        x0_columns = load_x0_columns(
+            table_ptr + place * COLUMNS, row_of_ratios(ratios_ptr, place), 0.0, sample_ptr.dtype.element_ty
+        )
         if REFINE:
             inputs = load_inputs(sample_ptr, output_ptr, where, live, GUIDED, OUTPUT_CHANNELS_LAST)
         guidance = load_guidance(guidance_ptr, b, SCALE_PER_SAMPLE)

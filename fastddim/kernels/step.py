@@ -54,18 +54,31 @@ def load_split(column):
 
 
 @triton.jit
-def load_x0_columns(columns, poison, DTYPE: tl.constexpr):
+def row_of_ratios(ratios_ptr, place):
+    """Where a row's two ratios are; None where there are none."""
+    ratios = None
+    if ratios_ptr is not None:
+        ratios = ratios_ptr + place * 2
+    return ratios
+
+
+@triton.jit
+def load_x0_columns(columns, ratios, poison, DTYPE: tl.constexpr):
     """What `predict` needs of a row for a state of DTYPE: `(x0_from_x, x0_from_output, ratio, ratio_low)`.
 
     Where the terms of x0 cancel, an ulp of a half-precision x0 is as small as their float32 rounding. There x0 is
-    `x0_from_x * (x + (ratio + ratio_low) * out)`, unless a column is 0: then so is the ratio.
+    `x0_from_x * (x + (ratio + ratio_low) * out)`, unless a column is 0: then so is the ratio. ratios: where the row's two
+    numbers are, or None.
     """
     from_x, from_x_low = load_split(columns)
     from_output, from_output_low = load_split(columns + 1)
     ratio = tl.full([], 0.0, tl.float32)
     ratio_low = tl.full([], 0.0, tl.float32)
     if DTYPE != tl.float32:
-        if from_x != 0.0:
+        if ratios is not None:
+            ratio = tl.load(ratios)
+            ratio_low = tl.load(ratios + 1)
+        elif from_x != 0.0:
             ratio = tl.div_rn(from_output, from_x)
             rest = fused(-ratio, from_x, from_output) + fused(-ratio, from_x_low, from_output_low)
             ratio_low = tl.div_rn(rest, from_x)
@@ -375,6 +388,7 @@ def advance_step(
     do_not_specialize=["batch", "num_steps", "channels", "rows"],
     do_not_specialize_on_alignment=[
         "table_ptr",
+        "ratios_ptr",
         "step_ptr",
         "guidance_ptr",
         "rescale_ptr",
@@ -391,6 +405,7 @@ def ddim_step_kernel(
     output_ptr,
     sample_ptr,
     table_ptr,
+    ratios_ptr,
     step_ptr,
     guidance_ptr,
     rescale_ptr,
@@ -463,7 +478,8 @@ def ddim_step_kernel(
     # No host sees this index, so one outside the table has to show: its results are NaN.
     poison = tl.where(inside, 0.0, float("nan"))
     columns = table_ptr + place * COLUMNS
-    x0_columns = load_x0_columns(columns, poison, sample_ptr.dtype.element_ty)
+    ratios = row_of_ratios(ratios_ptr, place)
+    x0_columns = load_x0_columns(columns, ratios, poison, sample_ptr.dtype.element_ty)
 
     # A whole sample is reduced to two scalars; then the inputs are read again, as registers cannot hold both.
     factor = tl.full([], 1.0, tl.float32)
