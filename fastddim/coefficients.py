@@ -156,13 +156,18 @@ def _check_transitions(
             )
     timesteps, following = zip(*pairs, strict=True)
     alpha_bar, alpha_bar_next = schedule.alpha_bar(timesteps), schedule.alpha_bar(following)
-    if kind == "epsilon" and alpha_bar.min() == 0:
+    require_signal(kind, timesteps, alpha_bar)
+    return kind, alpha_bar, alpha_bar_next
+
+
+def require_signal(prediction_type: str, timesteps: Sequence[float], signal: FloatArray) -> None:
+    """Raise a `ValueError` for an epsilon prediction at a timestep without signal, from which x0 cannot be told."""
+    if prediction_type == "epsilon" and signal.min() == 0:
         raise ValueError(
-            f"prediction_type: 'epsilon' at timestep {timesteps[int(alpha_bar.argmin())]}, which has no signal (zero"
+            f"prediction_type: 'epsilon' at timestep {timesteps[int(signal.argmin())]}, which has no signal (zero"
             " terminal SNR), so x0 cannot be told from it; use a v_prediction or sample model, or a spacing that"
             " does not start there ('leading')"
         )
-    return kind, alpha_bar, alpha_bar_next
 
 
 def _check_called(timesteps: Sequence[float] | npt.NDArray[Any]) -> tuple[int, ...] | tuple[float, ...]:

@@ -10,15 +10,22 @@ import pytest
 import torch
 
 import fastddim
+import method_oracle
 from fastddim import Clip, DDIMConfig, DynamicThreshold, Guidance, Sampler, Schedule, StepTable
 from fastddim.noise import STREAM_INITIAL, normal_numpy, seed_tensor
-from fastddim.samplers import METHODS, Steps, dpm_solver, euler
+from fastddim.samplers import METHODS, Steps, ddpm, dpm_solver, euler, euler_ancestral, lcm, tcd
 from fastddim.samplers.sampling import read_scheduler
 from fastddim.schedule import EDMSchedule, FlowSchedule
 from fastddim.step import StepOptions
 
 SHAPE = (3, 2, 5)
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+SCHEDULES = {
+    "ddpm": Schedule(DDIMConfig(**SD, clip_sample=False)),
+    "flow": FlowSchedule(shift=3.0),
+    "edm": EDMSchedule(),
+}
 
 
 def model(x, t):
@@ -248,6 +255,152 @@ def test_orders_of_convergence():
     assert orders["heun"] == pytest.approx(2, abs=0.25)
 
 
+def numpy_model(x, t):
+    return np.tanh(0.7 * x + np.sin(t / 211)) + 0.1 * x
+
+
+BARS = SCHEDULES["ddpm"].alphas_cumprod
+TIMESTEPS = [961, 700, 333, 120, 17]
+SIGMAS = [14.5, 6.0, 2.0, 0.5, 0.1, 0.0]
+FLOW_SIGMAS = [1.0, 0.8, 0.5, 0.3, 0.1]
+SCALED = np.sqrt(np.array(SIGMAS) ** 2 + 1)
+# Levels and timesteps as they are.
+BOTH = {"timesteps": TIMESTEPS, "sigmas": SIGMAS}
+
+
+def vp(x, sigma, i):
+    return method_oracle.denoise(x, sigma, TIMESTEPS[i], numpy_model)
+
+
+def edm(x, sigma, i):
+    return method_oracle.edm_denoise(x, sigma, numpy_model)
+
+
+def x0_of(x, i):
+    return (x - SIGMAS[i] / SCALED[i] * numpy_model(x, TIMESTEPS[i])) * SCALED[i]
+
+
+def solver_oracle(x, noise, algorithm, kind):
+    noise = noise if algorithm == "sde-dpmsolver++" else None
+    return method_oracle.dpm_solver_2m(x, 1 / SCALED, SIGMAS / SCALED, x0_of, noise, kind == "heun")
+
+
+# How a table is made, and the oracle from the same state and noise.
+PAPERS = {
+    "flow": (
+        euler, "flow", {"sigmas": FLOW_SIGMAS}, {},
+        lambda x, noise: method_oracle.flow_euler(x, [*shifted(FLOW_SIGMAS, 3.0), 0.0], numpy_model),
+    ),
+    "euler": (euler, "ddpm", BOTH, {}, lambda x, noise: method_oracle.euler(x * SCALED[0], SIGMAS, vp)),
+    "euler, edm": (
+        euler, "edm", {"sigmas": SIGMAS}, {},
+        lambda x, noise: method_oracle.euler(x * np.hypot(SIGMAS[0], 0.5), SIGMAS, edm),
+    ),
+    "ancestral": (
+        euler_ancestral, "ddpm", BOTH, {"eta": 0.7},
+        lambda x, noise: method_oracle.euler_ancestral(x * SCALED[0], SIGMAS, vp, noise, 0.7),
+    ),
+    "ddpm": (
+        ddpm, "ddpm", {"timesteps": TIMESTEPS}, {},
+        lambda x, noise: method_oracle.ddpm(x, BARS, TIMESTEPS, numpy_model, noise, False),
+    ),
+    "ddpm, large": (
+        ddpm, "ddpm", {"timesteps": TIMESTEPS}, {"variance_type": "fixed_large"},
+        lambda x, noise: method_oracle.ddpm(x, BARS, TIMESTEPS, numpy_model, noise, True),
+    ),
+    "lcm": (
+        lcm, "ddpm", {"timesteps": TIMESTEPS}, {},
+        lambda x, noise: method_oracle.lcm(x, BARS, TIMESTEPS, numpy_model, noise),
+    ),
+    "tcd": (
+        tcd, "ddpm", {"timesteps": TIMESTEPS}, {"gamma": 0.4},
+        lambda x, noise: method_oracle.tcd(x, BARS, TIMESTEPS, numpy_model, noise, 0.4),
+    ),
+    **{
+        f"{algorithm}, {kind}": (
+            dpm_solver, "ddpm", BOTH, {"solver_type": kind, "algorithm_type": algorithm},
+            lambda x, noise, kind=kind, algorithm=algorithm: solver_oracle(x, noise, algorithm, kind),
+        )
+        for algorithm in ("dpmsolver++", "sde-dpmsolver++")
+        for kind in ("midpoint", "heun")
+    },
+}  # fmt: skip
+
+
+def shifted(sigmas, shift):
+    """arXiv:2403.03206, equation 23."""
+    return [shift * sigma / (1 + (shift - 1) * sigma) for sigma in sigmas]
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_table_is_the_papers_method(name):
+    build, schedule, steps, options, oracle = PAPERS[name]
+    table = build(SCHEDULES[schedule], Steps(**steps), **options)
+    x, noises = start_and_noises(5)
+    ours = run_table(table, x, noises, lambda x, t: torch.from_numpy(numpy_model(x.numpy(), float(t))))
+    np.testing.assert_allclose(ours.numpy(), oracle(x.numpy(), torch.stack(noises).numpy()), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "flow", "edm"])
+def test_eulers_method_is_inverted(kind):
+    """The reconstruction's error falls with the steps' size."""
+    x0 = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for n in (20, 80):
+        sampler = Sampler(lambda x, t: 0.05 * torch.tanh(x), SCHEDULES[kind], n, method="euler", sample_shape=SHAPE)
+        errors.append((sampler(sampler.invert(x0)) - x0).abs().max())
+        noise = torch.from_numpy(normal_numpy([3, 4], 0, SHAPE, STREAM_INITIAL))
+        from_x0, from_noise = sampler.table.noising
+        torch.testing.assert_close(sampler.add_noise(x0, 3), from_x0 * x0 + from_noise * noise)
+    assert errors[0] < 0.7 and errors[1] < errors[0] / 3
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "said"),
+    [
+        ("flow", {"method": "lcm"}, r"method: 'lcm' with a FlowSchedule; that is sampled by 'dpmsolver\+\+', 'euler'"),
+        ("edm", {"method": "ddim"}, "method: 'ddim' with a EDMSchedule; that is sampled by"),
+        ("ddpm", {"method": "heun"}, "method: 'heun' is not one of 'ddim', "),
+        ("ddpm", {"method": "ddim", "spacing": "karras"}, "spacing: 'karras' for method 'ddim', which steps through"),
+        ("ddpm", {"method": "euler", "spacing": "karass"}, "spacing: 'karass' is not one of .* Did you mean 'karras'"),
+        (
+            "ddpm",
+            {"method": "euler", "eta": 0.5},
+            "eta: no option of method 'euler', which takes .*; it is one of 'ddim'",
+        ),
+        ("ddpm", {"method": "tcd", "method_options": {"gamma": 2}}, r"gamma: 2; pass a number in \[0, 1\]"),
+        (
+            "ddpm",
+            {"method": "lcm", "num_inference_steps": 51},
+            "num_inference_steps: 51, but the model is distilled for 50",
+        ),
+        ("ddpm", {"method": "dpmsolver++", "method_options": {"solver_order": 3}}, "solver_order: 3; pass 1 or 2"),
+        ("ddpm", {"method": "euler", "sigmas": [1.0, 2.0, 0.0]}, r"the noise rises at step 0 .*; pass them descending"),
+        ("ddpm", {"method": "euler", "timesteps": [10, 500]}, "the noise rises at step 0"),
+        ("ddpm", {"method": "lcm", "timesteps": [10, 500]}, r"entry 1 \(500\) is not below entry 0"),
+        (
+            "flow",
+            {"method_options": {"mu": 0.5}},
+            "mu: 0.5 with use_dynamic_shifting False; leave it out, or pass shift",
+        ),
+        ("edm", {"timesteps": [3, 2]}, "timesteps: given to an EDMSchedule"),
+        ("ddpm", {"method": "euler", "method_options": 3}, "method_options: 3; pass a mapping"),
+        ("ddpm", {"sigmas": [1.0, 0.5]}, "sigmas: .* for method 'ddim'"),
+    ],
+)
+def test_what_a_method_cannot_take_is_named(schedule, options, said):
+    steps = {} if {"timesteps", "sigmas"} & options.keys() else {"num_inference_steps": 5}
+    with pytest.raises(ValueError, match=said):
+        Sampler(Network(), SCHEDULES[schedule], sample_shape=SHAPE, **{**steps, **options})
+
+
+@pytest.mark.parametrize("method", ["ddim", "ddpm", "lcm", "tcd"])
+def test_epsilon_without_signal_is_refused_by_every_method(method):
+    schedule = Schedule(DDIMConfig(**SD, rescale_betas_zero_snr=True, timestep_spacing="trailing"))
+    with pytest.raises(ValueError, match="prediction_type: 'epsilon' at timestep 999, which has no signal"):
+        Sampler(Network(), schedule, 5, method=method, sample_shape=SHAPE)
+
+
 class Network(torch.nn.Module):
     """`model` for a sampler: one timestep for each row."""
 
@@ -260,11 +413,6 @@ class Network(torch.nn.Module):
         return (out if shift is None else out + shift.view(-1, *[1] * (x.ndim - 1))).to(x.dtype)
 
 
-SCHEDULES = {
-    "ddpm": Schedule(DDIMConfig(**SD, clip_sample=False)),
-    "flow": FlowSchedule(shift=3.0),
-    "edm": EDMSchedule(),
-}
 EVERY = [
     (name, kind)
     for name, method in METHODS.items()

@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from fastddim.coefficients import require_signal
 from fastddim.config import require_choice
 from fastddim.samplers.spacings import SPACINGS
 from fastddim.samplers.steps import Steps
@@ -94,7 +95,9 @@ def beta_levels(schedule: Schedule, pairs: Sequence[Pair], *, clean_end: bool = 
     alpha_bar = schedule.alpha_bar([*timesteps, pairs[-1][1]])
     if clean_end:
         alpha_bar[-1] = 1.0
-    return NoiseLevels(timesteps, np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), schedule.config.prediction_type)
+    kind = schedule.config.prediction_type
+    require_signal(kind, timesteps, alpha_bar[:-1])
+    return NoiseLevels(timesteps, np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), kind)
 
 
 def scaled_levels(
