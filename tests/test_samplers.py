@@ -182,6 +182,19 @@ def test_distilled(n, prediction_type, method, monkeypatch):
     compare(scheduler, n, monkeypatch, build=build, step_options={"eta": gamma})
 
 
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_consistency_models(n, monkeypatch):
+    scheduler = diffusers.CMStochasticIterativeScheduler(clip_denoised=False)
+    scheduler.set_timesteps(n)
+    sigmas = [*scheduler.sigmas[:n].tolist(), 0.0]
+    table = METHODS["consistency"].build(EDMSchedule(), Steps(sigmas=sigmas))
+    x, noises = start_and_noises(n)
+    theirs = run_diffusers(scheduler, x * float(scheduler.sigmas[0]), noises, monkeypatch)
+    ours = run_table(table, x * sigmas[0] * table.noising[0], noises)
+    np.testing.assert_allclose(table.timesteps, scheduler.timesteps, rtol=1e-5)
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-5
+
+
 @pytest.mark.parametrize("strength", [0.3, 0.5, 0.77])
 @pytest.mark.parametrize("kind", [diffusers.LCMScheduler, diffusers.TCDScheduler])
 def test_a_distillations_steps_at_a_strength_are_diffusers(kind, strength):
