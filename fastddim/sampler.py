@@ -314,6 +314,8 @@ class Sampler:
         """
         self._require_deterministic("inversion")
         inverse = self.table.inverse
+        if inverse is None and self.method not in (None, "ddim"):
+            raise ValueError(f"method: {self.method!r} has no inverse; pass method='ddim' or 'euler'")
         if inverse is None:
             raise ValueError(
                 "table: it has no inverse; pass inverse= to StepTable.from_columns, or, with a schedule, leave out the"

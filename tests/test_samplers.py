@@ -236,6 +236,27 @@ def test_ddpm(n, prediction_type, variance_type, monkeypatch):
     assert read_scheduler(scheduler).method == "ddim"
 
 
+def test_a_class_heeds_its_own_parameters_of_a_configuration():
+    """`from_config` keeps the others for the way back."""
+    ddim = diffusers.DDIMScheduler(**SD, clip_sample=True, rescale_betas_zero_snr=True, thresholding=True)
+    karras = diffusers.EulerDiscreteScheduler.from_config({**ddim.config, "use_karras_sigmas": True})
+    assert karras.config["clip_sample"] is True
+    assert read_scheduler(karras).limit is None and read_scheduler(karras).spacing == "karras"
+    ancestral = read_scheduler(diffusers.EulerAncestralDiscreteScheduler.from_config(karras.config))
+    assert ancestral.limit is None and ancestral.spacing is None
+    solver = read_scheduler(diffusers.DPMSolverMultistepScheduler.from_config(karras.config))
+    assert solver.limit == DynamicThreshold(0.995, 1.0) and solver.spacing == "karras"
+    lcm_clipped = read_scheduler(diffusers.LCMScheduler(clip_sample=True, clip_sample_range=2.0))
+    assert lcm_clipped.limit == Clip(2.0)
+    # Asked for by name, DDIM samples as diffusers' class from this configuration would, and others as that class does.
+    assert read_scheduler(karras, "ddim").limit == DynamicThreshold(0.995, 1.0)
+    assert read_scheduler(ddim, "euler").limit == DynamicThreshold(0.995, 1.0)
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0)
+    assert read_scheduler(diffusers.EulerDiscreteScheduler.from_config(flow.config)).schedule == Schedule(
+        DDIMConfig(clip_sample=False, timestep_spacing="linspace")
+    )
+
+
 def test_orders_of_convergence():
     """Data of deviation c: the ideal eps is `sigma / (c**2 signal**2 + sigma**2) * x`, and the ODE keeps `x / deviation`."""
     c, errors = 0.4, {}
@@ -373,7 +394,7 @@ def test_eulers_method_is_inverted(kind):
     [
         ("flow", {"method": "lcm"}, r"method: 'lcm' with a FlowSchedule; that is sampled by 'dpmsolver\+\+', 'euler'"),
         ("edm", {"method": "ddim"}, "method: 'ddim' with a EDMSchedule; that is sampled by"),
-        ("ddpm", {"method": "heun"}, "method: 'heun' is not one of 'ddim', "),
+        ("ddpm", {"method": "heun"}, "method: 'heun' is not one of .*'ddim', "),
         ("ddpm", {"method": "ddim", "spacing": "karras"}, "spacing: 'karras' for method 'ddim', which steps through"),
         ("ddpm", {"method": "euler", "spacing": "karass"}, "spacing: 'karass' is not one of .* Did you mean 'karras'"),
         (
@@ -405,6 +426,12 @@ def test_what_a_method_cannot_take_is_named(schedule, options, said):
     steps = {} if {"timesteps", "sigmas"} & options.keys() else {"num_inference_steps": 5}
     with pytest.raises(ValueError, match=said):
         Sampler(Network(), SCHEDULES[schedule], sample_shape=SHAPE, **{**steps, **options})
+
+
+def test_a_method_without_an_inverse_says_which_have_one():
+    sampler = Sampler(Network(), SCHEDULES["ddpm"], 5, method="dpmsolver++", sample_shape=SHAPE)
+    with pytest.raises(ValueError, match=r"method: 'dpmsolver.*' has no inverse; pass method='ddim' or 'euler'"):
+        sampler.invert(torch.zeros(1, *SHAPE))
 
 
 @pytest.mark.parametrize("method", ["ddim", "ddpm", "lcm", "tcd"])

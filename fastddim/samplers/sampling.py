@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -153,12 +154,16 @@ def read_scheduler(scheduler: Any, method: str = "auto", argument: str = "schedu
         )
     chosen = own if method == "auto" else method
     assert chosen is not None
+    if chosen != "ddim" and own not in ("ddim", None):
+        # A configuration keeps what it was made from (`from_config`), of which a class heeds its own parameters alone.
+        taken = inspect.signature(type(scheduler).__init__).parameters
+        config = {"clip_sample": False, **{name: value for name, value in config.items() if name in taken}}
     # DDIM's options are no configuration's, and another method than the class's own takes its defaults.
-    return _read_config(config, chosen, chosen != "ddim" and chosen in known, clips=own in ("ddim", None))
+    return _read_config(config, chosen, chosen != "ddim" and chosen in known)
 
 
-def _read_config(config: Mapping[str, Any], method: str, configured: bool, clips: bool) -> Sampling:
-    """`configured`: whether the configuration has the method's options; `clips`: whether x0 is clipped by default."""
+def _read_config(config: Mapping[str, Any], method: str, configured: bool) -> Sampling:
+    """`configured`: whether the configuration has the method's options."""
     for name, without in _LEFT_OUT.items():
         if configured and config.get(name, without) != without:
             raise ValueError(f"{name}: {config[name]!r} is not sampled here; pass {without!r}")
@@ -169,8 +174,7 @@ def _read_config(config: Mapping[str, Any], method: str, configured: bool, clips
     elif "base_image_seq_len" in config:
         schedule = FlowSchedule(**_fields_of(FlowSchedule, config))
     else:
-        unclipped = {} if clips or "clip_sample" in config else {"clip_sample": False}
-        schedule = Schedule(DDIMConfig.from_dict({**config, **unclipped}, ignore_unknown=True))
+        schedule = Schedule(DDIMConfig.from_dict(config, ignore_unknown=True))
         limit = schedule.config.limit
     defaults = get_method(method).options if configured else {}
     options = {name: config[name] for name, value in defaults.items() if config.get(name) not in (None, value)}
