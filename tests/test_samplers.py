@@ -13,8 +13,13 @@ import fastddim
 import method_oracle
 from fastddim import Clip, DDIMConfig, DynamicThreshold, Guidance, Sampler, Schedule, StepTable
 from fastddim.noise import STREAM_INITIAL, normal_numpy, seed_tensor
-from fastddim.samplers import METHODS, Steps, ddpm, dpm_solver, euler, euler_ancestral, lcm, tcd
+from fastddim.samplers import METHODS, Steps
+from fastddim.samplers.ddpm import ddpm
+from fastddim.samplers.dpm_solver import dpm_solver
+from fastddim.samplers.euler import euler, euler_ancestral
+from fastddim.samplers.lcm import lcm
 from fastddim.samplers.sampling import read_scheduler
+from fastddim.samplers.tcd import tcd
 from fastddim.schedule import EDMSchedule, FlowSchedule
 from fastddim.step import StepOptions
 
