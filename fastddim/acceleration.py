@@ -373,9 +373,9 @@ class _Call:
         noise = None
         if any(draws):
             # In the order in which the steps would have drawn it.
-            noise = model_output.new_zeros((len(draws), *model_output.shape))
-            for step in filter(draws.__getitem__, range(len(draws))):
-                noise[step] = _draw(scheduler, model_output, options.get("generator"))
+            drawn = [_draw(scheduler, model_output, options.get("generator")) if draw else None for draw in draws]
+            silent = torch.zeros_like(next(each for each in drawn if each is not None))
+            noise = torch.stack([silent if each is None else each for each in drawn])
         run = Run(
             table=table,
             shape=tuple(start.shape),
