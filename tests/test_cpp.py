@@ -545,6 +545,21 @@ def test_a_table_at_run_time(checked, tmp_path):
             sampler(1, seeds=0, table=to_json(second_order))
 
 
+def test_the_compiled_step_refuses_a_table_that_looks_back(checked, tmp_path):
+    stub_cuda.build(tmp_path, "clang", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    tables = [METHODS["dpmsolver++"].build(Schedule(BETAS), 4, solver_order=order) for order in (1, 2)]
+    done = subprocess.run(
+        [checked / "step_driver"], input="".join(json.dumps({"table": to_json(table)}) + "\n" for table in tables),
+        env=os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    taken, refused = map(json.loads, done.stdout.splitlines())
+    assert "error" not in taken and refused["error"] == "invalid_argument"
+    assert refused["message"].startswith(
+        "table: it looks back at the previous x0, which the compiled step does not; pass one"
+    )
+
+
 def test_a_baked_method_takes_no_more_steps_than_it_keeps(checked, tmp_path):
     options = ExportOptions(method="euler", bake_schedule=True)
     export_onnx(Wave(), BETAS, tmp_path / "bundle", options, sample_shape=SHAPE, parity_steps=())

@@ -484,9 +484,9 @@ inline Method method_named(const Field& name) {
 
 inline Sampling parse_scheduling(const Field& root) {
     const Field method = root.at("method"), spacing = method.at("spacing");
-    Sampling scheduling{parse_schedule(root.at("schedule"), root.at("schedule_type")), method_named(method.at("name")), {}};
-    if (!scheduling.fits())
-        method.at("name").fail(method.at("name").shown() + " takes no schedule of type " + root.at("schedule_type").shown());
+    const Field type = root.at("schedule_type"), name = method.at("name");
+    Sampling scheduling{parse_schedule(root.at("schedule"), type), method_named(name), {}};
+    if (!scheduling.fits()) name.fail(name.shown() + " takes no schedule of type " + type.shown());
     const std::string what = text("option of method '", scheduling.method_name(), "'");
     std::visit([&](auto& made) { read_fields(method.at("options"), what, option_readers(made)); }, scheduling.method);
     if (!spacing.is_null()) scheduling.spacing = static_cast<Spacing>(spacing.choice(spacing_names));

@@ -206,8 +206,8 @@ inline StepTable fit_table(const Manifest& manifest, StepTable table, const std:
             throw std::invalid_argument(text("timesteps: ", t, "; this bundle's graph takes ", input->dtype,
                                              ", pass ", table.float_timesteps ? "finite" : "whole", " numbers"));
     if (table.looks_back() && !manifest.table.looks_back())
-        throw std::invalid_argument("table: it looks back at the previous x0, which this bundle's graph does not; export it "
-                                    "with such a method, or pass a table of first order");
+        throw std::invalid_argument("table: it looks back at the previous x0, which this bundle's graph does not; export "
+                                    "it with such a method, or pass a table of first order");
     if (manifest.table.looks_back()) table.next_from_previous_x0.resize(table.size());
     return table;
 }

@@ -54,17 +54,16 @@ struct Steps {
         validate();
         if (sigmas || spacing)
             throw std::invalid_argument(detail::text(
-                sigmas ? "sigmas" : "spacing", ": given for method '", method, "', which steps through training timesteps; ",
-                "pass timesteps, or another method such as 'euler' or 'dpmsolver++'"));
+                sigmas ? "sigmas" : "spacing", ": given for method '", method, "', which steps through training ",
+                "timesteps; pass timesteps, or another method such as 'euler' or 'dpmsolver++'"));
     }
 
     /// The first of n steps that `strength` leaves (diffusers' `get_timesteps`).
     std::size_t first_of(std::size_t n) const {
-        FASTDDIM_EXACT
         const auto kept = static_cast<std::size_t>(static_cast<double>(n) * strength);
         if (n != 0 && kept == 0)
-            throw std::invalid_argument(detail::text("strength: ", strength, " of ", n, " steps leaves none; pass at least ",
-                                                     1.0 / static_cast<double>(n)));
+            throw std::invalid_argument(detail::text("strength: ", strength, " of ", n, " steps leaves none; pass at ",
+                                                     "least ", 1.0 / static_cast<double>(n)));
         return n - kept;
     }
 };
@@ -161,8 +160,8 @@ inline std::vector<double> space(Spacing spacing, std::int64_t n, double lowest,
     if (spacing == Spacing::exponential) return space_exponential(n, lowest, highest);
     if (spacing == Spacing::beta)
         throw std::invalid_argument(
-            "spacing: 'beta' takes quantiles of the beta distribution, which C++ does not have; pass the table at run time, "
-            "or sigmas");
+            "spacing: 'beta' takes quantiles of the beta distribution, which C++ does not have; pass the table at run "
+            "time, or sigmas");
     return space_align_your_steps(spacing, n);
 }
 
@@ -359,7 +358,8 @@ inline StepCoefficients linear_row(const NoiseLevels& levels, std::size_t k, dou
 }
 
 /// `x_next = from_x * x + from_x0 * x0 + noise_scale * noise`, with nothing of the raw output.
-inline StepCoefficients x0_row(const NoiseLevels& levels, std::size_t k, double from_x, double from_x0, double noise_scale) {
+inline StepCoefficients x0_row(const NoiseLevels& levels, std::size_t k, double from_x, double from_x0,
+                               double noise_scale) {
     const StepCoefficients row = linear_row(levels, k, 0, 0, false);
     return {row[0], row[1], from_x, 0, from_x0, noise_scale};
 }

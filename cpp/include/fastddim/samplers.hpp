@@ -55,9 +55,9 @@ struct DDPM {
     StepTable operator()(const Schedule& schedule, const Steps& steps) const;
 };
 
-/// Euler's method (arXiv:2206.00364, algorithm 1 without churn): `x_next = x0 + sigma_next * epsilon` in units of the signal,
-/// along the line from x to x0. For flow matching this is `x + (sigma_next - sigma) * v`. With betas the state is divided by
-/// `sqrt(sigma**2 + 1)`, as the model is called with it.
+/// Euler's method (arXiv:2206.00364, algorithm 1 without churn): `x_next = x0 + sigma_next * epsilon` in units of the
+/// signal, along the line from x to x0. For flow matching this is `x + (sigma_next - sigma) * v`. With betas the state is
+/// divided by `sqrt(sigma**2 + 1)`, as the model is called with it.
 struct Euler {
     static constexpr const char* name = "euler";
 
@@ -219,8 +219,8 @@ struct Sampling {
                 if constexpr (std::is_invocable_v<decltype(made), decltype(given), Steps>) {
                     return made(given, steps);
                 } else {
-                    throw std::invalid_argument(detail::text("method: '", made.name, "' does not take such a schedule; pass ",
-                                                             "'euler' or 'dpmsolver++', which take all"));
+                    throw std::invalid_argument(detail::text("method: '", made.name, "' does not take such a schedule; ",
+                                                             "pass 'euler' or 'dpmsolver++', which take all"));
                 }
             },
             chosen, schedule);
@@ -316,8 +316,8 @@ inline NoiseLevels distilled_levels(const Schedule& schedule, const Steps& steps
     return beta_levels(schedule, schedule.transitions(timesteps));
 }
 
-/// How much to extrapolate from the previous x0, `D = x0 + extrapolation * (x0 - previous_x0)`, for a step h in lambda after
-/// one of `before`; 0 where one of the two is 0 or infinite.
+/// How much to extrapolate from the previous x0, `D = x0 + extrapolation * (x0 - previous_x0)`, for a step h in lambda
+/// after one of `before`; 0 where one of the two is 0 or infinite.
 inline double extrapolation(double h, double before, double power, SolverType solver_type) {
     FASTDDIM_EXACT
     if (!(std::isfinite(h) && std::isfinite(before) && h > 0 && before > 0)) return 0;

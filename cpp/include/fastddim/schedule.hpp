@@ -28,7 +28,7 @@ enum class BetaSchedule { linear, scaled_linear, squaredcos_cap_v2 };
 enum class PredictionType { epsilon, sample, v_prediction, flow, edm };
 enum class TimestepSpacing { leading, trailing, linspace, quadratic };
 enum class VarianceType { fixed_small, fixed_large };
-/// Where a step leads: to the list's own next timestep, or to `t - num_train_timesteps / steps`, as diffusers recomputes it.
+/// Where a step leads: to the list's own next timestep, or to `t - num_train_timesteps / steps`, as diffusers has it.
 enum class Transitions { exact, diffusers };
 enum class TimeShift { exponential, linear };
 /// How a number of steps is spaced: noise levels from the highest to the lowest.
@@ -111,7 +111,8 @@ struct DDIMConfig {
             throw std::invalid_argument(detail::text("beta_start, beta_end: ", beta_start, ", ", beta_end,
                                                      "; pass 0 < beta_start <= beta_end < 1"));
         if (prediction_type == PredictionType::flow || prediction_type == PredictionType::edm)
-            throw std::invalid_argument("prediction_type: 'flow' or 'edm' with betas; pass epsilon, sample or v_prediction");
+            throw std::invalid_argument(
+                "prediction_type: 'flow' or 'edm' with betas; pass epsilon, sample or v_prediction");
         if (rescale_betas_zero_snr && num_train_timesteps < 2)
             throw std::invalid_argument("rescale_betas_zero_snr: true needs num_train_timesteps >= 2");
         if (thresholding) {
@@ -331,8 +332,8 @@ struct FlowSchedule {
         return base_shift + static_cast<double>(image_seq_len - base_image_seq_len) * slope;
     }
 
-    /// Levels in (0, 1], descending, shifted, without the clean end: `num_inference_steps` of them, evenly spaced before the
-    /// shift, or those of a list. Throws std::invalid_argument: a `mu` that is missing or has no use, or an empty list.
+    /// Levels in (0, 1], descending, shifted, without the clean end: a number of them, evenly spaced before the shift, or
+    /// those of a list. Throws std::invalid_argument: a `mu` that is missing or has no use, or an empty list.
     std::vector<double> sigmas(std::int64_t num_inference_steps, std::optional<double> image_mu = {}) const {
         FASTDDIM_EXACT
         double lowest = 1.0 / static_cast<double>(num_train_timesteps);
@@ -343,7 +344,8 @@ struct FlowSchedule {
     std::vector<double> sigmas(std::vector<double> levels, std::optional<double> image_mu = {}) const {
         FASTDDIM_EXACT
         if (use_dynamic_shifting && !image_mu)
-            throw std::invalid_argument("mu: missing with use_dynamic_shifting; pass one, such as schedule.mu(image_seq_len)");
+            throw std::invalid_argument(
+                "mu: missing with use_dynamic_shifting; pass one, such as schedule.mu(image_seq_len)");
         if (!use_dynamic_shifting && image_mu)
             throw std::invalid_argument(
                 detail::text("mu: ", *image_mu, " without use_dynamic_shifting; leave it out, or pass shift"));
@@ -385,9 +387,11 @@ struct EDMSchedule {
             throw std::invalid_argument("prediction_type: another one for an EDMSchedule; pass epsilon or v_prediction");
         if (sigma_schedule != Spacing::karras && sigma_schedule != Spacing::exponential)
             throw std::invalid_argument("sigma_schedule: another one for an EDMSchedule; pass karras or exponential");
-        if (!(0 < sigma_min && sigma_min < sigma_max && std::isfinite(sigma_max) && 0 < sigma_data && std::isfinite(sigma_data)))
-            throw std::invalid_argument(detail::text("sigma_min, sigma_max, sigma_data: ", sigma_min, ", ", sigma_max, ", ",
-                                                     sigma_data, "; pass finite numbers, 0 < sigma_min < sigma_max and 0 < sigma_data"));
+        const bool ascend = 0 < sigma_min && sigma_min < sigma_max && std::isfinite(sigma_max);
+        if (!ascend || !(0 < sigma_data && std::isfinite(sigma_data)))
+            throw std::invalid_argument(
+                detail::text("sigma_min, sigma_max, sigma_data: ", sigma_min, ", ", sigma_max, ", ", sigma_data,
+                             "; pass finite numbers, 0 < sigma_min < sigma_max and 0 < sigma_data"));
     }
 };
 
