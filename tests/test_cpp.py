@@ -27,7 +27,7 @@ import fastddim
 from damage import edited, flip_a_byte, put
 from fastddim import DDIMConfig, Schedule, StepTable
 from fastddim.config import BETA_SCHEDULES, PREDICTION_TYPES, TIMESTEP_SPACINGS
-from fastddim.export import Bundle, ExportOptions, OrtSampler, export_onnx, open_bundle
+from fastddim.export import Bundle, ExportOptions, OrtSampler, export_aoti, export_onnx, open_bundle
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP, normal_numpy
 from fastddim.samplers import METHODS, Steps
 from fastddim.samplers.sampling import Sampling
@@ -490,6 +490,15 @@ def test_bundles_of_every_method_take_any_number_of_steps(checked, tmp_path, nam
         if "seeded" in options:
             with pytest.raises(CppError, match="start: a state, but this bundle draws its own from seeds"):
                 sampler(np.zeros((1, *SHAPE)), seeds=0)
+
+
+def test_libtorchs_loader_carries_the_previous_x0(tmp_path):
+    options = ExportOptions(method="dpmsolver++", kind="step", num_inference_steps=6)
+    path = export_aoti(Wave(), BETAS, tmp_path / "bundle", options, sample_shape=SHAPE, parity_steps=()).path
+    with CppSampler(build("aoti", "aoti_driver") / "aoti_driver", path) as sampler:
+        for steps in (6, 11):
+            expected = fastddim.Sampler(Wave(), BETAS, steps, sample_shape=SHAPE, method="dpmsolver++")(2, seeds=7)
+            np.testing.assert_allclose(sampler(2, seeds=7, num_inference_steps=steps), expected, rtol=1e-4, atol=1e-4)
 
 
 def to_json(table):
