@@ -244,7 +244,10 @@ def test_every_method_exports_and_takes_other_numbers_of_steps(tmp_path, name):
             uncond_kwargs={"labels": np.zeros(3, np.int64)} if guided else None,
         )  # fmt: skip
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=2e-4 * max(1, np.abs(expected).max()))
-    if not options.get("bake_schedule"):
+    if options.get("bake_schedule"):
+        with pytest.raises(ValueError, match=r"num_inference_steps: 101; pass an integer in \[1, (100|50)\]"):
+            exported(3, seeds=5, num_inference_steps=101, labels=LABELS.numpy())
+    else:
         with pytest.raises(ValueError, match=r"^eta: "):
             exported(3, seeds=5, eta=2.0, labels=LABELS.numpy(), guidance_scale=3.0 if guided else None)
 

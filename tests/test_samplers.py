@@ -425,6 +425,8 @@ def test_eulers_method_is_inverted(kind):
         ("edm", {"timesteps": [3, 2]}, "timesteps: given to an EDMSchedule"),
         ("ddpm", {"method": "euler", "method_options": 3}, "method_options: 3; pass a mapping"),
         ("ddpm", {"sigmas": [1.0, 0.5]}, "sigmas: .* for method 'ddim'"),
+        ("ddpm", {"method": "euler", "timesteps": []}, "timesteps: empty; pass at least one"),
+        ("flow", {"spacing": "align_your_steps_sdxl"}, "spacing: 'align_your_steps_sdxl' has levels above 1"),
     ],
 )
 def test_what_a_method_cannot_take_is_named(schedule, options, said):

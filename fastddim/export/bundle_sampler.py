@@ -198,7 +198,7 @@ class BundleSampler(ABC):
         given = len(self.bundle.manifest["table"]["timesteps"]) if num_inference_steps is None else num_inference_steps
         counts = _on_host(given)
         assert self._scheduling is not None
-        most = self._scheduling.most_steps
+        most = self._scheduling.most_baked
         fits = counts.shape in ((), (batch,)) and np.issubdtype(counts.dtype, np.integer)
         if not fits or counts.min() < 1 or counts.max() > most:
             raise ValueError(
@@ -232,6 +232,8 @@ class BundleSampler(ABC):
         if num_inference_steps is None and timesteps is None:
             num_inference_steps = len(default)
         count = None if num_inference_steps is None else int(num_inference_steps)
+        if count is not None and self._sampling["baked_schedule"]:
+            require_int("num_inference_steps", count, 1, self._scheduling.most_baked)
         table = self._scheduling.build(Steps(count, timesteps), **({} if eta is None else {"eta": eta}))
         if table.stochastic and not self._sampling["stochastic"]:
             raise ValueError(f"eta: {eta!r}, but this bundle has no input for noise; export it with stochastic=True")

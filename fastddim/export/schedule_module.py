@@ -12,9 +12,6 @@ from fastddim.samplers import Steps
 from fastddim.samplers.sampling import Sampling
 from fastddim.schedule import Schedule
 
-# More steps than a user takes with the methods whose tables are kept, and few enough to keep all of them.
-_MOST_KEPT = 100
-
 
 def bake(sampling: Sampling, per_sample: bool = False) -> ScheduleModule | TablesModule:
     """What makes the tables of a baked schedule.
@@ -116,7 +113,7 @@ class ScheduleModule(torch.nn.Module):
 
 
 class TablesModule(torch.nn.Module):
-    """The tables of a method at each number of steps up to 100, or to the most that it has, one after another.
+    """The tables of a method at each number of steps up to `Sampling.most_baked`, one after another.
 
     Arguments and results are as `ScheduleModule`'s; the coefficients have 7 columns where the method looks back, and
     timesteps are float32 where it has such.
@@ -127,7 +124,7 @@ class TablesModule(torch.nn.Module):
 
     def __init__(self, sampling: Sampling, per_sample: bool = False) -> None:
         super().__init__()
-        self._most = min(sampling.most_steps, _MOST_KEPT)
+        self._most = sampling.most_baked
         self._per_sample = per_sample
         tables = [sampling.build(Steps(n)) for n in range(1, self._most + 1)]
         self.start_scales = {table.start_scale for table in tables}

@@ -144,6 +144,11 @@ def flow_levels(schedule: FlowSchedule, steps: Steps, mu: float | None) -> Noise
         shifted = schedule.sigmas(steps.num_inference_steps, sigmas=given, mu=mu)
         if steps.spacing is not None:
             shifted = SPACINGS[steps.spacing](len(shifted), shifted[-1], shifted[0])
+            if shifted[0] > 1:
+                raise ValueError(
+                    f"spacing: {steps.spacing!r} has levels above 1, which flow matching has not; pass 'karras',"
+                    " 'exponential' or 'beta'"
+                )
         sigmas = np.append(shifted, 0.0)
         timesteps = shifted * schedule.num_train_timesteps if steps.timesteps is None else steps.timesteps
     return NoiseLevels(tuple(map(float, timesteps)), 1 - sigmas, sigmas, "flow").starting_at(

@@ -21,6 +21,8 @@ SCHEDULE_TYPES: dict[str, type[Schedule] | type[FlowSchedule] | type[EDMSchedule
 }
 # EDM's models know no number of training timesteps.
 _MOST_STEPS = 1000
+# More than a user takes with the methods whose tables are kept, and few enough to keep all of them.
+_MOST_KEPT = 100
 # What diffusers' classes can be told that no method here knows, with the value that leaves it out.
 _LEFT_OUT: dict[str, Any] = {
     "use_lu_lambdas": False,
@@ -79,6 +81,11 @@ class Sampling:
         config = self.schedule.config if isinstance(self.schedule, Schedule) else self.schedule
         trained = getattr(config, "num_train_timesteps", _MOST_STEPS)
         return int({**method.options, **self.options}.get("original_inference_steps", trained))
+
+    @property
+    def most_baked(self) -> int:
+        """The most steps of a file that makes its tables itself: of other methods than DDIM it has them all inside."""
+        return self.most_steps if self.method == "ddim" else min(self.most_steps, _MOST_KEPT)
 
     def with_options(self, options: Mapping[str, Any], limit: Limit, spacing: str | None = None) -> Sampling:
         """This with other options of the method, and with epsilon derived from the limited x0 where it is limited.

@@ -35,6 +35,10 @@ class Steps:
     def __post_init__(self) -> None:
         if (self.num_inference_steps is None) == (self.timesteps is None and self.sigmas is None):
             raise ValueError("num_inference_steps, timesteps, sigmas: pass a number of steps, or a list")
+        for name in ("timesteps", "sigmas"):
+            given = getattr(self, name)
+            if given is not None and not len(given):
+                raise ValueError(f"{name}: empty; pass at least one")
         if self.num_inference_steps is not None:
             require_int("num_inference_steps", self.num_inference_steps, 1)
         require_number("strength", self.strength, 0.0, 1.0)
