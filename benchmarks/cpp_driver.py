@@ -133,7 +133,7 @@ class CppSampler:
 
 
 def _to_call(start: int | np.ndarray, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    own = {"seeds", "num_inference_steps", "timesteps", "eta", "size"}
+    own = {"seeds", "num_inference_steps", "timesteps", "eta", "table", "size"}
     call: dict[str, Any] = {"start": _to_json(start)} if isinstance(start, np.ndarray) else {"batch": start}
     conditions = {}
     for name, value in arguments.items():

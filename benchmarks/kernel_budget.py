@@ -139,6 +139,7 @@ def make_cases() -> list[Case]:
         Case("x0 and half model input", guided, model="fp16", outputs=everything, quick=True),
         Case("advance", StepShape(**PIXELS, guided=True, limit=clip, advance=True), outputs=everything),
         Case("advance per sample", StepShape(**PIXELS, guided=True, limit=clip, advance=True, **options), outputs=everything),
+        Case("looking back", StepShape(**PIXELS, guided=True, limit=clip, looks_back=True), outputs=everything, quick=True),
         Case("small", StepShape(2, 16384, guided=True, limit=clip), quick=True),
         Case("small, drawn noise", StepShape(2, 16384, guided=True, limit=clip, drawn=True)),
         Case("action sequence", StepShape(8, 112, limit=clip, row_per_sample=True)),

@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "config": ("Clip", "DDIMConfig", "DynamicThreshold"),
-    "schedule": ("Schedule",),
+    "schedule": ("EDMSchedule", "FlowSchedule", "Schedule"),
     "coefficients": ("StepTable",),
     "step": ("Guidance",),
     "interpolation": ("slerp",),
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from fastddim.pipeline import load_pipeline as load_pipeline
     from fastddim.sampler import Sampler as Sampler
     from fastddim.sampler_options import SamplerOptions as SamplerOptions
+    from fastddim.schedule import EDMSchedule as EDMSchedule
+    from fastddim.schedule import FlowSchedule as FlowSchedule
     from fastddim.schedule import Schedule as Schedule
     from fastddim.scheduler import DDIMInverseScheduler as DDIMInverseScheduler
     from fastddim.scheduler import DDIMScheduler as DDIMScheduler
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "samplers":
+        return importlib.import_module("fastddim.samplers")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'fastddim' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"fastddim.{_MODULE_OF[name]}"), name)

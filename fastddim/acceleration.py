@@ -22,9 +22,11 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from fastddim.capture_checks import owns_graphs
 from fastddim.coefficients import StepTable
-from fastddim.config import limit_from
+from fastddim.config import Limit, limit_from
 from fastddim.loop import Loop, Model, Run, call_model, graph_mode
 from fastddim.sampler_options import SamplerOptions
+from fastddim.samplers import METHODS, Steps
+from fastddim.samplers.sampling import read_scheduler
 from fastddim.scheduler import DDIMScheduler, DDIMSchedulerOutput
 from fastddim.step import Guidance
 
@@ -44,7 +46,12 @@ _OWN_LOOP_ARGUMENTS = (
     "sigmas",
     "denoising_start",
     "denoising_end",
+    "joint_attention_kwargs",
+    "skip_guidance_layers",
+    "true_cfg_scale",
 )
+# Arguments of these whose default is no None.
+_NEUTRAL = {"true_cfg_scale": 1.0}
 
 
 def _no_guidance(pipe: Any, arguments: Mapping[str, Any]) -> Guidance | None:
@@ -67,18 +74,45 @@ def _dit_guidance(pipe: Any, arguments: Mapping[str, Any]) -> Guidance | None:
     return Guidance(scale, cond_first=True) if scale > 1 else None
 
 
+def _same(denoiser: Model) -> Model:
+    return denoiser
+
+
+def _without_variance(denoiser: Any) -> Model:
+    """The prediction may be followed by channels that are no part of the step."""
+
+    def predict(x: torch.Tensor, t: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return call_model(denoiser, x, t, kwargs)[:, : x.shape[1]]
+
+    return predict
+
+
+def _by_keyword(denoiser: Any) -> Model:
+    def predict(x: torch.Tensor, t: torch.Tensor, **kwargs: Any) -> Any:
+        return denoiser(hidden_states=x, timestep=t, **kwargs)
+
+    return predict
+
+
+def _by_keyword_in_thousandths(denoiser: Any) -> Model:
+    def predict(x: torch.Tensor, t: torch.Tensor, **kwargs: Any) -> Any:
+        return denoiser(hidden_states=x, timestep=t.to(x.dtype) / 1000, **kwargs)
+
+    return predict
+
+
 class _Kind(NamedTuple):
     """What differs between the supported pipelines.
 
     Attributes:
         denoiser: the component that the loop calls.
         guidance: finds a call's guidance, from the pipeline as its `__call__` has set it up and from the arguments.
-        learned_variance: the prediction may be followed by channels that are no part of the step.
+        model: `model(x, t, **kwargs)` of the denoiser.
     """
 
     denoiser: str
     guidance: Callable[[Any, Mapping[str, Any]], Guidance | None]
-    learned_variance: bool = False
+    model: Callable[[Any], Model] = _same
 
 
 # By name: importing them all would import transformers for everyone.
@@ -89,7 +123,9 @@ _KINDS = {
     "diffusers.StableDiffusionImg2ImgPipeline": _Kind("unet", _prompt_guidance),
     "diffusers.StableDiffusionXLPipeline": _Kind("unet", _prompt_guidance),
     "diffusers.StableDiffusionXLImg2ImgPipeline": _Kind("unet", _prompt_guidance),
-    "diffusers.DiTPipeline": _Kind("transformer", _dit_guidance, learned_variance=True),
+    "diffusers.DiTPipeline": _Kind("transformer", _dit_guidance, _without_variance),
+    "diffusers.StableDiffusion3Pipeline": _Kind("transformer", _prompt_guidance, _by_keyword),
+    "diffusers.FluxPipeline": _Kind("transformer", _no_guidance, _by_keyword_in_thousandths),
 }
 
 
@@ -117,8 +153,7 @@ class _Acceleration:
         with self._lock:
             if self._loop is None or self._denoiser is not denoiser:
                 self._release()
-                model: Model = _without_variance(denoiser) if kind.learned_variance else denoiser
-                self._loop = Loop(model, self.options.graph, self.options.max_graphs, denoiser)
+                self._loop = Loop(kind.model(denoiser), self.options.graph, self.options.max_graphs, denoiser)
                 self._denoiser = denoiser
             return self._loop
 
@@ -145,13 +180,6 @@ def _parts(denoiser: Any) -> Iterator[torch.nn.Module]:
     """A denoiser's modules, without the wrapper that `torch.compile` puts around it."""
     module: torch.nn.Module = getattr(denoiser, "_orig_mod", denoiser)
     return module.modules()
-
-
-def _without_variance(denoiser: Any) -> Model:
-    def predict(x: torch.Tensor, t: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return call_model(denoiser, x, t, kwargs)[:, : x.shape[1]]
-
-    return predict
 
 
 def _view(original: Any, cls: type) -> Any:
@@ -193,29 +221,33 @@ class _Progress:
             yield from self._iterable
 
 
-class _LoopScheduler(DDIMScheduler):
-    """A view of the pipeline's scheduler whose `step` is the whole loop."""
+class _LoopScheduler:
+    """Mixed into the class of the pipeline's scheduler, for a view of it whose `step` is the whole loop."""
 
     _call: _Call
     timesteps: torch.Tensor
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        diffusers.DDIMScheduler.set_timesteps(self, num_inference_steps)
-        self.timesteps = self._call.begin(num_inference_steps, self.timesteps, device)
 
-    def step(
-        self,
-        model_output: torch.Tensor,
-        timestep: int | torch.Tensor,
-        sample: torch.Tensor,
-        eta: float = 0.0,
-        use_clipped_model_output: bool = False,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        variance_noise: torch.Tensor | None = None,
-        return_dict: bool = True,
-    ) -> DDIMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        final = self._call.run_loop(self, model_output, sample, eta, bool(use_clipped_model_output), generator)
-        return DDIMSchedulerOutput(final) if return_dict else (final, final)
+@functools.cache
+def _loop_scheduler_of(scheduler: Any) -> type:
+    # Pipelines look into both signatures.
+    @functools.wraps(scheduler.set_timesteps)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(scheduler.set_timesteps).bind(self, *args, **kwargs)
+        # On the pipeline's device they would have to be read back.
+        device = given.arguments.pop("device", None)
+        scheduler.set_timesteps(*given.args, **given.kwargs)
+        self.timesteps = self._call.begin(self.timesteps, device, args, kwargs)
+
+    @functools.wraps(scheduler.step)
+    def step(self: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(scheduler.step).bind(self, model_output, timestep, sample, *args, **kwargs)
+        given.apply_defaults()
+        options = {**given.arguments, **kwargs}
+        final = self._call.run_loop(self, model_output, timestep, sample, options)
+        return DDIMSchedulerOutput(final) if options.get("return_dict", True) else (final, final)
+
+    return type(scheduler.__name__, (_LoopScheduler, scheduler), {"set_timesteps": set_timesteps, "step": step})
 
 
 class _Recorder:
@@ -224,9 +256,10 @@ class _Recorder:
     _call: _Call
     config: Any
 
-    def __call__(self, x: torch.Tensor, timestep: Any = None, **kwargs: Any) -> Any:
+    def __call__(self, x: torch.Tensor | None = None, timestep: Any = None, **kwargs: Any) -> Any:
+        x = kwargs.pop("hidden_states") if x is None else x
         self._call.recorded = (x, kwargs)
-        channels = getattr(self.config, "out_channels", None) or x.shape[1]
+        channels = x.shape[1] if x.ndim < 4 else getattr(self.config, "out_channels", None) or x.shape[1]
         prediction = x.new_zeros((x.shape[0], channels, *x.shape[2:]))
         return SimpleNamespace(sample=prediction) if kwargs.get("return_dict", True) else (prediction,)
 
@@ -275,19 +308,23 @@ class _Call:
     def _replaced(self) -> dict[str, Any]:
         """What the pipeline's code sees instead of the pipeline's own."""
         own: Any = type(self._denoiser)
-        scheduler, denoiser = _view(self._pipe.scheduler, _LoopScheduler), _view(self._denoiser, _recorder_of(own))
+        scheduler = _view(self._pipe.scheduler, _loop_scheduler_of(self._pipe.scheduler.__class__))
+        denoiser = _view(self._denoiser, _recorder_of(own))
         for view in (scheduler, denoiser):
             vars(view)["_call"] = self
         replaced = {"scheduler": scheduler, self._kind.denoiser: denoiser, "progress_bar": self._progress_bar}
         return {**replaced, "get_timesteps": self._get_timesteps} if self._slices_timesteps else replaced
 
     def begin(
-        self, num_inference_steps: int, timesteps: torch.Tensor, device: str | torch.device | None
+        self, timesteps: torch.Tensor, device: str | torch.device | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> torch.Tensor:
-        """Note the run's timesteps, `[num_steps]` on the CPU: those that the pipeline should see, on `device`."""
+        """Note the run's timesteps, `[num_steps]` on the CPU: those that the pipeline should see, on `device`.
+
+        `args` and `kwargs` are those that the pipeline has set them with.
+        """
         self._timesteps = timesteps.tolist()
         # Read by users after a call.
-        self._pipe.scheduler.set_timesteps(num_inference_steps, device=device)
+        self._pipe.scheduler.set_timesteps(*args, **kwargs)
         timesteps = timesteps.to(device)
         # An image-to-image pipeline still has to find its start in them.
         return timesteps if self._slices_timesteps else timesteps[:1]
@@ -298,26 +335,27 @@ class _Call:
         return timesteps[:1], num_inference_steps
 
     def _progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> _Progress:
-        total = len(self._timesteps) if total is None else total
+        # Where a pipeline has counted the timesteps that it sees, it has one.
+        total = len(self._timesteps)
         self._progress = _Progress(self._pipe.progress_bar(total=total), total, iterable)
         return self._progress
 
     def run_loop(
         self,
-        scheduler: _LoopScheduler,
+        scheduler: Any,
         model_output: torch.Tensor,
+        timestep: Any,
         sample: torch.Tensor,
-        eta: float,
-        use_clipped_model_output: bool,
-        generator: torch.Generator | list[torch.Generator] | None,
+        options: Mapping[str, Any],
     ) -> torch.Tensor:
         """The final state of all steps from `sample`, of its shape.
 
         Args:
             scheduler: the scheduler whose rows the steps take.
             model_output: a tensor of the shape and dtype that the pipeline hands to a step.
+            timestep: the first one.
             sample: the starting state `[B, ...]`, or, as DiT has it, the same one twice.
-            eta, use_clipped_model_output, generator: as a step's.
+            options: all arguments of the step by name.
         """
         assert self.recorded is not None
         if "_num_timesteps" in vars(self._inner):
@@ -326,25 +364,27 @@ class _Call:
         guidance = self._kind.guidance(self._inner, self._arguments)
         twice = guidance is not None and len(model_input) == len(sample)
         start = sample[: len(sample) // 2] if twice else sample
+        table, draws = _table_of(scheduler, self._timesteps, options)
+        # The loop's states are those that the model is called with.
+        scales = getattr(scheduler, "scale_model_input", None)
+        scale = 1.0 if scales is None else float(scales(torch.ones((), device="cpu"), timestep))
+        if scale != 1.0:
+            start = (start.to(torch.promote_types(start.dtype, torch.float32)) * scale).to(start.dtype)
         noise = None
-        if eta > 0:
+        if any(draws):
             # In the order in which the steps would have drawn it.
-            like = {"device": model_output.device, "dtype": model_output.dtype}
-            noise = torch.stack(
-                [randn_tensor(model_output.shape, generator=generator, **like) for _ in self._timesteps]
-            )
-        columns = scheduler._columns(torch.tensor(self._timesteps, device="cpu"), eta, use_clipped_model_output)
-        if noise is None:
-            columns[:, -1] = 0.0
+            drawn = [_draw(scheduler, model_output, options.get("generator")) if draw else None for draw in draws]
+            silent = torch.zeros_like(next(each for each in drawn if each is not None))
+            noise = torch.stack([silent if each is None else each for each in drawn])
         run = Run(
-            table=StepTable.from_columns(self._timesteps, columns),
+            table=table,
             shape=tuple(start.shape),
             dtype=torch.promote_types(sample.dtype, model_output.dtype),
             model_dtype=model_input.dtype,
             device=sample.device,
             start=start,
             noise=noise,
-            limit=limit_from(scheduler.config),
+            limit=_limit_of(scheduler),
             guidance=guidance,
             kwargs=kwargs,
             backend=self._acceleration.options.backend,
@@ -370,16 +410,52 @@ class _Call:
                 self._progress.advance()
 
 
+def _table_of(scheduler: Any, timesteps: list[float], options: Mapping[str, Any]) -> tuple[StepTable, list[bool]]:
+    """The table of a scheduler's steps at `timesteps`, and at which of them it draws noise; `options` are a step's."""
+    if isinstance(scheduler, diffusers.DDIMScheduler):
+        eta, rederive = options.get("eta", 0.0), bool(options.get("use_clipped_model_output"))
+        columns = _view(scheduler, DDIMScheduler)._columns(torch.tensor(timesteps, device="cpu"), eta, rederive)
+        if eta <= 0:
+            columns[:, -1] = 0.0
+        return StepTable.from_columns(timesteps, columns), [eta > 0] * len(timesteps)
+    sampling = read_scheduler(scheduler)
+    # The numbers that the scheduler steps through, whatever rule or list they are of.
+    sigmas = getattr(scheduler, "sigmas", None)
+    steps = Steps(timesteps=timesteps, sigmas=None if sigmas is None else sigmas[-len(timesteps) - 1 :].tolist())
+    table = sampling.build(steps, **({"gamma": options["eta"]} if sampling.method == "tcd" else {}))
+    draws = (table.columns[:, 5] != 0).tolist()
+    if sampling.method == "euler_ancestral" or sampling.options.get("algorithm_type") == "sde-dpmsolver++":
+        # They draw at the last step too, where it is not used.
+        draws[-1] = True
+    return table, draws
+
+
+def _limit_of(scheduler: Any) -> Limit:
+    ddim = isinstance(scheduler, diffusers.DDIMScheduler)
+    return limit_from(scheduler.config) if ddim else read_scheduler(scheduler).limit
+
+
+def _draw(scheduler: Any, model_output: torch.Tensor, generator: Any) -> torch.Tensor:
+    """The noise of a step, as its scheduler draws it."""
+    name = type(scheduler).__name__
+    if name == "FlowMatchEulerDiscreteScheduler":
+        return torch.randn_like(model_output, dtype=torch.float32)
+    dtype = torch.float32 if name == "DPMSolverMultistepScheduler" else model_output.dtype
+    drawn: torch.Tensor = randn_tensor(model_output.shape, generator=generator, device=model_output.device, dtype=dtype)
+    return drawn
+
+
 def _reason_against(pipe: Any, pipeline: type, base: type, kind: _Kind, arguments: Mapping[str, Any]) -> str | None:
     """Why a call of a `pipeline`, which is or inherits from `base`, has to run the pipeline's own loop, or None."""
     for name in ("__call__", "get_timesteps"):
         if getattr(pipeline, name, None) is not getattr(base, name, None):
             return f"{pipeline.__name__} has a {name} of its own"
     for name in _OWN_LOOP_ARGUMENTS:
-        if arguments.get(name) is not None:
+        if arguments.get(name) not in (None, _NEUTRAL.get(name)):
             return f"{name} is given"
-    if not _is_ddim(pipe.scheduler):
-        return f"its scheduler is a {type(pipe.scheduler).__name__}, not a DDIMScheduler"
+    unknown = _unknown_scheduler(pipe.scheduler)
+    if unknown is not None:
+        return f"its scheduler is {unknown}"
     denoiser = getattr(pipe, kind.denoiser)
     if getattr(pipe, "_all_hooks", None):
         return "its models are offloaded"
@@ -395,7 +471,7 @@ def _reason_against(pipe: Any, pipeline: type, base: type, kind: _Kind, argument
         return f"the {kind.denoiser} is compiled to capture CUDA graphs of its own; pass graph='off'"
     for part in _parts(denoiser):
         members = vars(part)
-        if "_hf_hook" in members or "_diffusers_hook" in members:
+        if "_hf_hook" in members or getattr(members.get("_diffusers_hook"), "hooks", None):
             return f"the {kind.denoiser} has hooks for offloading, caching or casting"
         if "forward" in members:
             return f"the {kind.denoiser} has a replaced forward"
@@ -404,8 +480,19 @@ def _reason_against(pipe: Any, pipeline: type, base: type, kind: _Kind, argument
     return None
 
 
-def _is_ddim(scheduler: Any) -> bool:
-    return type(scheduler) in (diffusers.DDIMScheduler, DDIMScheduler)
+def _unknown_scheduler(scheduler: Any) -> str | None:
+    """Why the loop cannot take a scheduler's steps, after "is"; None where it can."""
+    kind = type(scheduler)
+    own = [name for method in METHODS.values() for name in method.schedulers if method.name not in ("ddim", "ddpm")]
+    if kind is DDIMScheduler or kind is diffusers.DDIMScheduler:
+        return None
+    if kind.__name__ not in own or getattr(diffusers, kind.__name__, None) is not kind:
+        return f"a {kind.__name__}, none of {', '.join(['DDIMScheduler', *own])}"
+    try:
+        read_scheduler(scheduler)
+    except ValueError as error:
+        return f"a {kind.__name__} with {error}"
+    return None
 
 
 @functools.cache
@@ -459,8 +546,9 @@ def accelerate(pipe: P, *, graph: str = "auto", backend: str = "auto", max_graph
 
     Args:
         pipe: a `DDIMPipeline` (diffusers' or fastddim's), `StableDiffusionPipeline`, `StableDiffusionImg2ImgPipeline`,
-            `StableDiffusionXLPipeline`, `StableDiffusionXLImg2ImgPipeline` or `DiTPipeline` with a `DDIMScheduler`.
-            Accelerated already, it keeps its captured graphs if the options are the same.
+            `StableDiffusionXLPipeline`, `StableDiffusionXLImg2ImgPipeline`, `DiTPipeline`, `StableDiffusion3Pipeline` or
+            `FluxPipeline`, with a `DDIMScheduler` or another scheduler of `fastddim.samplers.METHODS`, but for DDPM's and
+            PNDM's. Accelerated already, it keeps its captured graphs if the options are the same.
         graph, max_graphs: as `fastddim.Sampler`'s.
         backend: implementation of the step, as `fastddim.ddim_step`'s.
 
@@ -474,10 +562,11 @@ def accelerate(pipe: P, *, graph: str = "auto", backend: str = "auto", max_graph
     options = SamplerOptions(graph=graph, backend=backend, max_graphs=max_graphs)
     if isinstance(pipe, type) or _find_kind(type(pipe)) is None:
         raise TypeError(f"pipe: {type(pipe).__name__}; pass one of {', '.join(_KINDS)}")
-    if not _is_ddim(pipe.scheduler):
+    unknown = _unknown_scheduler(pipe.scheduler)
+    if unknown is not None:
         raise ValueError(
-            f"pipe.scheduler: {type(pipe.scheduler).__name__} is not DDIM; set"
-            " pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config) first"
+            f"pipe.scheduler: it is {unknown}; set one of these, such as"
+            " pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config), first"
         )
     if _unaccelerated(pipe) is not None:
         if pipe._acceleration.options == options:

@@ -180,6 +180,7 @@ def ddim_step(
     advance: bool = False,
     timesteps: torch.Tensor | None = None,
     next_timestep: torch.Tensor | None = None,
+    previous_x0: torch.Tensor | None = None,
     ratios: torch.Tensor | None = None,
     workspace: Workspace | None = None,
     backend: str = "auto",
@@ -192,17 +193,18 @@ def ddim_step(
     Args:
         model_output: the model's output `[B, ...]`, or with guidance `[2 * B, ...]`, both halves stacked; any float dtype.
         sample: the current state `[B, ...]`, any rank, any float dtype.
-        table: the run's `StepTable`, or its `[num_steps, 6]` tensor on the state's device.
+        table: the run's `StepTable`, or its `[num_steps, 6]` or `[num_steps, 7]` tensor on the state's device.
         step: the row for all samples, or an integer tensor `[]` or `[B]` with each sample's own row; in a tensor,
             negative numbers count from the end.
         guidance: a `Guidance`, or its scale alone, a number or a tensor `[B]`; None for an unguided step.
         limit, limit_values, noise, seeds, first_row, out, return_x0, model_input, advance, timesteps, next_timestep,
-            ratios, workspace: as the attributes of `fastddim.step.StepOptions`.
+            previous_x0, ratios, workspace: as the attributes of `fastddim.step.StepOptions`.
         backend: `"reference"` or `"triton"` to choose; `"auto"` takes the kernel wherever it can run, and can be
             switched off with the environment variable `FASTDDIM_BACKEND=reference`.
 
     Returns:
-        `(x_next, x0)`, the next state and the limited prediction of x0, both of the state's shape and dtype.
+        `(x_next, x0)`, the next state and the limited prediction of x0, both of the state's shape and dtype; with
+        `previous_x0`, x0 is that tensor.
 
     Raises:
         TypeError: something that is not a tensor, a guidance or a limit where one is needed.
@@ -225,6 +227,6 @@ def ddim_step(
     options = StepOptions(
         guidance=guidance, limit=limit, limit_values=limit_values, noise=noise, seeds=seeds, first_row=first_row, out=out,
         return_x0=return_x0, model_input=model_input, advance=advance, timesteps=timesteps, next_timestep=next_timestep,
-        ratios=ratios, workspace=workspace,
+        previous_x0=previous_x0, ratios=ratios, workspace=workspace,
     )  # fmt: skip
     return take_step(backend, model_output, sample, table, step, options)

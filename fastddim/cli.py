@@ -30,17 +30,23 @@ from fastddim.cli_options import (
     DEFAULT_GUIDANCE,
     CommandGroup,
     Device,
+    Eta,
     Json,
+    Method,
+    MethodOptions,
     Model,
     Out,
+    Spacing,
     Steps,
     check_classes,
     integer,
     integers,
     load_model,
     naming,
+    naming_options,
     number,
     parse_integers,
+    parse_method_options,
     pick_device,
 )
 from fastddim.config import require_int, require_number
@@ -139,7 +145,10 @@ def sample(
     model: Model = None,
     num_images: Annotated[int, integer(help="How many images.")] = 100,
     steps: Steps = 50,
-    eta: Annotated[float, number(help="Noise in [0, 1]: 0 is DDIM, 1 is DDPM.")] = 0.0,
+    method: Method = "auto",
+    method_option: MethodOptions = None,
+    spacing: Spacing = None,
+    eta: Eta = None,
     guidance_scale: Annotated[
         float | None,
         number(help=f"Classifier-free guidance; 1 is off. Default: {DEFAULT_GUIDANCE:g} with classes, else off."),
@@ -155,7 +164,14 @@ def sample(
     """Sample images into one picture, a row for each class."""
     # What is cheap to check comes before the seconds that loading torch and the model takes.
     require_int("--num-images", num_images, 1, _MOST_IMAGES)
-    require_number("--eta", eta, 0.0, 1.0)
+    options: dict[str, Any] = {
+        "method": method,
+        "method_options": parse_method_options(method_option),
+        "spacing": spacing,
+    }
+    if eta is not None:
+        require_number("--eta", eta, 0.0, 1.0)
+        options["eta"] = eta
     require_number("--guidance-rescale", guidance_rescale, 0.0, 1.0)
     require_int("--seed", seed, 0, 2**64 - num_images)
     classes = _check(steps, guidance_scale, labels, batch_size, out)
@@ -169,7 +185,7 @@ def sample(
         classes = classes or list(range(max(null, 1)))
         guidance_scale = DEFAULT_GUIDANCE if guidance_scale is None else guidance_scale
     job = _Job.plan(
-        pipeline, target, out, as_json, num_images, classes, steps, guidance_scale, guidance_rescale, eta=eta
+        pipeline, target, out, as_json, num_images, classes, steps, guidance_scale, guidance_rescale, **options
     )
     layout = {"labels": job.labels}
     job.check_grid(num_images, layout)
@@ -182,6 +198,7 @@ def sample(
         seconds,
         num_images=num_images,
         steps=steps,
+        method=job.sampler.method,
         eta=eta,
         guidance_rescale=guidance_rescale,
         seed=seed,
@@ -248,7 +265,9 @@ class _Job:
         cycle = classes or (None if null is None else [null])
         require_int("--steps", steps, 1, int(pipeline.scheduler.config.num_train_timesteps))
         options |= {"guidance_scale": scale, "guidance_rescale": guidance_rescale}
-        sampler = fastddim.Sampler(pipeline.unet.to(target), pipeline.scheduler, steps, **options)
+        named = {"num_inference_steps": "--steps", **{name: f"--{name}" for name in ("method", "spacing", "eta")}}
+        with naming_options(named):
+            sampler = fastddim.Sampler(pipeline.unet.to(target), pipeline.scheduler, steps, **options)
         shape = sampler.sample_shape
         if shape is None or len(shape) != 3 or shape[0] not in (1, 3):
             raise ValueError(

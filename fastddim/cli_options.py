@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -58,6 +59,15 @@ Model = Annotated[
     typer.Option(metavar="FOLDER_OR_HUB_ID", help="A diffusers folder or hub id. Default: the embedded digits."),
 ]
 Steps = Annotated[int, integer(help="Model calls per image.")]
+Method = Annotated[str, choice(help="Sampling method, such as dpmsolver++. Default: the scheduler's own.")]
+MethodOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method-option", metavar="NAME=VALUE", help="An option of the method, such as gamma=0.2; may repeat."
+    ),
+]
+Spacing = Annotated[str | None, choice(help="How steps are spaced, such as karras. Default: the scheduler's own.")]
+Eta = Annotated[float | None, number(help="Noise in [0, 1]: 0 is DDIM, 1 is DDPM. Default: the method's own.")]
 Out = Annotated[Path, typer.Option(metavar="FILE", help="The picture: .png, .jpg, .webp, .bmp or .tif.")]
 Device = Annotated[str | None, choice(help="cpu or cuda[:N]. Default: cuda where there is one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and no progress bar.")]
@@ -70,6 +80,20 @@ def parse_integers(text: str, option: str) -> list[int]:
             raise ValueError(f"{option}: {part.strip()!r} in {text!r}; pass integers with commas, such as 0,1,2")
         integers.append(int(part))
     return integers
+
+
+def parse_method_options(pairs: list[str] | None) -> dict[str, Any] | None:
+    """`NAME=VALUE` texts as options of a method; a value is a number, true, false, or a text."""
+    options: dict[str, Any] = {}
+    for pair in pairs or ():
+        name, given, text = pair.partition("=")
+        if not given or not name:
+            raise ValueError(f"--method-option: {pair!r}; pass NAME=VALUE, such as gamma=0.2")
+        try:
+            options[name] = json.loads(text)
+        except ValueError:
+            options[name] = text
+    return options or None
 
 
 def check_classes(classes: list[int] | None, null: int | None, owner: str) -> None:
@@ -127,7 +151,7 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
     def command(**given: Any) -> None:
         for name, group in groups.items():
             given[name] = group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
-        with _naming_options(options):
+        with naming_options(options):
             function(**given)
 
     command.__name__, command.__doc__ = function.__name__, function.__doc__
@@ -145,7 +169,7 @@ def _option_of(parameter: inspect.Parameter) -> str | None:
 
 
 @contextlib.contextmanager
-def _naming_options(options: Mapping[str, str]) -> Iterator[None]:
+def naming_options(options: Mapping[str, str]) -> Iterator[None]:
     """Put options for the names of the library's arguments: at a message's start, in `name=value`, after "with"."""
     names = "|".join(options) or "(?!)"
     pattern = re.compile(rf"^({names})(?=:)|\b({names})(=True\b|=)|(?<=with )({names})\b|(?<=without )({names})\b")

@@ -1,11 +1,13 @@
-"""The DDIM step as six numbers: `(t, t_next)` pairs become a `StepTable`.
+"""A step as six numbers: a `StepTable`, and DDIM's, of `(t, t_next)` pairs.
 
-Every deterministic or stochastic DDIM step (arXiv:2010.02502, equations 12 and 16) is
+Every deterministic or stochastic DDIM step (arXiv:2010.02502, equations 12 and 16), and that of every other linear method
+(`fastddim.samplers`), is
 
     x0     = limit(x0_from_x * x + x0_from_output * out)
     x_next = next_from_x * x + next_from_output * out + next_from_x0 * x0 + noise_scale * noise
 
-so prediction type, eta, spacing and the epsilon convention end here and no step implementation branches on them.
+so method, prediction type, eta, spacing and the epsilon convention end in a table and no step implementation branches on
+them. A method of second order adds `next_from_previous_x0` times the x0 of the step before.
 
 Notation: alpha_bar is the paper's alpha_t (diffusers' `alphas_cumprod[t]`), `signal = sqrt(alpha_bar)`,
 `sigma = sqrt(1 - alpha_bar)`, the suffix `_next` the less noisy side of the step; `std_dev` is the paper's sigma_t(eta).
@@ -40,17 +42,25 @@ class StepCoefficients(NamedTuple):
     next_from_output: Coefficient
     next_from_x0: Coefficient
     noise_scale: Coefficient
+    next_from_previous_x0: Coefficient = 0.0
 
 
-NUM_COLUMNS = len(StepCoefficients._fields)
+# Of a table that does not look back at the previous x0, which takes one column more.
+NUM_COLUMNS = 6
 
 
-def _epsilon_factors(signal: FloatArray, sigma: FloatArray, prediction_type: str) -> tuple[FloatArray, FloatArray]:
+def epsilon_factors(
+    signal: FloatArray, sigma: FloatArray, prediction_type: str, data_scale: float = 1.0
+) -> tuple[FloatArray, FloatArray]:
     """`(from_x, from_output)`: the model's epsilon in terms of the state and its output, `[n]` each."""
     if prediction_type == "epsilon":
         return signal * 0, signal * 0 + 1
     if prediction_type == "sample":
         return 1 / sigma, -signal / sigma
+    if prediction_type == "flow":
+        return signal * 0 + 1, signal
+    if prediction_type == "edm":
+        return sigma, -data_scale * signal
     return sigma, signal
 
 
@@ -63,6 +73,7 @@ def columns(
     prediction_type: str,
     use_clipped_model_output: bool,
     xp: Any = np,
+    data_scale: float = 1.0,
 ) -> FloatArray:
     """`[n, 6]` float64 columns of `n` steps from their square roots, `[n]` each.
 
@@ -71,9 +82,12 @@ def columns(
         signal_next: `sqrt(alpha_bar_next)`.
         direction: the factor of epsilon, `sqrt(1 - alpha_bar_next - std_dev**2)`.
         noise_scale: the factor of the noise.
-        prediction_type: what the model predicts: `epsilon`, `sample` or `v_prediction`.
+        prediction_type: what the model predicts: `epsilon`, `sample`, `v_prediction`, `flow` (noise - x0), or `edm`, the
+            output of EDM's preconditioning.
         use_clipped_model_output: derive epsilon from the limited x0 instead of the raw model output.
         xp: `numpy`, or `torch` for tensors.
+        data_scale: of `edm`: sigma_data, with which `(data_scale * signal)**2 + sigma**2` is 1. With -1 it is
+            `v_prediction`.
     """
     zero = signal * 0
     # A step from pure noise (signal 0) or from a clean state (sigma 0) has infinite columns, as diffusers' step has.
@@ -82,9 +96,13 @@ def columns(
             x0 = (1 / signal, -sigma / signal)
         elif prediction_type == "sample":
             x0 = (zero, zero + 1)
+        elif prediction_type == "flow":
+            x0 = (zero + 1, -sigma)
+        elif prediction_type == "edm":
+            x0 = (data_scale * data_scale * signal, data_scale * sigma)
         else:
             x0 = (signal, -sigma)
-        eps = (*_epsilon_factors(signal, sigma, prediction_type), zero)
+        eps = (*epsilon_factors(signal, sigma, prediction_type, data_scale), zero)
         if use_clipped_model_output:
             eps = (1 / sigma, zero, -signal / sigma)
         from_x, from_output, from_x0 = (direction * factor for factor in eps)
@@ -138,13 +156,18 @@ def _check_transitions(
             )
     timesteps, following = zip(*pairs, strict=True)
     alpha_bar, alpha_bar_next = schedule.alpha_bar(timesteps), schedule.alpha_bar(following)
-    if kind == "epsilon" and alpha_bar.min() == 0:
+    require_signal(kind, timesteps, alpha_bar)
+    return kind, alpha_bar, alpha_bar_next
+
+
+def require_signal(prediction_type: str, timesteps: Sequence[float], signal: FloatArray) -> None:
+    """Raise a `ValueError` for an epsilon prediction at a timestep without signal, from which x0 cannot be told."""
+    if prediction_type == "epsilon" and signal.min() == 0:
         raise ValueError(
-            f"prediction_type: 'epsilon' at timestep {timesteps[int(alpha_bar.argmin())]}, which has no signal (zero"
+            f"prediction_type: 'epsilon' at timestep {timesteps[int(signal.argmin())]}, which has no signal (zero"
             " terminal SNR), so x0 cannot be told from it; use a v_prediction or sample model, or a spacing that"
             " does not start there ('leading')"
         )
-    return kind, alpha_bar, alpha_bar_next
 
 
 def _check_called(timesteps: Sequence[float] | npt.NDArray[Any]) -> tuple[int, ...] | tuple[float, ...]:
@@ -168,7 +191,8 @@ class StepTable:
 
     Attributes:
         timesteps: what the model is called with at each step: all integers, or all floating-point numbers.
-        columns: `[num_steps, 6]` float64, read-only, in the order of `StepCoefficients`.
+        columns: `[num_steps, 6]` float64, read-only, in the order of `StepCoefficients`; `[num_steps, 7]` where a step
+            looks back at the x0 of the step before it.
         rows: the same as Python numbers; each step implementation rounds them once, to its own precision.
         start_scale: a run starts from standard normal noise times this number (diffusers' `init_noise_sigma`).
         noising: `(from_x0, from_noise)`, which bring a clean state to the first step (diffusers' `add_noise`) as
@@ -202,7 +226,7 @@ class StepTable:
             timesteps: `[n]`, in the order of the steps. Integers call the model with int64; if any is a floating-point
                 number, or the array has such a dtype, the model is called with float32. In which direction they go, and
                 whether they repeat, is up to the method.
-            values: `[n, 6]` numbers in the order of `StepCoefficients`.
+            values: `[n, 6]` or `[n, 7]` numbers in the order of `StepCoefficients`.
             start_scale, noising, inverse: as the attributes.
 
         Raises:
@@ -210,12 +234,16 @@ class StepTable:
         """
         owned = np.array(values, dtype=np.float64)
         called = _check_called(timesteps)
-        if owned.shape != (len(called), NUM_COLUMNS):
-            raise ValueError(f"columns: shape {owned.shape}; pass ({len(called)}, {NUM_COLUMNS})")
+        if owned.shape not in ((len(called), NUM_COLUMNS), (len(called), NUM_COLUMNS + 1)):
+            raise ValueError(f"columns: shape {owned.shape}; pass ({len(called)}, {NUM_COLUMNS} or {NUM_COLUMNS + 1})")
         if not 0 < start_scale < float("inf"):
             raise ValueError(f"start_scale: {start_scale!r}; pass a finite number > 0")
         if noising is not None and (len(noising) != 2 or not np.isfinite(noising).all()):
             raise ValueError(f"noising: {noising!r}; pass two finite numbers, (from_x0, from_noise)")
+        if owned.shape[1] > NUM_COLUMNS and owned[0, -1] != 0:
+            raise ValueError(
+                f"columns: the first step has next_from_previous_x0 {owned[0, -1]}; pass 0, as nothing is before it"
+            )
         owned.setflags(write=False)
         rows = tuple(StepCoefficients(*row) for row in owned.tolist())
         pair = None if noising is None else (float(noising[0]), float(noising[1]))
@@ -293,7 +321,7 @@ class StepTable:
         called = [*timesteps[1:], timesteps[-1]]
         called_alpha_bar = schedule.alpha_bar(called)
         # The output becomes epsilon with alpha_bar at the timestep that the model was called with.
-        eps_x, eps_output = _epsilon_factors(np.sqrt(called_alpha_bar), np.sqrt(1 - called_alpha_bar), kind)
+        eps_x, eps_output = epsilon_factors(np.sqrt(called_alpha_bar), np.sqrt(1 - called_alpha_bar), kind)
         signal, sigma = np.sqrt(alpha_bar_next), np.sqrt(1 - alpha_bar_next)
         noisier, direction = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
         x0 = ((1 - sigma * eps_x) / signal, -sigma * eps_output / signal)
@@ -309,12 +337,17 @@ class StepTable:
         return "float32" if isinstance(self.timesteps[0], float) else "int64"
 
     @property
+    def looks_back(self) -> bool:
+        """Whether the table has the column of the previous x0."""
+        return bool(self.columns.shape[1] > NUM_COLUMNS)
+
+    @property
     def stochastic(self) -> bool:
         """Whether any step adds noise."""
-        return bool((self.columns[:, -1] != 0).any())
+        return bool((self.columns[:, 5] != 0).any())
 
     def tensor(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """`[num_steps, 6]` copy of the columns on a device, float64 by default."""
+        """A copy of the columns on a device, float64 by default."""
         import torch
 
         return torch.tensor(self.columns, dtype=torch.float64 if dtype is None else dtype, device=device)
@@ -333,7 +366,7 @@ class StepTable:
         return np.stack([high, low.astype(np.float32)], axis=1)
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]:
-        """The float64 columns `[num_steps, 6]`, each row's number as int64 `[]`, and `ratios`, kept on a device.
+        """The float64 columns, each row's number as int64 `[]`, and `ratios`, kept on a device.
 
         Do not write to them.
         """

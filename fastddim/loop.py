@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from fastddim import reference
 from fastddim.backends import draw_start, prepare_step, take_step, takes_kernel
 from fastddim.capture_checks import ModelState, captures_itself, is_compiled
-from fastddim.coefficients import NUM_COLUMNS, StepTable
+from fastddim.coefficients import StepTable
 from fastddim.config import Limit, limit_kind, limit_numbers
 from fastddim.cuda_graph import CaptureError, Graph, GraphCache, MemoryPool, is_captured
 from fastddim.noise import seed_bits
@@ -159,6 +159,7 @@ class _Buffers:
                 device=run.device,
                 memory_format=torch.channels_last if run.channels_last else torch.contiguous_format,
             )
+        self.previous_x0 = torch.empty_like(self.x) if run.table.looks_back else None
         self.kwargs: Mapping[str, Any] = run.kwargs
         self.guidance, self.batched = run.guidance, run.batched
         # The half of the model's input that is left where a guided run has no guidance.
@@ -269,6 +270,7 @@ class EagerLoop:
                 seeds=seeds if run.noise is None and run.table.stochastic else None,
                 out=self.x,
                 model_input=self._buffers.input_of(guided),
+                previous_x0=self._buffers.previous_x0,
             )
         options = self._options[guided]
         if run.noise is not None:
@@ -314,7 +316,10 @@ class StaticLoop:
         numbers = words.view(torch.float64)
         self._seeds, self._index = words[at["seeds"]], words[at["index"]][0]
         self._scales, self._limit_values = numbers[at["guidance"]], numbers[at["limit"]]
-        self._start_scale, self._table = numbers[at["start_scale"]][0], numbers[at["table"]].view(-1, NUM_COLUMNS)
+        self._start_scale, self._table = (
+            numbers[at["start_scale"]][0],
+            numbers[at["table"]].view(_capacity(run.table), -1),
+        )
         self._ratios = words[at["ratios"]].view(torch.float32).view(-1, 2)
         t_dtype = getattr(torch, run.table.timestep_dtype)
         self._t = torch.zeros(run.copies * run.shape[0], dtype=t_dtype, device=run.device)
@@ -342,7 +347,15 @@ class StaticLoop:
             self.nbytes += graph.nbytes
         self.nbytes += sum(
             tensor.nbytes
-            for tensor in (self.x, self._buffers.model_input, self._words, self._t, self._noise, *self._leaves)
+            for tensor in (
+                self.x,
+                self._buffers.model_input,
+                self._buffers.previous_x0,
+                self._words,
+                self._t,
+                self._noise,
+                *self._leaves,
+            )
             if isinstance(tensor, torch.Tensor)
         )
 
@@ -358,7 +371,7 @@ class StaticLoop:
         numbers[at["limit"]] = limit_numbers(run.limit)
         numbers[at["start_scale"]] = run.table.start_scale
         (numbers if self._t.is_floating_point() else words)[at["timesteps"]][:steps] = run.table.timesteps
-        numbers[at["table"]][: steps * NUM_COLUMNS] = run.table.columns.reshape(-1)
+        numbers[at["table"]][: run.table.columns.size] = run.table.columns.reshape(-1)
         words[at["ratios"]][:steps] = run.table.ratios.view(np.int64).reshape(-1)
         upload(words, self._words)
         for mine, given in zip(self._leaves, pytree.tree_leaves(dict(run.kwargs)), strict=True):
@@ -423,6 +436,7 @@ class StaticLoop:
             advance=True,
             timesteps=self._timesteps,
             next_timestep=t,
+            previous_x0=buffers.previous_x0,
             ratios=self._ratios,
             workspace=self._workspace,
         )
@@ -454,7 +468,7 @@ def _layout(run: Run) -> dict[str, slice]:
         "start_scale": 1,
         "index": 1,
         "timesteps": capacity,
-        "table": capacity * NUM_COLUMNS,
+        "table": capacity * run.table.columns.shape[1],
         "ratios": capacity,
     }
     ends = accumulate(sizes.values())
@@ -473,6 +487,7 @@ def _capture_key(run: Run, mode: str) -> Hashable:
         mode,
         (len(run.table), guided) if mode == "loop" else frozenset(guided),
         _capacity(run.table),
+        run.table.looks_back,
         run.table.timestep_dtype,
         run.shape,
         run.dtype,

@@ -129,9 +129,11 @@ def ddim_step(
         output = combine_guidance(output, options.guidance)
     state_dtype = sample.dtype if out is None else out.dtype
     direct_out = out if out is not None and out.dtype == compute else None
-    x_next, x0 = step_with_row(
-        output, _cast(sample, compute), row, limit, None if noise is None else _cast(noise, compute), direct_out
-    )
+    previous = None if options.previous_x0 is None else _cast(options.previous_x0, compute)
+    noise = None if noise is None else _cast(noise, compute)
+    x_next, x0 = step_with_row(output, _cast(sample, compute), row, limit, noise, direct_out, previous_x0=previous)
+    if options.previous_x0 is not None:
+        x0 = options.previous_x0.copy_(x0)
     if options.model_input is not None:
         options.model_input.view(-1, *sample.shape).copy_(x_next)
     if options.advance:
@@ -144,7 +146,9 @@ def ddim_step(
             kept.copy_(torch.where(step < len(timesteps), following, kept))
     if direct_out is None:
         x_next = _cast(x_next, state_dtype) if out is None else out.copy_(x_next)
-    return x_next, _cast(x0, state_dtype) if options.return_x0 else None
+    if options.previous_x0 is None:
+        x0 = _cast(x0, state_dtype)
+    return x_next, x0 if options.return_x0 else None
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -160,6 +164,7 @@ def step_with_row(
     noise: torch.Tensor | None,
     out: torch.Tensor | None = None,
     quantile: Quantile | None = None,
+    previous_x0: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The two lines of maths, on checked tensors of one dtype, in as few passes as torch has: `(x_next, x0)`."""
     x0 = apply_limit(_combine(x, row.x0_from_x, output, row.x0_from_output), limit, quantile)
@@ -170,6 +175,8 @@ def step_with_row(
     else:
         x_next = _combine(x, row.next_from_x, output, row.next_from_output, out)
         x_next = _add_scaled(x_next, x0, row.next_from_x0)
+    if previous_x0 is not None and not _is_zero(row.next_from_previous_x0):
+        x_next = _add_scaled(x_next, previous_x0, row.next_from_previous_x0)
     if noise is not None and not _is_zero(row.noise_scale):
         x_next = _add_scaled(x_next, noise, row.noise_scale)
     return x_next, x0
@@ -260,5 +267,5 @@ def _look_up(
 
 
 def spread_columns(rows: torch.Tensor, like: torch.Tensor) -> StepCoefficients:
-    """The columns of rows `[B, 6]` or `[1, 6]`, shaped to broadcast over `like`'s other dimensions."""
+    """The columns of rows, `[B, 6]` or `[1, 6]` or with 7 columns, shaped to broadcast over `like`'s other dimensions."""
     return StepCoefficients(*(column.view(-1, *[1] * (like.ndim - 1)) for column in rows.unbind(1)))

@@ -22,7 +22,9 @@ from fastddim.cuda_graph import GraphCache
 from fastddim.interpolation import slerp
 from fastddim.loop import Loop, Model, Run, graph_mode, pad, upload_new
 from fastddim.noise import STREAM_INITIAL, check_seeds, normal, seed_bits
-from fastddim.sampler_options import FIXED_BY_A_TABLE, SamplerOptions
+from fastddim.sampler_options import FIXED_BY_A_TABLE, OF_A_METHOD, SamplerOptions
+from fastddim.samplers import Steps
+from fastddim.samplers.sampling import Sampling, read_scheduler
 from fastddim.schedule import Pair, Schedule
 from fastddim.step import Guidance
 
@@ -32,30 +34,10 @@ _SIGNATURES: WeakKeyDictionary[Any, inspect.Signature] = WeakKeyDictionary()
 _OPTIONS = {field.name: field for field in dataclasses.fields(SamplerOptions)}
 # A subclass may keep what it likes beside these.
 _FIXED = {*_OPTIONS, "options", "table", "schedule", "pairs", "model", "model_dtype"}
+# Of which a call has one.
+_STEPS = {"num_inference_steps", "timesteps", "sigmas"}
 
 Callback = Callable[[int, float, torch.Tensor, torch.Tensor], None]
-
-
-def to_schedule(scheduler: Schedule | DDIMConfig | Any, argument: str = "scheduler") -> Schedule:
-    """A `Schedule` from one, from a `DDIMConfig`, or from any diffusers scheduler whose configuration DDIM can take.
-
-    `argument` is what messages call it: one that takes a `StepTable` too.
-
-    Raises:
-        TypeError: something else.
-        ValueError: a configuration that DDIM cannot sample from; the message names the field.
-    """
-    if isinstance(scheduler, Schedule):
-        return scheduler
-    if isinstance(scheduler, DDIMConfig):
-        return Schedule(scheduler)
-    config = getattr(scheduler, "config", None)
-    if not isinstance(config, Mapping):
-        raise TypeError(
-            f"{argument}: {type(scheduler).__name__}; pass a fastddim Schedule, a DDIMConfig, a diffusers scheduler or a"
-            " StepTable"
-        )
-    return Schedule(DDIMConfig.from_dict(config, ignore_unknown=True))
 
 
 class Warmup(NamedTuple):
@@ -86,7 +68,7 @@ def _naming_options(init: F) -> F:
 
 
 class Sampler:
-    """Samples a model with DDIM, on the exact `(t, t_next)` pairs of its timestep list, or by the rows of any table.
+    """Samples a model with DDIM, on the exact `(t, t_next)` pairs of its timestep list, with another method, or by any table.
 
     A sampler does not change: `replace` makes another one that shares its captured graphs.
 
@@ -94,14 +76,16 @@ class Sampler:
         model: `model(x, t, **kwargs)` with x `[B, ...]` and t `[B]`, int64 or, where the table's timesteps are
             floating-point numbers, float32; returns the prediction `[B, ...]`, a tuple that starts with it, or an object
             with `.sample` (diffusers models). Called with `[2 * B, ...]` when guided.
-        scheduler: a `Schedule`, a `DDIMConfig`, or a diffusers scheduler, of which the configuration is taken; or a
-            `StepTable`, which is used as it is and fixes steps, eta and strength.
+        scheduler: a `Schedule`, a `DDIMConfig`, a `FlowSchedule`, an `EDMSchedule`, or a diffusers scheduler, of which the
+            configuration and the method are taken; or a `StepTable`, which is used as it is and fixes method, steps, eta
+            and strength.
         num_inference_steps, options: fields of `SamplerOptions`, which says what they are.
 
     Attributes:
         options: the `SamplerOptions`; each can be read as an attribute of the sampler too.
         table: the `StepTable` of a run.
-        schedule, pairs: where the table comes from, a `Schedule` and its `(t, t_next)` pairs; None for a given table.
+        schedule, method: where the table comes from, and the name of the method; None for a given table.
+        pairs: DDIM's `(t, t_next)` pairs; None with another method.
         limit: the limit applied to x0.
         sample_shape: shape of one sample, None where it is not known.
         model_dtype, device: dtype of the model's input, and where it is called.
@@ -132,26 +116,12 @@ class Sampler:
         self.model, self.options = model, options
         for name in _OPTIONS:
             setattr(self, name, getattr(options, name))
-        self.schedule = None if isinstance(scheduler, StepTable) else to_schedule(scheduler)
-        configured = None if self.schedule is None else self.schedule.config.limit
+        sampling = None if isinstance(scheduler, StepTable) else read_scheduler(scheduler, options.method)
+        self._sampling, self.schedule = sampling, None if sampling is None else sampling.schedule
+        self.method = None if sampling is None else sampling.method
+        configured = None if sampling is None else sampling.limit
         self.limit: Limit = configured if isinstance(options.limit, str) else options.limit
-        self.pairs: tuple[Pair, ...] | None = None
-        self.table: StepTable = scheduler
-        if self.schedule is not None:
-            rederive = options.use_clipped_model_output
-            self.pairs = self.schedule.pairs(
-                options.num_inference_steps,
-                timesteps=options.timesteps,
-                strength=options.strength,
-                transitions=options.transitions,
-            )
-            self.table = StepTable.build(
-                self.schedule,
-                self.pairs,
-                eta=options.eta,
-                variance_type=options.variance_type,
-                use_clipped_model_output=self.limit is not None if rederive is None else rederive,
-            )
+        self.table: StepTable = scheduler if sampling is None else _build_table(sampling, options, self.limit)
         scale = options.guidance_scale
         self._guidance = None if scale is None else Guidance(float(scale), options.guidance_rescale)
         self._guided_steps = range(*(int(fraction * len(self.table)) for fraction in options.guidance_interval))
@@ -195,6 +165,19 @@ class Sampler:
         object.__delattr__(self, name)
 
     @property
+    def pairs(self) -> tuple[Pair, ...] | None:
+        if self.method != "ddim":
+            return None
+        assert isinstance(self.schedule, Schedule)
+        options = self.options
+        return self.schedule.pairs(
+            options.num_inference_steps,
+            timesteps=options.timesteps,
+            strength=options.strength,
+            transitions=options.transitions,
+        )
+
+    @property
     def graphs(self) -> GraphCache[Any]:
         return self._loop.graphs
 
@@ -210,12 +193,11 @@ class Sampler:
             TypeError, ValueError: as the constructor.
         """
         if scheduler is None:
-            scheduler = self.table if self.schedule is None else self.schedule
+            scheduler = self.table if self._sampling is None else self._sampling
         _check_names(changes, scheduler)
         kept = {name: _OPTIONS[name].default for name in FIXED_BY_A_TABLE if isinstance(scheduler, StepTable)}
-        for given, other in (("num_inference_steps", "timesteps"), ("timesteps", "num_inference_steps")):
-            if given in changes:
-                kept[other] = None
+        for given in _STEPS & changes.keys():
+            kept |= dict.fromkeys(_STEPS - {given})
         options = dataclasses.replace(self.options, **{**kept, **changes})
         apart = {"graph", "compile", "channels_last", "max_graphs"} & changes.keys()
         changed = object.__new__(type(self))
@@ -332,6 +314,8 @@ class Sampler:
         """
         self._require_deterministic("inversion")
         inverse = self.table.inverse
+        if inverse is None and self.method not in (None, "ddim"):
+            raise ValueError(f"method: {self.method!r} has no inverse; pass method='ddim' or 'euler'")
         if inverse is None:
             raise ValueError(
                 "table: it has no inverse; pass inverse= to StepTable.from_columns, or, with a schedule, leave out the"
@@ -542,6 +526,13 @@ class Sampler:
         """Only what is on the CPU moves by itself: from another device it would wait there for what is under way."""
         if tensor.device != self.device and tensor.device.type != "cpu":
             raise ValueError(f"{name}: on {tensor.device}, but the sampler is on {self.device}; move it there")
+
+
+def _build_table(sampling: Sampling, options: SamplerOptions, limit: Limit) -> StepTable:
+    """The table of a sampler's options."""
+    steps = Steps(options.num_inference_steps, options.timesteps, options.sigmas, options.spacing, options.strength)
+    given = {name: getattr(options, name) for name in OF_A_METHOD if getattr(options, name) != _OPTIONS[name].default}
+    return sampling.with_options({**given, **(options.method_options or {})}, limit).build(steps)
 
 
 def _steps(run: Run, progress: bool) -> Iterable[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,11 @@ from fastddim.loop import GRAPH_MODES
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 # What a StepTable fixes, so that nothing of it can be asked for beside one.
 FIXED_BY_A_TABLE = (
-    "num_inference_steps", "timesteps", "eta", "variance_type", "use_clipped_model_output", "strength", "transitions",
+    "num_inference_steps", "timesteps", "sigmas", "spacing", "method", "method_options", "eta", "variance_type",
+    "use_clipped_model_output", "strength", "transitions",
 )  # fmt: skip
+# Options that a method has or has not, handed on where they differ from their defaults.
+OF_A_METHOD = ("eta", "variance_type", "use_clipped_model_output", "transitions")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +30,13 @@ class SamplerOptions:
     Attributes:
         num_inference_steps: number of model calls; timesteps spaced by the configuration's `timestep_spacing`.
         timesteps: an explicit descending list of training timesteps instead of `num_inference_steps`.
-        eta: a number in [0, 1] for all steps, or one per step; 0 is DDIM, 1 is DDPM.
-        variance_type: `"fixed_large"` with eta 1 is DDPM with the paper's sigma-hat.
+        sigmas: an explicit descending list of noise levels instead, for methods that take one (`samplers.Steps`).
+        spacing: how a number of steps is spaced, a name in `samplers.SPACINGS`; the schedule's own by default.
+        method: the sampling method, a name in `samplers.METHODS`; `"auto"` is that of a diffusers class, Euler's method for
+            a `FlowSchedule` or an `EDMSchedule`, and otherwise DDIM, also for DDPM's and PNDM's classes.
+        method_options: options of the method by name, such as `{"gamma": 0.2}` for `"tcd"`.
+        eta: a number in [0, 1] for all steps, or one per step; 0 is DDIM, 1 is DDPM. By default what the method has.
+        variance_type: `"fixed_large"` with eta 1, or with method `"ddpm"`, is DDPM with the paper's larger variance.
         guidance_scale: classifier-free guidance; None calls the model without it, once per step on `[B, ...]`.
         guidance_rescale: a number in [0, 1]; arXiv:2305.08891, section 3.4.
         limit: the limit applied to x0, a `Clip`, a `DynamicThreshold` or None; by default (`"auto"`) the configuration's, and
@@ -60,7 +68,11 @@ class SamplerOptions:
 
     num_inference_steps: int | None = None
     timesteps: Sequence[int] | None = None
-    eta: float | Sequence[float] = 0.0
+    sigmas: Sequence[float] | None = None
+    spacing: str | None = None
+    method: str = "auto"
+    method_options: Mapping[str, Any] | None = None
+    eta: float | Sequence[float] | None = None
     variance_type: str = "fixed_small"
     guidance_scale: float | None = None
     guidance_rescale: float = 0.0
@@ -104,17 +116,21 @@ class SamplerOptions:
         for bucket in buckets:
             require_int("batch_buckets", bucket, 1)
         require_int("max_graphs", self.max_graphs, 1)
-        etas = _convert("eta", _floats, self.eta, "numbers in [0, 1] (0 is DDIM, 1 is DDPM)")
+        etas = (
+            None if self.eta is None else _convert("eta", _floats, self.eta, "numbers in [0, 1] (0 is DDIM, 1 is DDPM)")
+        )
+        options = _convert("method_options", dict, self.method_options or {}, "a mapping of names to values")
         for name, value in (
             ("guidance_interval", interval),
             ("batch_buckets", tuple(sorted(buckets))),
             ("eta", tuple(etas) if isinstance(etas, list) else etas),
+            ("method_options", options or None),
         ):
             object.__setattr__(self, name, value)
-        for name in ("timesteps", "sample_shape"):
+        for name, noun in (("timesteps", "numbers"), ("sigmas", "numbers"), ("sample_shape", "integers")):
             given = getattr(self, name)
             if given is not None:
-                object.__setattr__(self, name, _convert(name, tuple, given, "a list of integers"))
+                object.__setattr__(self, name, _convert(name, tuple, given, f"a list of {noun}"))
         for size in self.sample_shape or ():
             require_int("sample_shape", size, 0)
 

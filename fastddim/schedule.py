@@ -1,5 +1,6 @@
 """Noise schedules and timestep spacings: a configuration becomes `alphas_cumprod` and explicit `(t, t_next)` pairs.
 
+`FlowSchedule` and `EDMSchedule` are those of models that know no betas, with the names of diffusers' configurations.
 All maths is float64 on the CPU. `t_next` is None where a transition leads to the clean end of the chain, behind timestep 0.
 """
 
@@ -13,7 +14,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fastddim.config import TRANSITIONS, DDIMConfig, require_choice, require_int
+from fastddim.config import (
+    TRANSITIONS,
+    DDIMConfig,
+    require_choice,
+    require_int,
+    require_number,
+)
 
 FloatArray = npt.NDArray[np.float64]
 Pair: TypeAlias = "tuple[int, int | None]"
@@ -81,7 +88,7 @@ def make_timesteps(config: DDIMConfig, num_inference_steps: int) -> list[int]:
     return timesteps
 
 
-def check_timesteps(timesteps: Iterable[int], num_train_timesteps: int) -> list[int]:
+def check_timesteps(timesteps: Iterable[float], num_train_timesteps: int) -> list[int]:
     """Validate an explicit list: strictly descending integers in `[0, num_train_timesteps)`, at least one."""
     checked: list[int] = []
     for i, t in enumerate(timesteps):
@@ -133,7 +140,7 @@ class Schedule:
         self,
         num_inference_steps: int | None = None,
         *,
-        timesteps: Iterable[int] | None = None,
+        timesteps: Iterable[float] | None = None,
         strength: float = 1.0,
         transitions: str = "exact",
     ) -> tuple[Pair, ...]:
@@ -172,3 +179,121 @@ class Schedule:
             stride = n_train // n
             following = [t - stride if t >= stride else None for t in current]
         return tuple(zip(current, following, strict=True))[first:]
+
+
+TIME_SHIFTS = ("exponential", "linear")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowSchedule:
+    """The noise levels of flow matching (SD 3, Flux), as diffusers' `FlowMatchEulerDiscreteScheduler` has them.
+
+    Attributes:
+        num_train_timesteps: the model is called with `sigma * num_train_timesteps`.
+        shift: static shift towards noise, arXiv:2403.03206, equation 23.
+        use_dynamic_shifting: shift by a `mu` of the image's size instead.
+        base_shift, max_shift, base_image_seq_len, max_image_seq_len: the line that gives `mu`.
+        shift_terminal: stretch the levels so that the last one is this number.
+        time_shift_type: what `mu` is: `"exponential"`, the logarithm of the shift; `"linear"`, the shift.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    num_train_timesteps: int = 1000
+    shift: float = 1.0
+    use_dynamic_shifting: bool = False
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    shift_terminal: float | None = None
+    time_shift_type: str = "exponential"
+
+    def __post_init__(self) -> None:
+        require_int("num_train_timesteps", self.num_train_timesteps, 1)
+        require_choice("time_shift_type", self.time_shift_type, TIME_SHIFTS)
+        if not 0 < self.shift < float("inf"):
+            raise ValueError(f"shift: {self.shift!r}; pass a finite number > 0")
+        if self.shift_terminal:
+            require_number("shift_terminal", self.shift_terminal, 0.0, 1.0)
+
+    def mu(self, image_seq_len: int) -> float:
+        """The shift of an image of so many tokens."""
+        slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
+        return self.base_shift + (image_seq_len - self.base_image_seq_len) * slope
+
+    def sigmas(
+        self,
+        num_inference_steps: int | None = None,
+        *,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> FloatArray:
+        """`[n]` float64 levels in (0, 1], descending, shifted, without the clean end.
+
+        Args:
+            num_inference_steps: evenly spaced before the shift, from the first to the last of training.
+            sigmas: an explicit list to shift instead.
+            mu: needed with `use_dynamic_shifting`.
+
+        Raises:
+            ValueError: a `mu` that is missing or has no use.
+        """
+        if self.use_dynamic_shifting != (mu is not None):
+            fix = "pass one, such as schedule.mu(image_seq_len)" if mu is None else "leave it out, or pass shift"
+            raise ValueError(f"mu: {mu!r} with use_dynamic_shifting {self.use_dynamic_shifting}; {fix}")
+        if sigmas is not None:
+            levels = np.asarray(sigmas, dtype=np.float64)
+        else:
+            require_int("num_inference_steps", num_inference_steps, 1)
+            assert num_inference_steps is not None
+            lowest = 1 / self.num_train_timesteps
+            if mu is None:
+                lowest = float(self._shifted(np.float64(lowest), self.shift))
+            levels = np.linspace(1.0, lowest, num_inference_steps)
+        if mu is not None and self.time_shift_type == "exponential":
+            mu = math.exp(mu)
+        levels = self._shifted(levels, self.shift if mu is None else mu)
+        if self.shift_terminal:
+            if levels[-1] == 1:
+                raise ValueError(
+                    f"shift_terminal: {self.shift_terminal!r} with a last level of 1; pass more steps, or leave it out"
+                )
+            levels = 1 - (1 - levels) * ((1 - self.shift_terminal) / (1 - levels[-1]))
+        shifted: FloatArray = levels
+        return shifted
+
+    @staticmethod
+    def _shifted(levels: Any, shift: float) -> Any:
+        return shift * levels / (1 + (shift - 1) * levels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EDMSchedule:
+    """The noise levels of models with EDM's preconditioning (arXiv:2206.00364), as diffusers' EDM schedulers have them.
+
+    Attributes:
+        sigma_min, sigma_max: scales of the noise.
+        sigma_data: deviation of the data, by which the preconditioning scales.
+        sigma_schedule: how a run spaces them, `"karras"` or `"exponential"`.
+        prediction_type: `"epsilon"` or `"v_prediction"`, the sign of the model's output.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    sigma_data: float = 0.5
+    sigma_schedule: str = "karras"
+    prediction_type: str = "epsilon"
+
+    def __post_init__(self) -> None:
+        require_choice("sigma_schedule", self.sigma_schedule, ("karras", "exponential"))
+        require_choice("prediction_type", self.prediction_type, ("epsilon", "v_prediction"))
+        if not (0 < self.sigma_min < self.sigma_max < float("inf") and 0 < self.sigma_data < float("inf")):
+            raise ValueError(
+                f"sigma_min, sigma_max, sigma_data: {self.sigma_min!r}, {self.sigma_max!r}, {self.sigma_data!r}; pass"
+                " finite numbers, 0 < sigma_min < sigma_max and 0 < sigma_data"
+            )

@@ -72,6 +72,8 @@ class StepOptions:
         timesteps: `[num_steps]`, with `next_timestep`: what the model is called with at each row.
         next_timestep: `[B]`, or `[2 * B]` with guidance, which gets the timestep of the row advanced to, and is kept as it
             is after the last row.
+        previous_x0: `[B, ...]` with a table that looks back: the limited x0 of the step before, over which this step writes
+            its own. A row that does not look back does not read it.
         ratios: `[num_steps, 2]` float32, the `StepTable.ratios` of a table that is given as a tensor: the fused step of a
             half-precision state divides without it. The reference has no use for it.
         workspace: scratch memory of the fused steps on one stream; by default it is allocated and cleared for each step.
@@ -89,6 +91,7 @@ class StepOptions:
     advance: bool = False
     timesteps: torch.Tensor | None = None
     next_timestep: torch.Tensor | None = None
+    previous_x0: torch.Tensor | None = None
     ratios: torch.Tensor | None = None
     workspace: Workspace | None = None
 
@@ -130,6 +133,15 @@ def check_step(model_output: Any, sample: Any, table: Any, step: Any, options: S
     if first_row is not None:
         _check_tensor("first_row", first_row, sample, (batch,), kind="an int64 or int32")
     _check_table(table, sample)
+    looks_back = num_columns(table) > NUM_COLUMNS
+    if looks_back != (options.previous_x0 is not None):
+        raise ValueError(
+            "previous_x0: None with a table that looks back; pass a tensor like the state"
+            if looks_back
+            else "previous_x0: given with a table that does not look back; leave it out"
+        )
+    if options.previous_x0 is not None:
+        _check_tensor("previous_x0", options.previous_x0, sample, shape)
     if isinstance(step, torch.Tensor):
         _check_tensor("step", step, sample, (), (batch,), kind="an int64 or int32")
     elif isinstance(step, bool) or not isinstance(step, int):
@@ -140,14 +152,21 @@ def check_step(model_output: Any, sample: Any, table: Any, step: Any, options: S
         _check_tensor("ratios", options.ratios, sample, (num_rows(table), 2), kind="a contiguous float32")
     _check_advance(step, sample, num_rows(table), options)
     inputs = (sample, model_output, noise)
-    written = options.out is not None or options.model_input is not None
+    written = any(t is not None for t in (options.out, options.model_input, options.previous_x0))
     if written and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        raise ValueError("out, model_input: not differentiable; leave them out, or call under torch.no_grad()")
+        raise ValueError(
+            "out, model_input, previous_x0: not differentiable; leave them out, or call under torch.no_grad()"
+        )
 
 
 def num_rows(table: StepTable | torch.Tensor) -> int:
     """Steps of a table; of a traced tensor a symbol, where `len` would fix the number."""
     return table.shape[0] if isinstance(table, torch.Tensor) else len(table)
+
+
+def num_columns(table: StepTable | torch.Tensor) -> int:
+    """6, or 7 for a table that looks back."""
+    return table.shape[1] if isinstance(table, torch.Tensor) else table.columns.shape[1]
 
 
 def _check_guidance(guidance: Any, sample: torch.Tensor) -> None:
@@ -224,7 +243,12 @@ def _check_table(table: Any, sample: torch.Tensor) -> None:
         return
     if not isinstance(table, torch.Tensor):
         raise TypeError(f"table: {type(table).__name__}; pass a StepTable, or its tensor [num_steps, {NUM_COLUMNS}]")
-    if table.ndim != 2 or table.shape[1] != NUM_COLUMNS or not table.shape[0] or not table.is_floating_point():
+    if (
+        table.ndim != 2
+        or table.shape[1] not in (NUM_COLUMNS, NUM_COLUMNS + 1)
+        or not table.shape[0]
+        or not table.is_floating_point()
+    ):
         raise ValueError(
             f"table: {table.dtype} of shape {tuple(table.shape)}; pass a floating-point [num_steps, {NUM_COLUMNS}]"
         )

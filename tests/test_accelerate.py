@@ -140,6 +140,43 @@ def make_sdxl_img2img(**options):
     return pipe, call
 
 
+@functools.cache
+def sd3_transformer():
+    torch.manual_seed(0)
+    model = diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=4,
+        num_attention_heads=2, caption_projection_dim=8, joint_attention_dim=8, pooled_projection_dim=8,
+        pos_embed_max_size=8,
+    )  # fmt: skip
+    return tamed(model, lambda model: model.proj_out)
+
+
+@functools.cache
+def flux_transformer():
+    torch.manual_seed(0)
+    model = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4), guidance_embeds=True,
+    )  # fmt: skip
+    return tamed(model, lambda model: model.proj_out)
+
+
+def make_sd3():
+    pipe = diffusers.StableDiffusion3Pipeline(
+        sd3_transformer(), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae(), *[None] * 6
+    )
+    return pipe, {**PROMPT, **POOLED, "height": 8, "width": 8, "output_type": "latent"}
+
+
+def make_flux():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    pipe = diffusers.FluxPipeline(scheduler, vae(), None, None, None, None, flux_transformer())
+    embeds = {
+        name: PROMPT[name] if name in PROMPT else POOLED[name] for name in ("prompt_embeds", "pooled_prompt_embeds")
+    }
+    return pipe, {**embeds, "height": 16, "width": 16, "output_type": "latent"}
+
+
 MAKERS = {
     "ddim": make_ddim,
     "ours": make_ours,
@@ -572,14 +609,14 @@ def test_what_the_loop_cannot_hold_is_the_pipelines_own(reason, caplog):
 def test_a_swapped_scheduler_is_followed_and_back(caplog):
     pipe, call = make("sd")
     ddim, expected = pipe.scheduler, run(pipe, call)[0]
-    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(ddim.config)
+    pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(ddim.config)
     other = run(pipe, call)[0]
     pipe.scheduler = ddim
     accelerate(pipe)
-    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(ddim.config)
+    pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(ddim.config)
     assert torch.equal(run(pipe, call)[0], other)
     (line,) = log_lines(caplog)
-    assert "EulerDiscreteScheduler" in line
+    assert "HeunDiscreteScheduler" in line
     pipe.scheduler = ddim
     torch.testing.assert_close(run(pipe, call)[0], expected, rtol=1e-9, atol=1e-9)
     assert len(log_lines(caplog)) == 1
@@ -777,10 +814,80 @@ def test_other_schedulers_and_options_are_refused():
         accelerate(pipe, backend="cuda")
     with pytest.raises(ValueError, match="max_graphs: 0"):
         accelerate(pipe, max_graphs=0)
-    pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    with pytest.raises(ValueError, match=r"DPMSolverMultistepScheduler.*DDIMScheduler\.from_config"):
+    pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match=r"UniPCMultistepScheduler.*DDIMScheduler\.from_config"):
         accelerate(pipe)
     assert type(pipe) is diffusers.StableDiffusionPipeline
     pipe.scheduler = fastddim.DDIMScheduler.from_config(pipe.scheduler.config)
     expected = run(pipe, call)[0]
     torch.testing.assert_close(run(accelerate(pipe), call)[0], expected, rtol=1e-9, atol=1e-9)
+
+
+OTHERS = {
+    "euler": (diffusers.EulerDiscreteScheduler, {}),
+    "euler, karras": (diffusers.EulerDiscreteScheduler, {"use_karras_sigmas": True, "timestep_spacing": "leading"}),
+    "euler, v": (diffusers.EulerDiscreteScheduler, {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}),
+    "euler_ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}),
+    "dpmsolver++": (diffusers.DPMSolverMultistepScheduler, {}),
+    "dpmsolver++, heun": (diffusers.DPMSolverMultistepScheduler, {"solver_type": "heun", "use_karras_sigmas": True}),
+    "dpmsolver++ 1": (diffusers.DPMSolverMultistepScheduler, {"solver_order": 1, "final_sigmas_type": "sigma_min"}),
+    "sde-dpmsolver++": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "lcm": (diffusers.LCMScheduler, {}),
+    "tcd": (diffusers.TCDScheduler, {}),
+}
+
+
+def exact(scheduler):
+    """diffusers' scheduler with the alphas of float64, as its own of float32 are no part of the loop."""
+    config = fastddim.DDIMConfig.from_dict(scheduler.config, ignore_unknown=True)
+    scheduler.alphas_cumprod = torch.from_numpy(fastddim.Schedule(config).alphas_cumprod.copy())
+    return scheduler
+
+
+@pytest.mark.parametrize("steps", [1, 6, 20])
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("name", ["sd", "sd_img2img", "sdxl"])
+def test_other_schedulers_are_sampled_as_themselves(name, other, steps, caplog):
+    if steps == 20 and name != "sd":
+        name, steps = "sd", 15
+    pipe, call = make(name)
+    kind, options = OTHERS[other]
+    pipe.scheduler = exact(kind.from_config({**LATENT, **options}))
+    if steps == 1 and "strength" in call:
+        call["strength"] = 1.0
+    # diffusers' float32 sigmas and states.
+    check_same(pipe, {**call, "num_inference_steps": steps}, caplog, rtol=3e-5, seeds=(0, 1))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
+def test_gamma_is_what_the_pipeline_calls_eta(gamma, caplog):
+    pipe, call = make("sd")
+    pipe.scheduler = exact(diffusers.TCDScheduler.from_config(LATENT))
+    check_same(pipe, {**call, "eta": gamma}, caplog, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make_pipe", [make_sd3, make_flux])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize("steps", [1, 5])
+def test_transformers_of_flow_matching_are_the_pipelines_own(make_pipe, scale, steps, caplog):
+    pipe, call = make_pipe()
+    pipe.set_progress_bar_config(disable=True)
+    check_same(pipe, {**call, "guidance_scale": scale, "num_inference_steps": steps}, caplog, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "said"),
+    [(diffusers.UniPCMultistepScheduler(), "UniPCMultistepScheduler, none of DDIMScheduler, "),
+     (diffusers.PNDMScheduler(), "PNDMScheduler, none of"), (diffusers.DDPMScheduler(), "DDPMScheduler, none of"),
+     (diffusers.DPMSolverMultistepScheduler(use_lu_lambdas=True), "with use_lu_lambdas: True"),
+     (type("Own", (diffusers.EulerDiscreteScheduler,), {})(), "a Own, none of")],
+)  # fmt: skip
+def test_schedulers_of_other_methods_keep_the_pipelines_loop(scheduler, said, caplog):
+    pipe, call = make("sd")
+    accelerate(pipe)
+    pipe.scheduler = scheduler
+    expected, _ = run(unaccelerate(copy.copy(pipe)), call)
+    images, _ = run(pipe, call)
+    assert torch.equal(images, expected) and said in log_lines(caplog)[-1]
+    with pytest.raises(ValueError, match=said):
+        accelerate(unaccelerate(pipe))

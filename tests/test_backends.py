@@ -377,7 +377,7 @@ def test_each_option_of_a_step_has_a_plan_of_its_own():
     options = {
         "guidance": None, "limit": Clip(0.5), "limit_values": half.double(), "noise": x, "seeds": seed_tensor([1, 2], "cpu"),
         "first_row": half.long(), "out": x, "model_input": output, "advance": True, "timesteps": half, "next_timestep": half,
-        "ratios": half,
+        "previous_x0": x, "ratios": half,
     }  # fmt: skip
     # The workspace and whether x0 is wanted change no plan.
     assert {field.name for field in dataclasses.fields(StepOptions)} == {*options, "return_x0", "workspace"}

@@ -1,6 +1,9 @@
 """The C++ headers against Python's noise, tables and `OrtSampler`, under sanitizers; and a bundle's every damage."""
 
+import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -24,8 +27,12 @@ import fastddim
 from damage import edited, flip_a_byte, put
 from fastddim import DDIMConfig, Schedule, StepTable
 from fastddim.config import BETA_SCHEDULES, PREDICTION_TYPES, TIMESTEP_SPACINGS
-from fastddim.export import ExportOptions, OrtSampler, export_onnx
+from fastddim.export import Bundle, ExportOptions, OrtSampler, export_aoti, export_onnx, open_bundle
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP, normal_numpy
+from fastddim.samplers import METHODS, Steps
+from fastddim.samplers.sampling import Sampling
+from fastddim.samplers.spacings import SPACINGS
+from fastddim.schedule import EDMSchedule, FlowSchedule
 from flow import SHAPE, START_SCALE, Wave, flow_table, plain_loop
 from unets import small_unet
 
@@ -160,6 +167,122 @@ def test_tables_are_pythons_bit_for_bit(numbers):
     assert 50 < len(refused) < 600
     for ours, theirs in zip(messages, refused, strict=True):
         assert ours.split(":")[0] == theirs.split(":")[0]
+
+
+SPACINGS_HERE = (None, *(name for name in SPACINGS if name != "beta"))
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+DYNAMIC = FlowSchedule(use_dynamic_shifting=True)
+SCHEDULES = [
+    *(
+        Schedule(DDIMConfig(**{**SD, **changes}))
+        for changes in (
+            {"steps_offset": 1},
+            {"timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+            {"timestep_spacing": "linspace", "prediction_type": "sample", "set_alpha_to_one": False},
+            {"timestep_spacing": "quadratic"},
+            {"timestep_spacing": "trailing", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+            {"beta_schedule": "squaredcos_cap_v2"},
+        )
+    ),
+    FlowSchedule(), FlowSchedule(shift=3.0), DYNAMIC, FlowSchedule(shift=2.0, shift_terminal=0.1),
+    EDMSchedule(), EDMSchedule(sigma_schedule="exponential", prediction_type="v_prediction", sigma_data=1.0),
+]  # fmt: skip
+SDE = {"algorithm_type": "sde-dpmsolver++"}
+OPTIONS = {
+    "ddim": [
+        {},
+        {"eta": 0.4, "use_clipped_model_output": True},
+        {"eta": 1.0, "variance_type": "fixed_large", "transitions": "diffusers"},
+    ],
+    "ddpm": [{}, {"variance_type": "fixed_large"}],
+    "euler": [
+        {},
+        {"final_sigmas_type": "sigma_min", "stochastic_sampling": True},
+        {"timestep_type": "continuous", "use_clipped_model_output": True, "sigma_min": 0.1, "sigma_max": 10.0},
+    ],
+    "euler_ancestral": [{}, {"eta": 0.3, "final_sigmas_type": "sigma_min", "use_clipped_model_output": True}],
+    "lcm": [{}, {"original_inference_steps": 20, "timestep_scaling": 3.0}],
+    "tcd": [{}, {"gamma": 0.0}, {"gamma": 1.0, "original_inference_steps": 100}],
+    "dpmsolver++": [
+        {},
+        {"solver_order": 1},
+        {"solver_type": "heun", "final_sigmas_type": "sigma_min", "euler_at_final": True},
+        SDE,
+        {**SDE, "solver_type": "heun", "lower_order_final": False, "lambda_min_clipped": -5.1},
+    ],
+}
+LISTS = [
+    Steps(timesteps=[900, 700, 33, 1]), Steps(timesteps=[900.5, 700, 33.25]), Steps(timesteps=[900, 901]),
+    Steps(sigmas=[9.0, 3.0, 0.5, 0.0]), Steps(sigmas=[0.9, 0.3, 0.05]), Steps(sigmas=[0.9, 0.3, 0.5]),
+    Steps(timesteps=[900, 500, 20], sigmas=[9.0, 3.0, 0.5, 0.1]), Steps(timesteps=[900, 500], sigmas=[0.9, 0.4, 0.0]),
+    Steps(timesteps=[900, 700, 33, 1], strength=0.5), Steps(sigmas=[0.9, 0.3, 0.05], strength=0.1),
+]  # fmt: skip
+
+
+@functools.cache
+def every_method():
+    """Each method with its options, on each schedule, in each spacing, by numbers of steps, parts of them, and lists; and
+    Python's tables, or messages."""
+    cases = []
+    numbers = [Steps(n) for n in (1, 2, 14, 15, 50)] + [Steps(30, strength=0.6), Steps(61)]
+    for schedule, (name, options) in itertools.product(SCHEDULES, OPTIONS.items()):
+        for given in options:
+            given = {**given, "mu": 1.1} if schedule is DYNAMIC and "mu" in METHODS[name].options else given
+            cases += [(Sampling(schedule, name, given), steps) for steps in LISTS]
+            # A spacing ends at sigma_min, so that another step to it is one of rounding alone.
+            ends = isinstance(schedule, Schedule) and "final_sigmas_type" in given and name != "euler"
+            for spacing, steps in itertools.product([None] if ends else SPACINGS_HERE, numbers):
+                cases.append((Sampling(schedule, name, given, spacing), steps))
+    return [(*case, table_or_message(*case)) for case in cases]
+
+
+def table_or_message(sampling, steps):
+    try:
+        return sampling.build(steps)
+    except ValueError as error:
+        return str(error)
+
+
+def has_pythons_bits(sampling, steps):
+    """Whether arithmetic and square roots alone make the table, and the C library's `hypot`."""
+    schedule, options = sampling.schedule, sampling.options
+    if sampling.spacing or steps.sigmas or isinstance(schedule, EDMSchedule) or schedule is DYNAMIC:
+        return False
+    if isinstance(schedule, Schedule) and schedule.config.beta_schedule == "squaredcos_cap_v2":
+        return False
+    if sampling.method == "dpmsolver++":
+        return options.get("solver_order") == 1
+    return options.get("timestep_type") != "continuous" or isinstance(schedule, FlowSchedule)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_tables_of_every_method_are_pythons(numbers):
+    cases = every_method()
+    requests = [{**sampling.record(), "steps": dataclasses.asdict(steps)} for sampling, steps, _ in cases]
+    output, messages = numbers([f"method {json.dumps(request)}" for request in requests])
+    offset, refused, compared = 0, iter(messages), {True: [], False: []}
+    for sampling, steps, table in cases:
+        (count,) = struct.unpack_from("<q", output, offset)
+        offset += 8
+        if isinstance(table, str):
+            assert count == -1, (sampling, steps, table)
+            ours, theirs = next(refused), table.split(":")[0]
+            assert ours.split(":")[0] == ("bundle" if theirs == "method" else theirs), (ours, table)
+            continue
+        assert count == len(table), (sampling, steps)
+        columns, floats = struct.unpack_from("<qq", output, offset)
+        assert (columns == 7) == table.looks_back and bool(floats) == (table.timestep_dtype == "float32")
+        actual = np.frombuffer(output, np.float64, 3 + count * (1 + columns), offset + 16)
+        offset += 16 + actual.nbytes
+        expected = [table.start_scale, *table.noising, *table.timesteps, *table.columns.ravel()]
+        compared[has_pythons_bits(sampling, steps)].append((actual, expected))
+    assert offset == len(output) and next(refused, None) is None
+    for exact, pairs in compared.items():
+        assert len(pairs) > 500
+        actual, expected = (np.concatenate(values) for values in zip(*pairs, strict=True))
+        # Of a signal that is 0 its rounding is left.
+        rtol, atol = (0, 0) if exact else (1e-12, 1e-15)
+        np.testing.assert_allclose(actual, expected, rtol=rtol, atol=atol)
 
 
 def test_digests_are_hashlibs(numbers, tmp_path):
@@ -328,6 +451,152 @@ def test_timesteps_of_any_sign_and_order_are_what_the_model_gets(checked, tmp_pa
     noise = [0.3 * normal_numpy([5, 6], step, SHAPE) for step in range(3)]
     with CppSampler(checked / "driver", path) as sampler:
         np.testing.assert_allclose(sampler(2, seeds=5), plain_loop(Wave(), start, timesteps, noise=noise), atol=1e-5)
+
+
+BETAS, FLOW = DDIMConfig(**SD), FlowSchedule(shift=3.0)
+METHOD_EXPORTS = {
+    "dpm, loop": (BETAS, {"method": "dpmsolver++", "spacing": "karras"}),
+    "dpm, step": (BETAS, {"method": "dpmsolver++", "kind": "step"}),
+    "dpm, baked and seeded": (BETAS, {"method": "dpmsolver++", "bake_schedule": True, "seeded": True}),
+    "sde, step": (FLOW, {"method": "dpmsolver++", "kind": "step", "stochastic": True, "method_options": SDE}),
+    "flow": (FLOW, {}),
+    "edm, step": (EDMSchedule(), {"kind": "step"}),
+    "euler, baked": (DDIMConfig(**SD, timestep_spacing="linspace"), {"method": "euler", "bake_schedule": True}),
+    "ancestral": (BETAS, {"method": "euler_ancestral", "stochastic": True}),
+    "lcm, baked and seeded": (BETAS, {"method": "lcm", "stochastic": True, "bake_schedule": True, "seeded": True}),
+    "tcd, step": (BETAS, {"method": "tcd", "stochastic": True, "kind": "step"}),
+    "ddpm": (BETAS, {"method": "ddpm", "stochastic": True}),
+    "ddim, seeded": (BETAS, {"stochastic": True, "seeded": True, "eta": 1.0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHOD_EXPORTS)
+def test_bundles_of_every_method_take_any_number_of_steps(checked, tmp_path, name):
+    schedule, options = METHOD_EXPORTS[name]
+    export_onnx(
+        Wave(), schedule, tmp_path, ExportOptions(num_inference_steps=6, **options), sample_shape=SHAPE, parity_steps=(),
+        force=True,
+    )  # fmt: skip
+    chosen = {key: value for key, value in options.items() if key in ("method", "method_options", "spacing", "eta")}
+    with CppSampler(checked / "driver", tmp_path) as sampler:
+        for steps in (None, 1, 2, 17):
+            expected = fastddim.Sampler(Wave(), schedule, steps or 6, sample_shape=SHAPE, **chosen)(
+                2, seeds=[5, 2**64 - 1]
+            )
+            samples = sampler(2, seeds=[5, 2**64 - 1], num_inference_steps=steps)
+            np.testing.assert_allclose(samples, expected, rtol=1e-4, atol=1e-4)
+        with pytest.raises(CppError, match="num_inference_steps: 0; pass an integer in"):
+            sampler(1, seeds=0, num_inference_steps=0)
+        if "seeded" in options:
+            with pytest.raises(CppError, match="start: a state, but this bundle draws its own from seeds"):
+                sampler(np.zeros((1, *SHAPE)), seeds=0)
+
+
+def test_libtorchs_loader_carries_the_previous_x0(tmp_path):
+    options = ExportOptions(method="dpmsolver++", kind="step", num_inference_steps=6)
+    path = export_aoti(Wave(), BETAS, tmp_path / "bundle", options, sample_shape=SHAPE, parity_steps=()).path
+    with CppSampler(build("aoti", "aoti_driver") / "aoti_driver", path) as sampler:
+        for steps in (6, 11):
+            expected = fastddim.Sampler(Wave(), BETAS, steps, sample_shape=SHAPE, method="dpmsolver++")(2, seeds=7)
+            np.testing.assert_allclose(sampler(2, seeds=7, num_inference_steps=steps), expected, rtol=1e-4, atol=1e-4)
+
+
+def to_json(table):
+    return {"timesteps": table.timesteps, "coefficients": table.columns.tolist(), "start_scale": table.start_scale,
+            "noising": None}  # fmt: skip
+
+
+def test_a_table_at_run_time(checked, tmp_path):
+    """Any that the graph has the columns for; Python's sampler has it from a manifest."""
+    folders = {}
+    for name, (schedule, options) in {
+        "dpm": (BETAS, {"method": "dpmsolver++", "kind": "step", "spacing": "beta", "num_inference_steps": 5}),
+        "flow": (FLOW, {}),
+        "baked": (BETAS, {"bake_schedule": True}),
+    }.items():
+        options = ExportOptions(**options)
+        folders[name] = export_onnx(
+            Wave(), schedule, tmp_path / name, options, sample_shape=SHAPE, parity_steps=()
+        ).path
+    first_order = METHODS["dpmsolver++"].build(Schedule(BETAS), 4, solver_order=1)
+    second_order = METHODS["dpmsolver++"].build(Schedule(BETAS), Steps(9, spacing="beta"))
+    noisy = METHODS["ddpm"].build(Schedule(BETAS), 3)
+    fractional = METHODS["euler"].build(FLOW, 3)
+    bundle = open_bundle(folders["dpm"])
+    with CppSampler(checked / "driver", folders["dpm"]) as sampler:
+        for table in (second_order, first_order):
+            kept = dict(to_json(table))
+            if not table.looks_back:
+                kept["coefficients"] = [[*row, 0.0] for row in kept["coefficients"]]
+            expected = OrtSampler(Bundle(bundle.path, {**bundle.manifest, "table": kept}))(2, seeds=7)
+            np.testing.assert_allclose(sampler(2, seeds=7, table=to_json(table)), expected, atol=1e-5)
+        np.testing.assert_allclose(sampler(2, seeds=7), OrtSampler(bundle)(2, seeds=7), atol=1e-5)
+        for message, arguments in {
+            "spacing: 'beta' takes quantiles of the beta distribution.*pass the table at run time": {
+                "num_inference_steps": 4
+            },
+            "table, eta: a table has its steps already": {"table": to_json(first_order), "eta": 0.0},
+            "table: its steps add noise, but this bundle has no input for noise": {"table": to_json(noisy)},
+            r"timesteps: 751\.\d+; this bundle's graph takes int64, pass whole numbers": {"table": to_json(fractional)},
+            "eta: no option of method 'dpmsolver\\+\\+'": {"eta": 0.5, "timesteps": [500, 3]},
+        }.items():
+            with pytest.raises(CppError, match=message) as caught:
+                sampler(1, seeds=0, **arguments)
+            assert caught.value.kind == "invalid_argument"
+    for name, message in {
+        "flow": "table: it looks back at the previous x0",
+        "baked": "table: this bundle derives",
+    }.items():
+        with (
+            CppSampler(checked / "driver", folders[name]) as sampler,
+            pytest.raises(CppError, match=message),
+        ):
+            sampler(1, seeds=0, table=to_json(second_order))
+
+
+def test_the_compiled_step_refuses_a_table_that_looks_back(checked, tmp_path):
+    stub_cuda.build(tmp_path, "clang", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    tables = [METHODS["dpmsolver++"].build(Schedule(BETAS), 4, solver_order=order) for order in (1, 2)]
+    done = subprocess.run(
+        [checked / "step_driver"], input="".join(json.dumps({"table": to_json(table)}) + "\n" for table in tables),
+        env=os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    taken, refused = map(json.loads, done.stdout.splitlines())
+    assert "error" not in taken and refused["error"] == "invalid_argument"
+    assert refused["message"].startswith(
+        "table: it looks back at the previous x0, which the compiled step does not; pass one"
+    )
+
+
+def test_a_baked_method_takes_no_more_steps_than_it_keeps(checked, tmp_path):
+    options = ExportOptions(method="euler", bake_schedule=True)
+    export_onnx(Wave(), BETAS, tmp_path / "bundle", options, sample_shape=SHAPE, parity_steps=())
+    with (
+        CppSampler(checked / "driver", tmp_path / "bundle") as sampler,
+        pytest.raises(CppError, match=r"num_inference_steps: 101; pass an integer in \[1, 100\]"),
+    ):
+        sampler(1, seeds=0, num_inference_steps=101)
+
+
+def test_a_bundle_of_the_second_format_runs_as_it_did(checked, bundles, tmp_path):
+    """The method's options were among those of the sampling."""
+    folder = shutil.copytree(bundles("typed, baked"), tmp_path / "bundle")
+
+    def downgrade(manifest):
+        options = manifest.pop("method")["options"]
+        assert options["eta"] == 1.0
+        manifest["sampling"] |= {"use_clipped_model_output": True, **options}
+        del manifest["schedule_type"]
+        manifest["format_version"] = 2
+
+    edited(downgrade)(folder)
+    with CppSampler(checked / "driver", folder) as sampler:
+        assert_same(
+            (OrtSampler(bundles("typed, baked")), sampler), 2, seeds=5, num_inference_steps=9, **typed_conditions(2)
+        )
+        with pytest.raises(CppError, match="timesteps, eta: this bundle derives its table itself"):
+            sampler(2, seeds=0, eta=0.5, **typed_conditions(2))
 
 
 @pytest.mark.parametrize("kind", ["loop", "step"])
@@ -504,9 +773,9 @@ DAMAGE = {
     ),
     "is no manifest of a fastddim bundle": lambda folder: (folder / "manifest.json").write_text("[]"),
     "'' is no manifest|manifest.json' is no manifest": put("onnx-bundle", "format"),
-    "format_version 3, this fastddim reads up to 2; update fastddim": put(3, "format_version"),
+    "format_version 4, this fastddim reads up to 3; update fastddim": put(4, "format_version"),
     r"\$\.format_version: \"x\" is not an integer": put("x", "format_version"),
-    "format_version 0, this fastddim reads from 1 up to 2; write it anew: `fastddim export onnx --out": put(
+    "format_version 0, this fastddim reads from 1 up to 3; write it anew: `fastddim export onnx --out": put(
         0, "format_version"
     ),
     r"\$\.format_version: true is not an integer": put(True, "format_version"),
@@ -520,7 +789,7 @@ DAMAGE = {
     r"\$\.table\.timesteps\[1\]: 18446744073709551615 is not an integer": put(2**64 - 1, "table", "timesteps", 1),
     r"\$\.table\.timesteps\[0\]: 1e\+30 is not an integer": put(10**30, "table", "timesteps", 0),
     r"\$\.table\.coefficients: 1 rows for 3 timesteps": put([[0] * 6], "table", "coefficients"),
-    r"\$\.table\.coefficients\[2\]: 5 numbers, not 6": put([0] * 5, "table", "coefficients", 2),
+    r"\$\.table\.coefficients\[2\]: 5 numbers, not 6 or 7": put([0] * 5, "table", "coefficients", 2),
     r"\$\.table\.coefficients\[2\]\[0\]: false is not a number": put([False] * 6, "table", "coefficients", 2),
     r"\$\.inputs\[0\]\.shape\[1\]: 0 is not >= 1": put(0, "inputs", 0, "shape", 1),
     r"\$\.inputs\[0\]\.shape\[1\]: an empty name": put("", "inputs", 0, "shape", 1),
@@ -544,6 +813,30 @@ DAMAGE = {
     r"\$\.sampling: a baked schedule in a graph of one step": edited(
         lambda manifest: manifest.update(kind="step", sampling=manifest["sampling"] | {"baked_schedule": True})
     ),
+    r"\$\.table\.coefficients: rows of 6 numbers and of 7": put([0] * 7, "table", "coefficients", 2),
+    r"\$\.table\.coefficients\[0\]: the first step looks back": put([0] * 6 + [1], "table", "coefficients", 0),
+    r"\$\.inputs: 'coefficients' has 6 columns, the table 7": put([[0] * 7] * 3, "table", "coefficients"),
+    r"\$: 'method' is a required property": put(None, "method"),
+    r"\$: 'schedule_type' is a required property": put(None, "schedule_type"),
+    r"\$\.schedule_type: \"alphas\" is not one of 'betas', 'flow', 'edm'": put("alphas", "schedule_type"),
+    r"\$\.schedule: 'beta_start' is no field of a flow schedule|'\w+' is no field of a flow schedule": put(
+        "flow", "schedule_type"
+    ),
+    r"\$\.method\.name: \"ddim\" takes no schedule of type \"edm\"": edited(
+        lambda manifest: manifest.update(schedule_type="edm", schedule={})
+    ),
+    r"\$\.schedule: sigma_min, sigma_max, sigma_data: 90, 80, 0.5; pass": edited(
+        lambda manifest: manifest.update(schedule_type="edm", schedule={"sigma_min": 90})
+    ),
+    r"\$\.schedule: shift: 0; pass a finite number > 0": edited(
+        lambda manifest: manifest.update(schedule_type="flow", schedule={"shift": 0})
+    ),
+    r"\$\.method\.name: \"heun\" is not one of 'ddim', 'ddpm', 'dpmsolver\+\+', 'euler'": put("heun", "method", "name"),
+    r"\$\.method\.options: 'gamma' is no option of method 'ddim'": put(0.3, "method", "options", "gamma"),
+    r"\$\.method\.options\['eta'\]: \"1\" is not a number": put("1", "method", "options", "eta"),
+    r"\$\.method\.spacing: \"cubic\" is not one of 'karras'": put("cubic", "method", "spacing"),
+    r"\$\.sampling\.per_sample_steps: is on, and this loader takes": put(True, "sampling", "per_sample_steps"),
+    r"\$\.inputs: no 'seed'": put(True, "sampling", "seeded"),
     r"\$\.schedule: 'betas' is no field of a schedule": put([], "schedule", "betas"),
     r"\$\.schedule\['beta_end'\]: \"0\.02\" is not a number": put("0.02", "schedule", "beta_end"),
     r"\$\.schedule: beta_start, beta_end: .*, 1; pass": put(1, "schedule", "beta_end"),

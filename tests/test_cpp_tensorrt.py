@@ -48,6 +48,8 @@ def engines(tmp_path_factory):
             export_tensorrt(source, folder / graph, options)
             source = export_tiny(folder / f"flow-{graph}-onnx", flow_table(), kind=graph, guided=True)
             export_tensorrt(source, folder / f"flow-{graph}", options)
+            source = export_tiny(folder / f"dpm-{graph}-onnx", CONFIG, kind=graph, guided=True, method="dpmsolver++")
+            export_tensorrt(source, folder / f"dpm-{graph}", options)
     return folder
 
 
@@ -64,12 +66,12 @@ def conditions(batch):
     }
 
 
-def expected(batch, steps, eta):
+def expected(batch, steps, eta=None, **options):
     """The stand-in's model, its guidance done by hand, in torch."""
     given = conditions(batch)
     cond, uncond = given["labels"], given["uncond_kwargs"]["labels"]
     shift = torch.from_numpy(uncond + given["guidance_scale"] * (cond - uncond)).float()[:, None, None, None]
-    sampler = Sampler(lambda x, t: 0.1 * x + shift, CONFIG, steps, eta=eta, sample_shape=(2, 6, 6))
+    sampler = Sampler(lambda x, t: 0.1 * x + shift, CONFIG, steps, eta=eta, sample_shape=(2, 6, 6), **options)
     return sampler(batch, seeds=7).numpy()
 
 
@@ -98,6 +100,14 @@ def test_samples_are_pythons(driver, engines, graph, cuda_graph, tmp_path):
         )
     else:
         assert names.count("enqueueV3") == (len(calls) if graph == "loop" else steps) and "cudaGraphLaunch" not in names
+
+
+@pytest.mark.parametrize("graph", ["loop", "step"])
+def test_the_previous_x0_is_carried(driver, engines, graph):
+    with CppSampler(driver, engines / f"dpm-{graph}") as sampler:
+        for batch, steps in ((3, 4), (2, 9), (3, 4)):
+            actual = sampler(batch, seeds=7, num_inference_steps=steps, **conditions(batch))
+            np.testing.assert_allclose(actual, expected(batch, steps, method="dpmsolver++"), rtol=1e-5, atol=1e-5)
 
 
 class StandIn(torch.nn.Module):

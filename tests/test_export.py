@@ -42,7 +42,7 @@ from fastddim.export.schedule_module import ScheduleModule
 from fastddim.models.policy import ActionUNet1d
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP, normal
 from fastddim.reference import apply_limit
-from fastddim.schedule import Schedule
+from fastddim.schedule import EDMSchedule, FlowSchedule, Schedule
 from oracle import ddim
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -204,6 +204,58 @@ def test_every_run_of_the_digits_is_that_of_the_loops(tmp_path, limit):
     settings = [(*rest, (2 * height, 2 * width)) for *rest, (height, width) in RUNS]
     check_runs(bundle, pipe.unet, config, sampler_run, 1, settings, 2e-6)
     check_runs(bundle, pipe.unet, config, diffusers_run, 50, settings, 1e-4)
+
+
+LATENT = DDIMConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+METHODS = {
+    "dpmsolver++": (LATENT, {}),
+    "dpmsolver++, step": (LATENT, {"kind": "step", "guided": True}),
+    "dpmsolver++, baked": (LATENT, {"bake_schedule": True, "seeded": True, "per_sample_steps": True}),
+    "euler, flow": (FlowSchedule(shift=3.0), {"bake_schedule": True}),
+    "euler, edm": (EDMSchedule(), {"kind": "step"}),
+    "euler, karras": (LATENT, {"spacing": "karras"}),
+    "euler_ancestral": (LATENT, {"stochastic": True, "method_options": {"eta": 0.5}}),
+    "lcm, baked": (LATENT, {"stochastic": True, "bake_schedule": True, "seeded": True}),
+    "tcd": (LATENT, {"stochastic": True, "kind": "step", "method_options": {"gamma": 0.5}}),
+    "ddpm": (LATENT, {"stochastic": True}),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_exports_and_takes_other_numbers_of_steps(tmp_path, name):
+    schedule, options = METHODS[name]
+    options = {"method": name.partition(",")[0], **options}
+    bundle = export_tiny(tmp_path / "bundle", schedule, num_inference_steps=6, **options)
+    described = {
+        "method": options["method"],
+        "method_options": options.get("method_options"),
+        "spacing": options.get("spacing"),
+    }
+    guided = options.get("guided", False)
+    exported = OrtSampler(open_bundle(bundle.path))
+    for steps in (6, 9):
+        sampler = Sampler(
+            Tiny(), schedule, steps, sample_shape=SHAPE, guidance_scale=3.0 if guided else None, **described
+        )
+        uncond = {"uncond_kwargs": {"labels": torch.zeros(3, dtype=torch.int64)}} if guided else {}
+        expected = sampler(3, seeds=5, labels=LABELS, **uncond).numpy()
+        actual = exported(
+            3, seeds=5, num_inference_steps=steps, labels=LABELS.numpy(), guidance_scale=3.0 if guided else None,
+            uncond_kwargs={"labels": np.zeros(3, np.int64)} if guided else None,
+        )  # fmt: skip
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=2e-4 * max(1, np.abs(expected).max()))
+    if options.get("bake_schedule"):
+        with pytest.raises(ValueError, match=r"num_inference_steps: 101; pass an integer in \[1, (100|50)\]"):
+            exported(3, seeds=5, num_inference_steps=101, labels=LABELS.numpy())
+    else:
+        with pytest.raises(ValueError, match=r"^eta: "):
+            exported(3, seeds=5, eta=2.0, labels=LABELS.numpy(), guidance_scale=3.0 if guided else None)
+
+
+def test_a_schedule_whose_start_differs_is_not_seeded(tmp_path):
+    config = DDIMConfig(timestep_spacing="linspace", clip_sample=False)
+    with pytest.raises(ValueError, match="seeded: True with bake_schedule and method 'euler', whose start is scaled"):
+        export_tiny(tmp_path / "bundle", config, method="euler", bake_schedule=True, seeded=True)
 
 
 def test_scales_differ_from_sample_to_sample(tmp_path):
@@ -600,10 +652,10 @@ DAMAGE = {
     "cannot be read": lambda folder: (folder / "manifest.json").write_text('{"format": '),
     "cannot be read: maximum recursion depth": lambda folder: (folder / "manifest.json").write_text("[" * 10**5),
     "is no manifest of a fastddim bundle": lambda folder: (folder / "manifest.json").write_text("[]"),
-    "format_version 3, this fastddim reads up to 2; update fastddim": lambda folder: edit(
-        folder, lambda manifest: manifest.update(format_version=3)
+    "format_version 4, this fastddim reads up to 3; update fastddim": lambda folder: edit(
+        folder, lambda manifest: manifest.update(format_version=4)
     ),
-    "format_version 0, this fastddim reads from 1 up to 2; write it anew: `fastddim export onnx --out": lambda folder: (
+    "format_version 0, this fastddim reads from 1 up to 3; write it anew: `fastddim export onnx --out": lambda folder: (
         edit(folder, lambda manifest: manifest.update(format_version=0))
     ),
     "format_version 'x'": lambda folder: edit(folder, lambda manifest: manifest.update(format_version="x")),

@@ -104,6 +104,18 @@ def test_the_loop_samples_as_the_sampler_does(kept):
         np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("kind", ["loop", "step"])
+def test_a_method_that_looks_back_carries_the_previous_x0(tmp_path, kind):
+    config = DDIMConfig(clip_sample=False)
+    export_tiny(tmp_path / "bundle", config, method="dpmsolver++", kind=kind)
+    for steps in (2, 9):
+        expected = sample_tiny(config, steps, 3, method="dpmsolver++")
+        np.testing.assert_allclose(
+            run_tiny(tmp_path / "bundle", 3, num_inference_steps=steps), expected, rtol=1e-4,
+            atol=2e-5 * np.abs(expected).max(),
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
 def test_the_table_brings_prediction_type_and_spacing(copied, prediction):
     changes = {"prediction_type": prediction, "timestep_spacing": "trailing", "beta_schedule": "squaredcos_cap_v2"}

@@ -188,7 +188,7 @@ def test_a_device_timestep_is_never_read_on_the_host(eta, monkeypatch):
     table = ours._table(eta, False)
     with NoHostRead():
         past_the_end = _row_at(table.on(x.device)[0], table.index(torch.tensor(1000), x.device))
-    assert all(value.isnan() for value in past_the_end)
+    assert all(value.isnan() for value in past_the_end[:6])
     for t in (999, 500, -2, 1):
         expected = theirs.step(output, t, x, eta=eta, variance_noise=noise if eta else None).prev_sample
         with NoHostRead():

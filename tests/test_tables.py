@@ -284,11 +284,11 @@ def test_a_table_and_a_scheduler_replace_each_other():
     by_steps = Sampler(Watched(), DDIMConfig(), 5, eta=0.5, strength=0.8, sample_shape=SHAPE)
     by_table = by_steps.replace(scheduler=table)
     assert by_table.table is table and by_table.schedule is None and by_table.pairs is None
-    assert by_table.limit is None and by_table.options.num_inference_steps is None and by_table.eta == 0.0
+    assert by_table.limit is None and by_table.options.num_inference_steps is None and by_table.eta is None
     again = by_table.replace(scheduler=DDIMConfig(), num_inference_steps=5, eta=0.5, strength=0.8)
     assert again.table.timesteps == by_steps.table.timesteps and again.limit == Clip()
     assert torch.equal(again(2, seeds=0), by_steps(2, seeds=0))
-    with pytest.raises(ValueError, match="num_inference_steps, timesteps: pass exactly one"):
+    with pytest.raises(ValueError, match="num_inference_steps, timesteps, sigmas: pass"):
         by_table.replace(scheduler=DDIMConfig())
     assert by_table.replace(guidance_scale=2.0).table is table
 

@@ -51,10 +51,13 @@ def expected_sample(bundle, run):
     ).ravel()
 
 
-# Of the bundles made from a table and of the first format, which have four labels.
+# Of bundles made from a table, of earlier formats, which have four labels, and of a method that looks back.
 OTHER_RUNS = (
     ("flow", {"guidance": 1.5, "seed": 2**64 - 1, "label": 2}),
     ("loop-1", {"steps": 5, "guidance": 2.0, "seed": 8, "label": 1}),
+    ("digits-2", {"steps": 5, "guidance": 2.0, "seed": 8, "label": 1}),
+    ("dpm-step", {"guidance": 2.0, "seed": 8, "label": 1}),
+    ("dpm-baked", {"steps": 9, "guidance": 2.0, "seed": 8, "label": 1}),
 )
 
 
@@ -72,12 +75,19 @@ def site(tmp_path_factory):
     export_onnx(pipe.unet, pipe.scheduler, folder / "digits", options, parity_steps=())
     export_class_flow(folder / "flow")
     shutil.copytree(Path(__file__).parent / "bundles" / "loop-1", folder / "loop-1")
+    for name, chosen in {"step": {"kind": "step", "num_inference_steps": 6}, "baked": {"bake_schedule": True}}.items():
+        options = ExportOptions(method="dpmsolver++", guided=True, **chosen)
+        export_onnx(pipe.unet, pipe.scheduler, folder / f"dpm-{name}", options, parity_steps=())
     manifest = json.loads((folder / "digits" / "manifest.json").read_text())
+    shutil.copytree(folder / "digits", folder / "digits-2")
+    second = {name: value for name, value in manifest.items() if name not in ("schedule_type", "method")}
+    second["sampling"] = {**second["sampling"], "eta": 0.0, **manifest["method"]["options"]}
+    (folder / "digits-2" / "manifest.json").write_text(json.dumps({**second, "format_version": 2}))
     noise = {"name": "noise", "dtype": "float32", "shape": ["steps", "batch", 1, 16, 16], "meaning": "of each step"}
     manifests = {
         "broken": "{",
         "foreign": "[]",
-        "newer": json.dumps({**manifest, "format_version": 3}),
+        "newer": json.dumps({**manifest, "format_version": 4}),
         "older": json.dumps({**manifest, "format_version": 0}),
         "endless": json.dumps({**manifest, "table": {**manifest["table"], "timesteps": [7] * 49 + [1e300]}}).replace(
             "1e+300", "1e999"
@@ -174,7 +184,7 @@ console.log(JSON.stringify({ drawn, errors }));
     ]
 
 
-def test_the_module_runs_tables_and_bundles_of_the_first_format(site):
+def test_the_module_runs_tables_earlier_formats_and_other_methods(site):
     code = """
 const drawn = [];
 for (const [bundle, { steps, guidance, seed, label }] of JSON.parse(process.argv[3])) {
@@ -182,17 +192,26 @@ for (const [bundle, { steps, guidance, seed, label }] of JSON.parse(process.argv
   const settings = { guidanceScale: guidance, seed: BigInt(seed), label, numInferenceSteps: steps };
   drawn.push([...await sampler.sample(settings)]);
 }
-const sampler = await open("flow");
-const error = await told(sampler.sample({ numInferenceSteps: 3, guidanceScale: 1, seed: 0n, label: 0 }));
-console.log(JSON.stringify({ drawn, error, ownSteps: sampler.ownSteps }));
+const errors = [];
+for (const [bundle, numInferenceSteps] of [["flow", 3], ["dpm-step", 3], ["dpm-baked", 101]]) {
+  const sampler = await open(bundle);
+  errors.push(await told(sampler.sample({ numInferenceSteps, guidanceScale: 1, seed: 0n, label: 0 })));
+}
+const { ownSteps } = await open("flow");
+console.log(JSON.stringify({ drawn, errors, ownSteps }));
 """
     runs = json.dumps([(bundle, {**run, "seed": str(run["seed"])}) for bundle, run in OTHER_RUNS])
     report = json.loads(run_node(OPEN_IN_NODE + code, str(site), runs))
     for actual, (bundle, run) in zip(report["drawn"], OTHER_RUNS, strict=True):
         np.testing.assert_allclose(actual, expected_sample(site / bundle, run), atol=1e-5)
     assert report["ownSteps"] == 3
-    assert report["error"] == "numInferenceSteps: 3; pass nothing, as this bundle was made from a table"
-    (_, run), _ = OTHER_RUNS
+    assert report["errors"] == [
+        "numInferenceSteps: 3; pass nothing, as this bundle was made from a table",
+        "numInferenceSteps: 3; pass nothing, as this bundle takes the 6 steps of its table; export it with --bake-schedule for"
+        " any number",
+        "numInferenceSteps: 101; pass an integer in [1, 100]",
+    ]
+    (_, run), *_ = OTHER_RUNS
     opened = open_bundle(site / "flow")
     cut = {**opened.manifest["table"], "timesteps": [float(int(t)) for t in opened.table.timesteps]}
     whole = expected_sample(opened, run)
@@ -331,7 +350,7 @@ def test_the_page_in_a_browser(site, tmp_path):
         np.testing.assert_allclose(pixels[:, :3], np.repeat((expected[:, None] + 1) * 127.5, 3, axis=1), atol=1)
         assert (pixels[:, 3] == 255).all()
     inputs = "num_inference_steps, sample, guidance_scale, class_labels, uncond_class_labels"
-    fix = "export a model of one label with --guidance --bake-schedule alone, or with guidance from a table"
+    fix = "export a model of one label with --guidance alone, or with --bake-schedule for any number of steps"
     messages = {
         "missing": "bundle: 'missing/manifest.json' is missing; run fastddim export onnx --guidance --bake-schedule",
         "compiled": "bundle: it is of runtime 'aoti', not 'onnx'; export it as onnx",

@@ -19,7 +19,7 @@ server::Json describe(const fastddim::Manifest& manifest, const server::RequestR
     if (manifest.sample.range) range = *manifest.sample.range;
     const auto& sampling = manifest.sampling;
     server::Json eta = nullptr, limit = nullptr;
-    if (manifest.schedule) eta = sampling.eta;
+    if (manifest.scheduling && manifest.scheduling->eta()) eta = *manifest.scheduling->eta();
     if (sampling.limit)
         limit = {{"kind", sampling.limit->kind}, {"bound", sampling.limit->bound}, {"ratio", sampling.limit->ratio}};
     return {{"kind", manifest.kind},

@@ -104,8 +104,12 @@ fastddim::Call to_call(const Json& json) {
         if (seeds.is_number()) call.seeds = seeds.get<std::uint64_t>();
     }
     if (json.contains("num_inference_steps")) call.num_inference_steps = json.at("num_inference_steps");
-    if (json.contains("timesteps")) call.timesteps = json.at("timesteps").get<std::vector<std::int64_t>>();
+    if (json.contains("timesteps")) call.timesteps = json.at("timesteps").get<std::vector<double>>();
     if (json.contains("eta")) call.eta = json.at("eta");
+    if (json.contains("table")) {
+        const std::string file = "request";
+        call.table = fastddim::detail::parse_table({json.at("table"), file}, fastddim::Manifest{});
+    }
     call.guidance_scale = json.value("guidance_scale", std::vector<float>{});
     call.guidance_rescale = json.value("guidance_rescale", std::vector<float>{});
     if (json.contains("size")) call.size = json.at("size").get<std::array<std::int64_t, 2>>();

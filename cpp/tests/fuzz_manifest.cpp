@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <iterator>
 #include <nlohmann/json.hpp>
-#include <optional>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -22,7 +21,7 @@ std::size_t LLVMFuzzerMutate(std::uint8_t* data, std::size_t size, std::size_t m
 }
 
 int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
-    // Large schedules take long and show nothing new.
+    // Large samples take long and show nothing new.
     constexpr std::int64_t most = 4096;
     const std::string text(reinterpret_cast<const char*>(data), size);
     try {
@@ -31,19 +30,17 @@ int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
             return 0;
         }
         const auto manifest = fastddim::parse_manifest(text);
-        std::optional<fastddim::Schedule> schedule;
         fastddim::Call call;
         call.seeds = 0;
-        if (manifest.schedule) {
-            if (manifest.schedule->num_train_timesteps > most) return 0;
-            schedule.emplace(*manifest.schedule);
-            call.eta = manifest.sampling.stochastic ? 1.0 : 0.0;
+        if (manifest.scheduling) {
+            if (manifest.scheduling->eta()) call.eta = manifest.sampling.stochastic ? 1.0 : 0.0;
+            call.num_inference_steps = std::min(manifest.most_steps(), std::int64_t{7});
         }
         call.guidance_scale = {2.0F};
         std::size_t count = 1;
         for (const std::int64_t dim : manifest.sample.shape)
             count = std::min(count * static_cast<std::size_t>(std::min(dim, most)), std::size_t{1} << 24);
-        if (count <= 1U << 16) fastddim::prepare(manifest, schedule, call);
+        if (count <= 1U << 16) fastddim::prepare(manifest, call);
     } catch (const fastddim::BundleError&) {
     } catch (const std::invalid_argument&) {
     }

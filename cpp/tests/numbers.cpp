@@ -2,18 +2,26 @@
 //   noise SEED STEP STREAM COUNT            float[COUNT]
 //   table N_TRAIN START END BETAS PREDICTION SPACING OFFSET ALPHA_ONE ZERO_SNR ETA CLIPPED STEPS
 //         TRAINED... . TIMESTEPS... .       int64 count, int64[count], double[count, 6], float[count, 6]; -1 if refused
+//   method RECORD STEPS                     JSON of what Python's Sampling.record has, and of its Steps, on a line;
+//         int64 count, columns, float timesteps; double start scale, noising[2], timesteps[count], rows[count, columns];
+//         -1 if refused
 //   sha256 FILE                             64 digits
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstdio>
 #include <fstream>
 #include <iostream>
 #include <iterator>
+#include <nlohmann/json.hpp>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "fastddim/bundle.hpp"
 #include "fastddim/philox.hpp"
+#include "fastddim/samplers.hpp"
 #include "fastddim/schedule.hpp"
 #include "fastddim/sha256.hpp"
 
@@ -80,6 +88,41 @@ void table() {
     }
 }
 
+template <class T>
+void take(const nlohmann::json& json, const char* name, std::optional<T>& to) {
+    if (json.contains(name) && !json.at(name).is_null()) to = json.at(name).get<T>();
+}
+
+void method() {
+    std::string line;
+    std::getline(std::cin, line);
+    const nlohmann::json request = nlohmann::json::parse(line), given = request.at("steps");
+    try {
+        const std::string file = "request";
+        const fastddim::Sampling sampling = fastddim::detail::parse_scheduling({request, file});
+        fastddim::Steps steps;
+        take(given, "num_inference_steps", steps.num_inference_steps);
+        take(given, "timesteps", steps.timesteps);
+        take(given, "sigmas", steps.sigmas);
+        steps.strength = given.value("strength", 1.0);
+        const fastddim::StepTable table = sampling.build(steps);
+        const std::array<std::int64_t, 3> sizes{static_cast<std::int64_t>(table.size()),
+                                                static_cast<std::int64_t>(table.num_columns()), table.float_timesteps};
+        put(sizes.data(), sizes.size());
+        put(&table.start_scale, 1);
+        put(table.noising.value().data(), 2);
+        put(table.timesteps.data(), table.size());
+        for (std::size_t k = 0; k < table.size(); ++k) {
+            put(table.rows[k].data(), table.rows[k].size());
+            if (table.looks_back()) put(&table.next_from_previous_x0[k], 1);
+        }
+    } catch (const std::exception& error) {
+        const std::int64_t refused = -1;
+        put(&refused, 1);
+        std::fprintf(stderr, "%s\n", error.what());
+    }
+}
+
 void digest() {
     std::ifstream file(word(), std::ios::binary);
     const std::string content{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
@@ -100,6 +143,8 @@ int main() {
                 noise();
             } else if (request == "table") {
                 table();
+            } else if (request == "method") {
+                method();
             } else if (request == "sha256") {
                 digest();
             } else {

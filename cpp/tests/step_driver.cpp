@@ -1,6 +1,7 @@
 // A StepKernel for the Python tests: JSON requests on the standard input, one a line, each answered by a line of JSON.
 //   {"driver": NAME}                                  another library of the driver, for the requests that follow
 //   {"load": FOLDER, "batch": N}                      the kernels
+//   {"table": TABLE}                                  a manifest's table, put on the device
 //   {"launch": {NAME: ARRAY}, "steps": N, "eta": X, "row": K, "stream": N}
 //     ARRAY: {"dtype": NAME, "size": N, "file": PATH, "save": PATH, "shift": BYTES, "same_as": NAME}: memory with a
 //     file's bytes, written back after the launch; "table", "step" and "timesteps" are those of the default schedule where
@@ -52,6 +53,12 @@ class StepDriver {
             device_.emplace(0, driver_ ? *driver_ : fastddim::Driver::shared());
             kernel_.emplace(*device_, fastddim::open_kernels(request.at("load").get<std::string>()), request.at("batch"));
             return {{"tier", kernel_->tier()}};
+        }
+        if (request.contains("table")) {
+            const std::string file = "request";
+            if (!device_) device_.emplace(0, driver_ ? *driver_ : fastddim::Driver::shared());
+            fastddim::DeviceTable(*device_, fastddim::detail::parse_table({request.at("table"), file}, {}));
+            return Json::object();
         }
         return launch(request);
     }

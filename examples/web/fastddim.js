@@ -1,8 +1,12 @@
 // Samples from a bundle of `fastddim export`, in a browser or in node, with the noise of fastddim/noise.py bit for bit.
 
 const FORMAT = "fastddim-bundle";
-const FORMAT_VERSION = 2;
+const FORMAT_VERSION = 3;
 const MANIFEST = "manifest.json";
+// A baked schedule of another method than DDIM keeps the tables of so many steps.
+const MOST_KEPT = 100;
+// What models are distilled for where the method's options do not say.
+const DISTILLED = { lcm: 50, tcd: 50 };
 
 const PHILOX_M = [0xd2511f53, 0xcd9e8d57];
 const PHILOX_W = [0x9e3779b9, 0xbb67ae85];
@@ -107,7 +111,7 @@ function parseManifest(bytes) {
     throw new Error(`bundle: '${MANIFEST}' cannot be read: ${error.message}; export it again`);
   }
   checkVersion(manifest);
-  const upgraded = manifest.format_version === 1 ? upgrade(manifest) : manifest;
+  const upgraded = upgrade(manifest);
   checkManifest(upgraded);
   return upgraded;
 }
@@ -121,21 +125,26 @@ function checkVersion(manifest) {
       : `from 1 up to ${FORMAT_VERSION}; write it anew: \`fastddim export onnx --out ...\``));
 }
 
-/** A manifest of version 1 as version 2 has it, as far as the page reads it. */
-function upgrade({ graph, table, ...manifest }) {
-  return { runtime: "onnx", ...manifest, kind: graph, table: { ...table, start_scale: 1 } };
+/** A manifest as version 3 has it, as far as the page reads it. */
+function upgrade(manifest) {
+  const { format_version: version, graph, schedule, table, ...others } = manifest;
+  if (version === FORMAT_VERSION) return manifest;
+  const upgraded = { ...others, schedule, table, method: schedule ? { name: "ddim", options: {} } : null };
+  return version > 1 ? upgraded : { runtime: "onnx", ...upgraded, kind: graph, table: { ...table, start_scale: 1 } };
 }
 
-function checkManifest({ kind, inputs, runtime, sample, sampling, schedule, table }) {
+function checkManifest({ kind, inputs, runtime, sample, sampling, table }) {
   if (runtime !== "onnx") throw new Error(`bundle: it is of runtime '${runtime}', not 'onnx'; export it as onnx`);
   const [label] = Object.keys(sampling.null_values);
-  const steps = schedule ? ["num_inference_steps"] : ["timesteps", "coefficients"];
-  const wanted = [...steps, "sample", "guidance_scale", label, `uncond_${label}`];
-  if (kind !== "loop" || inputs.length !== wanted.length || !inputs.every(({ name }) => wanted.includes(name))) {
-    throw new Error(`bundle: a ${kind} graph of ${inputs.map(({ name }) => name).join(", ")}; ` +
-      "export a model of one label with --guidance --bake-schedule alone, or with guidance from a table");
-  }
   const { timesteps, coefficients, start_scale: scale } = table;
+  const previous = coefficients[0]?.length === 7 ? ["previous_x0"] : [];
+  const steps = kind === "step" ? ["timestep", "coefficients", ...previous]
+    : sampling.baked_schedule ? ["num_inference_steps"] : ["timesteps", "coefficients"];
+  const wanted = [...steps, "sample", "guidance_scale", label, `uncond_${label}`];
+  if (inputs.length !== wanted.length || !inputs.every(({ name }) => wanted.includes(name))) {
+    throw new Error(`bundle: a ${kind} graph of ${inputs.map(({ name }) => name).join(", ")}; ` +
+      "export a model of one label with --guidance alone, or with --bake-schedule for any number of steps");
+  }
   if (!timesteps.length || timesteps.length !== coefficients.length || !timesteps.every(Number.isFinite) || !(scale > 0)) {
     throw new Error(`bundle: a table of timesteps [${timesteps}], ${coefficients.length} rows and start_scale ${scale}; ` +
       "export it again");
@@ -161,8 +170,8 @@ function toHex(buffer) {
 }
 
 /**
- * An opened bundle: `manifest`, `labels` (how many there are, from 0), `ownSteps` (how many steps it takes where it was
- * made from a table, else null), and `sample`.
+ * An opened bundle: `manifest`, `labels` (how many there are, from 0), `ownSteps` (how many steps it takes where its
+ * schedule is not baked, so that it runs its table; else null), and `sample`.
  */
 export class Sampler {
   /**
@@ -183,7 +192,7 @@ export class Sampler {
     this.session = session;
     // The unconditional half's label is the one after the last.
     [[this.labelInput, this.labels]] = Object.entries(manifest.sampling.null_values);
-    this.ownSteps = manifest.schedule ? null : manifest.table.timesteps.length;
+    this.ownSteps = manifest.sampling.baked_schedule ? null : manifest.table.timesteps.length;
   }
 
   /**
@@ -191,11 +200,12 @@ export class Sampler {
    * `ownSteps` takes no `numInferenceSteps`.
    */
   async sample({ numInferenceSteps, guidanceScale, seed, label }) {
-    const { sample, noise, schedule, table } = this.manifest;
-    if (schedule) {
-      checkWhole("numInferenceSteps", numInferenceSteps, 1, schedule.num_train_timesteps);
+    const { kind, sample, noise, schedule, table } = this.manifest;
+    if (this.ownSteps === null) {
+      checkWhole("numInferenceSteps", numInferenceSteps, 1, this.#mostSteps());
     } else {
-      const own = "nothing, as this bundle was made from a table";
+      const own = schedule ? `nothing, as this bundle takes the ${this.ownSteps} steps of its table; export it with ` +
+        "--bake-schedule for any number" : "nothing, as this bundle was made from a table";
       check(numInferenceSteps === undefined, "numInferenceSteps", numInferenceSteps, own);
     }
     check(Number.isFinite(guidanceScale), "guidanceScale", guidanceScale, "a finite number");
@@ -211,15 +221,37 @@ export class Sampler {
       [this.labelInput]: [label],
       [`uncond_${this.labelInput}`]: [this.labels],
     };
+    if (kind === "loop") return (await this.#run(values)).samples.data;
+    values.previous_x0 = new Float32Array(length);
+    for (const [step, timestep] of table.timesteps.entries()) {
+      const row = { timestep: [timestep], coefficients: table.coefficients[step] };
+      const { next_sample: next, pred_original_sample: x0 } = await this.#run({ ...values, ...row });
+      values.sample = next.data;
+      values.previous_x0 = x0.data;
+    }
+    return values.sample;
+  }
+
+  /** The most steps that a baked schedule takes. */
+  #mostSteps() {
+    const { method, schedule } = this.manifest;
+    const trained = schedule.num_train_timesteps ?? MOST_KEPT;
+    if (method.name === "ddim") return trained;
+    return Math.min(MOST_KEPT, method.options.original_inference_steps ?? DISTILLED[method.name] ?? trained);
+  }
+
+  /** The graph's outputs by name, of its inputs' numbers. */
+  async #run(values) {
+    const { inputs, sample, table } = this.manifest;
     const feeds = {};
-    for (const { name, dtype, shape } of this.manifest.inputs) {
+    for (const { name, dtype, shape } of inputs) {
       // A height or width of any size is named too: the model's own is taken.
       const sizes = { batch: 1, steps: table.timesteps.length };
-      const dims = name === "sample" ? [1, ...sample.shape] : shape.map((dim) => sizes[dim] ?? dim);
+      const state = name === "sample" || name === "previous_x0";
+      const dims = state ? [1, ...sample.shape] : shape.map((dim) => sizes[dim] ?? dim);
       const array = dtype === "int64" ? BigInt64Array.from(values[name], BigInt) : Float32Array.from(values[name]);
       feeds[name] = new this.ort.Tensor(dtype, array, dims);
     }
-    const outputs = await this.session.run(feeds);
-    return outputs[this.manifest.outputs[0].name].data;
+    return this.session.run(feeds);
   }
 }

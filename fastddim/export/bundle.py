@@ -24,6 +24,7 @@ from fastddim.coefficients import StepTable
 from fastddim.config import LIMITS, DDIMConfig, Limit, limit_name
 from fastddim.export.runtime import get_runtime, public_name
 from fastddim.files import check_folder
+from fastddim.samplers.sampling import Sampling
 
 _HASH_BLOCK = 1 << 20
 
@@ -52,7 +53,7 @@ class Format:
         return schema
 
 
-FORMAT = Format("fastddim-bundle", 2, "manifest.json", "manifest.schema.json", "fastddim export onnx")
+FORMAT = Format("fastddim-bundle", 3, "manifest.json", "manifest.schema.json", "fastddim export onnx")
 
 
 class BundleError(ValueError):
@@ -104,10 +105,9 @@ class Bundle(Folder):
         return str(self.manifest["runtime"])
 
     @property
-    def schedule(self) -> DDIMConfig | None:
-        """The schedule's configuration; None for a bundle made from a table."""
-        values = self.manifest["schedule"]
-        return None if values is None else DDIMConfig.from_dict(values)
+    def scheduling(self) -> Sampling | None:
+        """The schedule and the method that tables are made by; None for a bundle made from a table."""
+        return None if self.manifest["schedule"] is None else Sampling.from_record(self.manifest, self.limit)
 
     @property
     def limit(self) -> Limit:
@@ -119,14 +119,15 @@ class Bundle(Folder):
         """The default run; its timesteps are of the dtype that the graph takes."""
         table = self.manifest["table"]
         dtypes = {item["name"]: item["dtype"] for item in self.manifest["inputs"]}
-        dtype = dtypes.get("timesteps", dtypes.get("timestep", "int64"))
+        # A baked schedule has no such input: there the numbers say it.
+        dtype = dtypes.get("timesteps", dtypes.get("timestep"))
         built = StepTable.from_columns(
-            np.array(table["timesteps"], dtype=None if dtype == "int64" else np.float64),
+            np.array(table["timesteps"], dtype=np.float64 if dtype == "float32" else None),
             table["coefficients"],
             start_scale=table["start_scale"],
             noising=table["noising"],
         )
-        if built.timestep_dtype != dtype:
+        if dtype is not None and built.timestep_dtype != dtype:
             raise ValueError(f"timesteps: {built.timestep_dtype}, but the graph takes {dtype}")
         return built
 
@@ -275,7 +276,7 @@ def open_bundle(path: str | Path, *, check_hashes: bool = True) -> Bundle:
         get_runtime(bundle.runtime)
     except ValueError as error:
         raise BundleError(f"bundle: {file!r}: {error}") from error
-    for name in ("schedule", "limit", "table"):
+    for name in ("scheduling", "limit", "table"):
         try:
             getattr(bundle, name)
         except (TypeError, ValueError) as error:
@@ -353,16 +354,24 @@ def _check_manifest(file: Path, manifest: Any, format: Format) -> dict[str, Any]
 
 
 def _upgrade(file: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """A bundle's manifest of version 1 as version 2 has it; what it lacks, the schema finds."""
-    upgraded = {"runtime": "onnx", **manifest, "format_version": FORMAT.version}
-    upgraded["kind"] = upgraded.pop("graph", None)
-    added: dict[str, dict[str, Any]] = {"table": {"start_scale": 1.0, "noising": None}}
-    if isinstance(upgraded.get("schedule"), dict):
-        try:
-            added["sampling"] = {"limit": limit_record(DDIMConfig.from_dict(upgraded["schedule"]).limit)}
-        except (TypeError, ValueError) as error:
-            raise BundleError(f"bundle: {str(file)!r}: schedule: {error}; export it again") from error
+    """A bundle's manifest of version 1 or 2 as version 3 has it; what it lacks, the schema finds."""
+    upgraded: dict[str, Any] = {**manifest, "format_version": FORMAT.version}
+    schedule, sampling = upgraded.get("schedule"), upgraded.get("sampling")
+    added: dict[str, dict[str, Any]] = {}
+    if manifest["format_version"] == 1:
+        upgraded["kind"] = upgraded.pop("graph", None)
+        upgraded.setdefault("runtime", "onnx")
+        added["table"] = {"start_scale": 1.0, "noising": None}
+        if isinstance(schedule, dict):
+            try:
+                added["sampling"] = {"limit": limit_record(DDIMConfig.from_dict(schedule).limit)}
+            except (TypeError, ValueError) as error:
+                raise BundleError(f"bundle: {str(file)!r}: schedule: {error}; export it again") from error
     for name, fields in added.items():
         if isinstance(upgraded.get(name), dict):
             upgraded[name] = {**upgraded[name], **fields}
+    upgraded |= {"schedule_type": None, "method": None}
+    if isinstance(schedule, dict) and isinstance(sampling, dict):
+        options = {name: sampling[name] for name in ("eta", "use_clipped_model_output") if name in sampling}
+        upgraded |= {"schedule_type": "betas", "method": {"name": "ddim", "options": options, "spacing": None}}
     return upgraded

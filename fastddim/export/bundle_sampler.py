@@ -18,14 +18,14 @@ from fastddim.config import require_int
 from fastddim.export.bundle import Bundle, BundleError, open_bundle, require_runtime
 from fastddim.export.runtime import get_runtime
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP, check_seeds, normal_numpy
-from fastddim.schedule import Schedule
+from fastddim.samplers import Steps
 
 if TYPE_CHECKING:
     import torch
 
 Array = npt.NDArray[Any]
 
-_OWN = ("sample", "timestep", "timesteps", "coefficients", "noise", "guidance_scale", "guidance_rescale",
+_OWN = ("sample", "timestep", "timesteps", "coefficients", "previous_x0", "noise", "guidance_scale", "guidance_rescale",
         "num_inference_steps", "seed")  # fmt: skip
 
 
@@ -96,8 +96,7 @@ class BundleSampler(ABC):
         self._sampling = manifest["sampling"]
         self._inputs = {item["name"]: item for item in manifest["inputs"]}
         self._conditions = [name for name in self._inputs if name not in _OWN and not name.startswith("uncond_")]
-        config = self.bundle.schedule
-        self._schedule = None if config is None else Schedule(config)
+        self._scheduling = self.bundle.scheduling
 
     @classmethod
     @contextlib.contextmanager
@@ -167,7 +166,7 @@ class BundleSampler(ABC):
             num_inference_steps = int(counts.max())
         table = self._table(num_inference_steps, timesteps, eta)
         seeded = self._sampling.get("seeded", False)
-        noisy = self._sampling["stochastic"] and bool((table.columns[:, -1] != 0).any())
+        noisy = self._sampling["stochastic"] and table.stochastic
         given = start in self._arrays
         if seeded and given:
             raise ValueError("start: a state, but this bundle draws its own from seeds; pass a batch size")
@@ -198,8 +197,8 @@ class BundleSampler(ABC):
         """Each sample's number of steps."""
         given = len(self.bundle.manifest["table"]["timesteps"]) if num_inference_steps is None else num_inference_steps
         counts = _on_host(given)
-        assert self._schedule is not None
-        most = self._schedule.config.num_train_timesteps
+        assert self._scheduling is not None
+        most = self._scheduling.most_baked
         fits = counts.shape in ((), (batch,)) and np.issubdtype(counts.dtype, np.integer)
         if not fits or counts.min() < 1 or counts.max() > most:
             raise ValueError(
@@ -212,8 +211,8 @@ class BundleSampler(ABC):
         self, num_inference_steps: int | Sequence[int] | None, timesteps: Sequence[int] | None, eta: float | None
     ) -> StepTable:
         default = self.bundle.table
-        if self._schedule is None:
-            given = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "eta": eta}
+        given = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "eta": eta}
+        if self._scheduling is None:
             for name, value in given.items():
                 if value is not None:
                     raise ValueError(
@@ -225,21 +224,18 @@ class BundleSampler(ABC):
             raise ValueError(
                 f"num_inference_steps: {num_inference_steps!r}; pass an integer, or export with per_sample_steps=True"
             )
-        other_eta = eta is not None and eta != self._sampling["eta"]
+        other_eta = eta is not None and eta != self._scheduling.options.get("eta", 0.0)
         if self._sampling["baked_schedule"] and (timesteps is not None or other_eta):
             raise ValueError("timesteps, eta: this bundle derives its table itself; pass num_inference_steps alone")
-        if num_inference_steps is None and timesteps is None and eta is None:
+        if all(value is None for value in given.values()):
             return default
         if num_inference_steps is None and timesteps is None:
             num_inference_steps = len(default)
-        eta = self._sampling["eta"] if eta is None else eta
-        table = StepTable.build(
-            self._schedule,
-            self._schedule.pairs(num_inference_steps, timesteps=timesteps),
-            eta=eta,
-            use_clipped_model_output=self._sampling["use_clipped_model_output"],
-        )
-        if eta and not self._sampling["stochastic"]:
+        count = None if num_inference_steps is None else int(num_inference_steps)
+        if count is not None and self._sampling["baked_schedule"]:
+            require_int("num_inference_steps", count, 1, self._scheduling.most_baked)
+        table = self._scheduling.build(Steps(count, timesteps), **({} if eta is None else {"eta": eta}))
+        if table.stochastic and not self._sampling["stochastic"]:
             raise ValueError(f"eta: {eta!r}, but this bundle has no input for noise; export it with stochastic=True")
         return table
 

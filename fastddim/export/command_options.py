@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -12,11 +13,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastddim.cli_options import Json, choice, integer, integers, naming, number, parse_integers, quiet_diffusers
+from fastddim.cli_options import (
+    Eta,
+    Json,
+    Method,
+    MethodOptions,
+    Spacing,
+    choice,
+    integer,
+    integers,
+    naming,
+    number,
+    parse_integers,
+    parse_method_options,
+    quiet_diffusers,
+)
 from fastddim.config import require_number
 
 if TYPE_CHECKING:
     from fastddim.export.bundle import Folder
+    from fastddim.export.sampler_plan import ExportOptions
 
 Model = Annotated[
     str | None,
@@ -48,7 +64,17 @@ class SamplerFlags:
     dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Take any height and width.")] = False
     dtype: Annotated[str, choice(help="float32, float16, bfloat16.")] = "float32"
     num_inference_steps: Annotated[int, integer("--steps", help="Steps of the default table.")] = 50
-    eta: Annotated[float, number(help="Eta of the default table.")] = 0.0
+    method: Method = "auto"
+    method_options: MethodOptions = None
+    spacing: Spacing = None
+    eta: Eta = None
+
+    def options(self, **others: Any) -> ExportOptions:
+        """The `ExportOptions` of these flags and other fields."""
+        from fastddim.export.sampler_plan import ExportOptions
+
+        given = {**dataclasses.asdict(self), "method_options": parse_method_options(self.method_options)}
+        return ExportOptions(**given, **others)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import fastddim
@@ -23,6 +22,7 @@ _MEANINGS = {
     "timesteps": "what the model is called with at each step, in the order of the steps",
     "num_inference_steps": "how many steps to take, at least 1 and at most as many as the training's",
     "seed": "the 64 bits of the sample's seed",
+    "previous_x0": "pred_original_sample of the step before; a run's first step does not read it",
     "noise": "standard normal, fresh for each step",
     "guidance_scale": "classifier-free guidance: uncond + guidance_scale * (cond - uncond)",
     "guidance_rescale": "in [0, 1]: how far to pull the guided output's deviation back to the conditional one's",
@@ -31,12 +31,14 @@ _MEANINGS = {
     "pred_original_sample": "the limited prediction of x0",
 }
 _COLUMNS = "x0 = limit(c0 * sample + c1 * output); next_sample = c2 * sample + c3 * output + c4 * x0 + c5 * noise"
+_LOOKING_BACK = " + c6 * previous_x0, where c6 is not 0"
 
 
 def name_meanings(plan: SamplerPlan) -> dict[str, str]:
     """What each of the sampler's inputs and outputs is, by name."""
     row_of = "step" if plan.options.kind == "loop" else "sample"
-    meanings = {**_MEANINGS, "coefficients": f"c0 to c5 of each {row_of}: {_COLUMNS}"}
+    columns = _COLUMNS + (_LOOKING_BACK if plan.table.looks_back else "")
+    meanings = {**_MEANINGS, "coefficients": f"c0 to c{plan.num_columns - 1} of each {row_of}: {columns}"}
     if plan.table.start_scale != 1:
         meanings["sample"] = (
             f"the starting state; standard normal noise times {plan.table.start_scale!r} for a whole run"
@@ -58,7 +60,10 @@ def build_manifest(
         inputs, outputs: `name`, `dtype`, `shape` and `meaning` of each.
         runtime: what runs the file.
     """
-    denoiser, options, table, schedule, limit = plan.denoiser, plan.options, plan.table, plan.schedule, plan.limit
+    denoiser, options, table, limit = plan.denoiser, plan.options, plan.table, plan.limit
+    sampling = (
+        dict.fromkeys(("schedule_type", "schedule", "method")) if plan.sampling is None else plan.sampling.record()
+    )
     return {
         "format": FORMAT.name,
         "format_version": FORMAT.version,
@@ -67,7 +72,7 @@ def build_manifest(
         "model": model,
         "inputs": inputs,
         "outputs": outputs,
-        "schedule": None if schedule is None else asdict(schedule.config),
+        **sampling,
         "sampling": {
             "guided": options.guided,
             "guidance_rescale": options.guidance_rescale,
@@ -75,8 +80,6 @@ def build_manifest(
             "baked_schedule": options.bake_schedule,
             "per_sample_steps": options.per_sample_steps,
             "seeded": options.seeded,
-            "eta": None if schedule is None else float(options.eta),
-            "use_clipped_model_output": options.use_clipped_model_output,
             "dtype": options.dtype,
             "limit": limit_record(limit),
             "null_values": {
@@ -141,7 +144,7 @@ def note(manifest: Mapping[str, Any]) -> str:
     python = (
         f"\nWith Python: {command}`{public_name(runner)}(FOLDER)`, which needs {runtime.needs}.\n" if runner else ""
     )
-    return f"""# An exported DDIM sampler
+    return f"""# An exported diffusion sampler
 
 `{manifest["model"]}` holds the model and its sampler: {kind}. {runtime.loads}
 `manifest.json` says the same as this page for programs, with a default table of timesteps and coefficients; its schema is

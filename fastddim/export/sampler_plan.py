@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,9 @@ import torch
 from fastddim.coefficients import StepCoefficients, StepTable
 from fastddim.config import DDIMConfig, Limit, require_choice, require_int
 from fastddim.export.denoisers import DTYPES, Denoiser, describe
-from fastddim.export.schedule_module import ScheduleModule
-from fastddim.sampler import to_schedule
+from fastddim.export.schedule_module import ScheduleModule, TablesModule, bake
+from fastddim.samplers import Steps
+from fastddim.samplers.sampling import Sampling, read_scheduler
 from fastddim.schedule import Schedule
 
 KINDS = ("loop", "step")
@@ -37,8 +38,9 @@ class ExportOptions:
         per_sample_steps: each sample has its own `num_inference_steps` `[B]`; it stays as it is once it is finished.
         seeded: the loop takes a `seed` for each sample and draws its starting state and noise itself. The scale of the
             start is fixed in the file, as the limit is: with a seed, a client has nothing else to know of the method.
-        num_inference_steps, eta: the default table's number of steps (50) and its noise; a baked schedule keeps eta.
-        use_clipped_model_output: derive epsilon from the limited x0; where x0 is limited by default.
+        num_inference_steps: the default table's number of steps (50).
+        method, method_options, spacing, eta, use_clipped_model_output: as those of `SamplerOptions`; a baked schedule keeps
+            them.
         dtype: the weights' dtype, `"float32"`, `"float16"` or `"bfloat16"`; the state is float32.
         dynamic_size: heights and widths may differ from call to call, for models that take them.
 
@@ -54,7 +56,10 @@ class ExportOptions:
     per_sample_steps: bool = False
     seeded: bool = False
     num_inference_steps: int | None = None
-    eta: float = 0.0
+    method: str = "auto"
+    method_options: Mapping[str, Any] | None = None
+    spacing: str | None = None
+    eta: float | None = None
     use_clipped_model_output: bool | None = None
     dtype: str = "float32"
     dynamic_size: bool = False
@@ -84,6 +89,11 @@ class ExportOptions:
         if self.eta and not self.stochastic:
             raise ValueError(f"eta: {self.eta!r} adds noise; pass stochastic=True, which makes noise an input")
 
+    def of_the_method(self) -> dict[str, Any]:
+        """The method's options by name."""
+        given = {name: getattr(self, name) for name in ("eta", "use_clipped_model_output")}
+        return {**{name: value for name, value in given.items() if value is not None}, **(self.method_options or {})}
+
 
 @dataclass(frozen=True)
 class SamplerPlan:
@@ -91,14 +101,14 @@ class SamplerPlan:
 
     Attributes:
         denoiser: the model.
-        schedule: the schedule that the table comes from; None where a table was given.
+        sampling: the schedule and method that the table comes from; None where a table was given.
         table: the steps of the default run.
         limit: the limit applied to x0.
         options: with every default decided.
     """
 
     denoiser: Denoiser
-    schedule: Schedule | None
+    sampling: Sampling | None
     table: StepTable
     limit: Limit
     options: ExportOptions
@@ -110,6 +120,11 @@ class SamplerPlan:
         return dtype
 
     @property
+    def num_columns(self) -> int:
+        """Columns of the table: 6, or 7 where it looks back."""
+        return int(self.table.columns.shape[1])
+
+    @property
     def state_dims(self) -> list[str | int]:
         """The dimensions of a batch of states, a name for each that differs from call to call."""
         dims: list[str | int] = ["batch", *self.denoiser.sample_shape]
@@ -117,13 +132,16 @@ class SamplerPlan:
             dims[2:] = ["height", "width"]
         return dims
 
-    def baked_schedule(self) -> ScheduleModule:
+    def baked_schedule(self) -> ScheduleModule | TablesModule:
         """What makes the tables in a file with a baked schedule."""
-        assert self.schedule is not None
-        options = self.options
-        return ScheduleModule(
-            self.schedule, options.eta, bool(options.use_clipped_model_output), options.per_sample_steps
-        )
+        assert self.sampling is not None
+        baked = bake(self.sampling, self.options.per_sample_steps)
+        if self.options.seeded and isinstance(baked, TablesModule) and len(baked.start_scales) > 1:
+            raise ValueError(
+                f"seeded: True with bake_schedule and method {self.sampling.method!r}, whose start is scaled by the number of"
+                " steps here; leave seeded out, or pass a scheduler with timestep_spacing 'leading' or 'trailing'"
+            )
+        return baked
 
 
 def plan_sampler(
@@ -136,27 +154,22 @@ def plan_sampler(
 ) -> SamplerPlan:
     """Check what is to be exported, before any work; arguments and errors as `export_onnx`'s."""
     options = ExportOptions() if options is None else options
-    schedule = None
+    sampling = None
     if isinstance(scheduler_or_table, StepTable):
         table = scheduler_or_table
         _require_for_table(table, options)
     else:
         if limit is not None:
             raise ValueError(f"limit: {limit!r}, but a scheduler's configuration has its own; leave it out")
-        schedule = to_schedule(scheduler_or_table, "scheduler_or_table")
-        limit = schedule.config.limit
-        rederive = options.use_clipped_model_output
-        options = replace(
-            options,
-            use_clipped_model_output=limit is not None if rederive is None else rederive,
-            num_inference_steps=options.num_inference_steps or DEFAULT_STEPS,
-        )
-        table = StepTable.build(
-            schedule,
-            schedule.pairs(options.num_inference_steps),
-            eta=options.eta,
-            use_clipped_model_output=bool(options.use_clipped_model_output),
-        )
+        sampling = read_scheduler(scheduler_or_table, options.method, "scheduler_or_table")
+        limit = sampling.limit
+        sampling = sampling.with_options(options.of_the_method(), limit, options.spacing)
+        table = sampling.build(Steps(options.num_inference_steps or min(DEFAULT_STEPS, sampling.most_steps)))
+        if table.stochastic and not options.stochastic:
+            raise ValueError(
+                f"stochastic: False, but method {sampling.method!r} adds noise; pass stochastic=True, which makes noise an"
+                " input"
+            )
     bad = np.argwhere(~np.isfinite(table.columns))
     if len(bad):
         row, column = bad[0]
@@ -170,13 +183,14 @@ def plan_sampler(
     denoiser = describe(model, None if sample_shape is None else tuple(sample_shape), example_kwargs)
     if options.dynamic_size and not denoiser.resizable:
         raise ValueError(f"dynamic_size: True for a {type(model).__name__}, whose size is fixed; leave it out")
-    return SamplerPlan(denoiser, schedule, table, limit, options)
+    return SamplerPlan(denoiser, sampling, table, limit, options)
 
 
 def _require_for_table(table: StepTable, options: ExportOptions) -> None:
     """Refuse the options that only a schedule has a use for, and a table that the file could not run."""
     default = ExportOptions()
-    for name in ("num_inference_steps", "eta", "bake_schedule", "per_sample_steps", "use_clipped_model_output"):
+    names = ("num_inference_steps", "method", "method_options", "spacing", "eta", "use_clipped_model_output")
+    for name in ("bake_schedule", "per_sample_steps", *names):
         value = getattr(options, name)
         if value != getattr(default, name):
             raise ValueError(f"{name}: {value!r} with a StepTable, which has its steps already; leave it out")

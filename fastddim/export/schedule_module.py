@@ -8,7 +8,29 @@ import numpy as np
 import torch
 
 from fastddim.coefficients import columns, noise_factors
+from fastddim.samplers import Steps
+from fastddim.samplers.sampling import Sampling
 from fastddim.schedule import Schedule
+
+
+def bake(sampling: Sampling, per_sample: bool = False) -> ScheduleModule | TablesModule:
+    """What makes the tables of a baked schedule.
+
+    Raises:
+        ValueError: a schedule that cannot be baked.
+    """
+    if sampling.method != "ddim":
+        return TablesModule(sampling, per_sample)
+    assert isinstance(sampling.schedule, Schedule)
+    options = sampling.options
+    if set(options) - {"eta", "use_clipped_model_output"}:
+        raise ValueError(
+            f"bake_schedule: True with {', '.join(options)}; pass the table at run time instead, or eta and"
+            " use_clipped_model_output alone"
+        )
+    return ScheduleModule(
+        sampling.schedule, options.get("eta", 0.0), options.get("use_clipped_model_output", False), per_sample
+    )
 
 
 class ScheduleModule(torch.nn.Module):
@@ -88,3 +110,40 @@ class ScheduleModule(torch.nn.Module):
             return ((n_train + k * difference).round().long() - 1).clamp(min=0)
         spread = (count * 0 + n_train - 1) / (count - 1).clamp(min=1.0)
         return (ascending * spread).round().long()
+
+
+class TablesModule(torch.nn.Module):
+    """The tables of a method at each number of steps up to `Sampling.most_baked`, one after another.
+
+    Arguments and results are as `ScheduleModule`'s; the coefficients have 7 columns where the method looks back, and
+    timesteps are float32 where it has such.
+    """
+
+    timesteps: torch.Tensor
+    rows: torch.Tensor
+
+    def __init__(self, sampling: Sampling, per_sample: bool = False) -> None:
+        super().__init__()
+        self._most = sampling.most_baked
+        self._per_sample = per_sample
+        tables = [sampling.build(Steps(n)) for n in range(1, self._most + 1)]
+        self.start_scales = {table.start_scale for table in tables}
+        dtype = getattr(torch, tables[0].timestep_dtype)
+        self.register_buffer("timesteps", torch.tensor([t for table in tables for t in table.timesteps], dtype=dtype))
+        self.register_buffer("rows", torch.cat([table.tensor(dtype=torch.float32) for table in tables]))
+
+    def forward(self, num_inference_steps: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """As `ScheduleModule.forward`."""
+        n = self.nearest(num_inference_steps)
+        count: Any = (n.max() if self._per_sample else n).item()
+        torch._check(count >= 1)  # type: ignore[no-untyped-call]
+        k = torch.arange(count)
+        k = k[:, None] if self._per_sample else k
+        # The tables of fewer steps come first; past a table's end its last row.
+        row = torch.div(n * (n - 1), 2, rounding_mode="floor") + torch.minimum(k, n - 1)
+        table = (self.timesteps[row], self.rows[row])
+        return (*table, k < n) if self._per_sample else table
+
+    def nearest(self, num_inference_steps: torch.Tensor) -> torch.Tensor:
+        """The number of steps that is taken: one that has a table."""
+        return num_inference_steps.clamp(1, self._most)

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from fastddim.coefficients import NUM_COLUMNS
 from fastddim.config import DynamicThreshold, Limit
 from fastddim.export.sampler_plan import SamplerPlan
 from fastddim.reference import combine_guidance, spread_columns, step_with_row
@@ -32,7 +31,8 @@ class StepModule(torch.nn.Module):
     The inputs of `forward`, in order, those in brackets where the plan's options ask for them:
         sample: `[B, ...]` float32, the state.
         timestep: `[B]` int64 or float32.
-        coefficients: `[B, 6]` float32, a row of a `StepTable` for each sample.
+        coefficients: `[B, 6]` float32, a row of a `StepTable` for each sample; `[B, 7]` where the table looks back.
+        [previous_x0]: `[B, ...]` float32, the `pred_original_sample` of the step before, where the table looks back.
         [noise]: `[B, ...]` float32.
         [guidance_scale], [guidance_rescale]: `[B]` float32.
         conditions: by name, `[B, ...]`; with guidance also `uncond_<name>`.
@@ -55,8 +55,10 @@ class StepModule(torch.nn.Module):
         values = {
             "sample": torch.randn(state, generator=generator),
             "timestep": torch.tensor([3, 1], dtype=self._plan.timestep_dtype),
-            "coefficients": torch.full((2, NUM_COLUMNS), 0.5),
+            "coefficients": torch.full((2, self._plan.num_columns), 0.5),
         }
+        if self._plan.table.looks_back:
+            values["previous_x0"] = torch.randn(state, generator=generator)
         if options.stochastic:
             values["noise"] = torch.randn(state, generator=generator)
         if options.guided:
@@ -78,7 +80,9 @@ class StepModule(torch.nn.Module):
         guidance = None
         if self._plan.options.guided:
             guidance = Guidance(inputs["guidance_scale"], inputs.get("guidance_rescale", 0.0))
-        return StepOptions(guidance=guidance, limit=self._plan.limit, noise=inputs.get("noise"))
+        return StepOptions(
+            guidance=guidance, limit=self._plan.limit, noise=inputs.get("noise"), previous_x0=inputs.get("previous_x0")
+        )
 
     def update(self, output: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The step from the model's output `[B, ...]`, or `[2B, ...]` with guidance; results as `forward`'s."""
@@ -86,7 +90,9 @@ class StepModule(torch.nn.Module):
         if options.guidance is not None:
             output = combine_guidance(output, options.guidance)
         row = spread_columns(inputs["coefficients"], x)
-        return step_with_row(output, x, row, options.limit, options.noise, quantile=self._quantile)
+        return step_with_row(
+            output, x, row, options.limit, options.noise, quantile=self._quantile, previous_x0=options.previous_x0
+        )
 
     def _predict(self, x: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         t = inputs["timestep"]

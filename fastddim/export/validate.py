@@ -15,7 +15,7 @@ from fastddim.export.bundle_sampler import BundleSampler, load_sampler_class
 from fastddim.export.denoisers import DTYPES, Denoiser, describe, prepared
 from fastddim.noise import STREAM_INITIAL, normal
 from fastddim.sampler import Sampler
-from fastddim.schedule import Schedule
+from fastddim.samplers import Steps
 
 PARITY_STEPS = (1, 10, 50)
 LARGEST_BATCH = 3
@@ -58,7 +58,7 @@ def measure_parity(
         tables = _tables(opened, steps)
         for batch, shape in ((1, small), (LARGEST_BATCH, large)):
             for table in tables:
-                if opened.schedule is None:
+                if opened.scheduling is None:
                     exported.bundle = _with_steps(opened, len(table))
                 results.append(_compare(exported, denoiser, table, batch, shape, dtype, tolerance))
     return results
@@ -66,14 +66,13 @@ def measure_parity(
 
 def _tables(bundle: Bundle, steps: Sequence[int]) -> list[StepTable]:
     """The runs to compare, by their numbers of steps."""
+    scheduling = bundle.scheduling
     for count in steps:
-        require_int("parity_steps", count, 1, None if bundle.schedule is None else bundle.schedule.num_train_timesteps)
-    if bundle.schedule is None:
+        require_int("parity_steps", count, 1, None if scheduling is None else scheduling.most_steps)
+    if scheduling is None:
         own = len(bundle.table)
         return [_with_steps(bundle, count).table for count in sorted({min(count, own) for count in steps})]
-    schedule, sampling = Schedule(bundle.schedule), bundle.manifest["sampling"]
-    options = {name: sampling[name] for name in ("eta", "use_clipped_model_output")}
-    return [StepTable.build(schedule, schedule.pairs(count), **options) for count in steps]
+    return [scheduling.build(Steps(count)) for count in steps]
 
 
 def _with_steps(bundle: Bundle, count: int) -> Bundle:
@@ -161,7 +160,7 @@ def _compare(
     actual = exported(
         batch if sampling.get("seeded") else start.numpy(force=True),
         seeds=0,
-        num_inference_steps=None if bundle.schedule is None else len(table),
+        num_inference_steps=None if bundle.scheduling is None else len(table),
         guidance_scale=sampler.guidance_scale,
         guidance_rescale=sampler.guidance_rescale,
         uncond_kwargs={name: value.numpy(force=True) for name, value in uncond.items()} if sampling["guided"] else None,

@@ -267,7 +267,8 @@ def assemble(
     device = sample.device
     copy_output, copy_sample, copy_noise = entry.copied
     x_next = torch.empty_like(sample, memory_format=entry.memory_format) if out is None else out
-    x0 = torch.empty_like(x_next) if options.return_x0 else None
+    previous = options.previous_x0
+    x0 = torch.empty_like(x_next) if previous is None and options.return_x0 else previous
     index, ratios = None, options.ratios
     if isinstance(table, StepTable):
         table, index, ratios = table.on(device)
@@ -306,14 +307,15 @@ def assemble(
         tickets,
     )
     _check_overlaps(tensors, entry)
-    return Request(entry, tensors, counters, x_next, x0)
+    return Request(entry, tensors, counters, x_next, x0 if options.return_x0 else None)
 
 
 def _key(model_output: Any, sample: Any, table: Any, step: Any, options: StepOptions) -> tuple[Any, ...]:
     """All that an entry depends on, as something to look it up by."""
     guidance, noise, out, model_input = options.guidance, options.noise, options.out, options.model_input
     limit_values, seeds, first_row = options.limit_values, options.seeds, options.first_row
-    timesteps, next_timestep, ratios = options.timesteps, options.next_timestep, options.ratios
+    timesteps, next_timestep, previous = options.timesteps, options.next_timestep, options.previous_x0
+    ratios = options.ratios
     guided: Any = None
     if guidance is not None:
         scale, rescale = guidance.scale, guidance.rescale
@@ -324,8 +326,8 @@ def _key(model_output: Any, sample: Any, table: Any, step: Any, options: StepOpt
         )
     rest: Any = None
     # One comparison for what most steps do not have.
-    if not (limit_values is seeds is first_row is timesteps is next_timestep is ratios is None):
-        others = (limit_values, seeds, first_row, timesteps, next_timestep, ratios)
+    if not (limit_values is seeds is first_row is timesteps is next_timestep is previous is ratios is None):
+        others = (limit_values, seeds, first_row, timesteps, next_timestep, previous, ratios)
         rest = tuple([None if t is None else spec(t) for t in others])
     return (
         spec(model_output),
@@ -333,7 +335,7 @@ def _key(model_output: Any, sample: Any, table: Any, step: Any, options: StepOpt
         None if noise is None else spec(noise),
         None if out is None else out is sample or spec(out),
         None if model_input is None else spec(model_input),
-        spec(table) if isinstance(table, torch.Tensor) else len(table),
+        spec(table) if isinstance(table, torch.Tensor) else table.columns.shape,
         spec(step) if isinstance(step, torch.Tensor) else type(step),
         guided,
         options.limit,
@@ -360,7 +362,11 @@ def make_entry(
         raise ValueError(
             f"sample: on {sample.device}; the fused step needs a GPU: move it, or pass backend='reference'"
         )
-    states = {"sample": sample, "model_output": model_output, "noise": noise, "out": out, "model_input": model_input}
+    previous_x0 = options.previous_x0
+    states = {
+        "sample": sample, "model_output": model_output, "noise": noise, "out": out, "model_input": model_input,
+        "previous_x0": previous_x0,
+    }  # fmt: skip
     for name, tensor in states.items():
         if tensor is not None and tensor.dtype not in DTYPES:
             raise ValueError(
@@ -374,11 +380,11 @@ def make_entry(
         )
     # One layout for all, whatever it is, needs no index arithmetic. Drawn noise counts elements in C order.
     shared_layout = options.seeds is None and all(t is None or _is_channels_last(t) for t in states.values())
-    for name, tensor in (("out", out), ("model_input", model_input)):
+    for name, tensor in (("out", out), ("model_input", model_input), ("previous_x0", previous_x0)):
         if tensor is None or tensor.is_contiguous() or shared_layout:
             continue
-        if name == "out" or not _is_channels_last(tensor):
-            kinds = "contiguous" if name == "out" else "contiguous or channels-last"
+        if name != "model_input" or not _is_channels_last(tensor):
+            kinds = "contiguous or channels-last" if name == "model_input" else "contiguous"
             raise ValueError(f"{name}: strides {tensor.stride()}; pass a {kinds} tensor, as it is written in place")
     if isinstance(step, torch.Tensor) and not step.is_contiguous():
         raise ValueError(f"step: strides {step.stride()}; pass a contiguous tensor")
@@ -468,11 +474,12 @@ def _find_apart(
     if options.guidance is not None:
         given |= {"guidance": options.guidance.scale, "rescale": options.guidance.rescale}
     names = ("limit", "noise", "seeds", "first_row", "next", "input", "timesteps", "next_timestep")
+    given["x0"] = options.previous_x0
     given |= {name: getattr(options, ARGUMENT_OF.get(name, name)) for name in names}
     # Size in bytes and in elements: guided, there are two halves of outputs to one of results; of half the precision they
     # have as many bytes.
     sizes = {name: (value.nbytes, value.numel()) for name, value in given.items() if isinstance(value, torch.Tensor)}
-    written = ("next", "input", "step", "next_timestep") if options.advance else ("next", "input")
+    written = ("next", "x0", "input", *(("step", "next_timestep") if options.advance else ()))
     in_place = ("sample",) if entry.reordered else ("sample", "output")
     return tuple(
         (
@@ -494,5 +501,6 @@ def _check_overlaps(tensors: Sequence[torch.Tensor | None], entry: Entry) -> Non
         start, other_start = tensors[written].data_ptr(), tensors[other].data_ptr()  # type: ignore[union-attr]
         if start >= other_start + other_size or other_start >= start + written_size or (same and start == other_start):
             continue
-        first, second = (ARGUMENT_OF.get(name, name) for name in (STEP_POINTERS[written], STEP_POINTERS[other]))
+        names = {**ARGUMENT_OF, "x0": "previous_x0"}
+        first, second = (names.get(name, name) for name in (STEP_POINTERS[written], STEP_POINTERS[other]))
         raise ValueError(f"{first}: shares memory with {second}; pass memory of its own")

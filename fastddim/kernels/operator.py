@@ -6,7 +6,7 @@ import torch
 from torch.library import triton_op, wrap_triton
 from triton.runtime.jit import JITFunction
 
-from fastddim.coefficients import StepTable
+from fastddim.coefficients import NUM_COLUMNS, StepTable
 from fastddim.config import LIMITS, limit_name, limit_numbers, with_numbers
 from fastddim.kernels.launch import make_entry, scalar_tensor
 from fastddim.kernels.plan import STEP_POINTERS
@@ -37,8 +37,9 @@ def _write_step(
         guidance = Guidance(guidance_scale, 0.0 if guidance_rescale is None else guidance_rescale, cond_first)
     named = None if limit == "none" else with_numbers(LIMITS[limit](), limit_range, limit_ratio)
     options = StepOptions(
-        guidance=guidance, limit=named, noise=noise, seeds=seeds, first_row=first_row, out=out, model_input=model_input
-    )
+        guidance=guidance, limit=named, noise=noise, seeds=seeds, first_row=first_row, out=out, model_input=model_input,
+        previous_x0=x0 if table.shape[1] > NUM_COLUMNS else None,
+    )  # fmt: skip
     entry = make_entry(model_output, sample, table, step, options)
     plan = entry.plan
     slots: dict[str, Any] = dict.fromkeys(STEP_POINTERS)
@@ -89,12 +90,15 @@ def _make_step(
     noise: Optional[torch.Tensor],  # noqa: UP045
     seeds: Optional[torch.Tensor],  # noqa: UP045
     first_row: Optional[torch.Tensor],  # noqa: UP045
+    previous_x0: Optional[torch.Tensor],  # noqa: UP045
     return_x0: bool,
 ) -> List[torch.Tensor]:  # noqa: UP006
     results = [torch.empty_like(sample) for _ in range(2 if return_x0 else 1)]
+    if previous_x0 is not None:
+        results[1:] = [previous_x0.clone()]
     _write_step(
         model_output, sample, table, step, guidance_scale, guidance_rescale, cond_first, limit, limit_range,
-        limit_ratio, noise, seeds, first_row, results[0], results[1] if return_x0 else None, None,
+        limit_ratio, noise, seeds, first_row, results[0], results[1] if len(results) > 1 else None, None,
     )  # fmt: skip
     return results
 
@@ -134,10 +138,13 @@ def ddim_step(
         options.seeds,
         options.first_row,
     )
+    previous = options.previous_x0
     if options.out is None and options.model_input is None:
-        results = torch.ops.fastddim.ddim_step(*inputs, options.return_x0)
+        results = torch.ops.fastddim.ddim_step(*inputs, previous, options.return_x0)
+        if previous is not None:
+            results[1] = previous.copy_(results[1])
         return results[0], results[1] if options.return_x0 else None
     x_next = torch.empty_like(sample, memory_format=torch.contiguous_format) if options.out is None else options.out
-    x0 = torch.empty_like(x_next) if options.return_x0 else None
+    x0 = torch.empty_like(x_next) if previous is None and options.return_x0 else previous
     torch.ops.fastddim.ddim_step_(*inputs, x_next, x0, options.model_input)
-    return x_next, x0
+    return x_next, x0 if options.return_x0 else None

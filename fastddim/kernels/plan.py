@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import triton
 
-from fastddim.coefficients import Coefficient
+from fastddim.coefficients import NUM_COLUMNS, Coefficient
 from fastddim.config import Limit, limit_kind, limit_numbers
 from fastddim.kernels.statistics import BINS, SLOTS, histogram_kernel, rescale_kernel
 from fastddim.kernels.step import ddim_step_kernel
@@ -63,6 +63,7 @@ class StepShape:
         drawn: whether the kernel draws the noise.
         output_channels_last, input_channels_last: the layout of the model's output and of its next input.
         advance: whether the index moves on.
+        looks_back: whether the table has the column of the previous x0.
     """
 
     batch: int
@@ -81,6 +82,7 @@ class StepShape:
     output_channels_last: bool = False
     input_channels_last: bool = False
     advance: bool = False
+    looks_back: bool = False
 
     def with_options(self, options: StepOptions) -> StepShape:
         """This shape with all that a step's options fix; of their tensors only the number of dimensions is looked at."""
@@ -96,6 +98,7 @@ class StepShape:
             limit_on_device=options.limit_values is not None,
             drawn=options.seeds is not None,
             advance=bool(options.advance),
+            looks_back=options.previous_x0 is not None,
         )
 
 
@@ -166,6 +169,7 @@ def make_plan(shape: StepShape) -> Plan:
         block, num_warps = _element_block(batch, n), NUM_WARPS
     blocks = 1 if whole else triton.cdiv(n, block)
     sample_axis, grid = make_grid(batch, blocks, n)
+    num_columns = NUM_COLUMNS + shape.looks_back
     guidance = {"COND_FIRST": shape.cond_first, "SCALE_PER_SAMPLE": shape.scale_per_sample}
     constants: dict[str, Any] = {
         "GUIDED": shape.guided,
@@ -184,6 +188,7 @@ def make_plan(shape: StepShape) -> Plan:
         "EVEN": not whole and isinstance(n, int) and n % block == 0,
         "BLOCK": block,
         "CHUNK": min(block, _CHUNK) if whole else block,
+        "COLUMNS": num_columns,
     }
     numbers: tuple[int, ...] = (n, batch, shape.num_steps, shape.channels, shape.batch)
     step = KernelCall(ddim_step_kernel, STEP_POINTERS, numbers, constants, grid, num_warps)
@@ -215,6 +220,7 @@ def make_plan(shape: StepShape) -> Plan:
                 "ROW_PER_SAMPLE": shape.row_per_sample,
                 "RATIO": ratio,
                 "MAX_VALUE": limit_range,
+                "COLUMNS": num_columns,
                 **layout,
             }
             numbers = (n, batch, shape.num_steps, shape.channels, row_size, shift)

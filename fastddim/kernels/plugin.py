@@ -14,7 +14,7 @@ from triton.compiler import ASTSource
 
 from fastddim.kernels.aot import compile_source, specialise
 from fastddim.kernels.plan import StepShape, make_grid, make_plan
-from fastddim.kernels.step import ddim_step_kernel
+from fastddim.kernels.step import NUM_COLUMNS, ddim_step_kernel
 from fastddim.step import StepOptions
 
 INPUTS = ("model_output", "sample", "coefficients", "noise", "guidance_scale", "guidance_rescale")
@@ -55,6 +55,7 @@ def ddim_step_in_plugin(
         rows=batch, GUIDED=GUIDED, COND_FIRST=False, SCALE_PER_SAMPLE=True, RESCALE_PER_SAMPLE=True, ROW_PER_SAMPLE=True,
         LIMIT=LIMIT, RANGE=RANGE, RATIO=RATIO, WHOLE=WHOLE, SAMPLE_AXIS=SAMPLE_AXIS, OUTPUT_CHANNELS_LAST=False,
         INPUT_CHANNELS_LAST=False, ADVANCE=False, DEPENDENT=False, EVEN=EVEN, BLOCK=BLOCK, CHUNK=CHUNK,
+        COLUMNS=NUM_COLUMNS,
     )  # fmt: skip
 
 

@@ -17,7 +17,6 @@ from fastddim.kernels.philox import product
 from fastddim.kernels.step import (
     INFINITY_BITS,
     LARGEST_INT,
-    NUM_COLUMNS,
     ONE_BITS,
     guide,
     limit_scale,
@@ -176,6 +175,7 @@ def histogram_kernel(
     SAMPLE_AXIS: tl.constexpr,
     RATIO: tl.constexpr,
     MAX_VALUE: tl.constexpr,
+    COLUMNS: tl.constexpr,
     OUTPUT_CHANNELS_LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -206,7 +206,7 @@ def histogram_kernel(
         if RESCALED:
             factor = tl.load(statistics_ptr + b * 2 + 1)
         x0_columns = load_x0_columns(
-            table_ptr + place * NUM_COLUMNS, row_of_ratios(ratios_ptr, place), 0.0, sample_ptr.dtype.element_ty
+            table_ptr + place * COLUMNS, row_of_ratios(ratios_ptr, place), 0.0, sample_ptr.dtype.element_ty
         )
         if REFINE:
             inputs = load_inputs(sample_ptr, output_ptr, where, live, GUIDED, OUTPUT_CHANNELS_LAST)

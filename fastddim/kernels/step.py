@@ -1,12 +1,13 @@
 """The fused DDIM step: one Triton kernel from the raw model output to the next model input.
 
-For each element of each sample, in float32, with the sample's own row of six coefficients:
+For each element of each sample, in float32, with the sample's own row of coefficients:
 
     out    = uncond + guidance_scale * (cond - uncond), rescaled towards cond's standard deviation
     x0     = limit(x0_from_x * x + x0_from_output * out)
     x_next = next_from_x * x + next_from_output * out + next_from_x0 * x0 + noise_scale * noise
 
-A coefficient of 0 leaves its term out, as in the reference: an infinite model output must not turn into NaN there.
+and, from a table that looks back, next_from_previous_x0 times the x0 of the step before. A coefficient of 0 leaves its term
+out, as in the reference: an infinite model output must not turn into NaN there.
 """
 
 from __future__ import annotations
@@ -441,6 +442,7 @@ def ddim_step_kernel(
     EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """One step of BLOCK elements of one sample; with WHOLE, of a whole sample, which is updated CHUNK by CHUNK.
 
@@ -450,6 +452,7 @@ def ddim_step_kernel(
     rows: the batch size, also where `n` elements are those of a whole batch.
     LIMIT: "none", "clip" to RANGE, "threshold" with RATIO and at most RANGE, or "fixed", the threshold RANGE.
     limit_ptr: float64 range and ratio that take the place of RANGE and RATIO.
+    COLUMNS: of the table; with the seventh, x0_ptr has the x0 of the step before.
     DEPENDENT: launched while the kernel before may still run; from sm_90 on.
     """
     if DEPENDENT:
@@ -474,7 +477,7 @@ def ddim_step_kernel(
     place, inside = table_row(row, num_steps)
     # No host sees this index, so one outside the table has to show: its results are NaN.
     poison = tl.where(inside, 0.0, float("nan"))
-    columns = table_ptr + place * NUM_COLUMNS
+    columns = table_ptr + place * COLUMNS
     ratios = row_of_ratios(ratios_ptr, place)
     x0_columns = load_x0_columns(columns, ratios, poison, sample_ptr.dtype.element_ty)
 
@@ -507,6 +510,9 @@ def ddim_step_kernel(
     next_from_output = tl.load(columns + 3).to(tl.float32)
     next_from_x0 = tl.load(columns + 4).to(tl.float32)
     noise_scale = tl.load(columns + 5).to(tl.float32)
+    next_from_previous = tl.full([], 0.0, tl.float32)
+    if COLUMNS > NUM_COLUMNS:
+        next_from_previous = tl.load(columns + 6).to(tl.float32)
 
     for offset in range(0, n if WHOLE else 1, CHUNK):
         here = start + offset
@@ -522,12 +528,19 @@ def ddim_step_kernel(
             x0 = apply_threshold(x0, limit_range)
         if LIMIT == "threshold":
             x0 = apply_threshold(x0, scale)
+        if COLUMNS > NUM_COLUMNS:
+            previous = tl.zeros_like(x0)
+            # At a run's first step it was never written.
+            if next_from_previous != 0.0:
+                previous = load(x0_ptr, first, where, live, False)
         # Before the noise is drawn, which needs the registers.
         if x0_ptr is not None:
             store(x0_ptr, first, where, live, x0, False)
 
         x_next = add_term(next_from_x0 * x0, next_from_output, out)
         x_next = add_term(x_next, next_from_x, x)
+        if COLUMNS > NUM_COLUMNS:
+            x_next = add_term(x_next, next_from_previous, previous)
         if noise_ptr is not None:
             noise = load(noise_ptr, first, where, live, False)
             x_next = add_term(x_next, noise_scale, noise)

@@ -86,9 +86,9 @@ class RequestReader {
         const fastddim::Manifest& manifest = bundle.manifest;
         add("seed", true, {{"type", "integer, or a string of one"}, {"minimum", 0}, {"maximum", last_seed}},
             [](Request& request, const Json& value) { request.seed = to_seed(value); });
-        if (manifest.schedule) {
+        if (manifest.scheduling) {
             // The bundle's own run may have more steps than are allowed here.
-            const std::int64_t most = std::min(max_steps, manifest.schedule->num_train_timesteps);
+            const std::int64_t most = std::min(max_steps, manifest.most_steps());
             const bool too_long = manifest.table.size() > static_cast<std::size_t>(most);
             add_integer("num_inference_steps", too_long, 1, most,
                         [](Request& request, std::int64_t value) { request.num_inference_steps = value; });
@@ -98,9 +98,10 @@ class RequestReader {
                 "bundle: '", bundle.path.string(), "' was made from a table of ", manifest.table.size(), " steps, and ",
                 max_steps, " are allowed; pass a larger --max-steps"));
         }
-        if (manifest.schedule && manifest.sampling.stochastic && !manifest.sampling.baked_schedule) {
+        const auto eta = manifest.scheduling ? manifest.scheduling->eta() : std::nullopt;
+        if (eta && manifest.sampling.stochastic && !manifest.sampling.baked_schedule) {
             add_number("eta", false, 0, 1, [](Request& request, double value) { request.eta = value; });
-            fields_.at("eta").description["default"] = manifest.sampling.eta;
+            fields_.at("eta").description["default"] = *eta;
         }
         if (manifest.sampling.guided)
             add_number("guidance_scale", true, -largest_scale, largest_scale, [](Request& request, double value) {

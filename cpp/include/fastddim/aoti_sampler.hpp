@@ -149,7 +149,7 @@ class AotiSampler : public detail::BundleSampler<AotiSampler, at::Tensor> {
         return at::from_blob(data, shape, at::TensorOptions(type_of(dtype).value()));
     }
 
-    at::Tensor call(const Inputs& inputs, const char* output) const {
+    std::vector<at::Tensor> call(const Inputs& inputs, const std::vector<const char*>& outputs) const {
         const c10::InferenceMode guard;
         const Manifest& manifest = bundle().manifest;
         std::vector<at::Tensor> ordered;
@@ -159,10 +159,13 @@ class AotiSampler : public detail::BundleSampler<AotiSampler, at::Tensor> {
             // A number of steps sizes tensors on the host.
             ordered.push_back(info.name == "num_inference_steps" ? value : value.to(device_));
         }
-        std::vector<at::Tensor> results = loader_->boxed_run(std::move(ordered));
-        const auto named = [&](const TensorInfo& info) { return info.name == output; };
-        const auto which = std::find_if(manifest.outputs.begin(), manifest.outputs.end(), named);
-        return results.at(static_cast<std::size_t>(which - manifest.outputs.begin()));
+        std::vector<at::Tensor> all = loader_->boxed_run(std::move(ordered)), results;
+        for (const char* output : outputs) {
+            const auto named = [&](const TensorInfo& info) { return info.name == output; };
+            const auto which = std::find_if(manifest.outputs.begin(), manifest.outputs.end(), named);
+            results.push_back(all.at(static_cast<std::size_t>(which - manifest.outputs.begin())));
+        }
+        return results;
     }
 
     Array<float> to_array(const at::Tensor& tensor) const {

@@ -21,8 +21,10 @@
 #include <string_view>
 #include <system_error>
 #include <utility>
+#include <variant>
 #include <vector>
 
+#include "fastddim/samplers.hpp"
 #include "fastddim/schedule.hpp"
 #include "fastddim/sha256.hpp"
 
@@ -71,9 +73,8 @@ struct Manifest {
         bool guidance_rescale = false;
         bool stochastic = false;
         bool baked_schedule = false;
-        /// These two are the schedule's; without one they mean nothing.
-        double eta = 0;
-        bool use_clipped_model_output = false;
+        /// Whether the graph takes a seed for each sample instead of the starting state and noise.
+        bool seeded = false;
         std::string dtype;
         std::optional<Limit> limit;
         std::map<std::string, std::int64_t> null_values;
@@ -120,7 +121,7 @@ struct Manifest {
         bool strip_plan = false;
     };
 
-    static constexpr std::int64_t newest_format_version = 2;
+    static constexpr std::int64_t newest_format_version = 3;
 
     /// `loop`: all steps in one call; `step`: one step a call.
     std::string kind;
@@ -132,8 +133,8 @@ struct Manifest {
     std::map<std::string, File> files;
     std::vector<TensorInfo> inputs;
     std::vector<TensorInfo> outputs;
-    /// None in a bundle made from a table, which runs that table alone.
-    std::optional<DDIMConfig> schedule;
+    /// The schedule and the method that tables are made by; none in a bundle made from a table.
+    std::optional<fastddim::Sampling> scheduling;
     Sampling sampling;
     /// The default run.
     StepTable table;
@@ -147,11 +148,17 @@ struct Manifest {
     const TensorInfo* find_input(std::string_view name) const noexcept { return find(inputs, name); }
     const TensorInfo* find_output(std::string_view name) const noexcept { return find(outputs, name); }
 
-    /// Whether the graph takes timesteps as float, not as 64-bit integers.
-    bool takes_float_timesteps() const noexcept {
-        const TensorInfo* info = find_input(kind == "loop" ? "timesteps" : "timestep");
-        return info != nullptr && info->dtype == "float32";
+    /// The most steps that a run can have.
+    std::int64_t most_steps() const noexcept {
+        // A baked schedule of another method than DDIM keeps the tables of so many steps.
+        constexpr std::int64_t most_kept = 100;
+        if (!scheduling) return static_cast<std::int64_t>(table.size());
+        const bool kept = sampling.baked_schedule && !std::holds_alternative<DDIM>(scheduling->method);
+        return kept ? std::min(most_kept, scheduling->most_steps()) : scheduling->most_steps();
     }
+
+    /// The input for timesteps; none where the schedule is baked.
+    const TensorInfo* timestep_input() const noexcept { return find_input(kind == "loop" ? "timesteps" : "timestep"); }
 
    private:
     static const TensorInfo* find(const std::vector<TensorInfo>& infos, std::string_view name) noexcept {
@@ -211,6 +218,7 @@ class Field {
 
     bool is_null() const { return value_->is_null(); }
     bool is_string() const { return value_->is_string(); }
+    bool is_float() const { return value_->is_number_float(); }
 
     bool boolean() const {
         require(value_->is_boolean(), "true or false");
@@ -316,48 +324,173 @@ inline std::map<std::string, Manifest::File> parse_files(const Field& field, con
     return files;
 }
 
-inline DDIMConfig parse_schedule(const Field& field) {
+/// What reads a field of an object into a variable.
+using Reader = std::function<void(const Field&)>;
+
+inline Reader reads(bool& to) { return [&to](const Field& field) { to = field.boolean(); }; }
+inline Reader reads(double& to) { return [&to](const Field& field) { to = field.number(); }; }
+inline Reader reads(std::int64_t& to, std::int64_t low = 0) {
+    return [&to, low](const Field& field) { to = field.integer(low); };
+}
+inline Reader reads(std::optional<double>& to) {
+    return [&to](const Field& field) { to = field.is_null() ? std::nullopt : std::optional<double>(field.number()); };
+}
+/// One of the names of an enumeration, in its order.
+template <class Enumeration>
+Reader reads(Enumeration& to, std::vector<const char*> names) {
+    return [&to, names](const Field& field) { to = static_cast<Enumeration>(field.choice(names)); };
+}
+
+/// Reads an object's fields; those that it lacks stay as they are, and one without a reader is no field of `what`.
+inline void read_fields(const Field& object, const std::string& what, const std::map<std::string, Reader>& readers) {
+    for (const auto& [name, value] : object.members()) {
+        if (name.rfind('_', 0) == 0) continue;
+        const auto reader = readers.find(name);
+        if (reader == readers.end()) object.fail("'" + name + "' is no " + what);
+        reader->second(value);
+    }
+}
+
+inline const std::vector<const char*> spacing_names{"karras", "exponential", "beta", "align_your_steps_sd15",
+                                                    "align_your_steps_sdxl", "align_your_steps_svd"};
+inline const std::vector<const char*> final_sigmas_names{"zero", "sigma_min"};
+
+inline DDIMConfig parse_betas(const Field& field) {
     DDIMConfig config;
-    const auto integer = [](std::int64_t& to) { return [&to](const Field& f) { to = f.integer(0); }; };
-    const auto number = [](double& to) { return [&to](const Field& f) { to = f.number(); }; };
-    const auto boolean = [](bool& to) { return [&to](const Field& f) { to = f.boolean(); }; };
-    const auto choice = [](auto& to, std::vector<const char*> names) {
-        return [&to, names](const Field& f) { to = static_cast<std::decay_t<decltype(to)>>(f.choice(names)); };
-    };
-    const std::map<std::string, std::function<void(const Field&)>> readers{
-        {"num_train_timesteps", integer(config.num_train_timesteps)},
-        {"beta_start", number(config.beta_start)},
-        {"beta_end", number(config.beta_end)},
-        {"beta_schedule", choice(config.beta_schedule, {"linear", "scaled_linear", "squaredcos_cap_v2"})},
+    read_fields(field, "field of a schedule", {
+        {"num_train_timesteps", reads(config.num_train_timesteps)},
+        {"beta_start", reads(config.beta_start)},
+        {"beta_end", reads(config.beta_end)},
+        {"beta_schedule", reads(config.beta_schedule, {"linear", "scaled_linear", "squaredcos_cap_v2"})},
         {"trained_betas",
          [&](const Field& f) {
              if (f.is_null()) return;
              config.trained_betas.emplace();
              for (const Field& beta : f.items()) config.trained_betas->push_back(beta.number());
          }},
-        {"clip_sample", boolean(config.clip_sample)},
-        {"set_alpha_to_one", boolean(config.set_alpha_to_one)},
-        {"steps_offset", integer(config.steps_offset)},
-        {"prediction_type", choice(config.prediction_type, {"epsilon", "sample", "v_prediction"})},
-        {"thresholding", boolean(config.thresholding)},
-        {"dynamic_thresholding_ratio", number(config.dynamic_thresholding_ratio)},
-        {"clip_sample_range", number(config.clip_sample_range)},
-        {"sample_max_value", number(config.sample_max_value)},
-        {"timestep_spacing", choice(config.timestep_spacing, {"leading", "trailing", "linspace", "quadratic"})},
-        {"rescale_betas_zero_snr", boolean(config.rescale_betas_zero_snr)},
-    };
-    for (const auto& [name, value] : field.members()) {
-        if (name.rfind('_', 0) == 0) continue;
-        const auto reader = readers.find(name);
-        if (reader == readers.end()) field.fail("'" + name + "' is no field of a schedule");
-        reader->second(value);
-    }
+        {"clip_sample", reads(config.clip_sample)},
+        {"set_alpha_to_one", reads(config.set_alpha_to_one)},
+        {"steps_offset", reads(config.steps_offset)},
+        {"prediction_type", reads(config.prediction_type, {"epsilon", "sample", "v_prediction"})},
+        {"thresholding", reads(config.thresholding)},
+        {"dynamic_thresholding_ratio", reads(config.dynamic_thresholding_ratio)},
+        {"clip_sample_range", reads(config.clip_sample_range)},
+        {"sample_max_value", reads(config.sample_max_value)},
+        {"timestep_spacing", reads(config.timestep_spacing, {"leading", "trailing", "linspace", "quadratic"})},
+        {"rescale_betas_zero_snr", reads(config.rescale_betas_zero_snr)},
+    });
+    return config;
+}
+
+inline FlowSchedule parse_flow(const Field& field) {
+    FlowSchedule flow;
+    read_fields(field, "field of a flow schedule", {
+        {"num_train_timesteps", reads(flow.num_train_timesteps)},
+        {"shift", reads(flow.shift)},
+        {"use_dynamic_shifting", reads(flow.use_dynamic_shifting)},
+        {"base_shift", reads(flow.base_shift)},
+        {"max_shift", reads(flow.max_shift)},
+        {"base_image_seq_len", reads(flow.base_image_seq_len)},
+        {"max_image_seq_len", reads(flow.max_image_seq_len)},
+        {"shift_terminal", reads(flow.shift_terminal)},
+        {"time_shift_type", reads(flow.time_shift_type, {"exponential", "linear"})},
+    });
+    flow.validate();
+    return flow;
+}
+
+inline EDMSchedule parse_edm(const Field& field) {
+    EDMSchedule edm;
+    read_fields(field, "field of an EDM schedule", {
+        {"sigma_min", reads(edm.sigma_min)},
+        {"sigma_max", reads(edm.sigma_max)},
+        {"sigma_data", reads(edm.sigma_data)},
+        {"sigma_schedule", reads(edm.sigma_schedule, {"karras", "exponential"})},
+        {"prediction_type", [&](const Field& f) {
+             const bool epsilon = f.choice({"epsilon", "v_prediction"}) == 0;
+             edm.prediction_type = epsilon ? PredictionType::epsilon : PredictionType::v_prediction;
+         }},
+    });
+    edm.validate();
+    return edm;
+}
+
+inline AnySchedule parse_schedule(const Field& field, const Field& type) {
+    const std::size_t index = type.choice({"betas", "flow", "edm"});
     try {
-        config.validate();
+        if (index == 1) return parse_flow(field);
+        if (index == 2) return parse_edm(field);
+        return Schedule(parse_betas(field));
     } catch (const std::invalid_argument& error) {
         field.fail(error.what());
     }
-    return config;
+}
+
+// The options of each method, by their names in Python.
+
+inline std::map<std::string, Reader> option_readers(DDIM& ddim) {
+    return {{"eta", reads(ddim.eta)},
+            {"variance_type", reads(ddim.variance_type, {"fixed_small", "fixed_large"})},
+            {"use_clipped_model_output", reads(ddim.use_clipped_model_output)},
+            {"transitions", reads(ddim.transitions, {"exact", "diffusers"})}};
+}
+
+inline std::map<std::string, Reader> option_readers(DDPM& ddpm) {
+    return {{"variance_type", reads(ddpm.variance_type, {"fixed_small", "fixed_large"})}};
+}
+
+inline std::map<std::string, Reader> option_readers(Euler& euler) {
+    return {{"final_sigmas_type", reads(euler.final_sigmas_type, final_sigmas_names)},
+            {"sigma_min", reads(euler.sigma_min)},
+            {"sigma_max", reads(euler.sigma_max)},
+            {"timestep_type", reads(euler.timestep_type, {"discrete", "continuous"})},
+            {"mu", reads(euler.mu)},
+            {"stochastic_sampling", reads(euler.stochastic_sampling)},
+            {"use_clipped_model_output", reads(euler.use_clipped_model_output)}};
+}
+
+inline std::map<std::string, Reader> option_readers(EulerAncestral& euler) {
+    return {{"eta", reads(euler.eta)},
+            {"final_sigmas_type", reads(euler.final_sigmas_type, final_sigmas_names)},
+            {"use_clipped_model_output", reads(euler.use_clipped_model_output)}};
+}
+
+inline std::map<std::string, Reader> option_readers(LCM& lcm) {
+    return {{"original_inference_steps", reads(lcm.original_inference_steps)},
+            {"timestep_scaling", reads(lcm.timestep_scaling)}};
+}
+
+inline std::map<std::string, Reader> option_readers(TCD& tcd) {
+    return {{"gamma", reads(tcd.gamma)}, {"original_inference_steps", reads(tcd.original_inference_steps)}};
+}
+
+inline std::map<std::string, Reader> option_readers(DPMSolver& solver) {
+    return {{"solver_order", reads(solver.solver_order)},
+            {"algorithm_type", reads(solver.algorithm_type, {"dpmsolver++", "sde-dpmsolver++"})},
+            {"solver_type", reads(solver.solver_type, {"midpoint", "heun"})},
+            {"lower_order_final", reads(solver.lower_order_final)},
+            {"euler_at_final", reads(solver.euler_at_final)},
+            {"final_sigmas_type", reads(solver.final_sigmas_type, final_sigmas_names)},
+            {"lambda_min_clipped", reads(solver.lambda_min_clipped)},
+            {"mu", reads(solver.mu)}};
+}
+
+inline Method method_named(const Field& name) {
+    static const std::vector<Method> all{DDIM{}, DDPM{}, DPMSolver{}, Euler{}, EulerAncestral{}, LCM{}, TCD{}};
+    std::vector<const char*> names;
+    for (const Method& method : all) names.push_back(std::visit([](const auto& made) { return made.name; }, method));
+    return all[name.choice(names)];
+}
+
+inline Sampling parse_scheduling(const Field& root) {
+    const Field method = root.at("method"), spacing = method.at("spacing");
+    const Field type = root.at("schedule_type"), name = method.at("name");
+    Sampling scheduling{parse_schedule(root.at("schedule"), type), method_named(name), {}};
+    if (!scheduling.fits()) name.fail(name.shown() + " takes no schedule of type " + type.shown());
+    const std::string what = text("option of method '", scheduling.method_name(), "'");
+    std::visit([&](auto& made) { read_fields(method.at("options"), what, option_readers(made)); }, scheduling.method);
+    if (!spacing.is_null()) scheduling.spacing = static_cast<Spacing>(spacing.choice(spacing_names));
+    return scheduling;
 }
 
 inline std::vector<TensorInfo> parse_tensors(const Field& field) {
@@ -394,15 +527,11 @@ inline Manifest::Sampling parse_sampling(const Field& field, bool has_schedule) 
     sampling.guidance_rescale = field.at("guidance_rescale").boolean();
     sampling.stochastic = field.at("stochastic").boolean();
     sampling.baked_schedule = field.at("baked_schedule").boolean();
-    for (const char* name : {"per_sample_steps", "seeded"})
-        if (const auto asked = field.find(name); asked && asked->boolean())
-            asked->fail("is on, and this loader takes bundles without it");
-    if (has_schedule) {
-        sampling.eta = field.at("eta").number();
-        sampling.use_clipped_model_output = field.at("use_clipped_model_output").boolean();
-    } else if (sampling.baked_schedule) {
+    if (const auto asked = field.find("per_sample_steps"); asked && asked->boolean())
+        asked->fail("is on, and this loader takes bundles without it");
+    if (const auto seeded = field.find("seeded")) sampling.seeded = seeded->boolean();
+    if (sampling.baked_schedule && !has_schedule)
         field.at("baked_schedule").fail("is on, and there is no schedule");
-    }
     sampling.dtype = field.at("dtype").string();
     sampling.limit = parse_limit(field.at("limit"));
     for (const auto& [name, value] : field.at("null_values").members())
@@ -451,20 +580,25 @@ inline Manifest::Target parse_target(const Field& field) {
     return target;
 }
 
-/// `schedule`: where the table comes from one, its timesteps are the training's.
-inline StepTable parse_table(const Field& field, const std::optional<DDIMConfig>& schedule, bool float_timesteps) {
+inline StepTable parse_table(const Field& field, const Manifest& manifest) {
     // What a double holds exactly.
     constexpr std::int64_t largest = std::int64_t{1} << 53;
+    const auto* betas = manifest.scheduling ? std::get_if<Schedule>(&manifest.scheduling->schedule) : nullptr;
+    const TensorInfo* const input = manifest.timestep_input();
+    const std::vector<Field> timesteps = field.at("timesteps").items();
     StepTable table;
-    table.float_timesteps = float_timesteps;
-    for (const Field& timestep : field.at("timesteps").items()) {
-        if (float_timesteps) {
+    // A baked schedule has no such input: there the numbers say it.
+    table.float_timesteps = input != nullptr ? input->dtype == "float32"
+                                             : std::any_of(timesteps.begin(), timesteps.end(),
+                                                           [](const Field& timestep) { return timestep.is_float(); });
+    for (const Field& timestep : timesteps) {
+        if (table.float_timesteps) {
             table.timesteps.push_back(timestep.number());
             if (!std::isfinite(static_cast<float>(table.timesteps.back())))
                 timestep.fail(timestep.shown() + " is not finite in float32");
         } else {
-            const std::int64_t value = schedule ? timestep.integer(0, schedule->num_train_timesteps - 1)
-                                                : timestep.integer(-largest, largest);
+            const std::int64_t value = betas != nullptr ? timestep.integer(0, betas->config().num_train_timesteps - 1)
+                                                        : timestep.integer(-largest, largest);
             table.timesteps.push_back(static_cast<double>(value));
         }
     }
@@ -476,13 +610,20 @@ inline StepTable parse_table(const Field& field, const std::optional<DDIMConfig>
     for (const Field& row : coefficients.items()) {
         const std::vector<Field> numbers = row.items();
         StepCoefficients values{};
-        if (numbers.size() != values.size()) row.fail(std::to_string(numbers.size()) + " numbers, not 6");
+        const bool looks_back = numbers.size() == values.size() + 1;
+        if (numbers.size() != values.size() && !looks_back)
+            row.fail(std::to_string(numbers.size()) + " numbers, not 6 or 7");
         for (std::size_t k = 0; k < values.size(); ++k) values[k] = numbers[k].number();
         table.rows.push_back(values);
+        if (looks_back) table.next_from_previous_x0.push_back(numbers.back().number());
+        if (looks_back && table.rows.size() == 1 && table.next_from_previous_x0[0] != 0)
+            row.fail("the first step looks back at the x0 before it, of which there is none");
     }
     if (table.timesteps.empty() || table.rows.size() != table.timesteps.size())
         coefficients.fail(std::to_string(table.rows.size()) + " rows for " + std::to_string(table.timesteps.size()) +
                           " timesteps");
+    if (table.looks_back() && table.next_from_previous_x0.size() != table.size())
+        coefficients.fail("rows of 6 numbers and of 7");
     return table;
 }
 
@@ -502,18 +643,28 @@ inline Manifest::Component parse_component(const Field& field) {
     return component;
 }
 
-/// A manifest of version 1 as version 2 has it; what it lacks is found when it is read.
+/// A manifest of version 1 or 2 as version 3 has it; what it lacks is found when it is read.
 inline void upgrade(nlohmann::json& json) {
     const auto object = [&](const char* name) {
         const auto found = json.find(name);
         return found != json.end() && found->is_object() ? &*found : nullptr;
     };
-    json["kind"] = json.value("graph", nlohmann::json());
-    if (!json.contains("runtime")) json["runtime"] = "onnx";
-    if (nlohmann::json* const table = object("table")) table->update({{"start_scale", 1}, {"noising", nullptr}});
+    const bool first = json["format_version"] == 1;
+    if (first) {
+        json["kind"] = json.value("graph", nlohmann::json());
+        if (!json.contains("runtime")) json["runtime"] = "onnx";
+        if (nlohmann::json* const table = object("table")) table->update({{"start_scale", 1}, {"noising", nullptr}});
+    }
+    json["schedule_type"] = json["method"] = nullptr;
     const nlohmann::json* const schedule = object("schedule");
     nlohmann::json* const sampling = object("sampling");
     if (schedule == nullptr || sampling == nullptr) return;
+    nlohmann::json options = nlohmann::json::object();
+    for (const char* name : {"eta", "use_clipped_model_output"})
+        if (sampling->contains(name)) options[name] = sampling->at(name);
+    json["schedule_type"] = "betas";
+    json["method"] = {{"name", "ddim"}, {"options", options}, {"spacing", nullptr}};
+    if (!first) return;
     const DDIMConfig defaults;
     const auto field = [&](const char* name, nlohmann::json missing) { return schedule->value(name, missing); };
     nlohmann::json& limit = (*sampling)["limit"] = nullptr;
@@ -540,8 +691,9 @@ inline void check_records(const Field& root) {
 
 /// Whether an input is the sampler's own, not one of the model's.
 inline bool is_own(std::string_view name) {
-    static constexpr std::array<std::string_view, 8> own{"sample", "timestep", "timesteps", "coefficients", "noise",
-                                                         "guidance_scale", "guidance_rescale", "num_inference_steps"};
+    static constexpr std::array<std::string_view, 10> own{
+        "sample", "timestep", "timesteps", "coefficients", "previous_x0", "noise", "guidance_scale", "guidance_rescale",
+        "num_inference_steps", "seed"};
     return std::find(own.begin(), own.end(), name) != own.end();
 }
 
@@ -556,29 +708,35 @@ inline void check_interface(const Field& root, const Manifest& manifest) {
     const Manifest::Sampling& sampling = manifest.sampling;
     const bool loop = manifest.kind == "loop";
     if (sampling.baked_schedule && !loop) root.at("sampling").fail("a baked schedule in a graph of one step");
+    if (sampling.seeded && !loop) root.at("sampling").fail("seeds in a graph of one step");
+    const bool looks_back = manifest.table.looks_back();
     const std::size_t rank = manifest.sample.shape.size() + 1;
-    std::map<std::string, std::size_t> needed{{"sample", rank}};
+    std::map<std::string, std::size_t> needed{{sampling.seeded ? "seed" : "sample", sampling.seeded ? 1 : rank}};
     if (sampling.baked_schedule) {
         needed["num_inference_steps"] = 0;
     } else {
         needed[loop ? "timesteps" : "timestep"] = 1;
         needed["coefficients"] = 2;
     }
-    if (sampling.stochastic) needed["noise"] = loop ? rank + 1 : rank;
+    if (sampling.stochastic && !sampling.seeded) needed["noise"] = loop ? rank + 1 : rank;
+    if (looks_back && !loop) needed["previous_x0"] = rank;
     if (sampling.guided) needed["guidance_scale"] = 1;
     if (sampling.guidance_rescale) needed["guidance_rescale"] = 1;
     const Field inputs = root.at("inputs");
     for (const auto& [name, dims] : needed)
         if (manifest.find_input(name) == nullptr) inputs.fail("no '" + name + "'");
     const std::string result = loop ? "samples" : "next_sample";
-    if (manifest.find_output(result) == nullptr) root.at("outputs").fail("no '" + result + "'");
+    for (const std::string& name : {result, std::string(looks_back && !loop ? "pred_original_sample" : result)})
+        if (manifest.find_output(name) == nullptr) root.at("outputs").fail("no '" + name + "'");
 
-    const std::vector<Dim>& state = manifest.find_input("sample")->shape;
-    const std::vector<std::int64_t>& own = manifest.sample.shape;
-    bool fits = state.size() == rank && state[0].name == "batch";
-    for (std::size_t k = 0; fits && k < own.size(); ++k)
-        fits = !state[k + 1].fixed() || state[k + 1].size == own[k];
-    if (!fits) root.at("sample").at("shape").fail("is not that of the input 'sample'");
+    if (const TensorInfo* const sample = manifest.find_input("sample")) {
+        const std::vector<Dim>& state = sample->shape;
+        const std::vector<std::int64_t>& own = manifest.sample.shape;
+        bool fits = state.size() == rank && state[0].name == "batch";
+        for (std::size_t k = 0; fits && k < own.size(); ++k)
+            fits = !state[k + 1].fixed() || state[k + 1].size == own[k];
+        if (!fits) root.at("sample").at("shape").fail("is not that of the input 'sample'");
+    }
 
     for (const TensorInfo& input : manifest.inputs) {
         if (is_own(input.name)) {
@@ -589,6 +747,10 @@ inline void check_interface(const Field& root, const Manifest& manifest) {
             if (found == needed.end()) inputs.fail("'" + input.name + "', which 'sampling' has no use for");
             if (input.shape.size() != found->second)
                 inputs.fail("'" + input.name + "' has not " + std::to_string(found->second) + " dimensions");
+            const auto columns = static_cast<std::int64_t>(manifest.table.num_columns());
+            if (input.name == "coefficients" && input.shape[1].fixed() && input.shape[1].size != columns)
+                inputs.fail("'coefficients' has " + std::to_string(input.shape[1].size) + " columns, the table " +
+                            std::to_string(columns));
         } else if (const std::string half = conditional_of(input.name); !half.empty()) {
             const TensorInfo* other = manifest.find_input(half);
             if (other == nullptr || other->shape.size() != input.shape.size())
@@ -605,7 +767,7 @@ inline void check_interface(const Field& root, const Manifest& manifest) {
 inline Manifest parse_manifest(const std::string& text, const std::string& file = "manifest.json") {
     nlohmann::json json = detail::parse_json(text, file, "fastddim-bundle", Manifest::newest_format_version,
                                              "fastddim export onnx");
-    if (json["format_version"] == 1) detail::upgrade(json);
+    if (json["format_version"] < Manifest::newest_format_version) detail::upgrade(json);
     const detail::Field root(json, file);
     Manifest manifest;
     manifest.kind = root.at("kind").choice({"loop", "step"}) == 0 ? "loop" : "step";
@@ -628,10 +790,10 @@ inline Manifest parse_manifest(const std::string& text, const std::string& file 
     if (const auto zeros = root.find("zeros_for_empty_prompt")) manifest.zeros_for_empty_prompt = zeros->boolean();
     manifest.inputs = detail::parse_tensors(root.at("inputs"));
     manifest.outputs = detail::parse_tensors(root.at("outputs"));
-    const detail::Field schedule = root.at("schedule");
-    if (!schedule.is_null()) manifest.schedule = detail::parse_schedule(schedule);
-    manifest.sampling = detail::parse_sampling(root.at("sampling"), manifest.schedule.has_value());
-    manifest.table = detail::parse_table(root.at("table"), manifest.schedule, manifest.takes_float_timesteps());
+    if (!root.at("schedule").is_null()) manifest.scheduling = detail::parse_scheduling(root);
+    for (const char* name : {"schedule_type", "method"}) root.at(name);
+    manifest.sampling = detail::parse_sampling(root.at("sampling"), manifest.scheduling.has_value());
+    manifest.table = detail::parse_table(root.at("table"), manifest);
     manifest.sample = detail::parse_sample(root.at("sample"));
     for (const auto& [name, value] : root.at("versions").members()) manifest.versions[name] = value.string();
     detail::check_records(root);

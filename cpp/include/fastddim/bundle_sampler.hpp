@@ -29,7 +29,7 @@ namespace detail {
 /// Samples with a runtime, the class `Sampler`, whose tensors are `Tensor`s. It has
 ///     static bool takes(const std::string& dtype);
 ///     static Tensor view(void* data, std::size_t bytes, const std::string& dtype, const std::vector<std::int64_t>& shape);
-///     Tensor call(const Inputs& inputs, const char* output) const;
+///     std::vector<Tensor> call(const Inputs& inputs, const std::vector<const char*>& outputs) const;
 ///     Array<float> to_array(const Tensor& tensor) const;
 /// A view is of memory that outlives it, and that the runtime only reads.
 template <class Sampler, class Tensor>
@@ -42,7 +42,7 @@ class BundleSampler {
     /// Throws std::invalid_argument: arguments that the bundle does not take; NotFiniteError: with `check_finite`;
     /// BundleError: a file that returns something else than samples; and what the runtime throws.
     Array<float> operator()(const Call& call) const {
-        PreparedCall ready = prepare(bundle_.manifest, schedule_, call);
+        PreparedCall ready = prepare(bundle_.manifest, call);
         Array<float> result = run(ready, ready.table);
         if (result.shape != ready.start.shape)
             throw BundleError("bundle: '" + bundle_.model_path().string() + "' returns " + shown(result.shape) +
@@ -67,7 +67,6 @@ class BundleSampler {
     BundleSampler(Bundle bundle, const char* runtime, bool check_finite)
         : bundle_(std::move(bundle)), check_finite_(check_finite) {
         const Manifest& manifest = bundle_.manifest;
-        if (manifest.schedule) schedule_.emplace(*manifest.schedule);
         if (manifest.runtime != runtime)
             throw BundleError("bundle: '" + bundle_.path.string() + "' is of runtime '" + manifest.runtime + "', not '" +
                               runtime + "'; load it with fastddim's class for that");
@@ -102,15 +101,15 @@ class BundleSampler {
         std::vector<unsigned char> timesteps = table.timestep_bytes();
         std::vector<float> columns = table.columns(), noise;
         Inputs inputs = view_feeds(ready.feeds);
-        inputs.add("sample", view(ready.start.values, ready.start.shape));
+        if (!bundle_.manifest.sampling.seeded) inputs.add("sample", view(ready.start.values, ready.start.shape));
         if (bundle_.manifest.sampling.baked_schedule) {
             inputs.add("num_inference_steps", view(count, {}));
         } else {
             inputs.add("timesteps",
                        Sampler::view(timesteps.data(), timesteps.size(), table.timestep_dtype(), {steps}));
-            inputs.add("coefficients", view(columns, {steps, 6}));
+            inputs.add("coefficients", view(columns, {steps, static_cast<std::int64_t>(table.num_columns())}));
         }
-        if (bundle_.manifest.sampling.stochastic) {
+        if (bundle_.manifest.find_input("noise") != nullptr) {
             std::vector<std::int64_t> shape{steps};
             shape.insert(shape.end(), ready.start.shape.begin(), ready.start.shape.end());
             const std::size_t size = ready.start.values.size();
@@ -118,30 +117,41 @@ class BundleSampler {
             for (std::size_t step = 0; step < table.size(); ++step) draw(ready, step, noise.data() + step * size);
             inputs.add("noise", view(noise, shape));
         }
-        return self().to_array(self().call(inputs, "samples"));
+        return self().to_array(self().call(inputs, {"samples"}).front());
     }
 
     Array<float> run_steps(PreparedCall& ready, const StepTable& table) const {
         const std::int64_t batch = ready.start.shape[0];
         const auto samples = static_cast<std::size_t>(batch);
         const std::vector<float> columns = table.columns();
+        const std::size_t width = table.num_columns();
         std::vector<unsigned char> timesteps = table.timestep_bytes(0, samples);
-        std::vector<float> rows(6 * samples), noise(ready.start.values.size());
+        std::vector<float> rows(width * samples), noise(ready.start.values.size()), zeros;
         Inputs inputs = view_feeds(ready.feeds);
         inputs.add("timestep",
                    Sampler::view(timesteps.data(), timesteps.size(), table.timestep_dtype(), {batch}));
-        inputs.add("coefficients", view(rows, {batch, 6}));
+        inputs.add("coefficients", view(rows, {batch, static_cast<std::int64_t>(width)}));
         if (bundle_.manifest.sampling.stochastic) inputs.add("noise", view(noise, ready.start.shape));
+        std::vector<const char*> outputs{"next_sample"};
+        if (table.looks_back()) {
+            zeros.resize(ready.start.values.size());
+            inputs.add("previous_x0", view(zeros, ready.start.shape));
+            outputs.push_back("pred_original_sample");
+        }
         inputs.add("sample", view(ready.start.values, ready.start.shape));
         for (std::size_t step = 0; step < table.size(); ++step) {
             const std::vector<unsigned char> each = table.timestep_bytes(step, samples);
             // In place: the view is of this memory.
             std::copy(each.begin(), each.end(), timesteps.begin());
-            const auto row = columns.begin() + static_cast<std::ptrdiff_t>(6 * step);
+            const auto row = columns.begin() + static_cast<std::ptrdiff_t>(width * step);
             for (std::size_t k = 0; k < samples; ++k)
-                std::copy(row, row + 6, rows.begin() + static_cast<std::ptrdiff_t>(6 * k));
+                std::copy(row, row + static_cast<std::ptrdiff_t>(width),
+                          rows.begin() + static_cast<std::ptrdiff_t>(width * k));
             if (bundle_.manifest.sampling.stochastic) draw(ready, step, noise.data());
-            inputs.values.back() = self().call(inputs, "next_sample");
+            // The sample's place is the last, and the previous x0's before it.
+            std::vector<Tensor> results = self().call(inputs, outputs);
+            if (table.looks_back()) *(inputs.values.end() - 2) = std::move(results[1]);
+            inputs.values.back() = std::move(results[0]);
         }
         return self().to_array(inputs.values.back());
     }
@@ -172,7 +182,6 @@ class BundleSampler {
     }
 
     Bundle bundle_;
-    std::optional<Schedule> schedule_;
     bool check_finite_;
 };
 

@@ -19,6 +19,7 @@
 
 #include "fastddim/bundle.hpp"
 #include "fastddim/philox.hpp"
+#include "fastddim/samplers.hpp"
 #include "fastddim/schedule.hpp"
 
 namespace fastddim {
@@ -50,8 +51,10 @@ struct Call {
     /// The steps of this run; the bundle's own by default. A baked schedule takes `num_inference_steps` alone; a bundle
     /// made from a table takes none of the three.
     std::optional<std::int64_t> num_inference_steps;
-    std::optional<std::vector<std::int64_t>> timesteps;
+    std::optional<std::vector<double>> timesteps;
     std::optional<double> eta;
+    /// Any method's table instead of the three, for bundles without a baked schedule.
+    std::optional<StepTable> table;
     /// For bundles with guidance: one number, or one per sample; without a rescale it is 0.
     std::vector<float> guidance_scale;
     std::vector<float> guidance_rescale;
@@ -74,8 +77,9 @@ struct Feed {
 /// A call that its bundle takes.
 struct PreparedCall {
     StepTable table;
+    /// Of a graph that draws its own, the shape alone.
     Array<float> start;
-    /// The seeds of the steps' noise, where they add any.
+    /// The seeds of the steps' noise, where they add any and the graph does not draw it.
     std::optional<std::vector<std::uint64_t>> noise_seeds;
     std::vector<Feed> feeds;
 };
@@ -184,39 +188,74 @@ inline Feed per_sample(const char* name, const std::vector<float>& values, std::
     return {name, "float32", {batch}, to_bytes<float>(each)};
 }
 
-inline StepTable table_of(const Manifest& manifest, const std::optional<Schedule>& schedule, const Call& call) {
-    const Manifest::Sampling& sampling = manifest.sampling;
-    if (!schedule) {
-        const char* const given = call.num_inference_steps ? "num_inference_steps"
-                                  : call.timesteps         ? "timesteps"
-                                  : call.eta               ? "eta"
-                                                           : nullptr;
+/// A table as the graph takes it: its timesteps in the graph's dtype, and a column for the previous x0 where that has one.
+/// `argument` is what made it, for messages.
+inline StepTable fit_table(const Manifest& manifest, StepTable table, const std::string& argument) {
+    if (table.rows.empty() || table.timesteps.size() != table.rows.size() ||
+        (table.looks_back() && table.next_from_previous_x0.size() != table.rows.size()))
+        throw std::invalid_argument(text("table: ", table.timesteps.size(), " timesteps and ", table.rows.size(),
+                                         " rows; pass as many of both, at least one"));
+    if (table.stochastic() && !manifest.sampling.stochastic)
+        throw std::invalid_argument(
+            text(argument, ", but this bundle has no input for noise; export it with --noise"));
+    const TensorInfo* const input = manifest.timestep_input();
+    if (input == nullptr) return table;
+    table.float_timesteps = input->dtype == "float32";
+    for (const double t : table.timesteps)
+        if (table.float_timesteps ? !std::isfinite(t) : t != std::floor(t) || !(std::abs(t) <= 9007199254740992.0))
+            throw std::invalid_argument(text("timesteps: ", t, "; this bundle's graph takes ", input->dtype,
+                                             ", pass ", table.float_timesteps ? "finite" : "whole", " numbers"));
+    if (table.looks_back() && !manifest.table.looks_back())
+        throw std::invalid_argument("table: it looks back at the previous x0, which this bundle's graph does not; export "
+                                    "it with such a method, or pass a table of first order");
+    if (manifest.table.looks_back()) table.next_from_previous_x0.resize(table.size());
+    return table;
+}
+
+inline StepTable table_of(const Manifest& manifest, const Call& call) {
+    const bool baked = manifest.sampling.baked_schedule;
+    const char* const given = call.num_inference_steps ? "num_inference_steps"
+                              : call.timesteps         ? "timesteps"
+                              : call.eta               ? "eta"
+                                                       : nullptr;
+    if (call.table) {
+        if (baked)
+            throw std::invalid_argument("table: this bundle derives its table itself; pass num_inference_steps alone");
+        if (given != nullptr)
+            throw std::invalid_argument(text("table, ", given, ": a table has its steps already; pass one of the two"));
+        return fit_table(manifest, *call.table, "table: its steps add noise");
+    }
+    if (!manifest.scheduling) {
         if (given != nullptr)
             throw std::invalid_argument(
                 text(given, ": given, but this bundle was made from a table and has no schedule to make others from; "
                             "leave it out, or export another table"));
         return manifest.table;
     }
-    if (sampling.baked_schedule && (call.timesteps || (call.eta && *call.eta != sampling.eta)))
+    const Sampling& scheduling = *manifest.scheduling;
+    if (baked && (call.timesteps || (call.eta && *call.eta != scheduling.eta().value_or(0))))
         throw std::invalid_argument(
             "timesteps, eta: this bundle derives its table itself; pass num_inference_steps alone");
     if (call.num_inference_steps && call.timesteps)
         throw std::invalid_argument("num_inference_steps, timesteps: pass one of the two");
-    if (!call.num_inference_steps && !call.timesteps && !call.eta && !sampling.baked_schedule) return manifest.table;
-    const auto own = static_cast<std::int64_t>(manifest.table.size());
-    const std::vector<Transition> transitions = call.timesteps
-                                                    ? schedule->transitions(*call.timesteps)
-                                                    : schedule->transitions(call.num_inference_steps.value_or(own));
-    const double eta = call.eta.value_or(sampling.eta);
-    StepTable table = StepTable::build(*schedule, transitions, eta, sampling.use_clipped_model_output);
-    if (eta != 0 && !sampling.stochastic)
-        throw std::invalid_argument(
-            text("eta: ", eta, ", but this bundle has no input for noise; export it with --noise"));
-    return table;
+    if (given == nullptr) return manifest.table;
+    Steps steps(call.num_inference_steps.value_or(static_cast<std::int64_t>(manifest.table.size())));
+    if (baked || *steps.num_inference_steps < 1)
+        require_int("num_inference_steps", *steps.num_inference_steps, 1, manifest.most_steps());
+    if (call.timesteps) {
+        steps.num_inference_steps.reset();
+        steps.timesteps = call.timesteps;
+    }
+    const std::string argument = call.eta ? text("eta: ", *call.eta) : text(given, ": its steps add noise");
+    return fit_table(manifest, scheduling.build(steps, baked ? std::nullopt : call.eta), argument);
 }
 
 inline std::vector<std::int64_t> shape_of(const Manifest& manifest, const Call& call) {
-    const std::vector<Dim>& expected = manifest.find_input("sample")->shape;
+    std::vector<Dim> expected{{0, "batch"}};
+    for (const std::int64_t size : manifest.sample.shape) expected.push_back({size, ""});
+    if (const TensorInfo* const sample = manifest.find_input("sample")) expected = sample->shape;
+    if (call.start && manifest.sampling.seeded)
+        throw std::invalid_argument("start: a state, but this bundle draws its own from seeds; pass a batch size");
     if (call.start) {
         if (!has_shape(*call.start, expected, std::nullopt))
             throw std::invalid_argument(text("start: shape ", shown(call.start->shape), " with ",
@@ -295,12 +334,12 @@ inline std::vector<Feed> conditions_of(const Manifest& manifest, const Call& cal
 
 }  // namespace detail
 
-/// Checks a call against its bundle, before any work; `schedule` is the manifest's.
+/// Checks a call against its bundle, before any work.
 ///
 /// Throws std::invalid_argument: arguments that the bundle does not take, or of the wrong shape or type.
-inline PreparedCall prepare(const Manifest& manifest, const std::optional<Schedule>& schedule, const Call& call) {
+inline PreparedCall prepare(const Manifest& manifest, const Call& call) {
     PreparedCall ready;
-    ready.table = detail::table_of(manifest, schedule, call);
+    ready.table = detail::table_of(manifest, call);
     ready.start.shape = detail::shape_of(manifest, call);
     const std::int64_t batch = ready.start.shape[0];
     const std::size_t count = detail::count_of("batch, size", ready.start.shape);
@@ -315,12 +354,14 @@ inline PreparedCall prepare(const Manifest& manifest, const std::optional<Schedu
     for (Feed& feed : detail::conditions_of(manifest, call, batch)) ready.feeds.push_back(std::move(feed));
     if (call.start) {
         ready.start.values = call.start->values;
+    } else if (manifest.sampling.seeded) {
+        ready.feeds.push_back({"seed", "int64", {batch}, detail::to_bytes<std::int64_t>(seeds)});
     } else {
         ready.start.values.resize(count);
         normal(seeds, 0, Stream::initial, count / seeds.size(), ready.start.values.data());
         for (float& value : ready.start.values) value *= static_cast<float>(ready.table.start_scale);
     }
-    if (noisy) ready.noise_seeds = std::move(seeds);
+    if (noisy && !manifest.sampling.seeded) ready.noise_seeds = std::move(seeds);
     return ready;
 }
 

@@ -63,11 +63,9 @@ class OrtSampler : public detail::BundleSampler<OrtSampler, Ort::Value> {
         return Ort::Value::CreateTensor(memory, data, bytes, shape.data(), shape.size(), type_of(dtype));
     }
 
-    Ort::Value call(const Inputs& inputs, const char* output) const {
-        Ort::Value result{nullptr};
-        session_.Run(Ort::RunOptions{nullptr}, inputs.names.data(), inputs.values.data(), inputs.values.size(), &output,
-                     &result, 1);
-        return result;
+    std::vector<Ort::Value> call(const Inputs& inputs, const std::vector<const char*>& outputs) const {
+        return session_.Run(Ort::RunOptions{nullptr}, inputs.names.data(), inputs.values.data(), inputs.values.size(),
+                            outputs.data(), outputs.size());
     }
 
     Array<float> to_array(const Ort::Value& value) const {

@@ -23,8 +23,16 @@
 namespace fastddim {
 
 enum class BetaSchedule { linear, scaled_linear, squaredcos_cap_v2 };
-enum class PredictionType { epsilon, sample, v_prediction };
+/// What a model predicts. The last two are those of a `FlowSchedule`, noise - x0, and of an `EDMSchedule`, the output of
+/// EDM's preconditioning; a `DDIMConfig` has one of the others.
+enum class PredictionType { epsilon, sample, v_prediction, flow, edm };
 enum class TimestepSpacing { leading, trailing, linspace, quadratic };
+enum class VarianceType { fixed_small, fixed_large };
+/// Where a step leads: to the list's own next timestep, or to `t - num_train_timesteps / steps`, as diffusers has it.
+enum class Transitions { exact, diffusers };
+enum class TimeShift { exponential, linear };
+/// How a number of steps is spaced: noise levels from the highest to the lowest.
+enum class Spacing { karras, exponential, beta, align_your_steps_sd15, align_your_steps_sdxl, align_your_steps_svd };
 
 namespace detail {
 
@@ -59,6 +67,18 @@ inline std::int64_t require_int(const char* name, std::int64_t value, std::int64
     return value;
 }
 
+inline double require_number(const char* name, double value, double low, double high) {
+    if (!(value >= low && value <= high))
+        throw std::invalid_argument(text(name, ": ", value, "; pass a number in [", low, ", ", high, "]"));
+    return value;
+}
+
+inline double require_positive(const char* name, double value) {
+    if (!(value > 0 && std::isfinite(value)))
+        throw std::invalid_argument(text(name, ": ", value, "; pass a finite number > 0"));
+    return value;
+}
+
 }  // namespace detail
 
 /// What the schedule and the step need to know of a model; fields and defaults are diffusers' `DDIMScheduler`'s.
@@ -90,24 +110,20 @@ struct DDIMConfig {
         if (!(0 < beta_start && beta_start <= beta_end && beta_end < 1))
             throw std::invalid_argument(detail::text("beta_start, beta_end: ", beta_start, ", ", beta_end,
                                                      "; pass 0 < beta_start <= beta_end < 1"));
+        if (prediction_type == PredictionType::flow || prediction_type == PredictionType::edm)
+            throw std::invalid_argument(
+                "prediction_type: 'flow' or 'edm' with betas; pass epsilon, sample or v_prediction");
         if (rescale_betas_zero_snr && num_train_timesteps < 2)
             throw std::invalid_argument("rescale_betas_zero_snr: true needs num_train_timesteps >= 2");
         if (thresholding) {
-            if (!(dynamic_thresholding_ratio >= 0 && dynamic_thresholding_ratio <= 1))
-                throw std::invalid_argument(detail::text("dynamic_thresholding_ratio: ", dynamic_thresholding_ratio,
-                                                         "; pass a number in [0, 1]"));
-            require_positive("sample_max_value", sample_max_value);
+            detail::require_number("dynamic_thresholding_ratio", dynamic_thresholding_ratio, 0, 1);
+            detail::require_positive("sample_max_value", sample_max_value);
         } else if (clip_sample) {
-            require_positive("clip_sample_range", clip_sample_range);
+            detail::require_positive("clip_sample_range", clip_sample_range);
         }
     }
 
    private:
-    static void require_positive(const char* name, double value) {
-        if (!(value > 0 && std::isfinite(value)))
-            throw std::invalid_argument(detail::text(name, ": ", value, "; pass a finite number > 0"));
-    }
-
     void count_trained_betas() {
         const std::vector<double>& betas = *trained_betas;
         if (betas.empty()) throw std::invalid_argument("trained_betas: empty; pass one number per training timestep");
@@ -247,12 +263,13 @@ class Schedule {
     }
 
     /// The transitions of a run of `num_inference_steps` steps, in sampling order.
-    std::vector<Transition> transitions(std::int64_t num_inference_steps) const {
-        return to_transitions(make_timesteps(config_, num_inference_steps));
+    std::vector<Transition> transitions(std::int64_t num_inference_steps, Transitions kind = Transitions::exact) const {
+        return to_transitions(make_timesteps(config_, num_inference_steps), kind);
     }
 
     /// The transitions over an explicit list; throws std::invalid_argument where it does not descend.
-    std::vector<Transition> transitions(const std::vector<std::int64_t>& timesteps) const {
+    std::vector<Transition> transitions(const std::vector<std::int64_t>& timesteps,
+                                        Transitions kind = Transitions::exact) const {
         if (timesteps.empty()) throw std::invalid_argument("timesteps: empty; pass at least one");
         for (std::size_t k = 0; k < timesteps.size(); ++k) {
             detail::require_int("timesteps", timesteps[k], 0, config_.num_train_timesteps - 1);
@@ -261,15 +278,20 @@ class Schedule {
                                                          ") is not below entry ", k - 1, " (", timesteps[k - 1],
                                                          "); pass them descending"));
         }
-        return to_transitions(timesteps);
+        return to_transitions(timesteps, kind);
     }
 
    private:
-    static std::vector<Transition> to_transitions(const std::vector<std::int64_t>& timesteps) {
+    std::vector<Transition> to_transitions(const std::vector<std::int64_t>& timesteps, Transitions kind) const {
         std::vector<Transition> pairs(timesteps.size());
+        const std::int64_t stride = config_.num_train_timesteps / static_cast<std::int64_t>(pairs.size());
         for (std::size_t k = 0; k < pairs.size(); ++k) {
             pairs[k].t = timesteps[k];
-            if (k + 1 < pairs.size()) pairs[k].t_next = timesteps[k + 1];
+            if (kind == Transitions::diffusers) {
+                if (timesteps[k] >= stride) pairs[k].t_next = timesteps[k] - stride;
+            } else if (k + 1 < pairs.size()) {
+                pairs[k].t_next = timesteps[k + 1];
+            }
         }
         return pairs;
     }
@@ -278,14 +300,136 @@ class Schedule {
     std::vector<double> alphas_cumprod_;
 };
 
+/// The noise levels of flow matching (SD 3, Flux), as diffusers' `FlowMatchEulerDiscreteScheduler` has them.
+struct FlowSchedule {
+    /// The model is called with `sigma * num_train_timesteps`.
+    std::int64_t num_train_timesteps = 1000;
+    /// Towards noise, arXiv:2403.03206, equation 23.
+    double shift = 1.0;
+    /// Shift by a `mu` of the image's size instead.
+    bool use_dynamic_shifting = false;
+    /// The line that gives `mu`.
+    double base_shift = 0.5;
+    double max_shift = 1.15;
+    std::int64_t base_image_seq_len = 256;
+    std::int64_t max_image_seq_len = 4096;
+    /// Stretch the levels so that the last one is this number.
+    std::optional<double> shift_terminal;
+    /// What `mu` is: the logarithm of the shift, or the shift.
+    TimeShift time_shift_type = TimeShift::exponential;
+
+    /// Throws std::invalid_argument: a value out of range.
+    void validate() const {
+        detail::require_int("num_train_timesteps", num_train_timesteps, 1, DDIMConfig::largest_num_train_timesteps);
+        detail::require_positive("shift", shift);
+        if (shift_terminal) detail::require_number("shift_terminal", *shift_terminal, 0, 1);
+    }
+
+    /// The shift of an image of so many tokens.
+    double mu(std::int64_t image_seq_len) const noexcept {
+        FASTDDIM_EXACT
+        const double slope = (max_shift - base_shift) / static_cast<double>(max_image_seq_len - base_image_seq_len);
+        return base_shift + static_cast<double>(image_seq_len - base_image_seq_len) * slope;
+    }
+
+    /// Levels in (0, 1], descending, shifted, without the clean end: a number of them, evenly spaced before the shift, or
+    /// those of a list. Throws std::invalid_argument: a `mu` that is missing or has no use, or an empty list.
+    std::vector<double> sigmas(std::int64_t num_inference_steps, std::optional<double> image_mu = {}) const {
+        FASTDDIM_EXACT
+        double lowest = 1.0 / static_cast<double>(num_train_timesteps);
+        if (!image_mu) lowest = shifted(lowest, shift);
+        return sigmas(detail::linspace(1.0, lowest, num_inference_steps), image_mu);
+    }
+
+    std::vector<double> sigmas(std::vector<double> levels, std::optional<double> image_mu = {}) const {
+        FASTDDIM_EXACT
+        if (use_dynamic_shifting && !image_mu)
+            throw std::invalid_argument(
+                "mu: missing with use_dynamic_shifting; pass one, such as schedule.mu(image_seq_len)");
+        if (!use_dynamic_shifting && image_mu)
+            throw std::invalid_argument(
+                detail::text("mu: ", *image_mu, " without use_dynamic_shifting; leave it out, or pass shift"));
+        if (levels.empty()) throw std::invalid_argument("sigmas, timesteps: empty; pass at least one");
+        double by = image_mu.value_or(shift);
+        if (image_mu && time_shift_type == TimeShift::exponential) by = std::exp(by);
+        for (double& level : levels) level = shifted(level, by);
+        if (shift_terminal.value_or(0) != 0) {
+            const double last = levels.back();
+            if (last == 1)
+                throw std::invalid_argument(detail::text("shift_terminal: ", *shift_terminal,
+                                                         " with a last level of 1; pass more steps, or leave it out"));
+            for (double& level : levels) level = 1.0 - (1.0 - level) * ((1.0 - *shift_terminal) / (1.0 - last));
+        }
+        return levels;
+    }
+
+   private:
+    static double shifted(double level, double by) noexcept {
+        FASTDDIM_EXACT
+        return by * level / (1.0 + (by - 1.0) * level);
+    }
+};
+
+/// The noise levels of models with EDM's preconditioning (arXiv:2206.00364), as diffusers' EDM schedulers have them.
+struct EDMSchedule {
+    double sigma_min = 0.002;
+    double sigma_max = 80.0;
+    /// Deviation of the data, by which the preconditioning scales.
+    double sigma_data = 0.5;
+    /// How a run spaces them, `karras` or `exponential`.
+    Spacing sigma_schedule = Spacing::karras;
+    /// `epsilon` or `v_prediction`, the sign of the model's output.
+    PredictionType prediction_type = PredictionType::epsilon;
+
+    /// Throws std::invalid_argument: a value out of range.
+    void validate() const {
+        if (prediction_type != PredictionType::epsilon && prediction_type != PredictionType::v_prediction)
+            throw std::invalid_argument("prediction_type: another one for an EDMSchedule; pass epsilon or v_prediction");
+        if (sigma_schedule != Spacing::karras && sigma_schedule != Spacing::exponential)
+            throw std::invalid_argument("sigma_schedule: another one for an EDMSchedule; pass karras or exponential");
+        const bool ascend = 0 < sigma_min && sigma_min < sigma_max && std::isfinite(sigma_max);
+        if (!ascend || !(0 < sigma_data && std::isfinite(sigma_data)))
+            throw std::invalid_argument(
+                detail::text("sigma_min, sigma_max, sigma_data: ", sigma_min, ", ", sigma_max, ", ", sigma_data,
+                             "; pass finite numbers, 0 < sigma_min < sigma_max and 0 < sigma_data"));
+    }
+};
+
 /// A step's coefficients: x0_from_x, x0_from_output, next_from_x, next_from_output, next_from_x0, noise_scale.
 using StepCoefficients = std::array<double, 6>;
 
-/// Everything a run needs beside its model.
+namespace detail {
+
+/// A step's coefficients from its square roots: `x_next = signal_next * x0 + direction * epsilon + noise_scale * noise`.
+/// `data_scale` is that of `PredictionType::edm`: sigma_data, with which `(data_scale * signal)**2 + sigma**2` is 1.
+inline StepCoefficients step_coefficients(double signal, double sigma, double signal_next, double direction,
+                                          double noise_scale, PredictionType kind, bool use_clipped_model_output,
+                                          double data_scale = 1) {
+    FASTDDIM_EXACT
+    // x0 and epsilon in terms of the state, the output and the limited x0.
+    double x0_x = signal, x0_output = -sigma, eps_x = sigma, eps_output = signal, eps_x0 = 0;
+    if (kind == PredictionType::epsilon) {
+        x0_x = 1 / signal, x0_output = -sigma / signal, eps_x = 0, eps_output = 1;
+    } else if (kind == PredictionType::sample) {
+        x0_x = 0, x0_output = 1, eps_x = 1 / sigma, eps_output = -signal / sigma;
+    } else if (kind == PredictionType::flow) {
+        x0_x = 1, x0_output = -sigma, eps_x = 1, eps_output = signal;
+    } else if (kind == PredictionType::edm) {
+        x0_x = data_scale * data_scale * signal, x0_output = data_scale * sigma, eps_output = -data_scale * signal;
+    }
+    if (use_clipped_model_output) eps_x = 1 / sigma, eps_output = 0, eps_x0 = -signal / sigma;
+    return {x0_x, x0_output, direction * eps_x, direction * eps_output, signal_next + direction * eps_x0, noise_scale};
+}
+
+}  // namespace detail
+
+/// Everything a run needs beside its model; a sampling method is what makes one.
 struct StepTable {
     /// What the model is called with at each step, in any order; whole numbers unless `float_timesteps`.
     std::vector<double> timesteps;
     std::vector<StepCoefficients> rows;
+    /// What each step takes of the x0 of the step before it, the seventh column; empty where none looks back.
+    std::vector<double> next_from_previous_x0;
     /// Whether the model takes its timesteps as float, not as 64-bit integers.
     bool float_timesteps = false;
     /// A run starts from standard normal noise times this number.
@@ -295,6 +439,11 @@ struct StepTable {
     std::optional<std::array<double, 2>> noising;
 
     std::size_t size() const noexcept { return rows.size(); }
+
+    /// Whether the table has the column of the previous x0.
+    bool looks_back() const noexcept { return !next_from_previous_x0.empty(); }
+
+    std::size_t num_columns() const noexcept { return looks_back() ? 7 : 6; }
 
     /// Whether any step adds noise.
     bool stochastic() const noexcept {
@@ -306,6 +455,7 @@ struct StepTable {
         StepTable part = *this;
         part.timesteps.resize(count);
         part.rows.resize(count);
+        if (looks_back()) part.next_from_previous_x0.resize(count);
         return part;
     }
 
@@ -320,12 +470,14 @@ struct StepTable {
         return bytes_of(std::vector<double>(count, timesteps.at(step)));
     }
 
-    /// The columns as graphs take them: float `[size(), 6]`, row by row.
+    /// The columns as graphs take them: float `[size(), num_columns()]`, row by row.
     std::vector<float> columns() const {
         std::vector<float> values;
-        values.reserve(6 * rows.size());
-        for (const StepCoefficients& row : rows)
-            for (const double value : row) values.push_back(static_cast<float>(value));
+        values.reserve(num_columns() * rows.size());
+        for (std::size_t step = 0; step < rows.size(); ++step) {
+            for (const double value : rows[step]) values.push_back(static_cast<float>(value));
+            if (looks_back()) values.push_back(static_cast<float>(next_from_previous_x0[step]));
+        }
         return values;
     }
 
@@ -333,13 +485,18 @@ struct StepTable {
     ///
     /// eta: in [0, 1]; 0 is DDIM, 1 is DDPM.
     /// use_clipped_model_output: derive epsilon from the limited x0 instead of the raw model output.
+    /// variance_type: `fixed_large` is the paper's sigma-hat, and needs eta 1.
     ///
     /// Throws std::invalid_argument: eta or a transition out of range, or an epsilon prediction without signal.
     static StepTable build(const Schedule& schedule, const std::vector<Transition>& transitions, double eta = 0.0,
-                           bool use_clipped_model_output = false) {
+                           bool use_clipped_model_output = false,
+                           VarianceType variance_type = VarianceType::fixed_small) {
         if (!(eta >= 0 && eta <= 1))
             throw std::invalid_argument(
                 detail::text("eta: ", eta, "; pass a number in [0, 1] (0 is DDIM, 1 is DDPM)"));
+        if (variance_type == VarianceType::fixed_large && eta != 1)
+            throw std::invalid_argument(
+                detail::text("variance_type: 'fixed_large' is DDPM's larger variance, so eta is 1 there; eta: ", eta));
         const std::int64_t n_train = schedule.config().num_train_timesteps;
         StepTable table;
         for (const Transition& pair : transitions) {
@@ -356,7 +513,8 @@ struct StepTable {
                                  ", which has no signal (zero terminal SNR), so x0 cannot be told from it; use a "
                                  "v_prediction or sample model, or a spacing that does not start there ('leading')"));
             table.timesteps.push_back(static_cast<double>(pair.t));
-            table.rows.push_back(row(alpha_bar, alpha_bar_next, eta, kind, use_clipped_model_output));
+            table.rows.push_back(row(alpha_bar, alpha_bar_next, eta, variance_type, kind, use_clipped_model_output));
+            if (!table.noising) table.noising = {std::sqrt(alpha_bar), std::sqrt(1.0 - alpha_bar)};
         }
         return table;
     }
@@ -366,33 +524,21 @@ struct StepTable {
         return float_timesteps ? detail::to_bytes<float>(values) : detail::to_bytes<std::int64_t>(values);
     }
 
-    static StepCoefficients row(double alpha_bar, double alpha_bar_next, double eta, PredictionType kind,
-                                bool use_clipped_model_output) {
+    static StepCoefficients row(double alpha_bar, double alpha_bar_next, double eta, VarianceType variance_type,
+                                PredictionType kind, bool use_clipped_model_output) {
         FASTDDIM_EXACT
         // A product of many alphas underflows to 0, and so does the quotient of two; `large` is 1 there.
         constexpr double tiny = std::numeric_limits<double>::min();
         const double least_next = std::max(alpha_bar_next, tiny);
         const double large = 1.0 - alpha_bar / least_next;
         const double ratio = (1.0 - alpha_bar_next) / std::max(1.0 - alpha_bar, tiny);
-        const double noise_scale = eta * std::sqrt(ratio * large);
-        // 1 - alpha_bar_next - noise_scale**2 as a sum of positive terms: at eta 1 the difference cancels to nothing.
+        const double std_dev = eta * std::sqrt(ratio * large);
+        // 1 - alpha_bar_next - std_dev**2 as a sum of positive terms: at eta 1 the difference cancels to nothing.
         const double direction = std::sqrt(
             ratio * ((1.0 - eta * eta) * large + alpha_bar * (1.0 - alpha_bar_next) / least_next));
-        const double signal = std::sqrt(alpha_bar), sigma = std::sqrt(1.0 - alpha_bar);
-        // Epsilon and x0 in terms of the state, the output and the limited x0.
-        double x0_x = 0, x0_output = 1, eps_x = 1 / sigma, eps_output = -signal / sigma, eps_x0 = 0;
-        if (kind == PredictionType::epsilon) {
-            x0_x = 1 / signal, x0_output = -sigma / signal, eps_x = 0, eps_output = 1;
-        } else if (kind == PredictionType::v_prediction) {
-            x0_x = signal, x0_output = -sigma, eps_x = sigma, eps_output = signal;
-        }
-        if (use_clipped_model_output) eps_x = 1 / sigma, eps_output = 0, eps_x0 = -signal / sigma;
-        return {x0_x,
-                x0_output,
-                direction * eps_x,
-                direction * eps_output,
-                std::sqrt(alpha_bar_next) + direction * eps_x0,
-                noise_scale};
+        return detail::step_coefficients(std::sqrt(alpha_bar), std::sqrt(1.0 - alpha_bar), std::sqrt(alpha_bar_next),
+                                         direction, variance_type == VarianceType::fixed_small ? std_dev : std::sqrt(large),
+                                         kind, use_clipped_model_output);
     }
 };
 

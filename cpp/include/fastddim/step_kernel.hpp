@@ -292,6 +292,9 @@ class DeviceTable {
         if (table.size() == 0 || table.timesteps.size() != table.size())
             throw std::invalid_argument(detail::text("table: ", table.timesteps.size(), " timesteps and ", table.size(),
                                                      " rows; pass as many of both, at least one"));
+        if (table.looks_back())
+            throw std::invalid_argument("table: it looks back at the previous x0, which the compiled step does not; pass "
+                                        "one of first order, such as that of a DPMSolver with solver_order 1");
         return table.size();
     }
 

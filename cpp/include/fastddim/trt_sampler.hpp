@@ -125,13 +125,16 @@ class TrtExecution {
     /// A call whose conditions are others than the last one's begins.
     void begin() noexcept { loaded_.clear(); }
 
-    /// Puts the work of one call of the engine on the stream; returns an output, which stays until the next call.
-    TrtTensor run(const std::vector<const char*>& names, const std::vector<TrtTensor>& values,
-                  const std::vector<TensorInfo>& outputs, const std::string& output) {
+    /// Puts the work of one call of the engine on the stream; returns outputs, which stay until the next call.
+    std::vector<TrtTensor> run(const std::vector<const char*>& names, const std::vector<TrtTensor>& values,
+                               const std::vector<TensorInfo>& outputs, const std::vector<const char*>& wanted) {
         resize(names, values, outputs);
         for (std::size_t k = 0; k < names.size(); ++k) load(names[k], values[k]);
         enqueue();
-        return {memory_.at(output)->data(), size_of(output, "float32"), shapes_.at(output), true};
+        std::vector<TrtTensor> results;
+        for (const char* name : wanted)
+            results.push_back({memory_.at(name)->data(), size_of(name, "float32"), shapes_.at(name), true});
+        return results;
     }
 
    private:
@@ -408,7 +411,7 @@ class TrtSampler : public detail::BundleSampler<TrtSampler, detail::TrtTensor> {
         return {data, bytes, shape, false};
     }
 
-    detail::TrtTensor call(const Inputs& inputs, const char* output) const {
+    std::vector<detail::TrtTensor> call(const Inputs& inputs, const std::vector<const char*>& outputs) const {
         const int profile = pick_profile(inputs);
         auto found = executions_.find(profile);
         if (found == executions_.end())
@@ -416,7 +419,7 @@ class TrtSampler : public detail::BundleSampler<TrtSampler, detail::TrtTensor> {
                         .emplace(profile, std::make_unique<detail::TrtExecution>(*engine_, profile, stream_->get(),
                                                                                  cuda_graph_, *log_))
                         .first;
-        return found->second->run(inputs.names, inputs.values, bundle().manifest.outputs, output);
+        return found->second->run(inputs.names, inputs.values, bundle().manifest.outputs, outputs);
     }
 
     /// The first profile that has a call's sizes.

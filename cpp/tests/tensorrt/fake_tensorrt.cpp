@@ -205,10 +205,13 @@ void IExecutionContext::compute() const noexcept {
     for (int k = 1; k < dims.nbDims; ++k) size *= static_cast<std::size_t>(dims.d[k]);
     const bool loop = addresses_.count("samples") != 0;
     const std::size_t steps = loop ? static_cast<std::size_t>(shapes_.at("timesteps").d[0]) : 1;
-    std::vector<float> x(floats("sample"), floats("sample") + batch * size);
+    const auto columns = static_cast<std::size_t>(shapes_.at("coefficients").d[1]);
+    std::vector<float> x(floats("sample"), floats("sample") + batch * size), previous(x.size());
+    if (addresses_.count("previous_x0") != 0)
+        std::memcpy(previous.data(), floats("previous_x0"), previous.size() * sizeof(float));
     for (std::size_t step = 0; step < steps; ++step)
         for (std::size_t b = 0; b < batch; ++b) {
-            const float* row = floats("coefficients") + 6 * (loop ? step : b);
+            const float* row = floats("coefficients") + columns * (loop ? step : b);
             const auto cond = static_cast<float>(integers("labels")[b]);
             const auto uncond = static_cast<float>(integers("uncond_labels")[b]);
             float label = uncond + floats("guidance_scale")[b] * (cond - uncond);
@@ -218,10 +221,14 @@ void IExecutionContext::compute() const noexcept {
                 const float out = 0.1F * x[k] + label;
                 const float x0 = row[0] * x[k] + row[1] * out;
                 x[k] = row[2] * x[k] + row[3] * out + row[4] * x0;
+                if (columns == 7) x[k] += row[6] * previous[k];
+                previous[k] = x0;
                 if (addresses_.count("noise") != 0) x[k] += row[5] * floats("noise")[step * batch * size + k];
             }
         }
     std::memcpy(floats(loop ? "samples" : "next_sample"), x.data(), x.size() * sizeof(float));
+    if (addresses_.count("pred_original_sample") != 0)
+        std::memcpy(floats("pred_original_sample"), previous.data(), previous.size() * sizeof(float));
 }
 
 }  // namespace nvinfer1

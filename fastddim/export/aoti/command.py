@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from typing import Annotated
 
@@ -27,9 +26,8 @@ def export_command(
     from fastddim.export.aoti.exporter import export_aoti
     from fastddim.export.bundle import check_destination
     from fastddim.export.models import denoiser_of
-    from fastddim.export.sampler_plan import ExportOptions
 
-    options = ExportOptions(**dataclasses.asdict(sampler))
+    options = sampler.options()
     compared = comparison.arguments()
     # Before a model is fetched and read.
     check_destination(destination.out, destination.force)

@@ -8,7 +8,7 @@ import torch
 from torch._higher_order_ops.while_loop import while_loop
 
 from fastddim.coefficients import NUM_COLUMNS
-from fastddim.export.schedule_module import ScheduleModule
+from fastddim.export.schedule_module import ScheduleModule, TablesModule
 from fastddim.export.step_module import StepModule
 
 _EXAMPLE_STEPS = 3
@@ -21,6 +21,9 @@ class FusedStepModule(StepModule):
         x, rows = inputs["sample"], inputs["coefficients"]
         if not x.is_cuda:
             return super().update(output, inputs)
+        if "previous_x0" in inputs:
+            # The kernel writes over it, and a loop may not write over what it carries.
+            inputs = {**inputs, "previous_x0": inputs["previous_x0"].clone()}
         from fastddim.kernels.operator import ddim_step
 
         shared = rows.shape[0] == 1
@@ -42,13 +45,13 @@ class LoopModule(torch.nn.Module):
     The inputs of `forward`, in order, those in brackets where the step has them:
         sample: `[B, ...]` float32, the starting state.
         timesteps: `[N]` int64 or float32.
-        coefficients: `[N, 6]` float32. With a schedule, num_inference_steps `[]` int64 instead of these two.
+        coefficients: `[N, 6]` or `[N, 7]` float32. With a schedule, num_inference_steps `[]` int64 instead of these two.
         [noise]: `[N, B, ...]` float32.
         the step's others.
     Returns `(samples,)`, `[B, ...]` float32.
     """
 
-    def __init__(self, step: StepModule, schedule: ScheduleModule | None = None) -> None:
+    def __init__(self, step: StepModule, schedule: ScheduleModule | TablesModule | None = None) -> None:
         super().__init__()
         self.step = step
         self.schedule = schedule
@@ -62,10 +65,10 @@ class LoopModule(torch.nn.Module):
             elif name == "timestep":
                 values["num_inference_steps"] = torch.tensor(_EXAMPLE_STEPS)
             elif name == "coefficients" and self.schedule is None:
-                values[name] = torch.full((_EXAMPLE_STEPS, NUM_COLUMNS), 0.5)
+                values[name] = torch.full((_EXAMPLE_STEPS, value.shape[1]), 0.5)
             elif name == "noise":
                 values[name] = value.expand(_EXAMPLE_STEPS, *value.shape).contiguous()
-            elif name != "coefficients":
+            elif name not in ("coefficients", "previous_x0"):
                 values[name] = value
         return values
 
@@ -81,10 +84,12 @@ class LoopModule(torch.nn.Module):
             timesteps, coefficients = (rows.to(sample.device) for rows in self.schedule(steps))
 
         # The condition's counter is on the CPU, so that no step waits for the device.
-        def go_on(count: torch.Tensor, row: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        def go_on(count: torch.Tensor, row: torch.Tensor, x: torch.Tensor, *previous: torch.Tensor) -> torch.Tensor:
             return count < steps
 
-        def body(count: torch.Tensor, row: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def body(
+            count: torch.Tensor, row: torch.Tensor, x: torch.Tensor, *previous: torch.Tensor
+        ) -> tuple[torch.Tensor, ...]:
             given = {
                 "sample": x,
                 "timestep": timesteps.index_select(0, row).expand(x.shape[0]),
@@ -92,9 +97,13 @@ class LoopModule(torch.nn.Module):
             }
             if noise is not None:
                 given["noise"] = noise.index_select(0, row).squeeze(0)
-            x_next, _ = self.step({**given, **fixed})
-            return count + 1, row + 1, x_next
+            if previous:
+                (given["previous_x0"],) = previous
+            x_next, x0 = self.step({**given, **fixed})
+            return count + 1, row + 1, x_next, *([x0] if previous else [])
 
         first = torch.zeros(1, dtype=torch.int64, device=sample.device)
-        *_, samples = while_loop(go_on, body, (torch.zeros((), dtype=torch.int64), first, sample))  # type: ignore[no-untyped-call]
+        states = (sample, torch.zeros_like(sample)) if coefficients.shape[1] > NUM_COLUMNS else (sample,)
+        start = (torch.zeros((), dtype=torch.int64), first, *states)
+        samples = while_loop(go_on, body, start)[2]  # type: ignore[no-untyped-call]
         return (samples,)

@@ -79,7 +79,7 @@ class AotiSampler(BundleSampler):
         batch = sample.shape[0]
         rows = torch.from_numpy(table.columns.astype(np.float32)).to(self._device)
         timesteps = torch.tensor(table.timesteps, dtype=getattr(torch, table.timestep_dtype), device=self._device)
-        noise = torch.zeros_like(sample)
+        noise, previous = torch.zeros_like(sample), torch.zeros_like(sample)
         for step in range(len(table)):
             if seeds is not None:
                 noise = self._arrays.normal(seeds, step, sample.shape[1:])
@@ -87,10 +87,11 @@ class AotiSampler(BundleSampler):
                 "sample": sample,
                 "timestep": timesteps[step].expand(batch).contiguous(),
                 "coefficients": rows[step].expand(batch, -1).contiguous(),
+                "previous_x0": previous,
                 "noise": noise,
                 **feeds,
             }
-            sample, _ = self._call(given)
+            sample, previous = self._call(given)
         return sample
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from typing import Annotated
 
@@ -39,9 +38,8 @@ def export_command(
     """
     from fastddim.export.bundle import check_destination
     from fastddim.export.onnx.pipeline_exporter import export_loaded
-    from fastddim.export.sampler_plan import ExportOptions
 
-    options = ExportOptions(**dataclasses.asdict(sampler), per_sample_steps=per_sample_steps, seeded=seeded)
+    options = sampler.options(per_sample_steps=per_sample_steps, seeded=seeded)
     compared = comparison.arguments()
     # Before a model is fetched and read.
     check_destination(destination.out, destination.force)

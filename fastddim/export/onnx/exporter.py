@@ -113,9 +113,9 @@ def write_sampler(
 def _step_graph(plan: SamplerPlan, path: Path) -> onnx.ModelProto:
     module = StepModule(plan)
     kind = type(plan.denoiser.model).__name__
-    resized = ("sample", "noise") if plan.options.dynamic_size else ()
+    resized = ("sample", "noise", "previous_x0") if plan.options.dynamic_size else ()
     graph = to_graph(module, module.example_inputs(), STEP_OUTPUTS, kind, path, resized=resized)
-    states = ("sample", "noise", *STEP_OUTPUTS)
+    states = ("sample", "noise", "previous_x0", *STEP_OUTPUTS)
     dims = symbolic_dims(graph.graph).items()
     name_dims(graph.graph, {name: plan.state_dims if name in states else ["batch", *own[1:]] for name, own in dims})
     return graph
@@ -182,7 +182,10 @@ def _to_onnx(program: ExportedProgram, inputs: Iterable[str], outputs: Iterable[
 def _schedule_graph(plan: SamplerPlan, opset: int) -> onnx.ModelProto:
     per_sample = plan.options.per_sample_steps
     batch = ["batch"] if per_sample else []
-    outputs: dict[str, list[str | int]] = {"timesteps": ["steps", *batch], "coefficients": ["steps", *batch, 6]}
+    outputs: dict[str, list[str | int]] = {
+        "timesteps": ["steps", *batch],
+        "coefficients": ["steps", *batch, plan.num_columns],
+    }
     if per_sample:
         outputs["going"] = ["steps", *batch]
     counts = torch.tensor([5, 3] if per_sample else 5)

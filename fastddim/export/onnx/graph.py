@@ -57,20 +57,24 @@ def as_loop(step: onnx.ModelProto, per_sample: bool = False) -> onnx.ModelProto:
     """A `Loop` of steps: trip count `len(timesteps)`, a row of the table for each iteration.
 
     Args:
-        step: with inputs `sample`, `timestep` `[B]`, `coefficients` `[B, 6]`, maybe `noise`, maybe `step_index` `[]`, and
-            others `[B, ...]`, which stay what they are for all steps; the first output is the next sample.
+        step: with inputs `sample`, `timestep` `[B]`, `coefficients` `[B, columns]`, maybe `previous_x0`, maybe `noise`,
+            maybe `step_index` `[]`, and others `[B, ...]`, which stay what they are for all steps; the first output is the
+            next sample, the second x0.
         per_sample: the table has rows for each sample, and says how long each goes on.
 
     Returns:
-        Inputs `sample`, `timesteps` `[steps]`, `coefficients` `[steps, 6]`, maybe `noise` `[steps, B, ...]`, the others;
-        output `samples`. `per_sample`: `timesteps` `[steps, B]`, `coefficients` `[steps, B, 6]`, and `going` bool
+        Inputs `sample`, `timesteps` `[steps]`, `coefficients` `[steps, columns]`, maybe `noise` `[steps, B, ...]`, the others;
+        output `samples`. `per_sample`: `timesteps` `[steps, B]`, `coefficients` `[steps, B, columns]`, and `going` bool
         `[steps, B]`, at least one in each row; the other samples take no part in the step.
     """
     graph = step.graph
     given = {value.name: value for value in graph.input}
     rows = {name: outer for name, outer in _ROWS.items() if name in given}
-    others = [name for name in given if name not in rows and name not in ("sample", "step_index")]
-    renamed = {"sample": "state", "step_index": "iteration", **{name: f"step_{name}" for name in rows}}
+    # What each step hands on to the next one: an input, its name in the body, and the output that becomes it.
+    carried = {"sample": "state", **({"previous_x0": "previous_state"} if "previous_x0" in given else {})}
+    results = [output.name for output in graph.output][: len(carried)]
+    others = [name for name in given if name not in rows and name not in carried and name != "step_index"]
+    renamed = {**carried, "step_index": "iteration", **{name: f"step_{name}" for name in rows}}
     shared = {} if per_sample else {"timestep": "batch_shape", "coefficients": "coefficients_shape"}
     before = []
     for name, outer in rows.items():
@@ -79,11 +83,10 @@ def as_loop(step: onnx.ModelProto, per_sample: bool = False) -> onnx.ModelProto:
         if name in shared:
             before.append(helper.make_node("Expand", [row, shared[name]], [renamed[name]], name=f"expand_{name}"))
     sample = given["sample"].type
-    result = graph.output[0].name
     after = [helper.make_node("Identity", ["go_on"], ["go_on_out"], name="go_on_again")]
     if per_sample:
-        renamed |= {name: f"active_{name}" for name in ("sample", *others)}
-        whole = {"state": renamed["sample"], **{name: renamed[name] for name in others}}
+        renamed |= {name: f"active_{name}" for name in (*carried, *others)}
+        whole = {state: renamed[name] for name, state in carried.items()} | {name: renamed[name] for name in others}
         whole |= {f"{name}_row": renamed[name] for name in rows}
         before += [
             helper.make_node("Gather", ["going", "iteration"], ["going_row"], name="gather_going", axis=0),
@@ -96,9 +99,12 @@ def as_loop(step: onnx.ModelProto, per_sample: bool = False) -> onnx.ModelProto:
         ]
         after += [
             helper.make_node("Transpose", ["going_columns"], ["active_rows"], name="place_active", perm=[1, 0]),
-            helper.make_node("ScatterND", ["state", "active_rows", result], ["next_state"], name="keep_finished"),
+            *(
+                helper.make_node("ScatterND", [state, "active_rows", result], [f"next_{state}"], name=f"keep_{state}")
+                for state, result in zip(carried.values(), results, strict=True)
+            ),
         ]
-        result = "next_state"
+        results = [f"next_{state}" for state in carried.values()]
     nodes = []
     for node in graph.node:
         copied = copy.deepcopy(node)
@@ -110,11 +116,11 @@ def as_loop(step: onnx.ModelProto, per_sample: bool = False) -> onnx.ModelProto:
         [
             helper.make_tensor_value_info("iteration", TensorProto.INT64, []),
             helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
-            helper.make_value_info("state", sample),
+            *(helper.make_value_info(state, sample) for state in carried.values()),
         ],
         [
             helper.make_tensor_value_info("go_on_out", TensorProto.BOOL, []),
-            helper.make_value_info(result, sample),
+            *(helper.make_value_info(result, sample) for result in results),
         ],
         # Within the body: ONNX Runtime is a fifth slower where it has to fetch them from outside.
         initializer=list(graph.initializer),
@@ -131,12 +137,21 @@ def as_loop(step: onnx.ModelProto, per_sample: bool = False) -> onnx.ModelProto:
     if per_sample:
         inputs.append(helper.make_tensor_value_info("going", TensorProto.BOOL, ["steps", "batch"]))
     else:
-        constants["columns"] = np.array([6])
+        constants["columns"] = np.array(symbolic_dims(graph)["coefficients"][-1:])
         outside += [
             helper.make_node("Shape", ["sample"], ["batch_shape"], name="count_samples", start=0, end=1),
             helper.make_node("Concat", ["batch_shape", "columns"], ["coefficients_shape"], name="shape_rows", axis=0),
         ]
-    outside.append(helper.make_node("Loop", ["steps_count", "true", "sample"], ["samples"], name="steps", body=body))
+    starts, finals = ["sample"], ["samples"]
+    if "previous_x0" in carried:
+        # The first step does not read it; zeros are of the state's shape.
+        outside += [
+            helper.make_node("Shape", ["sample"], ["state_shape"], name="shape_state"),
+            helper.make_node("Expand", ["silence", "state_shape"], ["no_x0"], name="fill_state"),
+        ]
+        constants["silence"] = np.zeros((), np.float32)
+        starts, finals = [*starts, "no_x0"], [*finals, "last_x0"]
+    outside.append(helper.make_node("Loop", ["steps_count", "true", *starts], finals, name="steps", body=body))
     outer_graph = helper.make_graph(
         outside,
         "loop",

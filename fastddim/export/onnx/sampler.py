@@ -129,6 +129,7 @@ class OrtSampler(BundleSampler):
         for name, value in feeds.items():
             binding.bind_ortvalue_input(name, place(value, device, 0))
         state = place(sample, device, 0)
+        previous = place(np.zeros_like(sample), device, 0) if table.looks_back else None
         silent = None if "noise" not in self._inputs else np.zeros_like(sample)
         timesteps = np.repeat(np.array(table.timesteps, dtype=table.timestep_dtype)[:, None], batch, axis=1)
         for step, timestep in enumerate(timesteps):
@@ -139,9 +140,14 @@ class OrtSampler(BundleSampler):
             if silent is not None:
                 drawn = silent if seeds is None else normal_numpy(seeds, step, sample.shape[1:])
                 binding.bind_ortvalue_input("noise", place(drawn, device, 0))
-            # The state stays where it is from step to step.
+            # The states stay where they are from step to step.
             binding.bind_output("next_sample", device, 0)
+            if previous is not None:
+                binding.bind_ortvalue_input("previous_x0", previous)
+                binding.bind_output("pred_original_sample", device, 0)
             self.session.run_with_iobinding(binding)
-            (state,) = binding.get_outputs()
+            state, *rest = binding.get_outputs()
+            previous = rest[0] if rest else None
+            binding.clear_binding_outputs()
         result: Array = state.numpy()
         return result

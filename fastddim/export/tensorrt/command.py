@@ -69,7 +69,6 @@ def export_command(
     """Build TensorRT engines from a model or an ONNX bundle."""
     from fastddim.export.bundle import FORMAT, check_destination, open_bundle
     from fastddim.export.onnx.pipeline_exporter import export_loaded
-    from fastddim.export.sampler_plan import ExportOptions
     from fastddim.export.tensorrt.exporter import export_tensorrt
     from fastddim.export.tensorrt.options import Profile, TensorRTOptions
 
@@ -86,7 +85,7 @@ def export_command(
     else:
         if engine.fused_step and sampler.kind != "step":
             raise ValueError(f"--fused-step: given with --kind {sampler.kind}; pass --kind step, or leave it out")
-        exported = ExportOptions(**dataclasses.asdict(sampler))
+        exported = sampler.options()
         compared = comparison.arguments()
         # Before a model is fetched and read.
         check_destination(destination.out, destination.force or reuse)

@@ -77,7 +77,7 @@ class Profile:
             ValueError: a dimension that the bundle does not have, or that needs a range.
         """
         steps = len(manifest["table"]["timesteps"])
-        most = steps if manifest["schedule"] is None else max(steps, manifest["schedule"]["num_train_timesteps"])
+        most = max(steps, (manifest["schedule"] or {}).get("num_train_timesteps", steps))
         default = {"steps": (1, steps, most)}
         wanted = open_dimensions(manifest)
         given = dict(self._given())

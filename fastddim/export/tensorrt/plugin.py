@@ -63,6 +63,8 @@ def require_fusible(manifest: Mapping[str, Any]) -> None:
         raise ValueError(
             f"fused_step: True for a bundle of kind {manifest['kind']!r}; export it with kind='step', or leave it out"
         )
+    if any(item["name"] == "previous_x0" for item in manifest["inputs"]):
+        raise ValueError("fused_step: True for a method that looks back at the previous x0; leave fused_step out")
     (sample,) = (item for item in manifest["inputs"] if item["name"] == "sample")
     if any(isinstance(dim, str) for dim in sample["shape"][1:]):
         raise ValueError(

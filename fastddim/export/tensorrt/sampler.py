@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 # What TensorRT asks of addresses.
 _ALIGNMENT = 256
+# The inputs of a step that are outputs of the one before it.
+_FED_BACK = {"sample": "next_sample", "previous_x0": "pred_original_sample"}
 
 
 class TensorRTSampler(BundleSampler):
@@ -243,8 +245,9 @@ class TensorRTSampler(BundleSampler):
                 "timestep": timesteps[:1].repeat(batch),
                 "coefficients": rows[:1].repeat(batch, 1),
             }
-            if "noise" in self._inputs:
-                given["noise"] = torch.zeros_like(sample)
+            for name in ("noise", "previous_x0"):
+                if name in self._inputs:
+                    given[name] = torch.zeros_like(sample)
             execution = self._start({**given, **feeds})
             for step in range(len(table)):
                 if step:
@@ -282,7 +285,7 @@ class _Execution:
     def __init__(self, sampler: TensorRTSampler, context: Any, inputs: Mapping[str, torch.Tensor]) -> None:
         self._sampler, self._context = sampler, context
         self.inputs: dict[str, torch.Tensor] = {}
-        self._spare: torch.Tensor | None = None
+        self._spare: dict[str, torch.Tensor] = {}
         self._outputs: dict[str, torch.Tensor] = {}
         for name, tensor in inputs.items():
             # A view's address may be anywhere; a new tensor's is not.
@@ -308,14 +311,17 @@ class _Execution:
             raise self._sampler._failed("does not run the engine")
 
     def feed_back(self) -> None:
-        """Let the next run start from the state that the last one wrote."""
-        written = self._outputs["next_sample"]
-        # The first state is the caller's, which is not written over.
-        spare = torch.empty_like(written) if self._spare is None else self._spare
-        self.inputs["sample"] = self._spare = written
-        self._outputs["next_sample"] = spare
-        self._place("sample", written)
-        self._place("next_sample", spare)
+        """Let the next run start from the states that the last one wrote."""
+        for name, result in _FED_BACK.items():
+            if name not in self.inputs:
+                continue
+            written = self._outputs[result]
+            # The first state is the caller's, which is not written over.
+            spare = self._spare[name] if name in self._spare else torch.empty_like(written)
+            self.inputs[name] = self._spare[name] = written
+            self._outputs[result] = spare
+            self._place(name, written)
+            self._place(result, spare)
 
     def result(self, name: str) -> torch.Tensor:
         """What the last run wrote."""
@@ -341,7 +347,9 @@ class _Replayed(_Execution):
         self._graph.replay()
 
     def feed_back(self) -> None:
-        self.inputs["sample"].copy_(self._outputs["next_sample"])
+        for name, result in _FED_BACK.items():
+            if name in self.inputs:
+                self.inputs[name].copy_(self._outputs[result])
 
     def result(self, name: str) -> torch.Tensor:
         return self._outputs[name].clone()
