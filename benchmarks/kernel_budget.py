@@ -233,7 +233,7 @@ def _execute(
         "sample": (0.55 * clean - x0_from_output * noise) / x0_from_x,
         "output": np.tile(noise, 1 + shape.guided),
         "noise": further,
-        "table": table.columns[4:5],
+        "table": np.append(table.columns[4:5], np.full((1, int(shape.looks_back)), 0.25), axis=1),
         "ratios": table.ratios[4:5],
         "guidance": np.full(shape.batch, 7.5),
         "rescale": np.full(shape.batch, 0.7),
