@@ -953,6 +953,37 @@ def test_the_performance_page_is_what_the_results_give() -> None:
     assert all(path.stat().st_size < 200_000 for path in performance.DOCS.glob("*.png"))
 
 
+def test_the_quality_page_is_what_the_results_give() -> None:
+    page = (performance.DOCS / performance.QUALITY_PAGE).read_text()
+    made = performance.make_quality_page(performance.RESULTS, performance.DOCS)
+    assert page == made, "docs/quality.md is not up to date: make performance"
+    assert quality.METHODS_HEADING in page and (performance.DOCS / performance.METHODS_PLOT).exists()
+
+
+def test_advice_is_what_stands_outside_the_spread(tmp_path: Path) -> None:
+    distances = {
+        # Sets that rise and fall together.
+        "DDIM": (1.5, 2.0, 1.7), "best": (1.2, 1.7, 1.4),
+        # As good in one set; and far behind, but by amounts that vary as much.
+        "beside": (1.25, 1.6, 1.5), "unsteady": (1.3, 4.0, 2.0),
+    }  # fmt: skip
+    rows = [
+        {"method": name, "steps": steps, "options": {}, "frechet_distances": values, "agreements": [1.0] * 3}
+        for name, values in distances.items()
+        for steps in (4, 12)
+    ]
+    result = {"format": quality.METHODS_FORMAT, "created": "2026", "count": 100, "sets": 3, "floor": 0.5, "rows": rows}
+    (tmp_path / "older.json").write_text(json.dumps(result | {"created": "2025", "rows": []}))
+    (tmp_path / "newer.json").write_text(json.dumps(result))
+    (tmp_path / performance.QUALITY_PAGE).write_text(f"# Before\n\n{quality.METHODS_HEADING}\n\nolder\n")
+    assert [path.name for path in performance.draw_plots(tmp_path, tmp_path)] == [performance.METHODS_PLOT]
+    page = performance.make_quality_page(tmp_path, tmp_path)
+    assert page.startswith("# Before\n\n## Quality") and "older" not in page
+    assert "| unsteady | 2.43 (1.30-4.00) | 2.43 (1.30-4.00) |" in page
+    (advice,) = [line for line in page.splitlines() if line.startswith("- **")]
+    assert advice == "- **4 steps**: best (1.43), or as well beside. DDIM is 0.30 behind (0.30 to 0.30)."
+
+
 def test_the_performance_page_follows_its_results(tmp_path: Path) -> None:
     result = {
         "format": quality.FORMAT, "created": "2026-01-01", "count": 100, "floor": 0.5, "real_agreement": 0.98,
