@@ -1,4 +1,4 @@
-"""Write `docs/performance.md` and its plots from the committed results: `make performance`."""
+"""Write `docs/performance.md`, the methods' section of `docs/quality.md` and their plots: `make performance`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs"
 PAGE, QUALITY_PLOT = "performance.md", "quality-time.png"
+QUALITY_PAGE, METHODS_PLOT = "quality.md", "quality-methods.png"
 
 _CAPTIONS = {
     plots.STEP_PLOT: "Latency of one step against size",
@@ -78,6 +79,19 @@ def make_page(folder: Path, docs: Path) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def load_methods(folder: Path) -> dict[str, Any] | None:
+    """The newest result of `examples/quality_methods.py` in a folder; None without one."""
+    read = (json.loads(path.read_text("utf-8")) for path in folder.glob("*.json"))
+    return max(filter(quality.is_methods, read), key=lambda value: str(value["created"]), default=None)
+
+
+def make_quality_page(folder: Path, docs: Path) -> str:
+    """The quality page with the methods' section that a folder's results give."""
+    text = (docs / QUALITY_PAGE).read_text("utf-8").partition(quality.METHODS_HEADING)[0].rstrip() + "\n"
+    methods = load_methods(folder)
+    return text if methods is None else "\n".join([text, *quality.make_methods_markdown(methods, METHODS_PLOT), ""])
+
+
 def draw_plots(folder: Path, docs: Path) -> list[Path]:
     """Draw each plot from the first report that has the numbers."""
     reports, qualities = load(folder)
@@ -92,6 +106,10 @@ def draw_plots(folder: Path, docs: Path) -> list[Path]:
     for result in qualities.values():
         plots.save(quality.draw(result), docs / QUALITY_PLOT)
         drawn.append(docs / QUALITY_PLOT)
+    methods = load_methods(folder)
+    if methods is not None:
+        plots.save(quality.draw_methods(methods), docs / METHODS_PLOT)
+        drawn.append(docs / METHODS_PLOT)
     return drawn
 
 
@@ -107,9 +125,9 @@ def _device(result: dict[str, Any]) -> str:
 def main() -> int:
     for path in draw_plots(RESULTS, DOCS):
         print(path.relative_to(ROOT))
-    page = DOCS / PAGE
-    report.write_text("docs", page, make_page(RESULTS, DOCS))
-    print(page.relative_to(ROOT))
+    for name, make in ((PAGE, make_page), (QUALITY_PAGE, make_quality_page)):
+        report.write_text("docs", DOCS / name, make(RESULTS, DOCS))
+        print((DOCS / name).relative_to(ROOT))
     return 0
 
 

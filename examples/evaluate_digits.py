@@ -34,15 +34,20 @@ AGREEMENT_BAR = 0.97
 
 
 def draw(
-    pipeline, count: int, num_inference_steps: int, guidance_scale: float | None = None, **options
+    pipeline,
+    count: int,
+    num_inference_steps: int,
+    guidance_scale: float | None = None,
+    first_seed: int = 0,
+    **options,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`count` flattened images in [-1, 1] and the labels that were asked for, classes in turn, seeds 0, 1, ..."""
+    """`count` flattened images in [-1, 1] and the labels that were asked for, classes in turn, seeds from the first on."""
     sampler = Sampler(pipeline.unet, pipeline.scheduler, num_inference_steps, guidance_scale=guidance_scale, **options)
     images, labels = [], torch.arange(count) % NUM_CLASSES
     for start in range(0, count, BATCH):
         batch = labels[start : start + BATCH]
         uncond = None if guidance_scale is None else {"class_labels": torch.full_like(batch, NUM_CLASSES)}
-        images.append(sampler(len(batch), seeds=start, class_labels=batch, uncond_kwargs=uncond))
+        images.append(sampler(len(batch), seeds=first_seed + start, class_labels=batch, uncond_kwargs=uncond))
     return torch.cat(images).flatten(1).clamp(-1, 1).numpy(), labels.numpy()
 
 
@@ -128,7 +133,9 @@ def main() -> None:
         *(f"| {name} | " + " | ".join(f"{distance[name, steps]:.2f}" for steps in STEPS) + " |" for name, _, _ in ROWS),
         "",
     ]
-    args.out.write_text("\n".join(lines))
+    # `make performance` writes the rest of the page.
+    _, heading, rest = (args.out.read_text() if args.out.exists() else "").partition("## Quality against steps")
+    args.out.write_text("\n".join(lines) + (f"\n{heading}{rest}" if heading else ""))
     print(f"wrote {args.out}")
     if min(agreement.values()) < AGREEMENT_BAR:
         raise SystemExit(f"agreement below {AGREEMENT_BAR:.0%}")

@@ -31,10 +31,13 @@ from fastddim.bench.import_suite import import_suite
 from fastddim.bench.loop_case import LoopInputs, loop_case
 from fastddim.bench.loop_suite import DIFFUSERS_LOOP, FASTDDIM_SAMPLER, loop_suite
 from fastddim.bench.networks import DIGITS, POLICY
+from fastddim.bench.scheduler_loop import in_float64, make_scheduler, run_scheduler
 from fastddim.bench.step_suite import DIFFUSERS_SCHEDULER, FASTDDIM_SCHEDULER, StepInputs, step_case, step_suite
 from fastddim.bench.suites import SUITES
 from fastddim.bench.textbook import StepProblem, draw_inputs, textbook_loop, textbook_step
 from fastddim.cli import main
+from fastddim.samplers import METHODS, Method
+from fastddim.schedule import FlowSchedule
 
 FAST = timing.Settings(min_rounds=1, max_rounds=10, budget_s=0.05)
 CPU, QUICK = Scope(), Scope(quick=True)
@@ -271,6 +274,65 @@ def test_a_loop_with_something_changed_is_wrong(changes: dict[str, Any], status:
     assert (row.median_s is None) == (status == "wrong")
 
 
+@pytest.mark.parametrize("method", ["ddim", "ddpm", "euler", "euler_ancestral", "lcm", "tcd", "dpmsolver++"])
+def test_methods_are_right_and_timed_against_diffusers(method: str) -> None:
+    cases = loop_suite(dataclasses.replace(QUICK, method=method))
+    case = next(case for case in cases if case.name == f"policy [4,16,7] x10 {method}")
+    ours, theirs = timing.run_case(case, FAST)
+    assert (ours.candidate, theirs.baseline) == ("fastddim.Sampler", "diffusers")
+    for row in (ours, theirs):
+        assert row.status == "ok", row.message
+        assert row.error < row.tolerance / 3 and row.tolerance < 5e-5
+        assert row.median_s > 0 and row.parts["model"] > 0
+        assert row.about["method"] == method
+    assert theirs.ratio > 0
+
+
+def test_the_method_s_reference_is_float64() -> None:
+    """With DDIM, diffusers' loop and the textbook's share no code."""
+    problem = LOOPS[1].inputs().problem
+    start = np.random.default_rng(0).standard_normal(problem.shape)
+    with in_float64("ddim"):
+        scheduler = make_scheduler("ddim", problem)
+        theirs = run_scheduler(scheduler, lambda x, t: torch.sin(x * (1 + int(t) / 1000)), torch.from_numpy(start))
+    expected = textbook_loop(problem, lambda x, t: np.sin(x * (1 + t / 1000)), start)
+    assert timing.relative_error([theirs], [expected]) < 1e-12
+    for method in ("euler", "dpmsolver++"):
+        with in_float64(method):
+            assert make_scheduler(method, problem).alphas_cumprod.dtype == torch.float64
+        assert make_scheduler(method, problem).alphas_cumprod.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "first_seed"),
+    [
+        ("dpmsolver++", {"method_options": {"solver_type": "heun"}}, 0),
+        ("dpmsolver++", {"method": "euler"}, 0),
+        ("ddpm", {"variance_type": "fixed_large"}, 0),
+        ("tcd", {"method_options": {"gamma": 0.31}}, 0),
+        ("euler_ancestral", {}, 1),
+    ],
+)
+def test_another_method_or_noise_is_wrong(method: str, options: dict[str, Any], first_seed: int) -> None:
+    def make(inputs: LoopInputs) -> Call:
+        scheduler = make_scheduler(method, inputs.problem)
+        shape = inputs.problem.shape[1:]
+        sampler = fastddim.Sampler(inputs.model, scheduler, 10, sample_shape=shape, **{"method": method, **options})
+        start = inputs.start * sampler.table.start_scale
+        return lambda: (sampler(start, seeds=first_seed, **inputs.kwargs),)
+
+    case = loop_case(POLICY, 1, 10, CPU, (Candidate("planted", make), FASTDDIM_SAMPLER), method=method)
+    assert [row.status for row in timing.run_case(case, FAST)] == ["wrong", "ok"]
+
+
+def test_a_batch_that_repeats_a_block_repeats_its_noise() -> None:
+    network = dataclasses.replace(POLICY, repeats=True)
+    case = loop_case(network, 3, 4, CPU, (FASTDDIM_SAMPLER,), method="ddpm")
+    inputs = case.inputs()
+    assert inputs.seeds == [0, 0, 0] and case.blocks == 3
+    assert [row.status for row in timing.run_case(case, FAST)] == ["ok"]
+
+
 @pytest.mark.parametrize(
     ("values", "status"),
     [
@@ -493,6 +555,12 @@ def test_user_errors_come_before_the_run(
     assert all(name in message for name in ("'nope'", "import", "first use"))
     assert all(name in refused(["--baseline", "difusers"], capfd) for name in ("'difusers'", *map(repr, BASELINES)))
     assert "--device" in refused(["--device", "gpu"], capfd)
+    message = refused(["--suite", "loop", "--method", "eulerr"], capfd)
+    assert all(name in message for name in ("--method", "'eulerr'", "'euler'", "'dpmsolver++'"))
+    assert "--suite loop" in refused(["--method", "euler"], capfd)
+    monkeypatch.setitem(METHODS, "flowing", Method("flowing", lambda schedule, steps: None, (), (FlowSchedule,)))
+    message = refused(["--suite", "loop", "--method", "flowing"], capfd)
+    assert "'flowing'" in message and "no diffusers scheduler" in message and "'tcd'" in message
     assert "--minutes" in refused(["--minutes", "0"], capfd)
     assert "--threads: 0" in refused(["--threads", "0"], capfd)
     assert repr(str(tmp_path / "no")) in refused(["--plot", str(tmp_path / "no")], capfd)
@@ -883,6 +951,37 @@ def test_the_performance_page_is_what_the_results_give() -> None:
     assert reports and qualities
     assert all(name in made for name in (*reports, *qualities))
     assert all(path.stat().st_size < 200_000 for path in performance.DOCS.glob("*.png"))
+
+
+def test_the_quality_page_is_what_the_results_give() -> None:
+    page = (performance.DOCS / performance.QUALITY_PAGE).read_text()
+    made = performance.make_quality_page(performance.RESULTS, performance.DOCS)
+    assert page == made, "docs/quality.md is not up to date: make performance"
+    assert quality.METHODS_HEADING in page and (performance.DOCS / performance.METHODS_PLOT).exists()
+
+
+def test_advice_is_what_stands_outside_the_spread(tmp_path: Path) -> None:
+    distances = {
+        # Sets that rise and fall together.
+        "DDIM": (1.5, 2.0, 1.7), "best": (1.2, 1.7, 1.4),
+        # As good in one set; and far behind, but by amounts that vary as much.
+        "beside": (1.25, 1.6, 1.5), "unsteady": (1.3, 4.0, 2.0),
+    }  # fmt: skip
+    rows = [
+        {"method": name, "steps": steps, "options": {}, "frechet_distances": values, "agreements": [1.0] * 3}
+        for name, values in distances.items()
+        for steps in (4, 12)
+    ]
+    result = {"format": quality.METHODS_FORMAT, "created": "2026", "count": 100, "sets": 3, "floor": 0.5, "rows": rows}
+    (tmp_path / "older.json").write_text(json.dumps(result | {"created": "2025", "rows": []}))
+    (tmp_path / "newer.json").write_text(json.dumps(result))
+    (tmp_path / performance.QUALITY_PAGE).write_text(f"# Before\n\n{quality.METHODS_HEADING}\n\nolder\n")
+    assert [path.name for path in performance.draw_plots(tmp_path, tmp_path)] == [performance.METHODS_PLOT]
+    page = performance.make_quality_page(tmp_path, tmp_path)
+    assert page.startswith("# Before\n\n## Quality") and "older" not in page
+    assert "| unsteady | 2.43 (1.30-4.00) | 2.43 (1.30-4.00) |" in page
+    (advice,) = [line for line in page.splitlines() if line.startswith("- **")]
+    assert advice == "- **4 steps**: best (1.43), or as well beside. DDIM is 0.30 behind (0.30 to 0.30)."
 
 
 def test_the_performance_page_follows_its_results(tmp_path: Path) -> None:

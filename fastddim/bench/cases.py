@@ -36,15 +36,17 @@ BASELINES = (
 
 @dataclass(frozen=True)
 class Scope:
-    """The sizes and the device of a run.
+    """The sizes, the device and the method of a run.
 
     Attributes:
         quick: small sizes, and only what needs no long preparation.
         device: where candidates run, `cpu` or `cuda`.
+        method: the sampling method of the loop suite; None is DDIM, against all that users would pick instead.
     """
 
     quick: bool = False
     device: str = "cpu"
+    method: str | None = None
 
     @property
     def on_gpu(self) -> bool:

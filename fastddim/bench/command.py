@@ -36,6 +36,9 @@ def bench(
     baseline: Annotated[
         list[str] | None, typer.Option("--baseline", metavar="NAME", help="These baselines alone, beside ours.")
     ] = None,
+    method: Annotated[
+        str | None, choice(help="Loop suite: this sampling method, against diffusers' scheduler of it.")
+    ] = None,
     device: Annotated[str | None, choice(help="cpu or cuda. Default: cuda where there is one.")] = None,
     minutes: Annotated[
         float | None,
@@ -102,6 +105,7 @@ def bench(
             allocator,
             minutes,
             threads=threads,
+            method=method,
             json_file=json_file,
             on_visit=lambda case, total: bar.update(
                 task, advance=1, total=total, description=f"{case.suite}: {case.name}"

@@ -112,7 +112,7 @@ def _build(inputs: LoopInputs, export: Callable[..., Any]) -> tuple[Path, dict[s
             extra["example_kwargs"] = {
                 name: each[:1].repeat_interleave(2, dim=0) for name, each in inputs.kwargs.items()
             }
-        config = fastddim.DDIMConfig(**inputs.config)
+        config = fastddim.DDIMConfig(**inputs.problem.config)
         _, seconds = _timed(lambda: export(inputs.model, config, folder, options, parity_steps=(), **extra))
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         _BUILT[key] = folder, {"build_s": seconds, "size_bytes": float(size)}

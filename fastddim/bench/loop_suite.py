@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,6 +25,9 @@ from fastddim.bench.cases import (
 )
 from fastddim.bench.loop_case import LoopInputs, loop_case
 from fastddim.bench.networks import BATCHES, CIFAR10, DIGITS, NETWORKS, POLICY, STEPS, Network
+from fastddim.bench.scheduler_loop import class_of, drawing, make_scheduler, run_scheduler
+from fastddim.noise import seed_tensor
+from fastddim.samplers import METHODS
 
 # Batches and numbers of steps: what a CPU does in seconds, and what a quick run does.
 _CIFAR10_ON_CPU = ((1, 1), (1, 4), (1, 10), (4, 1))
@@ -37,22 +41,30 @@ def _sampler_work(inputs: LoopInputs, **options: Any) -> Work:
     from fastddim.loop import call_model
 
     problem, start, kwargs = inputs.problem, inputs.start, inputs.kwargs
-    # diffusers' default epsilon, so that both do the same work.
+    scheduler: Any = fastddim.DDIMConfig(**problem.config)
+    if inputs.method is not None:
+        scheduler, options = make_scheduler(inputs.method, problem), {**options, "method": inputs.method}
+    if "use_clipped_model_output" in METHODS[inputs.method or "ddim"].options:
+        # diffusers' default epsilon, so that both do the same work.
+        options["use_clipped_model_output"] = False
     sampler = fastddim.Sampler(
-        inputs.model,
-        fastddim.DDIMConfig(**inputs.config),
-        problem.num_steps,
-        use_clipped_model_output=False,
-        sample_shape=problem.shape[1:],
-        dtype=start.dtype,
-        **options,
+        inputs.model, scheduler, problem.num_steps, sample_shape=problem.shape[1:], dtype=start.dtype, **options
     )
+    start = start * sampler.table.start_scale
+    called: dict[str, Any] = {"seeds": inputs.seeds, **kwargs} if sampler.table.stochastic else kwargs
     state = start.clone()
-    t = torch.full((len(start),), problem.timesteps()[0], device=start.device)
+    first = sampler.table.timesteps[0]
+    t = torch.full((len(start),), first, device=start.device)
     output = call_model(inputs.model, state, t, kwargs).clone()
+    taken = {
+        "limit": sampler.limit,
+        "out": state,
+        "seeds": seed_tensor(inputs.seeds, start.device) if sampler.table.stochastic else None,
+        "previous_x0": torch.zeros_like(state) if sampler.table.looks_back else None,
+    }
     parts: dict[str, Callable[[], Any]] = {
         "model": lambda: inputs.model(state, t, **kwargs),
-        "step": lambda: fastddim.ddim_step(output, state, sampler.table, 0, limit=sampler.limit, out=state),
+        "step": lambda: fastddim.ddim_step(output, state, sampler.table, 0, **taken),
     }
     captured = sampler.graph != "off" and start.is_cuda
     if captured:
@@ -64,8 +76,8 @@ def _sampler_work(inputs: LoopInputs, **options: Any) -> Work:
 
     def sample() -> Sequence[Any]:
         if uncaptured and uncaptured.pop():
-            sampler(start, **kwargs)
-        return (sampler(start, **kwargs),)
+            sampler(start, **called)
+        return (sampler(start, **called),)
 
     return Work(sample, parts=_repeated(problem.num_steps, parts))
 
@@ -96,7 +108,7 @@ def _diffusers_work(
     from fastddim.loop import call_model
 
     problem, start, kwargs = inputs.problem, inputs.start, inputs.kwargs
-    scheduler = diffusers.DDIMScheduler(**inputs.config)
+    scheduler = diffusers.DDIMScheduler(**problem.config)
     scheduler.set_timesteps(problem.num_steps, device=start.device)
     model, step = inputs.model, scheduler.step
     timesteps = scheduler.timesteps
@@ -127,6 +139,29 @@ def _diffusers_work(
         "step": lambda: step(output, t, start, return_dict=False),
     }
     return Work(sample, parts=_repeated(problem.num_steps, parts))
+
+
+def _method_work(inputs: LoopInputs) -> Work:
+    """diffusers' scheduler of the method in a Python loop, as its pipelines have it, its timesteps set beforehand."""
+    method, start, kwargs = inputs.method, inputs.start, inputs.kwargs
+    assert method is not None
+    scheduler = make_scheduler(method, inputs.problem, start.device)
+
+    def model(x: Any, t: Any) -> Any:
+        output = inputs.model(x, t.expand(len(x)), **kwargs)
+        return getattr(output, "sample", output)
+
+    # What is verified draws the noise that it is judged with; what is timed draws its own.
+    unverified = [True]
+
+    def sample() -> Sequence[Any]:
+        noises = inputs.noises(start.dtype)
+        with drawing(method, noises) if unverified and unverified.pop() else contextlib.nullcontext():
+            return (run_scheduler(scheduler, model, start),)
+
+    rows = scheduler.timesteps[0].expand(len(start))
+    parts = {"model": lambda: inputs.model(start, rows, **kwargs)}
+    return Work(sample, parts=_repeated(inputs.problem.num_steps, parts))
 
 
 def _captured_model(inputs: LoopInputs) -> Callable[..., Any]:
@@ -194,11 +229,28 @@ _SLOW_LOOPS = (
 
 def loop_suite(scope: Scope) -> list[Case]:
     """Whole runs of each network: numbers of steps at batch 1, and batches at the usual number of steps."""
+    # Which judges them.
+    absent = None if scope.method is None else _DIFFUSERS()
     return [
-        loop_case(network, *run, scope, _candidates(network, run, scope), needs=_missing(network, run, scope))
+        loop_case(
+            network,
+            *run,
+            scope,
+            _candidates(network, run, scope) if scope.method is None else _method_candidates(scope),
+            needs=_missing(network, run, scope) or absent,
+            method=scope.method,
+        )
         for network in NETWORKS
         for run in _runs(network, scope)
     ]
+
+
+def _method_candidates(scope: Scope) -> tuple[Candidate, ...]:
+    """Ours, on a GPU as each kind of graph, and diffusers' scheduler of the method."""
+    assert scope.method is not None
+    whole = Candidate("fastddim.Sampler, graph='loop'", partial(_sampler_work, graph="loop"))
+    theirs = Candidate(f"diffusers.{class_of(scope.method)} loop", _method_work, "diffusers", _DIFFUSERS, slack=4.0)
+    return (FASTDDIM_SAMPLER, *([whole, EAGER_LOOP] if scope.on_gpu else []), theirs)
 
 
 def _runs(network: Network, scope: Scope) -> list[tuple[int, int]]:

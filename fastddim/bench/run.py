@@ -31,6 +31,7 @@ def run_suite(
     minutes: float | None = None,
     budget_s: float | None = None,
     threads: int | None = None,
+    method: str | None = None,
     json_file: str | Path | None = None,
     on_visit: Callable[[Case, int], None] = lambda case, total: None,
 ) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def run_suite(
 
     Args:
         suite, patterns, baselines: the arguments of `select_cases`.
-        device, quick: the fields of the `Scope`.
+        device, quick, method: the fields of the `Scope`.
         allocator: one of `timing.ALLOCATORS`.
         minutes: the time after which no further case is started; cases that are left get rows that say so.
         budget_s: how long to measure a case, but for three rounds at least.
@@ -47,7 +48,7 @@ def run_suite(
             run are done in its last pass.
         on_visit: called before a case is prepared and before each of its passes, with the number of all such calls.
     """
-    cases = select_cases(suite, Scope(quick, device), patterns, baselines)
+    cases = select_cases(suite, Scope(quick, device, method), patterns, baselines)
     settings = QUICK if quick else Settings()
     if budget_s is not None:
         settings = Settings(_LEAST_ROUNDS, settings.max_rounds, budget_s)

@@ -10,6 +10,7 @@ from fastddim.bench.cases import BASELINES, Case, Scope
 from fastddim.bench.export_suite import export_suite
 from fastddim.bench.import_suite import import_suite
 from fastddim.bench.loop_suite import loop_suite
+from fastddim.bench.scheduler_loop import class_of
 from fastddim.bench.serve_suite import serve_suite
 from fastddim.bench.step_suite import step_suite
 from fastddim.config import require_choice
@@ -29,16 +30,21 @@ def select_cases(suite: str, scope: Scope, patterns: Sequence[str] = (), baselin
 
     Args:
         suite: one of `SUITES`, or `all`.
-        scope: sizes and device of the run.
+        scope: sizes, device and method of the run.
         patterns: parts of case names, or shell patterns of whole ones, of which a case fits any; all cases where there is none.
         baselines: names of `BASELINES` to keep beside ours; all where none is named.
 
     Raises:
-        ValueError: an unknown suite or baseline, or a pattern that fits no case; the message lists what is valid.
+        ValueError: an unknown suite, baseline or method, a method for another suite, or a pattern that fits no case; the
+            message lists what is valid.
     """
     require_choice("--suite", suite, [*SUITES, ALL])
     for baseline in baselines:
         require_choice("--baseline", baseline, BASELINES)
+    if scope.method is not None:
+        class_of(scope.method)
+        if suite != "loop":
+            raise ValueError(f"--method: {scope.method!r} with --suite {suite}; pass --suite loop")
     chosen = SUITES if suite == ALL else {suite: SUITES[suite]}
     cases = [case for make_cases in chosen.values() for case in make_cases(scope)]
     for pattern in patterns:

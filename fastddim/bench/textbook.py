@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -121,6 +122,12 @@ class LoopProblem:
     timestep_spacing: str = "leading"
 
     beta_schedule = "squaredcos_cap_v2"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The run's schedule, in diffusers' names."""
+        names = ("num_train_timesteps", "beta_schedule", "prediction_type", "timestep_spacing")
+        return {name: getattr(self, name) for name in names}
 
     def timesteps(self) -> list[int]:
         """The training timesteps of the model calls, descending."""
