@@ -310,7 +310,8 @@ class TrainingSigmas {
         // diffusers' alpha_bar at the end of training where zero terminal SNR would make it 0, so that sigma is finite.
         constexpr double least = 1.0 / (1 << 24);
         for (const double value : schedule.alphas_cumprod()) {
-            const double alpha_bar = std::max(value, least);
+            // A cosine schedule ends lower than that without being 0.
+            const double alpha_bar = value == 0 ? least : value;
             values_.push_back(std::sqrt((1.0 - alpha_bar) / alpha_bar));
         }
     }
