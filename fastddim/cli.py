@@ -33,7 +33,6 @@ from fastddim.cli_options import (
     Eta,
     Json,
     Method,
-    MethodOptions,
     Model,
     Out,
     Spacing,
@@ -46,7 +45,7 @@ from fastddim.cli_options import (
     naming_options,
     number,
     parse_integers,
-    parse_method_options,
+    parse_method,
     pick_device,
 )
 from fastddim.config import require_int, require_number
@@ -146,7 +145,6 @@ def sample(
     num_images: Annotated[int, integer(help="How many images.")] = 100,
     steps: Steps = 50,
     method: Method = "auto",
-    method_option: MethodOptions = None,
     spacing: Spacing = None,
     eta: Eta = None,
     guidance_scale: Annotated[
@@ -164,11 +162,7 @@ def sample(
     """Sample images into one picture, a row for each class."""
     # What is cheap to check comes before the seconds that loading torch and the model takes.
     require_int("--num-images", num_images, 1, _MOST_IMAGES)
-    options: dict[str, Any] = {
-        "method": method,
-        "method_options": parse_method_options(method_option),
-        "spacing": spacing,
-    }
+    options = {**parse_method(method), "spacing": spacing}
     if eta is not None:
         require_number("--eta", eta, 0.0, 1.0)
         options["eta"] = eta
@@ -193,13 +187,15 @@ def sample(
     images = _sample_batches(job, num_images, batch_size or job.default_batch_size(), seed)
     seconds = time.perf_counter() - start
     job.save(images, layout)
+    from fastddim.samplers.method import get_method
+
     job.tell(
         [f"{str(out)!r}: {num_images} images, {seconds / num_images:.3g} s per image on {job.sampler.device}"],
         seconds,
         num_images=num_images,
         steps=steps,
         method=job.sampler.method,
-        eta=eta,
+        eta=get_method(str(job.sampler.method)).options.get("eta") if eta is None else eta,
         guidance_rescale=guidance_rescale,
         seed=seed,
         seconds_per_image=seconds / num_images,

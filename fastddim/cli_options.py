@@ -59,15 +59,12 @@ Model = Annotated[
     typer.Option(metavar="FOLDER_OR_HUB_ID", help="A diffusers folder or hub id. Default: the embedded digits."),
 ]
 Steps = Annotated[int, integer(help="Model calls per image.")]
-Method = Annotated[str, choice(help="Sampling method, such as dpmsolver++. Default: the scheduler's own.")]
-MethodOptions = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--method-option", metavar="NAME=VALUE", help="An option of the method, such as gamma=0.2; may repeat."
-    ),
+Method = Annotated[
+    str,
+    typer.Option(metavar="NAME,K=V", show_default=False, help="Such as tcd,gamma=0.2. Default: the scheduler's."),
 ]
-Spacing = Annotated[str | None, choice(help="How steps are spaced, such as karras. Default: the scheduler's own.")]
-Eta = Annotated[float | None, number(help="Noise in [0, 1]: 0 is DDIM, 1 is DDPM. Default: the method's own.")]
+Spacing = Annotated[str | None, choice(help="Such as karras. Default: the scheduler's.")]
+Eta = Annotated[float | None, number(help="0 is DDIM, 1 is DDPM. Default: the method's.")]
 Out = Annotated[Path, typer.Option(metavar="FILE", help="The picture: .png, .jpg, .webp, .bmp or .tif.")]
 Device = Annotated[str | None, choice(help="cpu or cuda[:N]. Default: cuda where there is one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and no progress bar.")]
@@ -82,18 +79,19 @@ def parse_integers(text: str, option: str) -> list[int]:
     return integers
 
 
-def parse_method_options(pairs: list[str] | None) -> dict[str, Any] | None:
-    """`NAME=VALUE` texts as options of a method; a value is a number, true, false, or a text."""
+def parse_method(text: str) -> dict[str, Any]:
+    """`--method`'s text, a name and `K=V` of its options, as `method` and `method_options`; a V that is no JSON is a text."""
+    name, *pairs = text.split(",")
     options: dict[str, Any] = {}
-    for pair in pairs or ():
-        name, given, text = pair.partition("=")
-        if not given or not name:
-            raise ValueError(f"--method-option: {pair!r}; pass NAME=VALUE, such as gamma=0.2")
+    for pair in pairs:
+        key, given, value = pair.partition("=")
+        if not given or not key:
+            raise ValueError(f"--method: {pair!r} in {text!r}; pass NAME,K=V, such as tcd,gamma=0.2")
         try:
-            options[name] = json.loads(text)
+            options[key] = json.loads(value)
         except ValueError:
-            options[name] = text
-    return options or None
+            options[key] = value
+    return {"method": name, "method_options": options or None}
 
 
 def check_classes(classes: list[int] | None, null: int | None, owner: str) -> None:

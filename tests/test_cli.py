@@ -123,6 +123,7 @@ def test_json(run: Run, folders: dict[str, str]) -> None:
         "path": "some.png",
         "num_images": 7,
         "steps": 3,
+        "method": "ddim",
         "eta": 0.5,
         "guidance_scale": 3.0,
         "guidance_rescale": 0.7,

@@ -17,7 +17,6 @@ from fastddim.cli_options import (
     Eta,
     Json,
     Method,
-    MethodOptions,
     Spacing,
     choice,
     integer,
@@ -25,7 +24,7 @@ from fastddim.cli_options import (
     naming,
     number,
     parse_integers,
-    parse_method_options,
+    parse_method,
     quiet_diffusers,
 )
 from fastddim.config import require_number
@@ -62,10 +61,9 @@ class SamplerFlags:
     stochastic: Annotated[bool, typer.Option("--noise", help="Noise is an input; eta may be above 0.")] = False
     bake_schedule: Annotated[bool, typer.Option("--bake-schedule", help="Take a number of steps, not a table.")] = False
     dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Take any height and width.")] = False
-    dtype: Annotated[str, choice(help="float32, float16, bfloat16.")] = "float32"
+    dtype: Annotated[str, choice(help="float32 by default, float16, bfloat16.", show_default=False)] = "float32"
     num_inference_steps: Annotated[int, integer("--steps", help="Steps of the default table.")] = 50
     method: Method = "auto"
-    method_options: MethodOptions = None
     spacing: Spacing = None
     eta: Eta = None
 
@@ -73,7 +71,7 @@ class SamplerFlags:
         """The `ExportOptions` of these flags and other fields."""
         from fastddim.export.sampler_plan import ExportOptions
 
-        given = {**dataclasses.asdict(self), "method_options": parse_method_options(self.method_options)}
+        given = {**dataclasses.asdict(self), **parse_method(self.method)}
         return ExportOptions(**given, **others)
 
 

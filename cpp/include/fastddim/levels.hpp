@@ -263,6 +263,9 @@ inline NoiseLevels flow_levels(const FlowSchedule& schedule, const Steps& steps,
         sigmas = steps.num_inference_steps ? schedule.sigmas(*steps.num_inference_steps, mu)
                                            : schedule.sigmas(std::move(sigmas), mu);
         if (steps.spacing) sigmas = space(*steps.spacing, *steps.num_inference_steps, sigmas.back(), sigmas.front());
+        if (!sigmas.empty() && steps.spacing && sigmas.front() > 1)
+            throw std::invalid_argument(
+                "spacing: it has levels above 1, which flow matching has not; pass karras, exponential or beta");
         if (!steps.timesteps)
             for (const double sigma : sigmas) timesteps.push_back(sigma * n_train);
         sigmas.push_back(0.0);
