@@ -61,7 +61,7 @@ Model = Annotated[
 Steps = Annotated[int, integer(help="Model calls per image.")]
 Method = Annotated[
     str,
-    typer.Option(metavar="NAME,K=V", show_default=False, help="Such as tcd,gamma=0.2. Default: the scheduler's."),
+    typer.Option(metavar="NAME,K=V", show_default=False, help="As tcd,gamma=0.2. Default: the scheduler's."),
 ]
 Spacing = Annotated[str | None, choice(help="Such as karras. Default: the scheduler's.")]
 Eta = Annotated[float | None, number(help="0 is DDIM, 1 is DDPM. Default: the method's.")]
