@@ -28,9 +28,12 @@ from fastddim import cli_run
 from fastddim.bench import command as cli_bench
 from fastddim.cli_options import (
     DEFAULT_GUIDANCE,
+    ApgEta,
+    ApgNormThreshold,
     CommandGroup,
     Device,
     Eta,
+    GuidanceMethod,
     Json,
     Method,
     MethodOptions,
@@ -49,7 +52,7 @@ from fastddim.cli_options import (
     parse_method_options,
     pick_device,
 )
-from fastddim.config import require_int, require_number
+from fastddim.config import require_guidance_method, require_int, require_number
 from fastddim.export import command as cli_export
 
 if TYPE_CHECKING:
@@ -151,9 +154,14 @@ def sample(
     eta: Eta = None,
     guidance_scale: Annotated[
         float | None,
-        number(help=f"Classifier-free guidance; 1 is off. Default: {DEFAULT_GUIDANCE:g} with classes, else off."),
+        number(
+            help="Classifier-free guidance; 1 is off, but with cfg++. Default: 2, of cfg++ 0.6; off without classes."
+        ),
     ] = None,
     guidance_rescale: Annotated[float, number(help="Guidance rescale in [0, 1].")] = 0.0,
+    guidance_method: GuidanceMethod = "cfg",
+    apg_eta: ApgEta = 0.0,
+    apg_norm_threshold: ApgNormThreshold = 0.0,
     labels: Annotated[str | None, integers(help='Classes such as "0,1,2", repeated in turn. Default: all.')] = None,
     seed: Annotated[int, integer(help="Image k is drawn from seed + k.")] = 0,
     batch_size: _BatchSize = None,
@@ -173,6 +181,9 @@ def sample(
         require_number("--eta", eta, 0.0, 1.0)
         options["eta"] = eta
     require_number("--guidance-rescale", guidance_rescale, 0.0, 1.0)
+    guided_by = {"guidance_method": guidance_method, "apg_eta": apg_eta, "apg_norm_threshold": apg_norm_threshold}
+    with naming_options({name: f"--{name.replace('_', '-')}" for name in guided_by}):
+        require_guidance_method("guidance_method", guidance_method, apg_eta, apg_norm_threshold)
     require_int("--seed", seed, 0, 2**64 - num_images)
     classes = _check(steps, guidance_scale, labels, batch_size, out)
     target = pick_device(device)
@@ -183,7 +194,8 @@ def sample(
     null = null_class(pipeline.unet)
     if null is not None:
         classes = classes or list(range(max(null, 1)))
-        guidance_scale = DEFAULT_GUIDANCE if guidance_scale is None else guidance_scale
+        guidance_scale = DEFAULT_GUIDANCE[guidance_method] if guidance_scale is None else guidance_scale
+    options |= guided_by
     job = _Job.plan(
         pipeline, target, out, as_json, num_images, classes, steps, guidance_scale, guidance_rescale, **options
     )
@@ -253,7 +265,8 @@ class _Job:
 
         null = null_class(pipeline.unet)
         # None halves the work, where guidance would change nothing.
-        scale = None if guidance_scale == 1.0 else guidance_scale
+        unchanged = guidance_scale == 1.0 and options.get("guidance_method", "cfg") == "cfg"
+        scale = None if unchanged else guidance_scale
         if scale is not None and null is None:
             raise ValueError(f"--guidance-scale: {scale!r}, but this model has no classes; leave it out")
         if scale is None and guidance_rescale:
@@ -265,7 +278,8 @@ class _Job:
         cycle = classes or (None if null is None else [null])
         require_int("--steps", steps, 1, int(pipeline.scheduler.config.num_train_timesteps))
         options |= {"guidance_scale": scale, "guidance_rescale": guidance_rescale}
-        named = {"num_inference_steps": "--steps", **{name: f"--{name}" for name in ("method", "spacing", "eta")}}
+        options_named = ("method", "spacing", "eta", "guidance_method", "guidance_scale")
+        named = {name: f"--{name.replace('_', '-')}" for name in options_named} | {"num_inference_steps": "--steps"}
         with naming_options(named):
             sampler = fastddim.Sampler(pipeline.unet.to(target), pipeline.scheduler, steps, **options)
         shape = sampler.sample_shape

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from fastddim.pipeline import DDIMPipeline
 
 
-# The guidance towards class labels, where none is given.
-DEFAULT_GUIDANCE = 2.0
+# The guidance towards class labels, where none is given; that of CFG++ is the paper's lambda (arXiv:2406.08070, section 4).
+DEFAULT_GUIDANCE = {"cfg": 2.0, "cfg++": 0.6, "apg": 2.0}
 
 
 class CommandGroup(TyperGroup):
@@ -68,6 +68,9 @@ MethodOptions = Annotated[
 ]
 Spacing = Annotated[str | None, choice(help="How steps are spaced, such as karras. Default: the scheduler's own.")]
 Eta = Annotated[float | None, number(help="Noise in [0, 1]: 0 is DDIM, 1 is DDPM. Default: the method's own.")]
+GuidanceMethod = Annotated[str, choice(help="cfg; cfg++, with a scale in [0, 1]; or apg, adaptive projected guidance.")]
+ApgEta = Annotated[float, number(help="With apg: how much of the parallel part is left, in [0, 1].")]
+ApgNormThreshold = Annotated[float, number(help="With apg: the guidance's largest norm; 0 is none.")]
 Out = Annotated[Path, typer.Option(metavar="FILE", help="The picture: .png, .jpg, .webp, .bmp or .tif.")]
 Device = Annotated[str | None, choice(help="cpu or cuda[:N]. Default: cuda where there is one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and no progress bar.")]

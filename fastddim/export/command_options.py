@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastddim.cli_options import (
+    ApgEta,
+    ApgNormThreshold,
     Eta,
+    GuidanceMethod,
     Json,
     Method,
     MethodOptions,
@@ -59,6 +62,9 @@ class SamplerFlags:
     guidance_rescale: Annotated[
         bool, typer.Option("--guidance-rescale", help="The guidance's rescale is an input too.")
     ] = False
+    guidance_method: GuidanceMethod = "cfg"
+    apg_eta: ApgEta = 0.0
+    apg_norm_threshold: ApgNormThreshold = 0.0
     stochastic: Annotated[bool, typer.Option("--noise", help="Noise is an input; eta may be above 0.")] = False
     bake_schedule: Annotated[bool, typer.Option("--bake-schedule", help="Take a number of steps, not a table.")] = False
     dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Take any height and width.")] = False

@@ -9,7 +9,15 @@ from typing import Annotated
 
 import typer
 
-from fastddim.cli_options import choice, integers, parse_integers, with_options
+from fastddim.cli_options import (
+    ApgEta,
+    ApgNormThreshold,
+    GuidanceMethod,
+    choice,
+    integers,
+    parse_integers,
+    with_options,
+)
 from fastddim.config import LIMITS, Limit, require_choice
 from fastddim.export.command_options import Destination, report
 
@@ -26,6 +34,9 @@ class KernelFlags:
     guidance_rescale: Annotated[
         bool, typer.Option("--guidance-rescale", help="The guidance's rescale is an argument.")
     ] = False
+    guidance_method: GuidanceMethod = "cfg"
+    apg_eta: ApgEta = 0.0
+    apg_norm_threshold: ApgNormThreshold = 0.0
     limit: Annotated[
         str, typer.Option(metavar="LIMIT", help="Applied to x0: none, clip=RANGE or threshold=RATIO:MAX.")
     ] = "none"
