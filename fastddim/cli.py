@@ -213,6 +213,7 @@ def sample(
         method=job.sampler.method,
         eta=eta,
         guidance_rescale=guidance_rescale,
+        guidance_method=guidance_method,
         seed=seed,
         seconds_per_image=seconds / num_images,
     )
