@@ -31,12 +31,11 @@ from fastddim.cli_options import (
     CommandGroup,
     Device,
     Eta,
+    GuidanceMethod,
     Json,
     Method,
-    MethodOptions,
     Model,
     Out,
-    Spacing,
     Steps,
     check_classes,
     integer,
@@ -45,11 +44,12 @@ from fastddim.cli_options import (
     naming,
     naming_options,
     number,
+    parse_guidance_method,
     parse_integers,
-    parse_method_options,
+    parse_method,
     pick_device,
 )
-from fastddim.config import require_int, require_number
+from fastddim.config import require_guidance_method, require_int, require_number
 from fastddim.export import command as cli_export
 
 if TYPE_CHECKING:
@@ -146,14 +146,15 @@ def sample(
     num_images: Annotated[int, integer(help="How many images.")] = 100,
     steps: Steps = 50,
     method: Method = "auto",
-    method_option: MethodOptions = None,
-    spacing: Spacing = None,
     eta: Eta = None,
     guidance_scale: Annotated[
         float | None,
-        number(help=f"Classifier-free guidance; 1 is off. Default: {DEFAULT_GUIDANCE:g} with classes, else off."),
+        number(
+            help="Classifier-free guidance; 1 is off, but with cfg++. Default: 2, of cfg++ 0.6; off without classes."
+        ),
     ] = None,
     guidance_rescale: Annotated[float, number(help="Guidance rescale in [0, 1].")] = 0.0,
+    guidance_method: GuidanceMethod = "cfg",
     labels: Annotated[str | None, integers(help='Classes such as "0,1,2", repeated in turn. Default: all.')] = None,
     seed: Annotated[int, integer(help="Image k is drawn from seed + k.")] = 0,
     batch_size: _BatchSize = None,
@@ -164,15 +165,15 @@ def sample(
     """Sample images into one picture, a row for each class."""
     # What is cheap to check comes before the seconds that loading torch and the model takes.
     require_int("--num-images", num_images, 1, _MOST_IMAGES)
-    options: dict[str, Any] = {
-        "method": method,
-        "method_options": parse_method_options(method_option),
-        "spacing": spacing,
-    }
+    options = parse_method(method)
     if eta is not None:
         require_number("--eta", eta, 0.0, 1.0)
         options["eta"] = eta
     require_number("--guidance-rescale", guidance_rescale, 0.0, 1.0)
+    guided_by = parse_guidance_method(guidance_method)
+    guidance_method = guided_by["guidance_method"]
+    with naming_options({"guidance_method": "--guidance-method"}):
+        require_guidance_method("guidance_method", *guided_by.values())
     require_int("--seed", seed, 0, 2**64 - num_images)
     classes = _check(steps, guidance_scale, labels, batch_size, out)
     target = pick_device(device)
@@ -183,7 +184,8 @@ def sample(
     null = null_class(pipeline.unet)
     if null is not None:
         classes = classes or list(range(max(null, 1)))
-        guidance_scale = DEFAULT_GUIDANCE if guidance_scale is None else guidance_scale
+        guidance_scale = DEFAULT_GUIDANCE[guidance_method] if guidance_scale is None else guidance_scale
+    options |= guided_by
     job = _Job.plan(
         pipeline, target, out, as_json, num_images, classes, steps, guidance_scale, guidance_rescale, **options
     )
@@ -193,14 +195,17 @@ def sample(
     images = _sample_batches(job, num_images, batch_size or job.default_batch_size(), seed)
     seconds = time.perf_counter() - start
     job.save(images, layout)
+    from fastddim.samplers.method import get_method
+
     job.tell(
         [f"{str(out)!r}: {num_images} images, {seconds / num_images:.3g} s per image on {job.sampler.device}"],
         seconds,
         num_images=num_images,
         steps=steps,
         method=job.sampler.method,
-        eta=eta,
+        eta=get_method(str(job.sampler.method)).options.get("eta") if eta is None else eta,
         guidance_rescale=guidance_rescale,
+        guidance_method=guidance_method,
         seed=seed,
         seconds_per_image=seconds / num_images,
     )
@@ -253,7 +258,8 @@ class _Job:
 
         null = null_class(pipeline.unet)
         # None halves the work, where guidance would change nothing.
-        scale = None if guidance_scale == 1.0 else guidance_scale
+        unchanged = guidance_scale == 1.0 and options.get("guidance_method", "cfg") == "cfg"
+        scale = None if unchanged else guidance_scale
         if scale is not None and null is None:
             raise ValueError(f"--guidance-scale: {scale!r}, but this model has no classes; leave it out")
         if scale is None and guidance_rescale:
@@ -265,7 +271,8 @@ class _Job:
         cycle = classes or (None if null is None else [null])
         require_int("--steps", steps, 1, int(pipeline.scheduler.config.num_train_timesteps))
         options |= {"guidance_scale": scale, "guidance_rescale": guidance_rescale}
-        named = {"num_inference_steps": "--steps", **{name: f"--{name}" for name in ("method", "spacing", "eta")}}
+        options_named = ("method", "spacing", "eta", "guidance_method", "guidance_scale")
+        named = {name: f"--{name.replace('_', '-')}" for name in options_named} | {"num_inference_steps": "--steps"}
         with naming_options(named):
             sampler = fastddim.Sampler(pipeline.unet.to(target), pipeline.scheduler, steps, **options)
         shape = sampler.sample_shape

@@ -17,6 +17,7 @@ import typer.models
 from typer.core import TyperGroup
 
 import fastddim
+from fastddim.config import require_choice
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from fastddim.pipeline import DDIMPipeline
 
 
-# The guidance towards class labels, where none is given.
-DEFAULT_GUIDANCE = 2.0
+# The guidance towards class labels, where none is given; that of CFG++ is the paper's lambda (arXiv:2406.08070, section 4).
+DEFAULT_GUIDANCE = {"cfg": 2.0, "cfg++": 0.6, "apg": 2.0}
 
 
 class CommandGroup(TyperGroup):
@@ -59,15 +60,14 @@ Model = Annotated[
     typer.Option(metavar="FOLDER_OR_HUB_ID", help="A diffusers folder or hub id. Default: the embedded digits."),
 ]
 Steps = Annotated[int, integer(help="Model calls per image.")]
-Method = Annotated[str, choice(help="Sampling method, such as dpmsolver++. Default: the scheduler's own.")]
-MethodOptions = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--method-option", metavar="NAME=VALUE", help="An option of the method, such as gamma=0.2; may repeat."
-    ),
+Method = Annotated[
+    str,
+    typer.Option(metavar="NAME,K=V", show_default=False, help="As tcd,gamma=0.2 or euler,spacing=karras."),
 ]
-Spacing = Annotated[str | None, choice(help="How steps are spaced, such as karras. Default: the scheduler's own.")]
-Eta = Annotated[float | None, number(help="Noise in [0, 1]: 0 is DDIM, 1 is DDPM. Default: the method's own.")]
+Eta = Annotated[float | None, number(help="0 is DDIM, 1 is DDPM. Default: the method's.")]
+GuidanceMethod = Annotated[
+    str, typer.Option(metavar="NAME,K=V", show_default=False, help="cfg, cfg++, or as apg,apg_eta=0.5.")
+]
 Out = Annotated[Path, typer.Option(metavar="FILE", help="The picture: .png, .jpg, .webp, .bmp or .tif.")]
 Device = Annotated[str | None, choice(help="cpu or cuda[:N]. Default: cuda where there is one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and no progress bar.")]
@@ -82,18 +82,34 @@ def parse_integers(text: str, option: str) -> list[int]:
     return integers
 
 
-def parse_method_options(pairs: list[str] | None) -> dict[str, Any] | None:
-    """`NAME=VALUE` texts as options of a method; a value is a number, true, false, or a text."""
+def parse_method(text: str) -> dict[str, Any]:
+    """`--method`'s text as the options `method`, `method_options` and `spacing` of a sampler."""
+    name, options = _parse_named("--method", text)
+    spacing = options.pop("spacing", None)
+    return {"method": name, "method_options": options or None, "spacing": spacing}
+
+
+def parse_guidance_method(text: str) -> dict[str, Any]:
+    """`--guidance-method`'s text as `guidance_method` and its numbers."""
+    name, numbers = _parse_named("--guidance-method", text)
+    for key in numbers:
+        require_choice("--guidance-method", key, ("apg_eta", "apg_norm_threshold"))
+    return {"guidance_method": name, "apg_eta": 0.0, "apg_norm_threshold": 0.0, **numbers}
+
+
+def _parse_named(option: str, text: str) -> tuple[str, dict[str, Any]]:
+    """A name and what follows it as `K=V`; a V that is no JSON is a text."""
+    name, *pairs = text.split(",")
     options: dict[str, Any] = {}
-    for pair in pairs or ():
-        name, given, text = pair.partition("=")
-        if not given or not name:
-            raise ValueError(f"--method-option: {pair!r}; pass NAME=VALUE, such as gamma=0.2")
+    for pair in pairs:
+        key, given, value = pair.partition("=")
+        if not given or not key:
+            raise ValueError(f"{option}: {pair!r} in {text!r}; pass NAME,K=V")
         try:
-            options[name] = json.loads(text)
+            options[key] = json.loads(value)
         except ValueError:
-            options[name] = text
-    return options or None
+            options[key] = value
+    return name, options
 
 
 def check_classes(classes: list[int] | None, null: int | None, owner: str) -> None:

@@ -50,7 +50,7 @@ def run(
     num_inference_steps: Annotated[int | None, integer("--steps", help="Model calls. Default: the bundle's.")] = None,
     eta: Annotated[float | None, number(help="0 is DDIM, 1 is DDPM. Default: the bundle's.")] = None,
     guidance_scale: Annotated[
-        float | None, number(help="For bundles with guidance. Default: 2; with prompts 7.5.")
+        float | None, number(help="For bundles with guidance. Default: 2, of cfg++ 0.6; with prompts 7.5.")
     ] = None,
     size: Annotated[
         str | None, typer.Option(metavar="HEIGHTxWIDTH", help="In pixels, for bundles of any size.")
@@ -121,7 +121,8 @@ def run(
         if names is not None:
             options["class_labels"] = np.array(names, dtype=np.int64)
         if opened.manifest["sampling"]["guided"]:
-            options.setdefault("guidance_scale", DEFAULT_GUIDANCE)
+            method = opened.manifest["sampling"].get("guidance_method", "cfg")
+            options.setdefault("guidance_scale", DEFAULT_GUIDANCE[method])
     start = time.perf_counter()
     samples = draw(*inputs, **options)
     seconds = time.perf_counter() - start

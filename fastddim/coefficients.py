@@ -346,6 +346,28 @@ class StepTable:
         """Whether any step adds noise."""
         return bool((self.columns[:, 5] != 0).any())
 
+    @property
+    def has_epsilon_term(self) -> bool:
+        """Whether `next_from_output` is the output's part of an epsilon beside the term of x0, so that both may come from
+        different outputs: not where x_next is a sum of the state and x0, or of the state and the output."""
+        from_output, from_x0 = self.columns[:, 3] != 0, self.columns[:, 4] != 0
+        rest = (self.columns[:, [2, *range(5, self.columns.shape[1])]] != 0).any(axis=1)
+        # A first state without signal is epsilon itself.
+        rest[0] &= self.columns[0, 0] != 0
+        return bool((from_x0 | ~from_output).all() and (from_output.any() or not rest.any()))
+
+    def swap_outputs(self) -> StepTable:
+        """The same steps written with epsilon's term in the place of x0, and x0's in that of epsilon; for tables of 6 columns.
+
+        CFG++ backwards: solved for the noisier state, its step has x0 of the unconditional output and epsilon of the guided
+        one.
+        """
+        x0_x, x0_output, eps_x, eps_output, from_x0, noise = self.columns.T
+        values = np.stack(
+            [eps_x, eps_output, from_x0 * x0_x, from_x0 * x0_output, np.ones_like(from_x0), noise], axis=1
+        )
+        return StepTable.from_columns(self.timesteps, values)
+
     def tensor(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A copy of the columns on a device, float64 by default."""
         import torch

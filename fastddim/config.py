@@ -15,6 +15,7 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "quadratic")
 VARIANCE_TYPES = ("fixed_small", "fixed_large")
 TRANSITIONS = ("exact", "diffusers")
+GUIDANCE_METHODS = ("cfg", "cfg++", "apg")
 
 
 def require_choice(name: str, value: Any, choices: Iterable[str]) -> None:
@@ -38,6 +39,26 @@ def require_number(name: str, value: Any, low: float, high: float) -> None:
     """Raise a `ValueError` unless `value` is a finite number in `[low, high]`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= float(value) <= high:
         raise ValueError(f"{name}: {value!r}; pass a number in [{low:g}, {high:g}]")
+
+
+def require_guidance_method(
+    name: str, method: Any, apg_eta: Any, apg_norm_threshold: Any, guided: bool = True, without: str = "guidance_scale"
+) -> None:
+    """Raise a `ValueError` for a way of guidance that there is not, or for numbers that it does not take.
+
+    Args:
+        name: of the argument `method`.
+        guided: whether there is guidance at all.
+        without: the argument that asks for it.
+    """
+    require_choice(name, method, GUIDANCE_METHODS)
+    require_number("apg_eta", apg_eta, 0.0, 1.0)
+    require_number("apg_norm_threshold", apg_norm_threshold, 0.0, 1e30)
+    if not guided and method != "cfg":
+        raise ValueError(f"{name}: {method!r} without {without}; pass both")
+    for option, value in (("apg_eta", apg_eta), ("apg_norm_threshold", apg_norm_threshold)):
+        if value and method != "apg":
+            raise ValueError(f"{option}: {value!r} with {name} {method!r}; pass {name}='apg', or leave it out")
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,9 +81,9 @@ def combine_guidance(model_output: torch.Tensor, guidance: Guidance) -> torch.Te
     batch = model_output.shape[0] // 2
     if 2 * batch != model_output.shape[0]:
         raise ValueError(f"model_output: {model_output.shape[0]} rows; pass two halves of one batch, [2 * B, ...]")
-    first, second = model_output[:batch], model_output[batch:]
-    uncond, cond = (second, first) if guidance.cond_first else (first, second)
-    guided = torch.lerp(uncond, cond, _per_sample(guidance.scale, cond))
+    uncond, cond = split_halves(model_output, guidance)
+    scale = _per_sample(guidance.scale, cond)
+    guided = _project(uncond, cond, scale, guidance) if guidance.method == "apg" else torch.lerp(uncond, cond, scale)
     if not guidance.rescaled:
         return guided
     # One row per sample: over no dimension at all, as a state [B] would have it, torch reduces the whole batch.
@@ -91,6 +91,35 @@ def combine_guidance(model_output: torch.Tensor, guidance: Guidance) -> torch.Te
     ratio = ratio.view(-1, *[1] * (cond.ndim - 1))
     phi = _per_sample(guidance.rescale, cond)
     return guided * (phi * ratio + (1 - phi))
+
+
+def split_halves(model_output: torch.Tensor, guidance: Guidance) -> tuple[torch.Tensor, torch.Tensor]:
+    """The unconditional and the conditional half of a stacked output, `[B, ...]` each."""
+    batch = model_output.shape[0] // 2
+    first, second = model_output[:batch], model_output[batch:]
+    return (second, first) if guidance.cond_first else (first, second)
+
+
+def find_direction(model_output: torch.Tensor, guidance: Guidance) -> torch.Tensor | None:
+    """The output `[B, ...]` that epsilon comes from; None where that is the guided one."""
+    return split_halves(model_output, guidance)[0] if guidance.method == "cfg++" else None
+
+
+def _project(uncond: torch.Tensor, cond: torch.Tensor, scale: Coefficient, guidance: Guidance) -> torch.Tensor:
+    """Adaptive projected guidance, in terms of three sums for each sample."""
+    difference = cond - uncond
+
+    def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a * b).reshape(a.shape[0], -1).sum(1).view(-1, *[1] * (a.ndim - 1))
+
+    excess = scale - 1
+    if guidance.apg_norm_threshold:
+        norm = dot(difference, difference).sqrt()
+        excess = excess * (guidance.apg_norm_threshold / norm).clamp(max=1.0)
+    size = dot(cond, cond)
+    # A conditional half of zeros has no direction to project on.
+    share = torch.where(size == 0, 0.0, dot(difference, cond) / size)
+    return cond + excess * (difference - (1 - guidance.apg_eta) * share * cond)
 
 
 def ddim_step(
@@ -124,14 +153,17 @@ def ddim_step(
         first = options.first_row
         rows = torch.as_tensor(step, device=sample.device) if first is None else step - first
         noise = normal_for(seeds, rows, sample.shape[1:])
-    output = _cast(model_output, compute)
+    output, direction = _cast(model_output, compute), None
     if options.guidance is not None:
+        direction = find_direction(output, options.guidance)
         output = combine_guidance(output, options.guidance)
     state_dtype = sample.dtype if out is None else out.dtype
     direct_out = out if out is not None and out.dtype == compute else None
     previous = None if options.previous_x0 is None else _cast(options.previous_x0, compute)
     noise = None if noise is None else _cast(noise, compute)
-    x_next, x0 = step_with_row(output, _cast(sample, compute), row, limit, noise, direct_out, previous_x0=previous)
+    x_next, x0 = step_with_row(
+        output, _cast(sample, compute), row, limit, noise, direct_out, previous_x0=previous, direction=direction
+    )
     if options.previous_x0 is not None:
         x0 = options.previous_x0.copy_(x0)
     if options.model_input is not None:
@@ -165,9 +197,14 @@ def step_with_row(
     out: torch.Tensor | None = None,
     quantile: Quantile | None = None,
     previous_x0: torch.Tensor | None = None,
+    direction: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two lines of maths, on checked tensors of one dtype, in as few passes as torch has: `(x_next, x0)`."""
+    """The two lines of maths, on checked tensors of one dtype, in as few passes as torch has: `(x_next, x0)`.
+
+    direction: what `next_from_output` is the factor of, where that is not the output of x0.
+    """
     x0 = apply_limit(_combine(x, row.x0_from_x, output, row.x0_from_output), limit, quantile)
+    output = output if direction is None else direction
     if _is_zero(row.next_from_x):
         x_next = _combine(output, row.next_from_output, x0, row.next_from_x0, out)
     elif _is_zero(row.next_from_output):

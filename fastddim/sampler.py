@@ -26,7 +26,7 @@ from fastddim.sampler_options import FIXED_BY_A_TABLE, OF_A_METHOD, SamplerOptio
 from fastddim.samplers import Steps
 from fastddim.samplers.sampling import Sampling, read_scheduler
 from fastddim.schedule import Pair, Schedule
-from fastddim.step import Guidance
+from fastddim.step import Guidance, require_epsilon_term
 
 # Signatures of models' methods, without `self`.
 _SIGNATURES: WeakKeyDictionary[Any, inspect.Signature] = WeakKeyDictionary()
@@ -123,7 +123,14 @@ class Sampler:
         self.limit: Limit = configured if isinstance(options.limit, str) else options.limit
         self.table: StepTable = scheduler if sampling is None else _build_table(sampling, options, self.limit)
         scale = options.guidance_scale
-        self._guidance = None if scale is None else Guidance(float(scale), options.guidance_rescale)
+        self._guidance = None
+        if scale is not None:
+            self._guidance = Guidance(
+                float(scale), options.guidance_rescale, method=options.guidance_method, apg_eta=options.apg_eta,
+                apg_norm_threshold=options.apg_norm_threshold,
+            )  # fmt: skip
+        if options.guidance_method == "cfg++":
+            require_epsilon_term(self.table, "guidance_method", self.method)
         self._guided_steps = range(*(int(fraction * len(self.table)) for fraction in options.guidance_interval))
         self.sample_shape = _model_sample_shape(model) if options.sample_shape is None else options.sample_shape
         module = model if isinstance(model, torch.nn.Module) else None
@@ -297,7 +304,7 @@ class Sampler:
 
         The table's `inverse`, without a limit; a schedule's is the ODE of arXiv:2010.02502, section 4.3, backwards in the
         sampler's own steps (`StepTable.build_inverse`). More steps bring the reconstruction closer. Guidance is undone
-        too, but less exactly.
+        too, but less exactly; with CFG++ by `StepTable.swap_outputs`.
 
         Args:
             x0: clean samples `[B, ...]`, floating-point.
@@ -325,6 +332,8 @@ class Sampler:
         self._check_state("x0", x0, "B")
         run = self._run(x0, None, model_kwargs, uncond_kwargs)
         guided_steps = _backwards(run.guided_steps, self.table, inverse)
+        if self.options.guidance_method == "cfg++":
+            inverse = inverse.swap_outputs()
         run = self._pad(dataclasses.replace(run, table=inverse, limit=None, guided_steps=guided_steps))
         return self._loop(run, _steps(run, progress), None)[: x0.shape[0]]
 
@@ -532,7 +541,8 @@ def _build_table(sampling: Sampling, options: SamplerOptions, limit: Limit) -> S
     """The table of a sampler's options."""
     steps = Steps(options.num_inference_steps, options.timesteps, options.sigmas, options.spacing, options.strength)
     given = {name: getattr(options, name) for name in OF_A_METHOD if getattr(options, name) != _OPTIONS[name].default}
-    return sampling.with_options({**given, **(options.method_options or {})}, limit).build(steps)
+    rederive = options.guidance_method != "cfg++"
+    return sampling.with_options({**given, **(options.method_options or {})}, limit, rederive=rederive).build(steps)
 
 
 def _steps(run: Run, progress: bool) -> Iterable[int]:

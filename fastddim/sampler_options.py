@@ -10,7 +10,14 @@ import numpy as np
 import torch
 
 from fastddim.backends import check_backend
-from fastddim.config import LIMIT_CLASSES, Limit, require_choice, require_int, require_number
+from fastddim.config import (
+    LIMIT_CLASSES,
+    Limit,
+    require_choice,
+    require_guidance_method,
+    require_int,
+    require_number,
+)
 from fastddim.loop import GRAPH_MODES
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -39,10 +46,14 @@ class SamplerOptions:
         variance_type: `"fixed_large"` with eta 1, or with method `"ddpm"`, is DDPM with the paper's larger variance.
         guidance_scale: classifier-free guidance; None calls the model without it, once per step on `[B, ...]`.
         guidance_rescale: a number in [0, 1]; arXiv:2305.08891, section 3.4.
+        guidance_method: `"cfg"`; `"cfg++"`, whose `guidance_scale` is the paper's lambda in [0, 1]; or `"apg"`, adaptive
+            projected guidance. See `fastddim.Guidance`. CFG++ is for methods with an epsilon term: DDIM, Euler's and TCD.
+        apg_eta, apg_norm_threshold: of `"apg"`, as for `fastddim.Guidance`.
         limit: the limit applied to x0, a `Clip`, a `DynamicThreshold` or None; by default (`"auto"`) the configuration's, and
             none where a table is given.
         use_clipped_model_output: derive epsilon from the limited x0. True by default where x0 is limited: with the raw
-            epsilon, guidance and a limit drift the state away from any picture.
+            epsilon, guidance and a limit drift the state away from any picture. Not with
+            CFG++, whose epsilon is another output's.
         strength: a number in (0, 1]; below 1 the run starts that far into the chain, from a noised state (image-to-image).
         transitions: `"exact"`, or `"diffusers"` to reproduce its recomputed neighbours (see `Schedule.pairs`).
         sample_shape: shape of one sample, without the batch; read from a diffusers model's configuration by default.
@@ -76,6 +87,9 @@ class SamplerOptions:
     variance_type: str = "fixed_small"
     guidance_scale: float | None = None
     guidance_rescale: float = 0.0
+    guidance_method: str = "cfg"
+    apg_eta: float = 0.0
+    apg_norm_threshold: float = 0.0
     limit: Limit | str = "auto"
     use_clipped_model_output: bool | None = None
     strength: float = 1.0
@@ -102,6 +116,8 @@ class SamplerOptions:
             require_number("guidance_scale", self.guidance_scale, -1e4, 1e4)
         elif self.guidance_rescale:
             raise ValueError(f"guidance_rescale: {self.guidance_rescale!r} without guidance_scale; pass both")
+        guided = self.guidance_scale is not None
+        require_guidance_method("guidance_method", self.guidance_method, self.apg_eta, self.apg_norm_threshold, guided)
         if self.limit != "auto" and not isinstance(self.limit, Limit):
             raise ValueError(f"limit: {self.limit!r}; pass {LIMIT_CLASSES}, None, or 'auto'")
         check_backend(self.backend)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastddim.coefficients import NUM_COLUMNS, Coefficient, StepTable
-from fastddim.config import LIMIT_CLASSES, Limit
+from fastddim.config import LIMIT_CLASSES, Limit, require_guidance_method
 
 if TYPE_CHECKING:
     from fastddim.kernels import Workspace
@@ -23,16 +23,29 @@ if TYPE_CHECKING:
 class Guidance:
     """Classifier-free guidance (arXiv:2207.12598) with the rescale of arXiv:2305.08891, section 3.4.
 
+    CFG++ (arXiv:2406.08070) takes x0 from the guided output and the direction, epsilon, from the unconditional one, so the
+    table needs an epsilon term: `StepTable.has_epsilon_term`. Adaptive projected guidance (arXiv:2410.02416, algorithm 1,
+    without its momentum) takes `cond + (scale - 1) * (diff - (1 - apg_eta) * parallel)`: `diff` is `cond - uncond`, for each
+    sample shortened to a norm of at most `apg_norm_threshold`, and `parallel` its projection on cond. It is applied to the
+    model's outputs, whatever they predict, and a NaN or an infinity in a sample's halves leaves nothing finite of its output.
+
     Attributes:
-        scale: the factor in `uncond + scale * (cond - uncond)`, a number or a floating-point tensor `[B]`.
+        scale: the factor in `uncond + scale * (cond - uncond)`, a number or a floating-point tensor `[B]`; the paper's lambda,
+            in [0, 1], for CFG++.
         rescale: phi in [0, 1], a number or `[B]`: how far to pull each sample's standard deviation back to the conditional
             half's.
         cond_first: whether the conditional half of the model's output comes first, as in DiT.
+        method: `"cfg"`, `"cfg++"` or `"apg"`.
+        apg_eta: a number in [0, 1]: how much of the part of `diff` that is parallel to cond is left; 1 leaves all of it.
+        apg_norm_threshold: the largest norm of `diff`; 0 is no limit.
     """
 
     scale: Coefficient
     rescale: Coefficient = 0.0
     cond_first: bool = False
+    method: str = "cfg"
+    apg_eta: float = 0.0
+    apg_norm_threshold: float = 0.0
 
     @property
     def rescaled(self) -> bool:
@@ -133,6 +146,8 @@ def check_step(model_output: Any, sample: Any, table: Any, step: Any, options: S
     if first_row is not None:
         _check_tensor("first_row", first_row, sample, (batch,), kind="an int64 or int32")
     _check_table(table, sample)
+    if guidance is not None and guidance.method == "cfg++" and isinstance(table, StepTable):
+        require_epsilon_term(table, "guidance.method")
     looks_back = num_columns(table) > NUM_COLUMNS
     if looks_back != (options.previous_x0 is not None):
         raise ValueError(
@@ -169,12 +184,29 @@ def num_columns(table: StepTable | torch.Tensor) -> int:
     return table.shape[1] if isinstance(table, torch.Tensor) else table.columns.shape[1]
 
 
+def require_epsilon_term(table: StepTable, name: str, sampled_by: str | None = None) -> None:
+    """Raise a `ValueError` for a table that CFG++ has no meaning for.
+
+    Args:
+        name: of the argument that asks for CFG++.
+        sampled_by: the name of the table's method, where it is known.
+    """
+    if not table.has_epsilon_term:
+        owner = "this table" if sampled_by is None else f"method {sampled_by!r}"
+        raise ValueError(
+            f"{name}: 'cfg++' with {owner}, whose steps here have no epsilon of the model's output to take from the"
+            " unconditional half; pass use_clipped_model_output=False with method 'ddim', 'euler' or 'euler_ancestral', or"
+            " method 'tcd', or 'cfg'"
+        )
+
+
 def _check_guidance(guidance: Any, sample: torch.Tensor) -> None:
     if not isinstance(guidance, Guidance):
         raise TypeError(f"guidance: {type(guidance).__name__}; pass a Guidance")
     for name, value in (("guidance.scale", guidance.scale), ("guidance.rescale", guidance.rescale)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             _check_tensor(name, value, sample, (), sample.shape[:1], kind="a number or a floating-point")
+    require_guidance_method("guidance.method", guidance.method, guidance.apg_eta, guidance.apg_norm_threshold)
 
 
 def _check_limit(limit: Any, limit_values: Any, sample: torch.Tensor) -> None:

@@ -31,6 +31,9 @@ VARIANTS = {
     "drawn": {"shape": (3, 40, 40), "batches": (2,), "noise": "drawn", "advance": True, "model_input": True},
     "large": {"shape": (3, 80, 80), "batches": (2,), "state_dtype": "bfloat16", "guided": True, "guidance_rescale": True,
               "limit": THRESHOLD, "x0": True},
+    "cfg++": {"shape": (7,), "batches": (1,), "guided": True, "guidance_method": "cfg++", "limit": Clip()},
+    "projected": {"shape": (3, 80, 80), "batches": (2,), "guided": True, "guidance_method": "apg", "apg_eta": 0.25,
+                  "apg_norm_threshold": 50.0},
 }  # fmt: skip
 CASES = [(name, batch) for name, options in VARIANTS.items() for batch in options["batches"]]
 
@@ -52,6 +55,9 @@ def make_step(name, batch, device="cpu"):
     index = torch.arange(batch) % STEPS if options["per_sample"] else torch.tensor(ROW)
     scale = torch.linspace(1.5, 7.5, batch).to(device) if options["per_sample"] else 3.0
     phi = torch.linspace(0.1, 0.9, batch).to(device) if options["per_sample"] else 0.7
+    method = {name: options[name] for name in ("apg_eta", "apg_norm_threshold") if name in options}
+    method["method"] = options.get("guidance_method", "cfg")
+    phi = phi if options.get("guidance_rescale") else 0.0
     drawn, advance = options["noise"] == "drawn", options.get("advance", False)
     return {
         "model_output": torch.randn(stacked).to(device, model),
@@ -59,7 +65,7 @@ def make_step(name, batch, device="cpu"):
         "table": table,
         "step": index.to(device) if own_index else ROW,
         "options": StepOptions(
-            guidance=Guidance(scale, phi if options.get("guidance_rescale") else 0.0) if options["guided"] else None,
+            guidance=Guidance(scale, phi, **method) if options["guided"] else None,
             limit=options["limit"],
             noise=torch.randn(shape).to(device, state) if options["noise"] == "given" else None,
             seeds=seed_tensor(range(5, 5 + batch), device) if drawn else None,
@@ -108,7 +114,7 @@ def prepare(name, batch):
     step = make_step(name, batch)
     prepared = PreparedStep(step["model_output"], step["sample"], step["table"], step["options"])
     # Several launches take the slow way.
-    assert (prepared._fast is None) == (name == "large")
+    assert (prepared._fast is None) == (name in ("large", "projected"))
     return step, prepared
 
 

@@ -47,8 +47,12 @@ def ddim(
     threshold=None,
     rederive=False,
     large_variance=False,
+    direction_output=None,
 ) -> OracleStep:
-    """One step from alpha_bar to alpha_bar_next; `clip` a range, `threshold` a (ratio, max_value)."""
+    """One step from alpha_bar to alpha_bar_next; `clip` a range, `threshold` a (ratio, max_value).
+
+    direction_output: what epsilon is told from instead, the unconditional output of arXiv:2406.08070, algorithm 2.
+    """
     x, output = np.asarray(x, np.float64), np.asarray(output, np.float64)
     x0_unlimited, eps = predict_x0_and_eps(x, output, alpha_bar, prediction_type)
     x0 = x0_unlimited
@@ -56,6 +60,8 @@ def ddim(
         x0 = dynamic_threshold(x0, *threshold)
     elif clip is not None:
         x0 = np.clip(x0, -clip, clip)
+    if direction_output is not None:
+        eps = predict_x0_and_eps(x, np.asarray(direction_output, np.float64), alpha_bar, prediction_type)[1]
     if rederive:
         eps = (x - np.sqrt(alpha_bar) * x0) / np.sqrt(1 - alpha_bar)
     # Equation 16, in 50 digits: at eta 1 the direction is a difference that cancels.
@@ -79,3 +85,16 @@ def guide(uncond, cond, scale, rescale=0.0):
     axes = tuple(range(1, cond.ndim))
     ratio = cond.std(axes, ddof=1, keepdims=True) / guided.std(axes, ddof=1, keepdims=True)
     return rescale * guided * ratio + (1 - rescale) * guided
+
+
+def project(uncond, cond, scale, eta, norm_threshold):
+    """arXiv:2410.02416, algorithm 1 without momentum, sample by sample; a threshold of 0 is none."""
+    guided = []
+    for one_uncond, one_cond in zip(uncond, cond, strict=True):
+        diff = one_cond - one_uncond
+        if norm_threshold > 0:
+            diff = diff * min(1.0, norm_threshold / np.linalg.norm(diff))
+        unit = one_cond / np.linalg.norm(one_cond)
+        parallel = (diff * unit).sum() * unit
+        guided.append(one_cond + (scale - 1) * ((diff - parallel) + eta * parallel))
+    return np.stack(guided)

@@ -304,6 +304,8 @@ for options, size in (
     (dict(limit=Clip(), guidance=3.0), 8),
     (dict(limit=DynamicThreshold(0.9, 2.0), guidance=Guidance(3.0, 0.5)), 8),
     (dict(limit=DynamicThreshold(0.9, 2.0), guidance=Guidance(3.0, 0.5)), 128),
+    (dict(guidance=Guidance(0.6, method="cfg++")), 8),
+    (dict(limit=Clip(), guidance=Guidance(3.0, 0.5, method="apg", apg_norm_threshold=5.0)), 128),
 ):
     for dynamic in (False, True):
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -372,7 +374,9 @@ def test_the_operator_runs_eagerly_too():
 def test_each_option_of_a_step_has_a_plan_of_its_own():
     """A field that a plan is not looked up by would get whatever plan is kept for the other value."""
     x, output, half = draw(2, 3), draw(4, 3), torch.ones(2)
-    guidance = {"scale": half, "rescale": 0.5, "cond_first": True}
+    guidance = {
+        "scale": half, "rescale": 0.5, "cond_first": True, "method": "apg", "apg_eta": 0.5, "apg_norm_threshold": 2.0,
+    }  # fmt: skip
     assert {field.name for field in dataclasses.fields(Guidance)} == set(guidance)
     options = {
         "guidance": None, "limit": Clip(0.5), "limit_values": half.double(), "noise": x, "seeds": seed_tensor([1, 2], "cpu"),
@@ -387,7 +391,9 @@ def test_each_option_of_a_step_has_a_plan_of_its_own():
     keys = [launch._key(output, x, TABLE, 1, each) for each in (plain, *variants)]
     assert len(set(keys)) == len(keys)
     # What captures are looked up by, whose numbers change.
-    assert Guidance(3.0, 0.5).fixed == Guidance(2.0).fixed != Guidance(2.0, cond_first=True).fixed
+    fixed = {name: value for name, value in guidance.items() if name not in ("scale", "rescale")}
+    assert Guidance(3.0, 0.5).fixed == Guidance(2.0).fixed
+    assert all(Guidance(2.0, **{name: value}).fixed != Guidance(2.0).fixed for name, value in fixed.items())
 
 
 def test_a_limit_that_has_no_name_is_refused_and_not_left_out():

@@ -126,6 +126,8 @@ def test_json(run: Run, folders: dict[str, str]) -> None:
         "eta": 0.5,
         "guidance_scale": 3.0,
         "guidance_rescale": 0.7,
+        "guidance_method": "cfg",
+        "method": "ddim",
         "seed": 11,
         "device": "cpu",
         "labels": [2, 0, 2, 0, 2, 0, 2],
@@ -145,6 +147,63 @@ def test_defaults_of_a_model_without_classes(run: Run, folders: dict[str, str]) 
     summary = json.loads(result.out)
     assert summary["labels"] is None and summary["guidance_scale"] is None
     assert pixels("grid.png").shape == (*GridLayout.plan(3, 8, 8).size[::-1], 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        (["--guidance-method", "cfg++"], {"guidance_method": "cfg++", "guidance_scale": 0.6}),
+        (["--guidance-method", "cfg++", "--guidance-scale", 1], {"guidance_method": "cfg++", "guidance_scale": 1.0}),
+        (
+            ["--guidance-method", "apg,apg_eta=0.5,apg_norm_threshold=2"],
+            {"guidance_method": "apg", "guidance_scale": 2.0, "apg_eta": 0.5, "apg_norm_threshold": 2.0},
+        ),
+    ],
+)
+def test_guidance_methods(run: Run, folders: dict[str, str], given: list[Any], options: dict[str, Any]) -> None:
+    command = ("sample", "--model", folders["classes"], "--steps", 3, "--num-images", 3, "--device", "cpu", "--json")
+    result = run(*command, *given)
+    assert result.status == 0, result.err
+    summary = json.loads(result.out)
+    assert {name: summary[name] for name in ("guidance_method", "guidance_scale")} == {
+        name: options[name] for name in ("guidance_method", "guidance_scale")
+    }
+    pipeline, labels = tiny_pipeline(), torch.tensor([0, 1, 2])
+    sampler = fastddim.Sampler(pipeline.unet, pipeline.scheduler, 3, **options)
+    images = sampler(3, seeds=0, class_labels=labels, uncond_kwargs={"class_labels": torch.full_like(labels, 3)})
+    layout, picture = GridLayout.plan(3, 8, 8, [0, 1, 2]), pixels("grid.png").astype(float)
+    for row, indices in enumerate(layout.rows):
+        for column, index in enumerate(indices):
+            x, y = layout.corner(row, column)
+            tile = picture[y : y + 48 : 6, x : x + 48 : 6]
+            assert np.abs(tile - (images[index, 0].clamp(-1, 1).numpy() + 1) * 127.5).max() < 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--guidance-method", "cfgpp"], "--guidance-method: 'cfgpp' is not one of 'cfg', 'cfg++', 'apg'"),
+        (
+            ["--guidance-method", "cfg,apg_eta=0.5"],
+            "apg_eta: 0.5 with --guidance-method 'cfg'; pass --guidance-method 'apg', or leave it out",
+        ),
+        (
+            ["--guidance-method", "cfg++", "--method", "lcm"],
+            "--guidance-method: 'cfg++' with --method 'lcm', whose",
+        ),
+        (
+            ["--guidance-method", "apg,apg_eta=2", "--guidance-scale", 0.5],
+            "apg_eta: 2; pass a number in [0, 1]",
+        ),
+        (
+            ["--guidance-method", "apg,eta=2"],
+            "--guidance-method: 'eta' is not one of 'apg_eta', 'apg_norm_threshold'",
+        ),
+    ],
+)
+def test_guidance_methods_that_cannot_be(run: Run, folders: dict[str, str], given: list[Any], message: str) -> None:
+    result = run("sample", "--model", folders["classes"], "--steps", 3, "--num-images", 3, "--device", "cpu", *given)
+    assert result.status == 2 and message in result.err
 
 
 @pytest.mark.parametrize("scale", [1, 3])

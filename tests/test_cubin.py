@@ -468,6 +468,7 @@ def test_a_missing_driver_or_one_without_a_function_is_named(cpp, tmp_path):
         ({"shape": (4,), "model_dtype": "float64"}, "model_dtype: 'float64' is not one of"),
         ({"shape": (4,), "noise": "some"}, "noise: 'some' is not one of"),
         ({"shape": (4,), "guidance_rescale": True}, "guidance_rescale: True without guided; pass both"),
+        ({"shape": (4,), "guidance_method": "cfg++"}, "guidance_method: 'cfg++' without guided; pass both"),
     ],
 )
 def test_options_that_cannot_be_are_named(options, message):
@@ -520,6 +521,11 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path, monkeypatch):
         (["--shape", "4xa"], "--shape: 'a'"),
         (["--shape", "4x6", "--noise", "given,drawn"], "--noise: 'given,drawn' is not one of 'none', 'given', 'drawn'"),
         (["--shape", "4x6", "--guidance-rescale"], "--guidance-rescale: True without --guidance; pass both"),
+        (["--shape", "4x6", "--guidance-method", "apg"], "--guidance-method: 'apg' without --guidance; pass both"),
+        (
+            ["--shape", "4x6", "--guidance", "--guidance-method", "cfg,apg_eta=0.5"],
+            "apg_eta: 0.5 with --guidance-method 'cfg'",
+        ),
         (["--shape", "4x6", "--limit", "clip=x"], "--limit: 'clip=x'"),
         (["--shape", "4x6", "--limit", "threshold=2:2"], "--limit: 'threshold=2:2'"),
         (

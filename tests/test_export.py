@@ -115,6 +115,44 @@ def test_a_file_samples_as_the_sampler_does(tmp_path, name, graph):
         np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
+GUIDANCES = {
+    "cfg++": {"guidance_method": "cfg++"},
+    "apg": {"guidance_method": "apg", "apg_eta": 0.3, "apg_norm_threshold": 5.0},
+}
+
+
+@pytest.mark.parametrize("name", GUIDANCES)
+@pytest.mark.parametrize(
+    "options", [{"kind": "step"}, {"kind": "loop"}, {"bake_schedule": True}, {"dynamic_size": True}]
+)
+def test_a_file_guides_as_the_sampler_does(tmp_path, name, options):
+    if options.get("dynamic_size"):
+        bundle = export_onnx(
+            conditional_unet(), DDIMConfig(), tmp_path / "bundle", ExportOptions(guided=True, **GUIDANCES[name], **options),
+            parity_steps=(2,),
+        )  # fmt: skip
+        # Also compared at twice the height, a sample of its own number of elements.
+        assert {entry["size"][1] for entry in bundle.manifest["parity"]} > {bundle.manifest["sample"]["shape"][1]}
+        return
+    bundle = export_tiny(tmp_path / "bundle", guided=True, guidance_rescale=True, **GUIDANCES[name], **options)
+    recorded = bundle.manifest["sampling"]
+    assert {key: recorded[key] for key in GUIDANCES[name]} == GUIDANCES[name]
+    assert bundle.table.has_epsilon_term == (name == "cfg++")
+    for batch, steps in ((1, 1), (3, 7)):
+        given = {"guidance_scale": 0.7, "guidance_rescale": 0.4}
+        actual = run_tiny(bundle, batch, num_inference_steps=steps, **given)
+        expected = sample_tiny(DDIMConfig(), steps, batch, **given, **GUIDANCES[name])
+        np.testing.assert_allclose(actual, expected, atol=2e-5)
+    assert np.abs(sample_tiny(DDIMConfig(), steps, batch, **given) - expected).max() > 1e-3
+
+
+def test_a_file_for_cfg_plus_plus_needs_an_epsilon_term(tmp_path):
+    for options in ({"method": "lcm", "stochastic": True}, {"use_clipped_model_output": True}):
+        with pytest.raises(ValueError, match=r"^guidance_method: 'cfg\+\+' with method '(lcm|ddim)', whose steps"):
+            export_tiny(tmp_path / "bundle", guided=True, guidance_method="cfg++", **options)
+    assert os.listdir(tmp_path) == []
+
+
 LIMITS = {
     "none": {"clip_sample": False},
     "clip": {"clip_sample": True},
@@ -765,6 +803,8 @@ BAD_OPTIONS = {
     "kind: 'all' is not one of": {"kind": "all"},
     "dtype: 'int8' is not one of": {"dtype": "int8"},
     "guidance_rescale: True without guided": {"guidance_rescale": True},
+    "guidance_method: 'apg' without guided; pass both": {"guidance_method": "apg"},
+    "apg_eta: 0.5 with guidance_method 'cfg'": {"guided": True, "apg_eta": 0.5},
     "bake_schedule: True with kind 'step'": {"bake_schedule": True, "kind": "step"},
     "eta: 0.5 adds noise; pass stochastic=True": {"eta": 0.5},
 }

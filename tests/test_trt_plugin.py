@@ -179,6 +179,10 @@ BUNDLES = {
         Tiny(4), folder, THRESHOLD, guided=True, guidance_rescale=True, stochastic=True, sample_shape=(4, 64, 64)
     ),
     "bfloat16": lambda folder: export_step(Tiny(), folder, guided=True, dtype="bfloat16", sample_shape=(2, 6, 6)),
+    "cfg++": lambda folder: export_step(Tiny(), folder, guided=True, guidance_method="cfg++", sample_shape=(2, 6, 6)),
+    "apg": lambda folder: export_step(
+        Tiny(), folder, guided=True, guidance_method="apg", apg_norm_threshold=4.0, sample_shape=(2, 6, 6)
+    ),
     "variance": lambda folder: export_step(dit(), folder, guided=True),
     "digits": digits,
 }  # fmt: skip
@@ -491,6 +495,7 @@ def test_what_cannot_be_fused_is_refused_before_any_work(bundles, fake, tmp_path
     out = tmp_path / "engine"
     limit = {"kind": "threshold", "ratio": 0.995, "max_value": 2.0}
     large = {"sampling": {**bundles("noise").manifest["sampling"], "limit": limit}}
+    projected = {"sampling": {**bundles("noise").manifest["sampling"], "guided": True, "guidance_method": "apg"}}
 
     def refused(message, source="plain", error=ValueError, options=FUSED, **changes):
         bundle = bundles(source)
@@ -501,8 +506,9 @@ def test_what_cannot_be_fused_is_refused_before_any_work(bundles, fake, tmp_path
 
     refused(r"fused_step: True for a bundle of kind 'loop'; export it with kind='step'", kind="loop")
     refused(
-        r"fused_step: True for samples of 16640 elements with dynamic thresholding .*16384.*leave", "noise", **large
+        r"fused_step: True for samples of 16640 elements with dynamic thresholding, .*16384.*leave", "noise", **large
     )
+    refused(r"fused_step: True for samples of 16640 elements .* guidance_method 'apg', .*16384", "noise", **projected)
     inputs = [
         {**item, "shape": ["batch", 2, "height", "width"]} if item["name"] == "sample" else item
         for item in bundles("plain").manifest["inputs"]

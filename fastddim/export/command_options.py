@@ -15,17 +15,17 @@ import typer
 
 from fastddim.cli_options import (
     Eta,
+    GuidanceMethod,
     Json,
     Method,
-    MethodOptions,
-    Spacing,
     choice,
     integer,
     integers,
     naming,
     number,
+    parse_guidance_method,
     parse_integers,
-    parse_method_options,
+    parse_method,
     quiet_diffusers,
 )
 from fastddim.config import require_number
@@ -59,21 +59,21 @@ class SamplerFlags:
     guidance_rescale: Annotated[
         bool, typer.Option("--guidance-rescale", help="The guidance's rescale is an input too.")
     ] = False
+    guidance_method: GuidanceMethod = "cfg"
     stochastic: Annotated[bool, typer.Option("--noise", help="Noise is an input; eta may be above 0.")] = False
     bake_schedule: Annotated[bool, typer.Option("--bake-schedule", help="Take a number of steps, not a table.")] = False
     dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Take any height and width.")] = False
-    dtype: Annotated[str, choice(help="float32, float16, bfloat16.")] = "float32"
+    dtype: Annotated[str, choice(help="float32 by default, float16, bfloat16.", show_default=False)] = "float32"
     num_inference_steps: Annotated[int, integer("--steps", help="Steps of the default table.")] = 50
     method: Method = "auto"
-    method_options: MethodOptions = None
-    spacing: Spacing = None
     eta: Eta = None
 
     def options(self, **others: Any) -> ExportOptions:
         """The `ExportOptions` of these flags and other fields."""
         from fastddim.export.sampler_plan import ExportOptions
 
-        given = {**dataclasses.asdict(self), "method_options": parse_method_options(self.method_options)}
+        named = {**parse_method(self.method), **parse_guidance_method(self.guidance_method)}
+        given = {**dataclasses.asdict(self), **named}
         return ExportOptions(**given, **others)
 
 

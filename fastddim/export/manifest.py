@@ -30,6 +30,10 @@ _MEANINGS = {
     "next_sample": "the state after the step",
     "pred_original_sample": "the limited prediction of x0",
 }
+_GUIDANCE_SCALES = {
+    "cfg++": "CFG++'s lambda in [0, 1]: x0 is that of uncond + guidance_scale * (cond - uncond), epsilon that of uncond",
+    "apg": "adaptive projected guidance: cond + (guidance_scale - 1) * what the projection leaves of cond - uncond",
+}
 _COLUMNS = "x0 = limit(c0 * sample + c1 * output); next_sample = c2 * sample + c3 * output + c4 * x0 + c5 * noise"
 _LOOKING_BACK = " + c6 * previous_x0, where c6 is not 0"
 
@@ -39,6 +43,8 @@ def name_meanings(plan: SamplerPlan) -> dict[str, str]:
     row_of = "step" if plan.options.kind == "loop" else "sample"
     columns = _COLUMNS + (_LOOKING_BACK if plan.table.looks_back else "")
     meanings = {**_MEANINGS, "coefficients": f"c0 to c{plan.num_columns - 1} of each {row_of}: {columns}"}
+    if plan.options.guidance_method in _GUIDANCE_SCALES:
+        meanings["guidance_scale"] = _GUIDANCE_SCALES[plan.options.guidance_method]
     if plan.table.start_scale != 1:
         meanings["sample"] = (
             f"the starting state; standard normal noise times {plan.table.start_scale!r} for a whole run"
@@ -76,6 +82,9 @@ def build_manifest(
         "sampling": {
             "guided": options.guided,
             "guidance_rescale": options.guidance_rescale,
+            "guidance_method": options.guidance_method,
+            "apg_eta": options.apg_eta,
+            "apg_norm_threshold": options.apg_norm_threshold,
             "stochastic": options.stochastic,
             "baked_schedule": options.bake_schedule,
             "per_sample_steps": options.per_sample_steps,

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from fastddim.coefficients import StepCoefficients, StepTable
-from fastddim.config import DDIMConfig, Limit, require_choice, require_int
+from fastddim.config import DDIMConfig, Limit, require_choice, require_guidance_method, require_int
 from fastddim.export.denoisers import DTYPES, Denoiser, describe
 from fastddim.export.schedule_module import ScheduleModule, TablesModule, bake
 from fastddim.samplers import Steps
 from fastddim.samplers.sampling import Sampling, read_scheduler
 from fastddim.schedule import Schedule
+from fastddim.step import require_epsilon_term
 
 KINDS = ("loop", "step")
 DEFAULT_STEPS = 50
@@ -33,6 +34,7 @@ class ExportOptions:
         kind: `"loop"`, all steps in one call; `"step"`, one step, with rows of the table for each sample.
         guided: classifier-free guidance, its scale an input `[B]`.
         guidance_rescale: `guidance_rescale` is an input `[B]` too.
+        guidance_method, apg_eta, apg_norm_threshold: as those of `SamplerOptions`.
         stochastic: noise is an input, so that rows may add it.
         bake_schedule: the loop takes `num_inference_steps` and derives the table itself.
         per_sample_steps: each sample has its own `num_inference_steps` `[B]`; it stays as it is once it is finished.
@@ -51,6 +53,9 @@ class ExportOptions:
     kind: str = "loop"
     guided: bool = False
     guidance_rescale: bool = False
+    guidance_method: str = "cfg"
+    apg_eta: float = 0.0
+    apg_norm_threshold: float = 0.0
     stochastic: bool = False
     bake_schedule: bool = False
     per_sample_steps: bool = False
@@ -71,6 +76,9 @@ class ExportOptions:
             require_int("num_inference_steps", self.num_inference_steps, 1)
         if self.guidance_rescale and not self.guided:
             raise ValueError("guidance_rescale: True without guided; pass both")
+        require_guidance_method(
+            "guidance_method", self.guidance_method, self.apg_eta, self.apg_norm_threshold, self.guided, "guided"
+        )
         if self.bake_schedule and self.kind == "step":
             raise ValueError("bake_schedule: True with kind 'step', which takes rows of a table; pass kind='loop'")
         if self.per_sample_steps and not self.bake_schedule:
@@ -163,13 +171,16 @@ def plan_sampler(
             raise ValueError(f"limit: {limit!r}, but a scheduler's configuration has its own; leave it out")
         sampling = read_scheduler(scheduler_or_table, options.method, "scheduler_or_table")
         limit = sampling.limit
-        sampling = sampling.with_options(options.of_the_method(), limit, options.spacing)
+        rederive = options.guidance_method != "cfg++"
+        sampling = sampling.with_options(options.of_the_method(), limit, options.spacing, rederive=rederive)
         table = sampling.build(Steps(options.num_inference_steps or min(DEFAULT_STEPS, sampling.most_steps)))
         if table.stochastic and not options.stochastic:
             raise ValueError(
                 f"stochastic: False, but method {sampling.method!r} adds noise; pass stochastic=True, which makes noise an"
                 " input"
             )
+    if options.guidance_method == "cfg++":
+        require_epsilon_term(table, "guidance_method", None if sampling is None else sampling.method)
     bad = np.argwhere(~np.isfinite(table.columns))
     if len(bad):
         row, column = bad[0]

@@ -15,7 +15,7 @@ import torch
 
 from fastddim.config import DynamicThreshold, Limit
 from fastddim.export.sampler_plan import SamplerPlan
-from fastddim.reference import combine_guidance, spread_columns, step_with_row
+from fastddim.reference import combine_guidance, find_direction, spread_columns, step_with_row
 from fastddim.step import Guidance, StepOptions
 
 # The names of what `StepModule` returns.
@@ -79,7 +79,11 @@ class StepModule(torch.nn.Module):
         """What `forward`'s inputs ask of the step."""
         guidance = None
         if self._plan.options.guided:
-            guidance = Guidance(inputs["guidance_scale"], inputs.get("guidance_rescale", 0.0))
+            fixed = self._plan.options
+            guidance = Guidance(
+                inputs["guidance_scale"], inputs.get("guidance_rescale", 0.0), method=fixed.guidance_method,
+                apg_eta=fixed.apg_eta, apg_norm_threshold=fixed.apg_norm_threshold,
+            )  # fmt: skip
         return StepOptions(
             guidance=guidance, limit=self._plan.limit, noise=inputs.get("noise"), previous_x0=inputs.get("previous_x0")
         )
@@ -87,12 +91,15 @@ class StepModule(torch.nn.Module):
     def update(self, output: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The step from the model's output `[B, ...]`, or `[2B, ...]` with guidance; results as `forward`'s."""
         options, x, output = self.options(inputs), inputs["sample"], output.float()
+        direction = None
         if options.guidance is not None:
+            direction = find_direction(output, options.guidance)
             output = combine_guidance(output, options.guidance)
         row = spread_columns(inputs["coefficients"], x)
         return step_with_row(
-            output, x, row, options.limit, options.noise, quantile=self._quantile, previous_x0=options.previous_x0
-        )
+            output, x, row, options.limit, options.noise, quantile=self._quantile, previous_x0=options.previous_x0,
+            direction=direction,
+        )  # fmt: skip
 
     def _predict(self, x: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         t = inputs["timestep"]

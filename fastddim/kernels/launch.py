@@ -189,7 +189,7 @@ def ddim_step(
           with an unguided `model_output` of its layout.
         - An index tensor is not read on the host: a row outside the table gives NaN.
         - Samples of more than 16,384 elements take two more launches with dynamic thresholding (of more than 8,192 where few
-          samples advance without a rescale), and one more with a guidance rescale.
+          samples advance without a rescale or a projection), one more with a guidance rescale, and one with projected guidance.
 
     Raises:
         TypeError, ValueError, IndexError: as the reference, and for what differs.
@@ -391,13 +391,6 @@ def make_entry(
     output_channels_last = not shared_layout and _is_channels_last(model_output)
     input_channels_last = not shared_layout and model_input is not None and _is_channels_last(model_input)
     elements = math.prod(sample.shape[1:])
-    rescaled = options.guidance is not None and options.guidance.rescaled
-    indexed = output_channels_last or input_channels_last or rescaled
-    if elements >= _INT32_RANGE and (indexed or isinstance(options.limit, DynamicThreshold)):
-        raise ValueError(
-            f"sample: {elements} elements each; with channels-last tensors, a guidance rescale or dynamic thresholding pass"
-            " fewer than 2**31"
-        )
     shape = StepShape(
         batch=sample.shape[0],
         elements=elements,
@@ -407,6 +400,12 @@ def make_entry(
         output_channels_last=output_channels_last,
         input_channels_last=input_channels_last,
     ).with_options(options)
+    indexed = output_channels_last or input_channels_last or shape.summed
+    if elements >= _INT32_RANGE and (indexed or isinstance(options.limit, DynamicThreshold)):
+        raise ValueError(
+            f"sample: {elements} elements each; with channels-last tensors, a guidance rescale, projected guidance or dynamic"
+            " thresholding pass fewer than 2**31"
+        )
     plan = make_plan(shape)
     copied = tuple(
         tensor is not None

@@ -10,7 +10,7 @@ from fastddim.coefficients import NUM_COLUMNS, StepTable
 from fastddim.config import LIMITS, limit_name, limit_numbers, with_numbers
 from fastddim.kernels.launch import make_entry, scalar_tensor
 from fastddim.kernels.plan import STEP_POINTERS
-from fastddim.step import Guidance, StepOptions
+from fastddim.step import Guidance, StepOptions, require_epsilon_term
 
 
 # torch builds the operators' schemas from these annotations, and knows Optional and List but not `|`.
@@ -22,6 +22,9 @@ def _write_step(
     guidance_scale: Optional[torch.Tensor],  # noqa: UP045
     guidance_rescale: Optional[torch.Tensor],  # noqa: UP045
     cond_first: bool,
+    guidance_method: str,
+    apg_eta: float,
+    apg_norm_threshold: float,
     limit: str,
     limit_range: float,
     limit_ratio: float,
@@ -34,7 +37,8 @@ def _write_step(
 ) -> None:
     guidance = None
     if guidance_scale is not None:
-        guidance = Guidance(guidance_scale, 0.0 if guidance_rescale is None else guidance_rescale, cond_first)
+        rescale = 0.0 if guidance_rescale is None else guidance_rescale
+        guidance = Guidance(guidance_scale, rescale, cond_first, guidance_method, apg_eta, apg_norm_threshold)
     named = None if limit == "none" else with_numbers(LIMITS[limit](), limit_range, limit_ratio)
     options = StepOptions(
         guidance=guidance, limit=named, noise=noise, seeds=seeds, first_row=first_row, out=out, model_input=model_input,
@@ -84,6 +88,9 @@ def _make_step(
     guidance_scale: Optional[torch.Tensor],  # noqa: UP045
     guidance_rescale: Optional[torch.Tensor],  # noqa: UP045
     cond_first: bool,
+    guidance_method: str,
+    apg_eta: float,
+    apg_norm_threshold: float,
     limit: str,
     limit_range: float,
     limit_ratio: float,
@@ -97,8 +104,9 @@ def _make_step(
     if previous_x0 is not None:
         results[1:] = [previous_x0.clone()]
     _write_step(
-        model_output, sample, table, step, guidance_scale, guidance_rescale, cond_first, limit, limit_range,
-        limit_ratio, noise, seeds, first_row, results[0], results[1] if len(results) > 1 else None, None,
+        model_output, sample, table, step, guidance_scale, guidance_rescale, cond_first, guidance_method, apg_eta,
+        apg_norm_threshold, limit, limit_range, limit_ratio, noise, seeds, first_row, results[0],
+        results[1] if len(results) > 1 else None, None,
     )  # fmt: skip
     return results
 
@@ -120,7 +128,11 @@ def ddim_step(
     if options.advance or options.timesteps is not None or options.next_timestep is not None:
         raise ValueError("advance: True under torch.compile or torch.export; move the index on with torch instead")
     device, guidance = sample.device, options.guidance
+    plain = Guidance(1.0) if guidance is None else guidance
     if isinstance(table, StepTable):
+        # The operator sees a tensor of it, which says nothing of its method.
+        if plain.method == "cfg++":
+            require_epsilon_term(table, "guidance.method")
         table = table.tensor(device)
     if not isinstance(step, torch.Tensor):
         step = torch.full((1,), step, dtype=torch.int64, device=device).reshape(())
@@ -131,7 +143,10 @@ def ddim_step(
         step,
         None if guidance is None else scalar_tensor(guidance.scale, device),
         scalar_tensor(guidance.rescale, device) if guidance is not None and guidance.rescaled else None,
-        guidance is not None and bool(guidance.cond_first),
+        bool(plain.cond_first),
+        plain.method,
+        float(plain.apg_eta),
+        float(plain.apg_norm_threshold),
         limit_name(options.limit),
         *limit_numbers(options.limit),
         options.noise,

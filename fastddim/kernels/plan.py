@@ -10,7 +10,7 @@ import triton
 
 from fastddim.coefficients import NUM_COLUMNS, Coefficient
 from fastddim.config import Limit, limit_kind, limit_numbers
-from fastddim.kernels.statistics import BINS, SLOTS, histogram_kernel, rescale_kernel
+from fastddim.kernels.statistics import BINS, SLOTS, histogram_kernel, projection_kernel, rescale_kernel
 from fastddim.kernels.step import ddim_step_kernel
 from fastddim.step import Guidance, StepOptions
 
@@ -23,6 +23,7 @@ ARGUMENT_OF = {
     "output": "model_output", "guidance": "guidance_scale", "rescale": "guidance_rescale", "limit": "limit_values",
     "next": "out", "input": "model_input",
 }  # fmt: skip
+_PROJECTION_POINTERS = ("output", "guidance", "statistics", "counters")
 _RESCALE_POINTERS = ("output", "guidance", "rescale", "statistics", "counters")
 _HISTOGRAM_POINTERS = ("sample", "output", "table", "ratios", "step", "guidance", "limit", "statistics", "counters")
 
@@ -56,6 +57,7 @@ class StepShape:
         channels: the samples' channels, for channels-last tensors.
         row_per_sample: whether each sample has a row of its own.
         guided, cond_first: whether there is guidance, and whether the conditional half comes first.
+        guidance_method, apg_eta, apg_norm_threshold: as `method` and the others of `Guidance`.
         scale_per_sample, rescale_per_sample: whether each sample has a guidance scale, and a rescale, of its own.
         rescale: whether there is a guidance rescale.
         limit: the limit applied to x0.
@@ -72,6 +74,9 @@ class StepShape:
     channels: int = 1
     guided: bool = False
     cond_first: bool = False
+    guidance_method: str = "cfg"
+    apg_eta: float = 0.0
+    apg_norm_threshold: float = 0.0
     scale_per_sample: bool = False
     rescale: bool = False
     rescale_per_sample: bool = False
@@ -91,6 +96,9 @@ class StepShape:
             self,
             guided=options.guidance is not None,
             cond_first=bool(guidance.cond_first),
+            guidance_method=guidance.method,
+            apg_eta=float(guidance.apg_eta),
+            apg_norm_threshold=float(guidance.apg_norm_threshold),
             scale_per_sample=_is_per_sample(guidance.scale),
             rescale=guidance.rescaled,
             rescale_per_sample=_is_per_sample(guidance.rescale),
@@ -100,6 +108,16 @@ class StepShape:
             advance=bool(options.advance),
             looks_back=options.previous_x0 is not None,
         )
+
+    @property
+    def projected(self) -> bool:
+        """Whether guidance is projected."""
+        return self.guidance_method == "apg"
+
+    @property
+    def summed(self) -> bool:
+        """Whether guidance takes sums over whole samples."""
+        return self.rescale or self.projected
 
 
 def _is_per_sample(value: Coefficient) -> bool:
@@ -155,7 +173,7 @@ def make_plan(shape: StepShape) -> Plan:
     batch, n = shape.batch, shape.elements
     limit_name, magnitude = limit_kind(shape.limit, numbers_change=shape.limit_on_device)
     limit_range, ratio = (1.0, 1.0) if shape.limit_on_device else limit_numbers(shape.limit)
-    needs_statistics = limit_name == "threshold" or shape.rescale
+    needs_statistics = limit_name == "threshold" or shape.summed
     whole = needs_statistics and n <= _whole_sample(shape, limit_name)
     channels_last = shape.output_channels_last or shape.input_channels_last
     differ = shape.scale_per_sample or shape.row_per_sample or shape.drawn or needs_statistics or channels_last
@@ -170,10 +188,15 @@ def make_plan(shape: StepShape) -> Plan:
     blocks = 1 if whole else triton.cdiv(n, block)
     sample_axis, grid = make_grid(batch, blocks, n)
     num_columns = NUM_COLUMNS + shape.looks_back
-    guidance = {"COND_FIRST": shape.cond_first, "SCALE_PER_SAMPLE": shape.scale_per_sample}
+    halves, method = {"COND_FIRST": shape.cond_first}, {"METHOD": shape.guidance_method}
+    projected = {"APG_ETA": shape.apg_eta, "APG_NORM_THRESHOLD": shape.apg_norm_threshold}
+    scaled = {"SCALE_PER_SAMPLE": shape.scale_per_sample}
     constants: dict[str, Any] = {
         "GUIDED": shape.guided,
-        **guidance,
+        **halves,
+        **method,
+        **projected,
+        **scaled,
         "RESCALE_PER_SAMPLE": shape.rescale_per_sample,
         "ROW_PER_SAMPLE": shape.row_per_sample,
         "LIMIT": limit_name,
@@ -216,7 +239,9 @@ def make_plan(shape: StepShape) -> Plan:
                 "REFINE": refine,
                 "GUIDED": shape.guided,
                 "RESCALED": shape.rescale,
-                **guidance,
+                **halves,
+                **method,
+                **scaled,
                 "ROW_PER_SAMPLE": shape.row_per_sample,
                 "RATIO": ratio,
                 "MAX_VALUE": limit_range,
@@ -226,21 +251,27 @@ def make_plan(shape: StepShape) -> Plan:
             numbers = (n, batch, shape.num_steps, shape.channels, row_size, shift)
             calls.append(KernelCall(histogram_kernel, _HISTOGRAM_POINTERS, numbers, histogram, grid, _STATISTICS_WARPS))
     if shape.rescale:
-        rescale = {**guidance, "RESCALE_PER_SAMPLE": shape.rescale_per_sample, **layout}
+        rescale = {**halves, **method, **scaled, "RESCALE_PER_SAMPLE": shape.rescale_per_sample, **layout}
         numbers = (n, batch, shape.channels, row_size)
         calls.insert(0, KernelCall(rescale_kernel, _RESCALE_POINTERS, numbers, rescale, grid, _STATISTICS_WARPS))
-    statistics = 2 * batch + (4 * batch * blocks if shape.rescale else 0)
+    if shape.projected:
+        numbers, constants = (n, batch, shape.channels, row_size), {**halves, **projected, **scaled, **layout}
+        calls.insert(
+            0, KernelCall(projection_kernel, _PROJECTION_POINTERS, numbers, constants, grid, _STATISTICS_WARPS)
+        )
+    statistics = (4 if shape.projected else 2) * batch + (4 * batch * blocks if shape.summed else 0)
     return Plan("statistics", flat, (*calls, step), tickets, batch * row_size, statistics)
 
 
 def _whole_sample(shape: StepShape, limit_name: str) -> int:
     """The largest sample whose statistics one program finds.
 
-    A threshold is exact, so that its bits are the same either way; the sums of a rescale are rounded, so that the batch must
-    not choose how they are taken. A step that moves its index on is captured: elsewhere each launch costs the host.
+    A threshold is exact, so that its bits are the same either way; the sums of a rescale or a projection are rounded, so that
+    the batch must not choose how they are taken. A step that moves its index on is captured: elsewhere each launch costs the
+    host.
     """
     batch = shape.batch
-    exact = limit_name == "threshold" and not shape.rescale
+    exact = limit_name == "threshold" and not shape.summed
     few = not isinstance(batch, torch.SymInt) and batch <= FEW_SAMPLES
     return min(WHOLE_SAMPLE, WHOLE_OF_FEW) if exact and few and shape.advance else WHOLE_SAMPLE
 

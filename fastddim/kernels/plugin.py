@@ -37,6 +37,9 @@ def ddim_step_in_plugin(
     next_sample,
     pred_original_sample,
     GUIDED: tl.constexpr,
+    METHOD: tl.constexpr,
+    APG_ETA: tl.constexpr,
+    APG_NORM_THRESHOLD: tl.constexpr,
     LIMIT: tl.constexpr,
     RANGE: tl.constexpr,
     RATIO: tl.constexpr,
@@ -52,7 +55,8 @@ def ddim_step_in_plugin(
         guidance_ptr=guidance_scale, rescale_ptr=guidance_rescale, limit_ptr=None, statistics_ptr=None, noise_ptr=noise,
         seeds_ptr=None, first_row_ptr=None, next_ptr=next_sample, x0_ptr=pred_original_sample, input_ptr=None,
         timesteps_ptr=None, next_timestep_ptr=None, tickets_ptr=None, n=n, batch=batch, num_steps=batch, channels=1,
-        rows=batch, GUIDED=GUIDED, COND_FIRST=False, SCALE_PER_SAMPLE=True, RESCALE_PER_SAMPLE=True, ROW_PER_SAMPLE=True,
+        rows=batch, GUIDED=GUIDED, COND_FIRST=False, METHOD=METHOD, APG_ETA=APG_ETA,
+        APG_NORM_THRESHOLD=APG_NORM_THRESHOLD, SCALE_PER_SAMPLE=True, RESCALE_PER_SAMPLE=True, ROW_PER_SAMPLE=True,
         LIMIT=LIMIT, RANGE=RANGE, RATIO=RATIO, WHOLE=WHOLE, SAMPLE_AXIS=SAMPLE_AXIS, OUTPUT_CHANNELS_LAST=False,
         INPUT_CHANNELS_LAST=False, ADVANCE=False, DEPENDENT=False, EVEN=EVEN, BLOCK=BLOCK, CHUNK=CHUNK,
         COLUMNS=NUM_COLUMNS,
@@ -92,7 +96,7 @@ def plan_plugin_step(batch: int, elements: int, options: StepOptions, largest_ba
         largest_batch: the largest batch size of all calls.
 
     Returns:
-        None where the step takes several launches: a threshold or rescale of samples too large for one program.
+        None where the step takes several launches: a threshold, rescale or projection of samples too large for one program.
     """
     shape = StepShape(batch, elements, row_per_sample=True).with_options(options)
     plan = make_plan(shape)

@@ -1,11 +1,12 @@
-"""Whole-sample statistics for samples that do not fit one program: standard deviations and the dynamic threshold, exact.
+"""Whole-sample statistics for samples that do not fit one program: projections, standard deviations and the dynamic
+threshold, which is exact.
 
 Many programs read a sample; the last of them to finish (a ticket counts) sums up. The threshold takes two such launches:
 a histogram of the bit patterns of |x0| in (1, max_value], 2,048 bins wide, then one of single patterns within the bin
 that holds the quantile's rank. Each launch leaves the counters it used at zero, so a workspace is cleared once, ever.
 
-A workspace row is one sample's: `SLOTS` counters and the two histograms. Behind the `[batch, 2]` statistics lie four
-float32 sums for each program.
+A workspace row is one sample's: `SLOTS` counters and the two histograms. Behind the `[batch, 2]` statistics (`[batch, 4]` with
+projected guidance) lie four float32 sums for each program.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ from fastddim.kernels.step import (
     load_halves,
     load_inputs,
     load_limit,
+    load_projection,
     load_x0_columns,
     predict,
     program_place,
+    projection,
+    projection_sums,
     quantile_rank,
     rescale_factor,
     row_of_ratios,
@@ -93,6 +97,57 @@ def combined_square(parts, blocks, n, BLOCK: tl.constexpr):
     return square
 
 
+@triton.jit
+def combined_sum(parts, blocks):
+    """The sum of one number of each program, in their order."""
+    total = tl.full([], 0.0, tl.float32)
+    for k in range(0, blocks, CHUNK):
+        block = k + tl.arange(0, CHUNK)
+        total += tl.sum(tl.load(parts + block * 4, mask=block < blocks, other=0.0, volatile=True), 0)
+    return total
+
+
+@triton.jit(
+    do_not_specialize=["batch", "channels", "row_size"],
+    do_not_specialize_on_alignment=["guidance_ptr", "statistics_ptr", "workspace_ptr"],
+)
+def projection_kernel(
+    output_ptr,
+    guidance_ptr,
+    statistics_ptr,
+    workspace_ptr,
+    n,
+    batch,
+    channels,
+    row_size,
+    COND_FIRST: tl.constexpr,
+    APG_ETA: tl.constexpr,
+    APG_NORM_THRESHOLD: tl.constexpr,
+    SCALE_PER_SAMPLE: tl.constexpr,
+    SAMPLE_AXIS: tl.constexpr,
+    OUTPUT_CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Each sample's adaptive projected guidance into `statistics[b, 2]` and `statistics[b, 3]`."""
+    b, block, blocks = program_place(SAMPLE_AXIS)
+    start = block.to(tl.int64) * BLOCK
+    lanes = tl.arange(0, BLOCK)
+    live = lanes < tl.minimum(n - start, BLOCK).to(tl.int32)
+    where = (b, batch, start, lanes, n, channels)
+    cond, uncond = split_halves(load_halves(output_ptr, where, live, True, OUTPUT_CHANNELS_LAST), COND_FIRST)
+    square, along, size = projection_sums(cond, uncond, live)
+    parts = statistics_ptr + batch * 4 + b * blocks * 4
+    tl.store(parts + block * 4, square)
+    tl.store(parts + block * 4 + 1, along)
+    tl.store(parts + block * 4 + 2, size)
+    if take_ticket(workspace_ptr + b * row_size, blocks):
+        sums = (combined_sum(parts, blocks), combined_sum(parts + 1, blocks), combined_sum(parts + 2, blocks))
+        scale = load_guidance(guidance_ptr, b, SCALE_PER_SAMPLE)
+        excess, kept = projection(sums, scale, APG_ETA, APG_NORM_THRESHOLD)
+        tl.store(statistics_ptr + b * 4 + 2, excess)
+        tl.store(statistics_ptr + b * 4 + 3, kept)
+
+
 @triton.jit(
     do_not_specialize=["batch", "channels", "row_size"],
     do_not_specialize_on_alignment=["guidance_ptr", "rescale_ptr", "statistics_ptr", "workspace_ptr"],
@@ -108,6 +163,7 @@ def rescale_kernel(
     channels,
     row_size,
     COND_FIRST: tl.constexpr,
+    METHOD: tl.constexpr,
     SCALE_PER_SAMPLE: tl.constexpr,
     RESCALE_PER_SAMPLE: tl.constexpr,
     SAMPLE_AXIS: tl.constexpr,
@@ -122,8 +178,13 @@ def rescale_kernel(
     live = lanes < size
     where = (b, batch, start, lanes, n, channels)
     cond, uncond = split_halves(load_halves(output_ptr, where, live, True, OUTPUT_CHANNELS_LAST), COND_FIRST)
-    out = guide(cond, uncond, load_guidance(guidance_ptr, b, SCALE_PER_SAMPLE))
-    parts = statistics_ptr + batch * 2 + b * blocks * 4
+    stride: tl.constexpr = 4 if METHOD == "apg" else 2
+    if METHOD == "apg":
+        guidance = load_projection(statistics_ptr, b)
+    else:
+        guidance = load_guidance(guidance_ptr, b, SCALE_PER_SAMPLE)
+    out = guide(cond, uncond, guidance, METHOD)
+    parts = statistics_ptr + batch * stride + b * blocks * 4
     mean, square = part(out, live, size.to(tl.float32))
     cond_mean, cond_square = part(cond, live, size.to(tl.float32))
     tl.store(parts + block * 4, mean)
@@ -135,7 +196,7 @@ def rescale_kernel(
         std = tl.sqrt_rn(combined_square(parts, blocks, n, BLOCK))
         cond_std = tl.sqrt_rn(combined_square(parts + 2, blocks, n, BLOCK))
         phi = tl.load(rescale_ptr + (b if RESCALE_PER_SAMPLE else 0)).to(tl.float32)
-        tl.store(statistics_ptr + b * 2 + 1, rescale_factor(cond_std, std, phi))
+        tl.store(statistics_ptr + b * stride + 1, rescale_factor(cond_std, std, phi))
 
 
 @triton.jit(
@@ -170,6 +231,7 @@ def histogram_kernel(
     GUIDED: tl.constexpr,
     RESCALED: tl.constexpr,
     COND_FIRST: tl.constexpr,
+    METHOD: tl.constexpr,
     SCALE_PER_SAMPLE: tl.constexpr,
     ROW_PER_SAMPLE: tl.constexpr,
     SAMPLE_AXIS: tl.constexpr,
@@ -191,6 +253,7 @@ def histogram_kernel(
     # The first launch reads every sample: its loads wait for nothing.
     if not REFINE:
         inputs = load_inputs(sample_ptr, output_ptr, where, live, GUIDED, OUTPUT_CHANNELS_LAST)
+    stride: tl.constexpr = 4 if METHOD == "apg" else 2
     workspace = workspace_ptr + b * row_size
     coarse = workspace + SLOTS
     fine = coarse + BINS
@@ -204,14 +267,17 @@ def histogram_kernel(
         place, _ = table_row(tl.load(step_ptr + (b if ROW_PER_SAMPLE else 0)).to(tl.int64), num_steps)
         factor = tl.full([], 1.0, tl.float32)
         if RESCALED:
-            factor = tl.load(statistics_ptr + b * 2 + 1)
+            factor = tl.load(statistics_ptr + b * stride + 1)
         x0_columns = load_x0_columns(
             table_ptr + place * COLUMNS, row_of_ratios(ratios_ptr, place), 0.0, sample_ptr.dtype.element_ty
         )
         if REFINE:
             inputs = load_inputs(sample_ptr, output_ptr, where, live, GUIDED, OUTPUT_CHANNELS_LAST)
-        guidance = load_guidance(guidance_ptr, b, SCALE_PER_SAMPLE)
-        _, _, x0 = predict(inputs, guidance, x0_columns, factor, GUIDED, RESCALED, COND_FIRST)
+        if METHOD == "apg":
+            guidance = load_projection(statistics_ptr, b)
+        else:
+            guidance = load_guidance(guidance_ptr, b, SCALE_PER_SAMPLE)
+        _, _, x0 = predict(inputs, guidance, x0_columns, factor, GUIDED, RESCALED, COND_FIRST, METHOD)
         bits = tl.abs(x0).to(tl.int32, bitcast=True)
         if REFINE:
             # UP_TO_ONE is an empty bin: all of (1, ...) is above it.
@@ -249,7 +315,7 @@ def histogram_kernel(
                 tl.store(workspace + LARGEST_TO_ONE, 0)
                 tl.store(workspace + BIN, DONE)
                 tl.store(workspace + BELOW_BIN, 0)
-                tl.store(statistics_ptr + b * 2, limit_scale(below, next_above, weight, max_value))
+                tl.store(statistics_ptr + b * stride, limit_scale(below, next_above, weight, max_value))
         else:
             ceiling = max_value.to(tl.int32, bitcast=True)
             # Two counts in one sum, of 16 bits each.
@@ -295,4 +361,4 @@ def histogram_kernel(
                 tl.store(workspace + AT_MOST_ONE, 0)
                 tl.store(workspace + NANS, 0)
                 tl.store(workspace + INFINITIES, 0)
-                tl.store(statistics_ptr + b * 2, scale)
+                tl.store(statistics_ptr + b * stride, scale)

@@ -6,8 +6,9 @@ For each element of each sample, in float32, with the sample's own row of coeffi
     x0     = limit(x0_from_x * x + x0_from_output * out)
     x_next = next_from_x * x + next_from_output * out + next_from_x0 * x0 + noise_scale * noise
 
-and, from a table that looks back, next_from_previous_x0 times the x0 of the step before. A coefficient of 0 leaves its term
-out, as in the reference: an infinite model output must not turn into NaN there.
+and, from a table that looks back, next_from_previous_x0 times the x0 of the step before. With CFG++ `next_from_output` is
+the factor of uncond; adaptive projected guidance is `out = cond + excess * ((cond - uncond) - kept * cond)`. A coefficient of 0
+leaves its term out, as in the reference: an infinite model output must not turn into NaN there.
 """
 
 from __future__ import annotations
@@ -201,25 +202,69 @@ def split_halves(halves, COND_FIRST: tl.constexpr):
 
 
 @triton.jit
-def guide(cond, uncond, scale):
-    """`uncond + scale * (cond - uncond)`."""
-    # torch.lerp starts from the nearer end, which decides where infinities cancel.
-    from_cond = scale >= 0.5
-    weight = tl.where(from_cond, scale - 1.0, scale)
-    return fused(weight, cond - uncond, tl.where(from_cond, cond, uncond))
+def guide(cond, uncond, scale, METHOD: tl.constexpr):
+    """`uncond + scale * (cond - uncond)`; projected, with the two numbers of `projection` in place of the scale."""
+    if METHOD == "apg":
+        excess, kept = scale
+        out = fused(excess, fused(-kept, cond, cond - uncond), cond)
+    else:
+        # torch.lerp starts from the nearer end, which decides where infinities cancel.
+        from_cond = scale >= 0.5
+        weight = tl.where(from_cond, scale - 1.0, scale)
+        out = fused(weight, cond - uncond, tl.where(from_cond, cond, uncond))
+    return out
 
 
 @triton.jit
-def predict(inputs, scale, x0_columns, factor, GUIDED: tl.constexpr, RESCALED: tl.constexpr, COND_FIRST: tl.constexpr):
-    """The state, the model's (guided, rescaled) output, and x0 before the limit, in float32.
+def projection_sums(cond, uncond, live):
+    """The sums of diff * diff, diff * cond and cond * cond over the live elements, diff being `cond - uncond`."""
+    diff = tl.where(live, cond - uncond, 0.0)
+    kept = tl.where(live, cond, 0.0)
+    return tl.sum(product(diff, diff), 0), tl.sum(product(diff, kept), 0), tl.sum(product(kept, kept), 0)
 
-    inputs, scale, x0_columns: of `load_inputs`, `load_guidance` and `load_x0_columns`.
+
+@triton.jit
+def projection(sums, scale, APG_ETA: tl.constexpr, APG_NORM_THRESHOLD: tl.constexpr):
+    """`(excess, kept)` of a sample's adaptive projected guidance, from its `projection_sums`."""
+    square, along, size = sums
+    excess = scale - 1.0
+    if APG_NORM_THRESHOLD > 0.0:
+        shrink = tl.div_rn(tl.full([], APG_NORM_THRESHOLD, tl.float32), tl.sqrt_rn(square))
+        # Not `minimum`, which would lose a NaN.
+        excess = product(excess, tl.where(shrink > 1.0, 1.0, shrink))
+    share = tl.where(size == 0.0, 0.0, tl.div_rn(along, size))
+    return excess, product(share, 1.0 - APG_ETA)
+
+
+@triton.jit
+def load_projection(statistics_ptr, b):
+    """What the launch before has left of a sample's `projection`."""
+    return tl.load(statistics_ptr + b * 4 + 2), tl.load(statistics_ptr + b * 4 + 3)
+
+
+@triton.jit
+def predict(
+    inputs,
+    scale,
+    x0_columns,
+    factor,
+    GUIDED: tl.constexpr,
+    RESCALED: tl.constexpr,
+    COND_FIRST: tl.constexpr,
+    METHOD: tl.constexpr,
+):
+    """The state, the output that epsilon comes from, and x0 before the limit, in float32.
+
+    That output is the model's (guided, rescaled) one; with METHOD "cfg++" its unconditional half.
+
+    inputs, x0_columns: of `load_inputs` and `load_x0_columns`.
+    scale: of `load_guidance`; of `projection` with METHOD "apg".
     """
     raw, halves = inputs
     x = raw.to(tl.float32)
     if GUIDED:
         cond, uncond = split_halves(halves, COND_FIRST)
-        out = guide(cond, uncond, scale)
+        out = guide(cond, uncond, scale, METHOD)
         if RESCALED:
             out = out * factor
     else:
@@ -231,6 +276,8 @@ def predict(inputs, scale, x0_columns, factor, GUIDED: tl.constexpr, RESCALED: t
         x0 = x0_from_x * tl.where(tl.abs(total) < float("inf"), fused(ratio_low, out, total), total)
     else:
         x0 = add_term(x0_from_x * x, x0_from_output, out)
+    if METHOD == "cfg++":
+        out = uncond
     return x, out, x0
 
 
@@ -427,6 +474,9 @@ def ddim_step_kernel(
     rows,
     GUIDED: tl.constexpr,
     COND_FIRST: tl.constexpr,
+    METHOD: tl.constexpr,
+    APG_ETA: tl.constexpr,
+    APG_NORM_THRESHOLD: tl.constexpr,
     SCALE_PER_SAMPLE: tl.constexpr,
     RESCALE_PER_SAMPLE: tl.constexpr,
     ROW_PER_SAMPLE: tl.constexpr,
@@ -447,8 +497,10 @@ def ddim_step_kernel(
     """One step of BLOCK elements of one sample; with WHOLE, of a whole sample, which is updated CHUNK by CHUNK.
 
     step_ptr: None where the table has a row for each sample, in order.
-    statistics_ptr: `[batch, 2]` float32, each sample's threshold and rescale factor, where WHOLE cannot give them.
+    statistics_ptr: `[batch, 2]` float32, each sample's threshold and rescale factor, where WHOLE cannot give them; with METHOD
+        "apg" `[batch, 4]`, with its `projection` behind them.
     tickets_ptr: int32 zeros, one for each index of step_ptr, where several programs read an index that moves on.
+    METHOD, APG_ETA, APG_NORM_THRESHOLD: as the attributes of `Guidance`.
     rows: the batch size, also where `n` elements are those of a whole batch.
     LIMIT: "none", "clip" to RANGE, "threshold" with RATIO and at most RANGE, or "fixed", the threshold RANGE.
     limit_ptr: float64 range and ratio that take the place of RANGE and RATIO.
@@ -489,21 +541,31 @@ def ddim_step_kernel(
         every = tl.arange(0, BLOCK)
         present = every < tl.cast(n, tl.int32)
         sample = (b, batch, start, every, n, channels)
+        if METHOD == "apg":
+            halves = load_halves(output_ptr, sample, present, GUIDED, OUTPUT_CHANNELS_LAST)
+            cond, uncond = split_halves(halves, COND_FIRST)
+            guidance = projection(projection_sums(cond, uncond, present), guidance, APG_ETA, APG_NORM_THRESHOLD)
+            tl.debug_barrier()
         if GUIDED and rescale_ptr is not None:
             phi = tl.load(rescale_ptr + (b if RESCALE_PER_SAMPLE else 0)).to(tl.float32)
             halves = load_halves(output_ptr, sample, present, GUIDED, OUTPUT_CHANNELS_LAST)
             cond, uncond = split_halves(halves, COND_FIRST)
             std_cond = deviation(cond, present, n)
-            factor = rescale_factor(std_cond, deviation(guide(cond, uncond, guidance), present, n), phi)
+            factor = rescale_factor(std_cond, deviation(guide(cond, uncond, guidance, METHOD), present, n), phi)
             tl.debug_barrier()
         if LIMIT == "threshold":
             early = load_inputs(sample_ptr, output_ptr, sample, present, GUIDED, OUTPUT_CHANNELS_LAST)
-            _, _, whole = predict(early, guidance, x0_columns, factor, GUIDED, rescale_ptr is not None, COND_FIRST)
+            _, _, whole = predict(
+                early, guidance, x0_columns, factor, GUIDED, rescale_ptr is not None, COND_FIRST, METHOD
+            )
             scale = threshold_scale(whole, present, n, ratio, limit_range)
             tl.debug_barrier()
     elif statistics_ptr is not None:
-        scale = tl.load(statistics_ptr + b * 2)
-        factor = tl.load(statistics_ptr + b * 2 + 1)
+        size: tl.constexpr = 4 if METHOD == "apg" else 2
+        scale = tl.load(statistics_ptr + b * size)
+        factor = tl.load(statistics_ptr + b * size + 1)
+        if METHOD == "apg":
+            guidance = load_projection(statistics_ptr, b)
 
     # Not before: the statistics need every register.
     next_from_x = tl.load(columns + 2).to(tl.float32)
@@ -521,7 +583,7 @@ def ddim_step_kernel(
         inputs = early
         if WHOLE:
             inputs = load_inputs(sample_ptr, output_ptr, where, live, GUIDED, OUTPUT_CHANNELS_LAST)
-        x, out, x0 = predict(inputs, guidance, x0_columns, factor, GUIDED, rescale_ptr is not None, COND_FIRST)
+        x, out, x0 = predict(inputs, guidance, x0_columns, factor, GUIDED, rescale_ptr is not None, COND_FIRST, METHOD)
         if LIMIT == "clip":
             x0 = clamp(x0, limit_range)
         if LIMIT == "fixed":

@@ -184,7 +184,8 @@ class TrainingSigmas:
 
     @classmethod
     def of(cls, schedule: Schedule) -> TrainingSigmas:
-        alpha_bar = np.maximum(schedule.alphas_cumprod, _LEAST_ALPHA_BAR)
+        # A cosine schedule ends lower than that without being 0.
+        alpha_bar = np.where(schedule.alphas_cumprod == 0, _LEAST_ALPHA_BAR, schedule.alphas_cumprod)
         return cls(np.sqrt((1 - alpha_bar) / alpha_bar))
 
     def at(self, timesteps: npt.NDArray[Any]) -> FloatArray:

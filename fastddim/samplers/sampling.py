@@ -87,10 +87,15 @@ class Sampling:
         """The most steps of a file that makes its tables itself: of other methods than DDIM it has them all inside."""
         return self.most_steps if self.method == "ddim" else min(self.most_steps, _MOST_KEPT)
 
-    def with_options(self, options: Mapping[str, Any], limit: Limit, spacing: str | None = None) -> Sampling:
+    def with_options(
+        self, options: Mapping[str, Any], limit: Limit, spacing: str | None = None, *, rederive: bool = True
+    ) -> Sampling:
         """This with other options of the method, and with epsilon derived from the limited x0 where it is limited.
 
         With the raw epsilon, guidance and a limit drift the state away from any picture.
+
+        Args:
+            rederive: False where epsilon comes from another output than x0, as with CFG++.
 
         Raises:
             ValueError: an option that the method does not take.
@@ -99,7 +104,7 @@ class Sampling:
         method = get_method(self.method)
         merged = {**self.options, **options}
         if limit is not None and rederives in method.options:
-            merged.setdefault(rederives, True)
+            merged.setdefault(rederives, rederive)
         method.check(self.schedule, merged)
         return replace(self, options=merged, spacing=spacing or self.spacing, limit=limit)
 

@@ -263,6 +263,9 @@ inline NoiseLevels flow_levels(const FlowSchedule& schedule, const Steps& steps,
         sigmas = steps.num_inference_steps ? schedule.sigmas(*steps.num_inference_steps, mu)
                                            : schedule.sigmas(std::move(sigmas), mu);
         if (steps.spacing) sigmas = space(*steps.spacing, *steps.num_inference_steps, sigmas.back(), sigmas.front());
+        if (!sigmas.empty() && steps.spacing && sigmas.front() > 1)
+            throw std::invalid_argument(
+                "spacing: it has levels above 1, which flow matching has not; pass karras, exponential or beta");
         if (!steps.timesteps)
             for (const double sigma : sigmas) timesteps.push_back(sigma * n_train);
         sigmas.push_back(0.0);
@@ -310,7 +313,8 @@ class TrainingSigmas {
         // diffusers' alpha_bar at the end of training where zero terminal SNR would make it 0, so that sigma is finite.
         constexpr double least = 1.0 / (1 << 24);
         for (const double value : schedule.alphas_cumprod()) {
-            const double alpha_bar = std::max(value, least);
+            // A cosine schedule ends lower than that without being 0.
+            const double alpha_bar = value == 0 ? least : value;
             values_.push_back(std::sqrt((1.0 - alpha_bar) / alpha_bar));
         }
     }

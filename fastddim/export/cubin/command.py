@@ -9,7 +9,14 @@ from typing import Annotated
 
 import typer
 
-from fastddim.cli_options import choice, integers, parse_integers, with_options
+from fastddim.cli_options import (
+    GuidanceMethod,
+    choice,
+    integers,
+    parse_guidance_method,
+    parse_integers,
+    with_options,
+)
 from fastddim.config import LIMITS, Limit, require_choice
 from fastddim.export.command_options import Destination, report
 
@@ -26,6 +33,7 @@ class KernelFlags:
     guidance_rescale: Annotated[
         bool, typer.Option("--guidance-rescale", help="The guidance's rescale is an argument.")
     ] = False
+    guidance_method: GuidanceMethod = "cfg"
     limit: Annotated[
         str, typer.Option(metavar="LIMIT", help="Applied to x0: none, clip=RANGE or threshold=RATIO:MAX.")
     ] = "none"
@@ -50,6 +58,7 @@ def export_command(*, destination: Destination, kernel: KernelFlags) -> None:
         "shape": tuple(parse_integers(kernel.shape.replace("x", ","), "--shape")),
         "batches": tuple(parse_integers(kernel.batches, "--batch")),
         "limit": _parse_limit(kernel.limit),
+        **parse_guidance_method(kernel.guidance_method),
     }
     options = KernelOptions(**dataclasses.asdict(kernel) | parsed)
     start = time.perf_counter()

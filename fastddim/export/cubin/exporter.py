@@ -38,7 +38,8 @@ _MEANINGS = {
     "table": "a row of coefficients for each step: x0_from_x, x0_from_output, next_from_x, next_from_output,"
     " next_from_x0, noise_scale",
     "step": "the index of the row",
-    "guidance_scale": "uncond + guidance_scale * (cond - uncond)",
+    "guidance_scale": "uncond + guidance_scale * (cond - uncond); with guidance_method 'apg' counted from cond, as"
+    " fastddim.Guidance has it",
     "guidance_rescale": "in [0, 1]: how far to pull the guided output's deviation back to the conditional one's",
     "noise": "standard normal",
     "seeds": "what each sample's noise is drawn from",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastddim.config import Limit, require_choice, require_int
+from fastddim.config import Limit, require_choice, require_guidance_method, require_int
 from fastddim.kernels.aot import pointer_types
 from fastddim.kernels.plan import StepShape
 from fastddim.step import Guidance, StepOptions
@@ -29,6 +29,7 @@ class KernelOptions:
             `"float16"` or `"bfloat16"`.
         guided: classifier-free guidance over a stacked model output.
         guidance_rescale: `guidance_rescale` is an argument too.
+        guidance_method, apg_eta, apg_norm_threshold: as `method` and the others of `fastddim.Guidance`.
         per_sample: each sample has a row and guidance of its own; otherwise all share one.
         limit: the limit applied to x0, its numbers included.
         noise: `"none"`; `"given"`, an argument; `"drawn"`, from seeds in the kernel.
@@ -47,6 +48,9 @@ class KernelOptions:
     model_dtype: str = "float32"
     guided: bool = False
     guidance_rescale: bool = False
+    guidance_method: str = "cfg"
+    apg_eta: float = 0.0
+    apg_norm_threshold: float = 0.0
     per_sample: bool = False
     limit: Limit = None
     noise: str = "none"
@@ -73,13 +77,20 @@ class KernelOptions:
             raise ValueError(f"timestep_dtype: {self.timestep_dtype!r} without advance, which takes them; pass both")
         if self.guidance_rescale and not self.guided:
             raise ValueError("guidance_rescale: True without guided; pass both")
+        require_guidance_method(
+            "guidance_method", self.guidance_method, self.apg_eta, self.apg_norm_threshold, self.guided, "guided"
+        )
 
     def step_shape(self, batch: int) -> StepShape:
         """What the plan of a batch depends on."""
         each = torch.empty(batch, device="meta")
         own = each if self.per_sample else 1.0
+        guidance = Guidance(
+            own, own if self.guidance_rescale else 0.0, method=self.guidance_method, apg_eta=self.apg_eta,
+            apg_norm_threshold=self.apg_norm_threshold,
+        )  # fmt: skip
         options = StepOptions(
-            guidance=Guidance(own, own if self.guidance_rescale else 0.0) if self.guided else None,
+            guidance=guidance if self.guided else None,
             limit=self.limit,
             seeds=each if self.noise == "drawn" else None,
             advance=self.advance,

@@ -73,8 +73,9 @@ def require_fusible(manifest: Mapping[str, Any]) -> None:
         )
     if _plan(manifest, 1, 1) is None:
         raise ValueError(
-            f"fused_step: True for samples of {math.prod(manifest['sample']['shape'])} elements with dynamic thresholding or"
-            f" guidance_rescale, which beyond {WHOLE_SAMPLE} are several launches; leave fused_step out"
+            f"fused_step: True for samples of {math.prod(manifest['sample']['shape'])} elements with dynamic thresholding,"
+            f" guidance_rescale or guidance_method 'apg', which beyond {WHOLE_SAMPLE} are several launches; leave fused_step"
+            " out"
         )
 
 
@@ -137,8 +138,15 @@ def _plan(manifest: Mapping[str, Any], batch: int, largest_batch: int) -> Plugin
 
     sampling = manifest["sampling"]
     each = torch.empty(batch, device="meta")
+    guidance = Guidance(
+        each,
+        each if sampling["guidance_rescale"] else 0.0,
+        method=sampling.get("guidance_method", "cfg"),
+        apg_eta=sampling.get("apg_eta", 0.0),
+        apg_norm_threshold=sampling.get("apg_norm_threshold", 0.0),
+    )
     options = StepOptions(
-        guidance=Guidance(each, each if sampling["guidance_rescale"] else 0.0) if sampling["guided"] else None,
+        guidance=guidance if sampling["guided"] else None,
         limit=read_limit(manifest),
         noise=each if sampling["stochastic"] else None,
     )
