@@ -116,6 +116,17 @@ def test_a_method_that_looks_back_carries_the_previous_x0(tmp_path, kind):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "options", [{"guidance_method": "cfg++"}, {"guidance_method": "apg", "apg_eta": 0.3, "apg_norm_threshold": 5.0}]
+)
+def test_the_loop_guides_as_the_sampler_does(tmp_path, options):
+    export_tiny(tmp_path / "bundle", guided=True, **options)
+    for batch, steps in ((1, 2), (3, 7)):
+        actual = run_tiny(tmp_path / "bundle", batch, num_inference_steps=steps, guidance_scale=0.7)
+        expected = sample_tiny(DDIMConfig(), steps, batch, guidance_scale=0.7, **options)
+        np.testing.assert_allclose(actual, expected, atol=2e-5)
+
+
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
 def test_the_table_brings_prediction_type_and_spacing(copied, prediction):
     changes = {"prediction_type": prediction, "timestep_spacing": "trailing", "beta_schedule": "squaredcos_cap_v2"}

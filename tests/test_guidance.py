@@ -355,6 +355,28 @@ def test_a_run_is_the_oracles(graph, batched, name):
     np.testing.assert_allclose(final.numpy(), x, atol=1e-9)
 
 
+@pytest.mark.usefixtures("machine")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", METHODS_OF_GUIDANCE)
+@pytest.mark.parametrize("large", [False, True])
+def test_a_captured_run_of_the_fused_step_is_the_references(name, large, monkeypatch):
+    """Where scales, the limit's numbers and the row come from memory, and the scratch memory is the steps' own."""
+    if large:
+        monkeypatch.setattr(plan, "WHOLE_SAMPLE", 0)
+        monkeypatch.setattr(plan, "STATISTICS_BLOCK", 64)
+    launch._ENTRIES.clear()
+    options = {f"guidance_{key}" if key == "method" else key: value for key, value in METHODS_OF_GUIDANCE[name].items()}
+    sampler = Sampler(
+        model, DDIMConfig(), 4, guidance_scale=0.8, guidance_rescale=0.3, limit=DynamicThreshold(0.9, 1.5), graph="step",
+        sample_shape=(150,), backend="triton", device=DEVICE, **options,
+    )  # fmt: skip
+    arguments = {"seeds": 0, "c": torch.ones(2, device=DEVICE), "uncond_kwargs": {"c": torch.zeros(2, device=DEVICE)}}
+    expected = sampler.replace(graph="off", backend="reference")(2, **arguments)
+    for _ in range(3):
+        torch.testing.assert_close(sampler(2, **arguments), expected, rtol=0, atol=2e-5)
+    assert len(sampler.graphs) == 1
+
+
 def test_captures_are_of_one_method_and_its_numbers():
     sampler = Sampler(model, DDIMConfig(), 4, guidance_scale=0.5, graph="step", sample_shape=(8,), backend="reference")
     changes = ({}, {"guidance_method": "cfg++"}, {"guidance_method": "apg"}, {"guidance_method": "apg", "apg_eta": 0.5})
