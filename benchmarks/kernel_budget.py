@@ -152,6 +152,7 @@ def make_cases() -> list[Case]:
         whole = StepShape(64, n, guided=True, limit=threshold)
         cases.append(Case(f"threshold, sample of {n}", whole, quick=n == 16384))
     one_program = {"batch": 64, "elements": 16384, "guided": True}
+    projected = {"guidance_method": "apg", "apg_norm_threshold": 50.0}
     cases += [
         Case("threshold, unguided", StepShape(64, 16384, limit=threshold)),
         Case("threshold, bf16", StepShape(**one_program, limit=threshold), "bf16", "bf16", everything),
@@ -167,6 +168,13 @@ def make_cases() -> list[Case]:
              model="fp16", outputs=everything),
         Case("large rescale", StepShape(**PIXELS, guided=True, limit=clip, rescale=True)),
         Case("large threshold + rescale", StepShape(**PIXELS, guided=True, limit=threshold, rescale=True)),
+        Case("CFG++", StepShape(**PIXELS, guided=True, limit=clip, guidance_method="cfg++"), quick=True),
+        Case("projected guidance", StepShape(**one_program, limit=clip, **projected), quick=True),
+        Case("threshold + rescale + projected guidance", StepShape(**one_program, limit=threshold, rescale=True, **projected),
+             outputs=everything),
+        Case("large projected guidance", StepShape(**PIXELS, guided=True, limit=clip, **projected), quick=True),
+        Case("large threshold + rescale + projected guidance", StepShape(**PIXELS, guided=True, limit=threshold, rescale=True,
+                                                                         **projected)),
     ]  # fmt: skip
     return cases
 
