@@ -312,7 +312,7 @@ def report_from_browser(site, profile):
             command = [browser, *flags, "--remote-debugging-port=0", url]
             process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
             try:
-                return reports.get(timeout=60)
+                return reports.get(timeout=300)
             except queue.Empty:
                 pytest.fail(f"the page reported nothing: {(profile / 'log').read_text()[-2000:]}")
             finally:
