@@ -86,7 +86,7 @@ def columns(
             output of EDM's preconditioning.
         use_clipped_model_output: derive epsilon from the limited x0 instead of the raw model output.
         xp: `numpy`, or `torch` for tensors.
-        data_scale: of `edm`: sigma_data, with which `(data_scale * signal)**2 + sigma**2` is 1. With -1 it is
+        data_scale: sigma_data for `edm`, with which `(data_scale * signal)**2 + sigma**2` is 1. With -1 it is
             `v_prediction`.
     """
     zero = signal * 0

@@ -47,7 +47,7 @@ def require_guidance_method(
     """Raise a `ValueError` for a way of guidance that there is not, or for numbers that it does not take.
 
     Args:
-        name: of the argument `method`.
+        name: what the argument `method` is called.
         guided: whether there is guidance at all.
         without: the argument that asks for it.
     """

@@ -48,7 +48,7 @@ class SamplerOptions:
         guidance_rescale: a number in [0, 1]; arXiv:2305.08891, section 3.4.
         guidance_method: `"cfg"`; `"cfg++"`, whose `guidance_scale` is the paper's lambda in [0, 1]; or `"apg"`, adaptive
             projected guidance. See `fastddim.Guidance`. CFG++ is for methods with an epsilon term: DDIM, Euler's and TCD.
-        apg_eta, apg_norm_threshold: of `"apg"`, as for `fastddim.Guidance`.
+        apg_eta, apg_norm_threshold: numbers of `"apg"`, as for `fastddim.Guidance`.
         limit: the limit applied to x0, a `Clip`, a `DynamicThreshold` or None; by default (`"auto"`) the configuration's, and
             none where a table is given.
         use_clipped_model_output: derive epsilon from the limited x0. True by default where x0 is limited: with the raw

@@ -188,7 +188,7 @@ def require_epsilon_term(table: StepTable, name: str, sampled_by: str | None = N
     """Raise a `ValueError` for a table that CFG++ has no meaning for.
 
     Args:
-        name: of the argument that asks for CFG++.
+        name: the argument that asks for CFG++.
         sampled_by: the name of the table's method, where it is known.
     """
     if not table.has_epsilon_term:

@@ -53,7 +53,7 @@ def told(capsys):
 
 
 BAD_RUNS = {
-    "--steps 0": "--steps: 0; pass an integer >= 1",
+    "--steps 0": "--steps: 0; pass an integer in [1, 1000]",
     "--seed -1": "--seed: -1; pass integers in [0, 2**64)",
     "--eta 2": "--eta: 2.0; pass numbers in [0, 1]",
     "--size 3x3": "--size: (3, 3); this bundle makes samples of (8, 8) alone",

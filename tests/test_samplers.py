@@ -425,6 +425,13 @@ def test_eulers_method_is_inverted(kind):
         ("edm", {"timesteps": [3, 2]}, "timesteps: given to an EDMSchedule"),
         ("ddpm", {"method": "euler", "method_options": 3}, "method_options: 3; pass a mapping"),
         ("ddpm", {"sigmas": [1.0, 0.5]}, "sigmas: .* for method 'ddim'"),
+        *(
+            ("ddpm", {"method": name, "num_inference_steps": 0}, "num_inference_steps: 0; pass an integer")
+            for name in METHODS
+            if name != "consistency"
+        ),
+        ("edm", {"num_inference_steps": 1.5}, r"num_inference_steps: 1\.5; pass an integer >= 1"),
+        ("flow", {"num_inference_steps": 0}, "num_inference_steps: 0; pass an integer >= 1"),
         ("ddpm", {"method": "euler", "timesteps": []}, "timesteps: empty; pass at least one"),
         ("flow", {"spacing": "align_your_steps_sdxl"}, "spacing: 'align_your_steps_sdxl' has levels above 1"),
     ],

@@ -258,7 +258,7 @@ def predict(
     That output is the model's (guided, rescaled) one; with METHOD "cfg++" its unconditional half.
 
     inputs, x0_columns: of `load_inputs` and `load_x0_columns`.
-    scale: of `load_guidance`; of `projection` with METHOD "apg".
+    scale: what `load_guidance` gives, or `projection` with METHOD "apg".
     """
     raw, halves = inputs
     x = raw.to(tl.float32)

@@ -16,8 +16,8 @@ def consistency(schedule: EDMSchedule, steps: Steps | int) -> StepTable:
     """`f = c_skip * x + c_out * out` is x0; then fresh noise of the next level; the last step is f itself.
 
     Args:
-        schedule: of the model, which is called with `250 * log(sigma)`; its sigma_min is the paper's epsilon.
-        steps: of the run.
+        schedule: the model's; the model is called with `250 * log(sigma)`; its sigma_min is the paper's epsilon.
+        steps: the run's.
 
     Raises:
         ValueError: a value out of range.

@@ -30,8 +30,8 @@ def ddim(
     """Equations 12 and 16.
 
     Args:
-        schedule: of the model.
-        steps: of the run; a number, or a list of training timesteps.
+        schedule: the model's.
+        steps: the run's; a number, or a list of training timesteps.
         eta, variance_type, use_clipped_model_output: as for `StepTable.build`.
         transitions: as for `Schedule.pairs`.
 

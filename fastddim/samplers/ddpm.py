@@ -18,8 +18,8 @@ def ddpm(schedule: Schedule, steps: Steps | int, *, variance_type: str = "fixed_
     """Equation 7's mean of x and x0, with one of section 3.2's variances.
 
     Args:
-        schedule: of the model. Its last step leads to the clean end, whatever `set_alpha_to_one` says, without noise.
-        steps: of the run; a number, or a list of training timesteps.
+        schedule: the model's. Its last step leads to the clean end, whatever `set_alpha_to_one` says, without noise.
+        steps: the run's; a number, or a list of training timesteps.
         variance_type: `"fixed_small"`, the posterior's own, or `"fixed_large"`, beta.
 
     Raises:

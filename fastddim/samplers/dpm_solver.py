@@ -50,8 +50,8 @@ def dpm_solver(
     """The multistep solver: `x_next = from_x * x + from_d * D`, D extrapolated from this x0 and the previous one.
 
     Args:
-        schedule: of the model.
-        steps: of the run.
+        schedule: the model's.
+        steps: the run's.
         solver_order: 1, which is DDIM in the deterministic case, or 2: 2M, algorithm 2.
         algorithm_type: `"dpmsolver++"`, or `"sde-dpmsolver++"`, which draws noise at each step (appendix D).
         solver_type: how the second order integrates, `"midpoint"` or `"heun"`.
@@ -115,7 +115,7 @@ def _beta_levels(schedule: Schedule, steps: Steps, final_sigmas_type: str, lambd
         sigmas = np.asarray(steps.sigmas, dtype=np.float64)
         timesteps = training.timesteps_of(sigmas[:-1]) if steps.timesteps is None else np.asarray(steps.timesteps)
     elif steps.spacing is not None:
-        sigmas = SPACINGS[steps.spacing](steps.num_inference_steps or 0, training.values[0], training.values[-1])
+        sigmas = SPACINGS[steps.spacing](steps.count, training.values[0], training.values[-1])
         timesteps = training.timesteps_of(sigmas)
         # diffusers calls the model with whole numbers here.
         rounded = steps.spacing == "karras" and config.beta_schedule != "squaredcos_cap_v2"
@@ -134,7 +134,7 @@ def _beta_levels(schedule: Schedule, steps: Steps, final_sigmas_type: str, lambd
 
 def _timesteps(spacing: str, offset: int, n_train: int, end: int, steps: Steps) -> npt.NDArray[np.int64]:
     """`[n]` descending, below `end`."""
-    n = steps.num_inference_steps or 0
+    n = steps.count
     timesteps: npt.NDArray[Any]
     if spacing == "linspace":
         timesteps = np.linspace(0, end - 1, n + 1).round()[:0:-1]

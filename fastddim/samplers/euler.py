@@ -47,8 +47,8 @@ def euler(
     For flow matching this is `x + (sigma_next - sigma) * v`.
 
     Args:
-        schedule: of the model. With betas the state is divided by `sqrt(sigma**2 + 1)`, as the model is called with it.
-        steps: of the run.
+        schedule: the model's. With betas the state is divided by `sqrt(sigma**2 + 1)`, as the model is called with it.
+        steps: the run's.
         final_sigmas_type: `"zero"`, or `"sigma_min"` to stop at the least level of training.
         sigma_min, sigma_max: the range of a spacing, for betas; by default the run's own.
         timestep_type: `"continuous"`: a model with betas is called with `log(sigma) / 4`.
@@ -88,8 +88,8 @@ def euler_ancestral(
     arXiv:2010.02502, as both are the posterior's deviation.
 
     Args:
-        schedule: of the model.
-        steps: of the run.
+        schedule: the model's.
+        steps: the run's.
         eta: a number in [0, 1], how much of the posterior's noise is drawn.
         final_sigmas_type, use_clipped_model_output: as for `euler`.
 
@@ -127,9 +127,9 @@ def discrete_levels(
         if steps.timesteps is not None:
             timesteps = np.asarray(steps.timesteps, dtype=np.float64)
         elif config.timestep_spacing == "linspace":
-            timesteps = np.linspace(0, config.num_train_timesteps - 1, steps.num_inference_steps or 0)[::-1]
+            timesteps = np.linspace(0, config.num_train_timesteps - 1, steps.count)[::-1]
         else:
-            timesteps = np.array(make_timesteps(config, steps.num_inference_steps or 0), dtype=np.float64)
+            timesteps = np.array(make_timesteps(config, steps.count), dtype=np.float64)
         sigmas = training.at(timesteps)
         if steps.spacing is not None:
             lowest = float(sigmas[-1]) if sigma_min is None else sigma_min

@@ -27,8 +27,8 @@ def lcm(
     """`f = c_skip * x + c_out * x0`, then fresh noise at the next level; the last step is f itself.
 
     Args:
-        schedule: of the model.
-        steps: of the run; a number of steps takes some of those that the model is distilled for.
+        schedule: the model's.
+        steps: the run's; a number of steps takes some of those that the model is distilled for.
         original_inference_steps: how many those are.
         timestep_scaling: what timesteps are multiplied by in c_skip and c_out (appendix C).
 
@@ -52,7 +52,7 @@ def distilled_levels(schedule: Schedule, steps: Steps, original_inference_steps:
         timesteps = check_timesteps(steps.timesteps, n_train)
         timesteps = timesteps[steps.first_of(len(timesteps)) :]
     else:
-        n = steps.num_inference_steps or 0
+        n = steps.count
         left = int(original_inference_steps * steps.strength)
         if n > left:
             raise ValueError(

@@ -42,7 +42,7 @@ class NoiseLevels:
         signal, sigma: `[n + 1]` float64.
         prediction_type: what the model predicts: one of `PREDICTION_TYPES`, `flow`, or `edm`.
         start_scale: a run starts from standard normal noise times this number.
-        data_scale: of `edm`, as for `coefficients.columns`.
+        data_scale: the factor of `edm`, as for `coefficients.columns`.
 
     Raises:
         ValueError: shapes that do not fit, or levels whose noise rises.
@@ -163,9 +163,8 @@ def edm_levels(schedule: EDMSchedule, steps: Steps, final_sigmas_type: str) -> N
     elif steps.timesteps is not None:
         raise ValueError("timesteps: given to an EDMSchedule, whose models are called with log(sigma) / 4; pass sigmas")
     else:
-        assert steps.num_inference_steps is not None
         spacing = schedule.sigma_schedule if steps.spacing is None else steps.spacing
-        spaced = SPACINGS[spacing](steps.num_inference_steps, schedule.sigma_min, schedule.sigma_max)
+        spaced = SPACINGS[spacing](steps.count, schedule.sigma_min, schedule.sigma_max)
         sigmas = np.append(spaced, 0.0 if final_sigmas_type == "zero" else spaced[-1])
     data_scale = schedule.sigma_data if schedule.prediction_type == "epsilon" else -schedule.sigma_data
     first = steps.first_of(len(sigmas) - 1)

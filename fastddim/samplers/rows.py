@@ -15,7 +15,7 @@ def linear_rows(
     """`[n, 6]`: `x_next = signal_next * x0 + direction * eps + noise_scale * noise`.
 
     Args:
-        levels: of the run.
+        levels: the run's.
         direction, noise_scale: `[n]`.
         use_clipped_model_output: derive eps from the limited x0 instead of the raw model output.
     """

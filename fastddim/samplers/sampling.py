@@ -39,11 +39,11 @@ class Sampling:
     """What a scheduler is sampled with.
 
     Attributes:
-        schedule: of the model.
+        schedule: the model's.
         method: a name in `METHODS`.
-        options: of the method, by name; those that are left out are the method's defaults.
+        options: the method's, by name; those that are left out are the method's defaults.
         spacing: how a number of steps is spaced, as in `Steps`; None is the schedule's own.
-        limit: of the configuration.
+        limit: the configuration's.
     """
 
     schedule: AnySchedule

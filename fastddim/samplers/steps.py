@@ -39,13 +39,18 @@ class Steps:
             given = getattr(self, name)
             if given is not None and not len(given):
                 raise ValueError(f"{name}: empty; pass at least one")
-        if self.num_inference_steps is not None:
-            require_int("num_inference_steps", self.num_inference_steps, 1)
         require_number("strength", self.strength, 0.0, 1.0)
         if self.spacing is not None:
             require_choice("spacing", self.spacing, SPACINGS)
             if self.num_inference_steps is None:
                 raise ValueError(f"spacing: {self.spacing!r} with a list of steps; pass num_inference_steps instead")
+
+    @property
+    def count(self) -> int:
+        """The number of steps, where a method has no bound of its own for it."""
+        require_int("num_inference_steps", self.num_inference_steps, 1)
+        assert self.num_inference_steps is not None
+        return self.num_inference_steps
 
     def without_sigmas(self, method: str) -> Steps:
         """These steps, for a method that is only defined at training timesteps."""

@@ -26,8 +26,8 @@ def tcd(
     """Down to `s = floor((1 - gamma) * t_next)` on the trajectory, then back up to t_next with noise; the last step stays.
 
     Args:
-        schedule: of the model. The run ends at timestep 0, as these models are trained.
-        steps: of the run; a number of steps takes some of those that the model is distilled for.
+        schedule: the model's. The run ends at timestep 0, as these models are trained.
+        steps: the run's; a number of steps takes some of those that the model is distilled for.
         gamma: a number in [0, 1], what diffusers calls eta; 0 adds no noise, 1 is a consistency model's sampling.
         original_inference_steps: how many steps the model is distilled for.
 
