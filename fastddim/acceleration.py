@@ -23,7 +23,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from fastddim.capture_checks import owns_graphs
 from fastddim.coefficients import StepTable
 from fastddim.config import Limit, limit_from
-from fastddim.loop import Loop, Model, Run, call_model, graph_mode
+from fastddim.loop import Loop, Run, graph_mode
+from fastddim.model_call import Model, call_model
 from fastddim.sampler_options import SamplerOptions
 from fastddim.samplers import METHODS, Steps
 from fastddim.samplers.sampling import read_scheduler

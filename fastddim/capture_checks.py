@@ -271,6 +271,11 @@ def _holders(model: Any) -> Iterator[tuple[Any, str]]:
             left += [value for value in vars(holder).values() if isinstance(value, torch.nn.Module)]
 
 
+def find_modules(model: Any) -> list[torch.nn.Module]:
+    """The modules that a model is or calls, without the parts of others."""
+    return [holder for holder, path in _holders(model) if isinstance(holder, torch.nn.Module) and not path]
+
+
 def is_compiled(model: Any) -> bool:
     """Whether `torch.compile` has made any part of a model."""
     return any(_configs(holder) for holder, _ in _holders(model))

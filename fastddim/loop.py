@@ -27,10 +27,11 @@ from fastddim.capture_checks import ModelState, captures_itself, is_compiled
 from fastddim.coefficients import StepTable
 from fastddim.config import Limit, limit_kind, limit_numbers
 from fastddim.cuda_graph import CaptureError, Graph, GraphCache, MemoryPool, is_captured
+from fastddim.hoisting import Hoisted, HoistedModel
+from fastddim.model_call import Hoister, Model, call_model, has_rows
 from fastddim.noise import seed_bits
 from fastddim.step import Guidance, StepOptions
 
-Model = Callable[..., Any]
 # Called after each step with its number, the state and x0.
 OnStep = Callable[[int, torch.Tensor, torch.Tensor], None]
 
@@ -121,33 +122,16 @@ def upload_new(values: np.ndarray[Any, Any], device: torch.device) -> torch.Tens
     return upload(values, torch.empty(values.shape, dtype=torch.from_numpy(values).dtype, device=device))
 
 
-def prediction_of(output: Any) -> torch.Tensor:
-    """The prediction in what a model returned: a tensor, the first of a tuple, or `.sample`.
-
-    Raises:
-        TypeError: something else.
-    """
-    output = getattr(output, "sample", output)
-    first = output[0] if isinstance(output, (tuple, list)) else output
-    if not isinstance(first, torch.Tensor):
-        raise TypeError(f"model: returned {type(first).__name__}; it must return a tensor, a tuple, or `.sample`")
-    return first
-
-
-def call_model(model: Model, x: torch.Tensor, t: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
-    """The prediction of `model(x, t, **kwargs)`, in memory of its own; raises as `prediction_of`."""
-    tensor = prediction_of(model(x, t, **kwargs))
-    if tensor.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
-        # A view of its input, over which the step writes while it reads the output.
-        tensor = tensor.clone()
-    return tensor
-
-
 class _Buffers:
-    """A run's state and the model's arguments, which every step overwrites."""
+    """A run's state and the model's arguments, which every step overwrites.
 
-    def __init__(self, model: Model, run: Run) -> None:
-        self.model = model
+    Args:
+        hoisted: the model in two parts, of which `prepare` calls the first one, `predict` the second.
+    """
+
+    def __init__(self, model: Model, run: Run, hoisted: HoistedModel | None = None) -> None:
+        self.model, self._hoisted = model, hoisted
+        self.values: Hoisted | None = None
         self.batch = run.shape[0]
         self.x = torch.empty(run.shape, dtype=run.dtype, device=run.device)
         # Unguided, of the same dtype and layout, the state itself is what the model takes.
@@ -165,7 +149,7 @@ class _Buffers:
         # The half of the model's input that is left where a guided run has no guidance.
         cond_first = run.guidance is not None and run.guidance.cond_first
         self._cond, self._uncond = self._halves()[:: 1 if cond_first else -1]
-        self._cond_kwargs: Mapping[str, Any] | None = None
+        self._half_kwargs: dict[int, Mapping[str, Any]] = {}
 
     def _halves(self) -> tuple[slice, slice]:
         return slice(0, self.batch), slice(self.batch, 2 * self.batch)
@@ -192,21 +176,41 @@ class _Buffers:
         if t is not None:
             t[self._uncond].copy_(t[self._cond])
 
-    def predict(self, guided: bool, t: torch.Tensor) -> torch.Tensor:
-        """The model's output for the current input: `[2 * B, ...]` if guided, else `[B, ...]`."""
+    def prepare(self, timesteps: torch.Tensor) -> None:
+        """Compute what is hoisted, for the timesteps of all steps `[N]`, in the memory of the call before if there was one."""
+        if self._hoisted is None:
+            return
+        before = self._hoisted.prepare(timesteps, _tensors(self.kwargs))
+        if self.values is None:
+            self.values = before
+            return
+        for mine, new in zip(self.values.tensors, before.tensors, strict=True):
+            mine.copy_(new)
+
+    @property
+    def hoisted_bytes(self) -> int:
+        """Memory of what is computed before the steps."""
+        return 0 if self.values is None else self.values.nbytes
+
+    def predict(self, guided: bool, t: torch.Tensor, step: int | torch.Tensor) -> torch.Tensor:
+        """The model's output for the current input: `[2 * B, ...]` if guided, else `[B, ...]`.
+
+        Args:
+            guided: whether with both halves.
+            t: the timestep of each row.
+            step: the step's number, where it is known on the host, or `[]` on the device.
+        """
         given = self.input_of(guided)
         given = self.x if given is None else given
         if self.guidance is None:
-            return call_model(self.model, given, t, self.kwargs)
+            return self._call(given, t, step, None)
         if not guided:
-            if self._cond_kwargs is None:
-                self._cond_kwargs = self._half_of(self.kwargs, self._cond)
-            return call_model(self.model, given, t, self._cond_kwargs)
+            return self._call(given, t, step, self._cond)
         if self.batched:
-            return call_model(self.model, given, t, self.kwargs)
+            return self._call(given, t, step, None)
         both: torch.Tensor | None = None
         for half in self._halves():
-            output = call_model(self.model, given[half], t[half], self._half_of(self.kwargs, half))
+            output = self._call(given[half], t[half], step, half)
             if both is None:
                 last = not output.is_contiguous() and output.is_contiguous(memory_format=torch.channels_last)
                 both = torch.empty(
@@ -220,28 +224,44 @@ class _Buffers:
         assert both is not None
         return both
 
-    def _half_of(self, kwargs: Mapping[str, Any], half: slice) -> Mapping[str, Any]:
-        def take(value: Any) -> Any:
-            stacked = isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == 2 * self.batch
-            return value[half] if stacked else value
+    def _call(self, x: torch.Tensor, t: torch.Tensor, step: int | torch.Tensor, half: slice | None) -> torch.Tensor:
+        """The model's output for some rows of its input: all, or a half."""
+        kwargs = self.kwargs if half is None else self._half_of(half)
+        if self._hoisted is None:
+            return call_model(self.model, x, t, kwargs)
+        assert self.values is not None
+        rows = self._hoisted.rows_of(self.values, step, x.shape[0], half)
+        return call_model(partial(self._hoisted.predict, conditions=_tensors(kwargs), values=rows), x, t, {})
 
-        taken: Mapping[str, Any] = pytree.tree_map(take, dict(kwargs))
+    def _half_of(self, half: slice) -> Mapping[str, Any]:
+        """The keyword arguments of one half, views of the stacked ones."""
+        taken = self._half_kwargs.get(half.start)
+        if taken is None:
+
+            def take(value: Any) -> Any:
+                return value[half] if has_rows(value, 2 * self.batch) else value
+
+            taken = self._half_kwargs[half.start] = pytree.tree_map(take, dict(self.kwargs))
         return taken
+
+
+def _tensors(kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(dict(kwargs)) if isinstance(leaf, torch.Tensor)]
 
 
 class EagerLoop:
     """The loop step by step, on any device, with any model."""
 
-    def __init__(self, model: Model, run: Run) -> None:
+    def __init__(self, model: Model, run: Run, hoisted: HoistedModel | None = None) -> None:
         self._run = run
-        self._buffers = _Buffers(model, run)
-        self.x = self._buffers.x
+        self.buffers = _Buffers(model, run, hoisted)
+        self.x = self.buffers.x
         self._options: dict[bool, StepOptions] = {}
         self._prepared: dict[bool, Any] = {}
 
     def __call__(self, steps: Iterable[int], on_step: OnStep | None) -> torch.Tensor:
         """The final state `[B, ...]`."""
-        run, buffers = self._run, self._buffers
+        run, buffers = self._run, self.buffers
         seeds = None if run.seeds is None else upload_new(seed_bits(run.seeds), run.device)
         if run.start is not None:
             self.x.copy_(run.start)
@@ -251,10 +271,11 @@ class EagerLoop:
         buffers.fill_input()
         called = np.array(run.table.timesteps, dtype=run.table.timestep_dtype)
         timesteps = upload_new(np.repeat(called[:, None], run.copies * run.shape[0], 1), run.device)
+        buffers.prepare(timesteps[:, 0])
         for step, guided, again in run.walk(steps):
             if again:
                 buffers.rejoin()
-            output = buffers.predict(guided, buffers.rows_of(guided, timesteps[step]))
+            output = buffers.predict(guided, buffers.rows_of(guided, timesteps[step]), step)
             x0 = self._step(step, guided, output, seeds)
             if on_step is not None:
                 on_step(step, self.x, x0)
@@ -269,8 +290,8 @@ class EagerLoop:
                 noise=None if run.noise is None else run.noise[step],
                 seeds=seeds if run.noise is None and run.table.stochastic else None,
                 out=self.x,
-                model_input=self._buffers.input_of(guided),
-                previous_x0=self._buffers.previous_x0,
+                model_input=self.buffers.input_of(guided),
+                previous_x0=self.buffers.previous_x0,
             )
         options = self._options[guided]
         if run.noise is not None:
@@ -297,18 +318,27 @@ class StaticLoop:
         whole: one graph of all steps, for runs of that many.
         pool: the graphs' memory.
         probe: as for `Graph`.
+        hoisted: the model in two parts, the first of which is a part of `begin`.
 
     Raises:
         CaptureError: the model cannot be captured.
     """
 
-    def __init__(self, model: Model, run: Run, whole: bool, pool: MemoryPool | None, probe: bool = True) -> None:
+    def __init__(
+        self,
+        model: Model,
+        run: Run,
+        whole: bool,
+        pool: MemoryPool | None,
+        probe: bool = True,
+        hoisted: HoistedModel | None = None,
+    ) -> None:
         self._run = run
         leaves, self._structure = pytree.tree_flatten(dict(run.kwargs))
         self._leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         kwargs = pytree.tree_unflatten(self._leaves, self._structure)
-        self._buffers = _Buffers(model, replace(run, kwargs=kwargs))
-        self.x = self._buffers.x
+        self.buffers = _Buffers(model, replace(run, kwargs=kwargs), hoisted)
+        self.x = self.buffers.x
         # x0 of the guided step and of the other one, in the graphs' own memory.
         self._x0: dict[bool, torch.Tensor] = {}
         at = self._at = _layout(run)
@@ -333,6 +363,8 @@ class StaticLoop:
             self._workspace = Workspace()
         self._loads_limit = _loads_limit(run)
         self.load(run)
+        # Outside of the graphs, which write their values over these.
+        self._prepare()
         self.nbytes = 0
         self._graphs: dict[str, Graph] = {}
         bodies: dict[str, Callable[[], None]] = {}
@@ -345,12 +377,13 @@ class StaticLoop:
         for name, body in bodies.items():
             graph = self._graphs[name] = Graph(body, run.device, pool, probe)
             self.nbytes += graph.nbytes
+        self.nbytes += self.buffers.hoisted_bytes
         self.nbytes += sum(
             tensor.nbytes
             for tensor in (
                 self.x,
-                self._buffers.model_input,
-                self._buffers.previous_x0,
+                self.buffers.model_input,
+                self.buffers.previous_x0,
                 self._words,
                 self._t,
                 self._noise,
@@ -391,7 +424,7 @@ class StaticLoop:
         self._graphs["begin"].replay()
         for step, guided, again in run.walk(steps):
             if again:
-                self._buffers.rejoin(self._t)
+                self.buffers.rejoin(self._t)
             if self._noise is not None:
                 assert run.noise is not None
                 self._noise.copy_(run.noise[step])
@@ -404,8 +437,12 @@ class StaticLoop:
         run = self._run
         if run.start is None:
             draw_start(run.backend, self._seeds, self.x, 1.0 if run.table.start_scale == 1 else self._start_scale)
-        self._buffers.fill_input()
+        self.buffers.fill_input()
         self._t.copy_(self._timesteps[0])
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self.buffers.prepare(self._timesteps.to(self._t.dtype))
 
     def _loop(self) -> None:
         run = self._run
@@ -413,13 +450,13 @@ class StaticLoop:
         self._index.zero_()
         for step, guided, again in run.walk(range(len(run.table))):
             if again:
-                self._buffers.rejoin(self._t)
+                self.buffers.rejoin(self._t)
             self._step(guided, None if self._noise is None else self._noise[step])
 
     def _step(self, guided: bool, noise: torch.Tensor | None = None) -> None:
-        run, buffers = self._run, self._buffers
+        run, buffers = self._run, self.buffers
         t = buffers.rows_of(guided, self._t)
-        output = buffers.predict(guided, t)
+        output = buffers.predict(guided, t, self._index)
         guidance = run.guidance if guided else None
         if guidance is not None:
             rescale = self._scales[1] if guidance.rescaled else 0.0
@@ -547,10 +584,23 @@ class Loop:
         graph: one of `GRAPH_MODES`; see `SamplerOptions`.
         max_graphs: how many captures are kept, at least 1.
         module: what makes the captures stale when it changes (`ModelState`); the model itself by default.
+        hoister: finds the two parts of the model where what is constant over the steps is to leave the loop.
+
+    Attributes:
+        hoisted_bytes: memory of what left the loop, in the last run.
     """
 
-    def __init__(self, model: Model, graph: str = "auto", max_graphs: int = 8, module: Model | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        graph: str = "auto",
+        max_graphs: int = 8,
+        module: Model | None = None,
+        hoister: Hoister | None = None,
+    ) -> None:
         self.model = model
+        self._hoister = hoister
+        self.hoisted_bytes = 0
         self.graph = graph
         self.graphs: GraphCache[StaticLoop] = GraphCache(max_graphs)
         self._module = model if module is None else module
@@ -564,7 +614,7 @@ class Loop:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copied or unpickled loop captures anew.
-        return Loop, (self.model, self.graph, self.graphs.max_entries, self._module)
+        return Loop, (self.model, self.graph, self.graphs.max_entries, self._module, self._hoister)
 
     @torch.no_grad()
     def __call__(
@@ -585,7 +635,21 @@ class Loop:
             final = self._try_replay(run, mode, steps, on_step, at_once)
             if final is not None:
                 return final
-        return EagerLoop(self.model, run)(steps, on_step)
+        loop = EagerLoop(self.model, run, self._find_parts(run))
+        final = loop(steps, on_step)
+        self.hoisted_bytes = loop.buffers.hoisted_bytes
+        return final
+
+    def _find_parts(self, run: Run) -> HoistedModel | None:
+        """The model's two parts for a run, None where it stays whole."""
+        if self._hoister is None:
+            return None
+        rows = run.copies * run.shape[0]
+        x = torch.zeros((rows, *run.shape[1:]), dtype=run.model_dtype, device=run.device)
+        if run.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        t = torch.zeros(rows, dtype=getattr(torch, run.table.timestep_dtype), device=run.device)
+        return self._hoister.find(x, t, run.kwargs, steps=len(run.table))
 
     def _try_replay(
         self, run: Run, mode: str, steps: Iterable[int], on_step: OnStep | None, at_once: bool
@@ -632,6 +696,7 @@ class Loop:
                 self._start_over(changed)
             static = self.graphs.get(key, partial(self._build, key, run, mode))
             static.load(run)
+            self.hoisted_bytes = static.buffers.hoisted_bytes
             return static(run, steps, on_step).clone()
 
     def _build(self, key: Hashable, run: Run, mode: str) -> StaticLoop:
@@ -659,7 +724,8 @@ class Loop:
     def _capture(self, run: Run, mode: str, probe: bool) -> tuple[StaticLoop, list[tuple[str, bool]]]:
         """A capture, and what it has changed of the model."""
         assert self._state is not None
-        static = StaticLoop(self.model, run, mode == "loop", self.graphs.pool(run.device), probe)
+        pool = self.graphs.pool(run.device)
+        static = StaticLoop(self.model, run, mode == "loop", pool, probe, self._find_parts(run))
         return static, list(self._state.differences())
 
     def _start_over(self, changed: str | None = None) -> None:

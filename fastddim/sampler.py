@@ -15,12 +15,13 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fastddim.backends import draw_start
-from fastddim.capture_checks import captures_itself
+from fastddim.capture_checks import captures_itself, is_compiled
 from fastddim.coefficients import StepTable
 from fastddim.config import DDIMConfig, Limit
 from fastddim.cuda_graph import GraphCache
 from fastddim.interpolation import slerp
-from fastddim.loop import Loop, Model, Run, graph_mode, pad, upload_new
+from fastddim.loop import Loop, Run, graph_mode, pad, upload_new
+from fastddim.model_call import Hoister, Model
 from fastddim.noise import STREAM_INITIAL, check_seeds, normal, seed_bits
 from fastddim.sampler_options import FIXED_BY_A_TABLE, OF_A_METHOD, SamplerOptions
 from fastddim.samplers import Steps
@@ -47,11 +48,13 @@ class Warmup(NamedTuple):
         cold_seconds: time of the first run, with compilation, capture and the first allocations.
         warm_seconds: time of a run after it, until the result is there.
         graph_bytes: device memory that the sampler's captured graphs hold.
+        hoisted_bytes: memory of what such a run computes before its steps (`SamplerOptions.hoist`).
     """
 
     cold_seconds: float
     warm_seconds: float
     graph_bytes: int
+    hoisted_bytes: int = 0
 
 
 F = TypeVar("F", bound=Callable[..., None])
@@ -142,9 +145,17 @@ class Sampler:
         if loop is None:
             if options.channels_last and module is not None:
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            if options.compile:
-                model = torch.compile(model, mode=None if options.compile is True else options.compile)
-            loop = Loop(model, options.graph, options.max_graphs, module)
+            mode = "default" if options.compile is True else options.compile or None
+            hoister = None
+            if options.hoist:
+                if is_compiled(model):
+                    raise ValueError(
+                        "hoist: True for a model that is compiled already; pass compile=True to Sampler instead"
+                    )
+                hoister = Hoister(model, options.hoist_limit, mode)
+            if mode is not None:
+                model = torch.compile(model, mode=mode)
+            loop = Loop(model, options.graph, options.max_graphs, module, hoister)
             if graph_mode(options.graph, self.device) != "off" and captures_itself(model):
                 raise ValueError(
                     "model: compiled to capture CUDA graphs of its own; compile it with mode='default' or"
@@ -193,8 +204,8 @@ class Sampler:
 
         A table is built anew, which is cheap; nothing is captured again as long as only the number of steps (up to the
         next power of two from 64), timesteps, eta, guidance scale or the limit's numbers differ. Other values of `graph`,
-        `compile`, `channels_last` or `max_graphs` are captured apart. A table in place of a scheduler takes none of the
-        options that it fixes. What a subclass keeps on the sampler is on the new one too.
+        `compile`, `hoist`, `hoist_limit`, `channels_last` or `max_graphs` are captured apart. A table in place of a
+        scheduler takes none of the options that it fixes. What a subclass keeps on the sampler is on the new one too.
 
         Raises:
             TypeError, ValueError: as the constructor.
@@ -206,7 +217,7 @@ class Sampler:
         for given in _STEPS & changes.keys():
             kept |= dict.fromkeys(_STEPS - {given})
         options = dataclasses.replace(self.options, **{**kept, **changes})
-        apart = {"graph", "compile", "channels_last", "max_graphs"} & changes.keys()
+        apart = {"graph", "compile", "channels_last", "max_graphs", "hoist", "hoist_limit"} & changes.keys()
         changed = object.__new__(type(self))
         changed._set_up(self.model, scheduler, options, None if apart else self._loop)
         for name in vars(self).keys() - vars(changed).keys():
@@ -289,7 +300,7 @@ class Sampler:
                 torch.cuda.synchronize(self.device)
             times.append(time.perf_counter() - begin)
         cold, warm = times
-        return Warmup(cold, warm, self.graphs.nbytes)
+        return Warmup(cold, warm, self.graphs.nbytes, self._loop.hoisted_bytes)
 
     @torch.no_grad()
     def invert(

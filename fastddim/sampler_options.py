@@ -18,6 +18,7 @@ from fastddim.config import (
     require_int,
     require_number,
 )
+from fastddim.hoisting import DEFAULT_HOIST_LIMIT
 from fastddim.loop import GRAPH_MODES
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -66,6 +67,11 @@ class SamplerOptions:
             (`Sampler.warmup` captures at once). Where a model cannot be captured, it is called step by step, with a warning
             that says why; what is not noticed of a model that changes is in `capture_checks.ModelState`.
         compile: a mode of `torch.compile` for the model, True for its default.
+        hoist: compute what the model makes of timesteps and conditions alone once for a run, before its steps: embeddings of
+            the timestep, keys and values of a text. The model is traced by `torch.export` at the first call of its kind,
+            which takes seconds; one that cannot be traced is called as it is, with a warning. What comes of sums over more
+            rows than in a step differs in the last bits.
+        hoist_limit: bytes that this may take in a run; what would take more stays in the steps.
         channels_last: hand the model channels-last inputs; its weights are converted in place.
         guidance_interval: fractions of the steps from and to which guidance is on (arXiv:2404.07724); at the others the
             model is called with the conditional half alone.
@@ -100,6 +106,8 @@ class SamplerOptions:
     backend: str = "auto"
     graph: str = "auto"
     compile: bool | str = False
+    hoist: bool = False
+    hoist_limit: int = DEFAULT_HOIST_LIMIT
     channels_last: bool = False
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     batched_guidance: bool = True
@@ -123,6 +131,7 @@ class SamplerOptions:
         check_backend(self.backend)
         require_choice("graph", self.graph, GRAPH_MODES)
         self._check_compile()
+        require_int("hoist_limit", self.hoist_limit, 0)
         interval = _convert("guidance_interval", tuple, self.guidance_interval, "two fractions of the steps")
         if len(interval) != 2:
             raise ValueError(f"guidance_interval: {interval!r}; pass two fractions of the steps")

@@ -174,7 +174,7 @@ def _method_tolerance(inputs: LoopInputs, expected: Sequence[Any]) -> float:
 
 
 def _method_loop(inputs: LoopInputs) -> Any:
-    from fastddim.loop import call_model
+    from fastddim.model_call import call_model
 
     assert inputs.method is not None
     start = inputs.start
@@ -190,7 +190,7 @@ def _method_loop(inputs: LoopInputs) -> Any:
 def _numpy_model(model: Any, kwargs: dict[str, Any], device: Any, dtype: Any = None) -> Callable[[Any, int], Any]:
     import torch
 
-    from fastddim.loop import call_model
+    from fastddim.model_call import call_model
 
     def call(x: Any, t: int) -> Any:
         state = torch.from_numpy(x).to(device, dtype)

@@ -38,7 +38,7 @@ def _sampler_work(inputs: LoopInputs, **options: Any) -> Work:
     import torch
 
     import fastddim
-    from fastddim.loop import call_model
+    from fastddim.model_call import call_model
 
     problem, start, kwargs = inputs.problem, inputs.start, inputs.kwargs
     scheduler: Any = fastddim.DDIMConfig(**problem.config)
@@ -105,7 +105,7 @@ def _diffusers_work(
     import diffusers
     import torch
 
-    from fastddim.loop import call_model
+    from fastddim.model_call import call_model
 
     problem, start, kwargs = inputs.problem, inputs.start, inputs.kwargs
     scheduler = diffusers.DDIMScheduler(**problem.config)
@@ -168,7 +168,7 @@ def _captured_model(inputs: LoopInputs) -> Callable[..., Any]:
     import torch
 
     from fastddim.bench.gpu import capture
-    from fastddim.loop import call_model
+    from fastddim.model_call import call_model
 
     x = inputs.start.clone()
     t = torch.zeros(len(x), dtype=torch.int64, device=x.device)

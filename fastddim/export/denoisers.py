@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastddim.loop import Model, prediction_of
+from fastddim.model_call import Model, prediction_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What CLIP's text encoders take.

@@ -13,6 +13,7 @@ from fastddim.coefficients import StepCoefficients, StepTable
 from fastddim.config import DDIMConfig, Limit, require_choice, require_guidance_method, require_int
 from fastddim.export.denoisers import DTYPES, Denoiser, describe
 from fastddim.export.schedule_module import ScheduleModule, TablesModule, bake
+from fastddim.hoisting import DEFAULT_HOIST_LIMIT
 from fastddim.samplers import Steps
 from fastddim.samplers.sampling import Sampling, read_scheduler
 from fastddim.schedule import Schedule
@@ -20,10 +21,6 @@ from fastddim.step import require_epsilon_term
 
 KINDS = ("loop", "step")
 DEFAULT_STEPS = 50
-
-
-class ExportError(ValueError):
-    """A model that cannot be exported; the message names the module or operator."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +42,9 @@ class ExportOptions:
             them.
         dtype: the weights' dtype, `"float32"`, `"float16"` or `"bfloat16"`; the state is float32.
         dynamic_size: heights and widths may differ from call to call, for models that take them.
+        hoist: compute what depends on timesteps and conditions alone once for a run, before its steps. By default where the
+            file has the loop.
+        hoist_limit: bytes that this may take in a run of one sample; what would take more is computed in each step.
 
     Raises:
         ValueError: options that exclude each other.
@@ -68,6 +68,8 @@ class ExportOptions:
     use_clipped_model_output: bool | None = None
     dtype: str = "float32"
     dynamic_size: bool = False
+    hoist: bool | None = None
+    hoist_limit: int = DEFAULT_HOIST_LIMIT
 
     def __post_init__(self) -> None:
         require_choice("kind", self.kind, KINDS)
@@ -94,8 +96,16 @@ class ExportOptions:
             raise ValueError(
                 "seeded: True with dynamic_size, but the size of what is drawn is fixed; pass one of the two"
             )
+        require_int("hoist_limit", self.hoist_limit, 0)
+        if self.hoist and self.kind == "step":
+            raise ValueError("hoist: True with kind 'step', which has no loop; pass kind='loop'")
         if self.eta and not self.stochastic:
             raise ValueError(f"eta: {self.eta!r} adds noise; pass stochastic=True, which makes noise an input")
+
+    @property
+    def hoisted(self) -> bool:
+        """Whether what a loop would compute again and again leaves it."""
+        return self.kind == "loop" if self.hoist is None else self.hoist
 
     def of_the_method(self) -> dict[str, Any]:
         """The method's options by name."""

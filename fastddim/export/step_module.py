@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -15,8 +16,10 @@ import torch
 
 from fastddim.config import DynamicThreshold, Limit
 from fastddim.export.sampler_plan import SamplerPlan
+from fastddim.hoisting import HoistedModel, split_model
 from fastddim.reference import combine_guidance, find_direction, spread_columns, step_with_row
 from fastddim.step import Guidance, StepOptions
+from fastddim.tracing import ExportError
 
 # The names of what `StepModule` returns.
 STEP_OUTPUTS = ("next_sample", "pred_original_sample")
@@ -26,7 +29,11 @@ _BISECTIONS_TO_ONE_ULP = 24
 
 
 class StepModule(torch.nn.Module):
-    """One DDIM step with its model call.
+    """One step with its model call.
+
+    Args:
+        plan: what is exported.
+        hoisted: the model in two parts, of which the step has the second one.
 
     The inputs of `forward`, in order, those in brackets where the plan's options ask for them:
         sample: `[B, ...]` float32, the state.
@@ -36,19 +43,28 @@ class StepModule(torch.nn.Module):
         [noise]: `[B, ...]` float32.
         [guidance_scale], [guidance_rescale]: `[B]` float32.
         conditions: by name, `[B, ...]`; with guidance also `uncond_<name>`.
+    With a hoisted model, timestep and conditions are there where its second part reads them, and in addition, of
+    `BeforeLoop`'s results those that are: step_values `[B, T]`, both_values `[copies, B, F]`, kept_0, kept_1, ...
     Returns `(next_sample, pred_original_sample)`, `[B, ...]` float32.
     """
 
-    def __init__(self, plan: SamplerPlan) -> None:
+    def __init__(self, plan: SamplerPlan, hoisted: HoistedModel | None = None) -> None:
         super().__init__()
         self._plan = plan
-        self.model = plan.denoiser.model
+        # What has the weights that the step reads.
+        self.model = plan.denoiser.model if hoisted is None else hoisted.rest
+        self._hoisted = hoisted
         size = None if plan.options.dynamic_size else math.prod(plan.denoiser.sample_shape)
         self._quantile = functools.partial(quantile_in_graph, rank=find_rank(plan.limit, size))
-        self._model_dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        self._model_dtype = model_dtype(plan.denoiser.model)
 
     def example_inputs(self) -> dict[str, torch.Tensor]:
         """Tensors of two samples to trace with, in the order of the inputs."""
+        values = self.whole_example_inputs()
+        return values if self._hoisted is None else self._replace_hoisted(self._hoisted, values)
+
+    def whole_example_inputs(self) -> dict[str, torch.Tensor]:
+        """Those of a model that is not hoisted."""
         generator = torch.Generator().manual_seed(0)
         state = (2, *self._plan.denoiser.sample_shape)
         options = self._plan.options
@@ -71,6 +87,35 @@ class StepModule(torch.nn.Module):
                 null = condition.example[:2].clone()
                 values[f"uncond_{name}"] = null if condition.null is None else null.fill_(condition.null)
         return values
+
+    def _replace_hoisted(self, hoisted: HoistedModel, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The examples with what is hoisted in place of what only that reads."""
+        before = BeforeLoop(self._plan, hoisted)
+        made = dict(zip(before.outputs, before({**values, "timesteps": values["timestep"]}), strict=True))
+        reads = dict(zip(self._plan.denoiser.conditions, hoisted.reads_conditions, strict=True))
+        unread = {name for name, is_read in reads.items() if not is_read}
+        unread |= {f"uncond_{name}" for name in unread}
+        if not hoisted.reads_timestep:
+            unread.add("timestep")
+        kept = {name: value for name, value in values.items() if name not in unread}
+        return {**kept, **{name: value[0] if name == "both_values" else value for name, value in made.items()}}
+
+    @property
+    def second(self) -> tuple[str, ...]:
+        """The inputs whose second dimension is the batch, `[copies, B, ...]`."""
+        if self._hoisted is None:
+            return ()
+        both = ("both_values",) if self._hoisted.both_width else ()
+        return (*both, *(name for name, by_rows in _kept_names(self._hoisted).items() if by_rows))
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """The inputs that have no batch."""
+        return (
+            ()
+            if self._hoisted is None
+            else tuple(n for n, by_rows in _kept_names(self._hoisted).items() if not by_rows)
+        )
 
     def forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         return self.update(self._predict(inputs["sample"], inputs), inputs)
@@ -102,12 +147,114 @@ class StepModule(torch.nn.Module):
         )  # fmt: skip
 
     def _predict(self, x: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        t = inputs["timestep"]
-        conditions = {name: inputs[name] for name in self._plan.denoiser.conditions}
-        if self._plan.options.guided:
-            x, t = torch.cat([x, x]), torch.cat([t, t])
-            conditions = {name: torch.cat([inputs[f"uncond_{name}"], value]) for name, value in conditions.items()}
-        return self._plan.denoiser.call(x.to(self._model_dtype), t, conditions)
+        double = self._plan.options.guided
+
+        def rows(value: torch.Tensor | None) -> torch.Tensor | None:
+            return torch.cat([value, value]) if double and value is not None else value
+
+        model_input = rows(x)
+        assert model_input is not None
+        model_input = model_input.to(self._model_dtype)
+        t = rows(inputs.get("timestep"))
+        conditions = model_conditions(self._plan, inputs)
+        if self._hoisted is None:
+            assert t is not None
+            return self._plan.denoiser.call(model_input, t, conditions)
+        values = [rows(inputs["step_values"])] if "step_values" in inputs else []
+        # Of both halves already.
+        values += [inputs[name].flatten(0, 1) for name in self.second]
+        values += [inputs[name] for name in self.whole]
+        output: torch.Tensor = self._hoisted.predict(
+            model_input, t, [conditions.get(name) for name in self._plan.denoiser.conditions], values
+        )
+        return output
+
+
+class BeforeLoop(torch.nn.Module):
+    """What a hoisted model computes before a loop.
+
+    The inputs of `forward`: timesteps `[N]`, or `[N, B]` with steps of each sample's own, and `StepModule`'s conditions.
+    Returns, of these what there is (`outputs`): step_values `[N, T]` or `[N, B, T]`, both_values `[N, copies, B, F]`, kept_0,
+    kept_1, ... `[copies, B, ...]`, with two copies, the unconditional one first, where there is guidance.
+    """
+
+    def __init__(self, plan: SamplerPlan, hoisted: HoistedModel) -> None:
+        super().__init__()
+        self._plan = plan
+        self.model = hoisted.before
+        self._hoisted = hoisted
+        rows = (("step_values", hoisted.steps_width), ("both_values", hoisted.both_width))
+        self.outputs = (*(name for name, width in rows if width), *_kept_names(hoisted))
+
+    def example_inputs(self) -> dict[str, torch.Tensor]:
+        """Tensors of two samples and three steps to trace with."""
+        values = StepModule(self._plan).example_inputs()
+        t = values["timestep"][:1].repeat(3)
+        names = [name for name in values if name.removeprefix("uncond_") in self._plan.denoiser.conditions]
+        timesteps = t[:, None].repeat(1, 2) if self._plan.options.per_sample_steps else t
+        return {"timesteps": timesteps, **{name: values[name] for name in names}}
+
+    def forward(self, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        copies = 2 if self._plan.options.guided else 1
+        t = inputs["timesteps"]
+        conditions = model_conditions(self._plan, inputs)
+        before = self._hoisted.prepare(t.flatten(), list(conditions.values()))
+        values = []
+        if before.steps is not None:
+            values.append(before.steps.view(*t.shape, -1))
+        if before.both is not None:
+            values.append(before.both.view(before.both.shape[0], copies, -1, before.both.shape[2]))
+        for by_rows, value in zip(self._hoisted.by_rows, before.kept, strict=True):
+            values.append(value.view(copies, -1, *value.shape[1:]) if by_rows else value)
+        return tuple(values)
+
+
+def hoist(plan: SamplerPlan, device: str = "cpu") -> HoistedModel | None:
+    """The plan's model in two parts; None where it is not asked for, or nothing can leave the loop.
+
+    A model that cannot be traced alone stays whole, with a warning. To be called while the model is `prepared`.
+    """
+    denoiser, options = plan.denoiser, plan.options
+    if not options.hoisted:
+        return None
+    names = list(denoiser.conditions)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((2, *denoiser.sample_shape), generator=generator).to(device, model_dtype(denoiser.model))
+    try:
+        return split_model(
+            lambda x, t, conditions: denoiser.call(x, t, dict(zip(names, conditions, strict=True))),
+            [denoiser.model],
+            x,
+            torch.tensor([3, 1], dtype=plan.timestep_dtype, device=device),
+            [condition.example[:2].to(device) for condition in denoiser.conditions.values()],
+            batched=[True] * len(names),
+            kind=type(denoiser.model).__name__,
+            resized=options.dynamic_size,
+            pairs=not options.per_sample_steps,
+            steps=len(plan.table),
+            limit=options.hoist_limit,
+        )
+    except ExportError as error:
+        warnings.warn(f"hoist: {error}; every step computes all of it", RuntimeWarning, stacklevel=4)
+        return None
+
+
+def model_dtype(model: torch.nn.Module) -> torch.dtype:
+    """The dtype of a model's input: that of its weights."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def model_conditions(plan: SamplerPlan, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The model's conditions among a step's inputs, with guidance the unconditional rows first."""
+    names = [name for name in plan.denoiser.conditions if name in inputs]
+    if not plan.options.guided:
+        return {name: inputs[name] for name in names}
+    return {name: torch.cat([inputs[f"uncond_{name}"], inputs[name]]) for name in names}
+
+
+def _kept_names(hoisted: HoistedModel) -> dict[str, bool]:
+    """The names of a hoisted model's kept values, and whether each has a row for each of the model's input."""
+    return {f"kept_{index}": by_rows for index, by_rows in enumerate(hoisted.by_rows)}
 
 
 def find_rank(limit: Limit, elements: int | None) -> float | None:

@@ -20,11 +20,11 @@ from fastddim.export.bundle import Bundle, check_destination, write_bundle
 from fastddim.export.denoisers import DTYPES, prepared
 from fastddim.export.machine import compute_capability, cpu_features
 from fastddim.export.manifest import NOTE_FILE, build_manifest, name_meanings, note
-from fastddim.export.sampler_plan import ExportError, ExportOptions, SamplerPlan, plan_sampler
-from fastddim.export.step_module import STEP_OUTPUTS
-from fastddim.export.tracing import quiet, told, trace
+from fastddim.export.sampler_plan import ExportOptions, SamplerPlan, plan_sampler
+from fastddim.export.step_module import STEP_OUTPUTS, BeforeLoop, hoist
 from fastddim.export.validate import PARITY_STEPS, measure_parity
 from fastddim.schedule import Schedule
+from fastddim.tracing import ExportError, quiet, told, trace
 
 MODEL_FILE = "model.pt2"
 DEVICES = ("cpu", "cuda")
@@ -141,9 +141,11 @@ def _require_compiler() -> None:
 def _trace(plan: SamplerPlan, device: str) -> tuple[ExportedProgram, dict[str, list[str | int]]]:
     """The graph, and each input's and output's dimensions, names where they may differ."""
     module: FusedStepModule | LoopModule
-    module = step = FusedStepModule(plan)
+    hoisted = hoist(plan, device)
+    module = step = FusedStepModule(plan, hoisted)
     if plan.options.kind == "loop":
-        module = LoopModule(step, plan.baked_schedule() if plan.options.bake_schedule else None)
+        schedule = plan.baked_schedule() if plan.options.bake_schedule else None
+        module = LoopModule(step, schedule, None if hoisted is None else BeforeLoop(plan, hoisted))
     examples = module.example_inputs()
     # A number of steps sizes tensors on the host.
     examples = {name: value if name == "num_inference_steps" else value.to(device) for name, value in examples.items()}

@@ -9,7 +9,7 @@ from torch._higher_order_ops.while_loop import while_loop
 
 from fastddim.coefficients import NUM_COLUMNS
 from fastddim.export.schedule_module import ScheduleModule, TablesModule
-from fastddim.export.step_module import StepModule
+from fastddim.export.step_module import BeforeLoop, StepModule
 
 _EXAMPLE_STEPS = 3
 
@@ -41,6 +41,7 @@ class LoopModule(torch.nn.Module):
     Args:
         step: one of them; it takes one row of coefficients for the whole batch too.
         schedule: with it, the loop takes a number of steps and derives the table.
+        before: with it, what the step's hoisted model takes is computed before the first of them.
 
     The inputs of `forward`, in order, those in brackets where the step has them:
         sample: `[B, ...]` float32, the starting state.
@@ -51,15 +52,21 @@ class LoopModule(torch.nn.Module):
     Returns `(samples,)`, `[B, ...]` float32.
     """
 
-    def __init__(self, step: StepModule, schedule: ScheduleModule | TablesModule | None = None) -> None:
+    def __init__(
+        self,
+        step: StepModule,
+        schedule: ScheduleModule | TablesModule | None = None,
+        before: BeforeLoop | None = None,
+    ) -> None:
         super().__init__()
         self.step = step
         self.schedule = schedule
+        self.before = before
 
     def example_inputs(self) -> dict[str, torch.Tensor]:
         """Tensors of two samples and three steps to trace with."""
         values = {}
-        for name, value in self.step.example_inputs().items():
+        for name, value in self.step.whole_example_inputs().items():
             if name == "timestep" and self.schedule is None:
                 values["timesteps"] = torch.arange(_EXAMPLE_STEPS, dtype=value.dtype).flip(0)
             elif name == "timestep":
@@ -83,6 +90,13 @@ class LoopModule(torch.nn.Module):
             steps = self.schedule.nearest(fixed.pop("num_inference_steps"))
             timesteps, coefficients = (rows.to(sample.device) for rows in self.schedule(steps))
 
+        hoisted = {}
+        if self.before is not None:
+            values = self.before({**fixed, "timesteps": timesteps})
+            hoisted = dict(zip(self.before.outputs, values, strict=True))
+        rows = {name: hoisted.pop(name) for name in ("step_values", "both_values") if name in hoisted}
+        fixed |= hoisted
+
         # The condition's counter is on the CPU, so that no step waits for the device.
         def go_on(count: torch.Tensor, row: torch.Tensor, x: torch.Tensor, *previous: torch.Tensor) -> torch.Tensor:
             return count < steps
@@ -95,6 +109,10 @@ class LoopModule(torch.nn.Module):
                 "timestep": timesteps.index_select(0, row).expand(x.shape[0]),
                 "coefficients": coefficients.index_select(0, row),
             }
+            if "step_values" in rows:
+                given["step_values"] = rows["step_values"].index_select(0, row).expand(x.shape[0], -1)
+            if "both_values" in rows:
+                given["both_values"] = rows["both_values"].index_select(0, row).squeeze(0)
             if noise is not None:
                 given["noise"] = noise.index_select(0, row).squeeze(0)
             if previous:

@@ -16,7 +16,7 @@ from fastddim.export.bundle import Bundle, BundleError
 from fastddim.export.bundle_sampler import BundleSampler
 from fastddim.export.machine import compute_capability, cpu_features
 from fastddim.export.torch_arrays import TorchArrays, as_tensor
-from fastddim.export.tracing import quiet
+from fastddim.tracing import quiet
 
 
 class AotiSampler(BundleSampler):

@@ -18,9 +18,9 @@ from fastddim.export.bundle import check_destination, write_bundle
 from fastddim.export.cubin.bundle import FORMAT, KernelBundle
 from fastddim.export.cubin.options import TRITON_DTYPES, KernelOptions
 from fastddim.export.manifest import limit_text
-from fastddim.export.sampler_plan import ExportError
 from fastddim.kernels.aot import ALIGNMENT, compile_call, make_source
 from fastddim.kernels.plan import ARGUMENT_OF, KernelCall, make_plan
+from fastddim.tracing import ExportError
 
 # Compute capabilities, times ten, of the cubins.
 TARGETS = (80, 90, 100, 120)

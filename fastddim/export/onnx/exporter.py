@@ -18,14 +18,15 @@ from fastddim.config import DDIMConfig, Limit
 from fastddim.export.bundle import Bundle, check_destination, write_bundle
 from fastddim.export.denoisers import DTYPES, prepared
 from fastddim.export.manifest import NOTE_FILE, build_manifest, name_meanings, note
-from fastddim.export.onnx.graph import as_loop, fed_by, name_dims, sized_noise, strip, symbolic_dims
+from fastddim.export.onnx.graph import LOOP_ROWS, as_loop, fed_by, name_dims, sized_noise, strip, symbolic_dims
 from fastddim.export.onnx.noise_module import NoiseModule
-from fastddim.export.sampler_plan import ExportError, ExportOptions, SamplerPlan, plan_sampler
-from fastddim.export.step_module import STEP_OUTPUTS, StepModule
-from fastddim.export.tracing import quiet, told, trace
+from fastddim.export.sampler_plan import ExportOptions, SamplerPlan, plan_sampler
+from fastddim.export.step_module import STEP_OUTPUTS, BeforeLoop, StepModule, hoist
 from fastddim.export.validate import PARITY_STEPS, measure_parity
+from fastddim.hoisting import HoistedModel
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP
 from fastddim.schedule import Schedule
+from fastddim.tracing import ExportError, quiet, told, trace
 
 MODEL_FILE = "model.onnx"
 # 21 and later have slower or refused operators in today's runtimes; 20 has all that the models need, but no bfloat16
@@ -90,12 +91,15 @@ def write_sampler(
     """Write the sampler's graph to a bundle's folder and compare it with torch; returns the manifest, without `files`."""
     denoiser, options = plan.denoiser, plan.options
     with prepared(denoiser.model, DTYPES[options.dtype]):
-        graph = _step_graph(plan, folder / MODEL_FILE)
+        hoisted = hoist(plan)
+        graph = _step_graph(plan, hoisted, folder / MODEL_FILE)
         opset = graph.opset_import[0].version
         if options.seeded and options.stochastic:
             graph = fed_by(graph, _noise_graph(denoiser.sample_shape, "noise", opset), "noise_")
         if options.kind == "loop":
             graph = as_loop(graph, options.per_sample_steps)
+        if hoisted is not None:
+            graph = _with_values(graph, plan, hoisted, folder / MODEL_FILE)
         if options.bake_schedule:
             graph = fed_by(graph, _schedule_graph(plan, opset), "schedule_")
         if options.seeded:
@@ -110,15 +114,54 @@ def write_sampler(
     return manifest
 
 
-def _step_graph(plan: SamplerPlan, path: Path) -> onnx.ModelProto:
-    module = StepModule(plan)
+def _step_graph(plan: SamplerPlan, hoisted: HoistedModel | None, path: Path) -> onnx.ModelProto:
+    module = StepModule(plan, hoisted)
     kind = type(plan.denoiser.model).__name__
-    resized = ("sample", "noise", "previous_x0") if plan.options.dynamic_size else ()
-    graph = to_graph(module, module.example_inputs(), STEP_OUTPUTS, kind, path, resized=resized)
     states = ("sample", "noise", "previous_x0", *STEP_OUTPUTS)
-    dims = symbolic_dims(graph.graph).items()
-    name_dims(graph.graph, {name: plan.state_dims if name in states else ["batch", *own[1:]] for name, own in dims})
+    dynamic: dict[str, Sequence[int]] = dict.fromkeys(states[:3], (0, 2, 3)) if plan.options.dynamic_size else {}
+    dynamic |= dict.fromkeys(module.second, (1,)) | dict.fromkeys(module.whole, ())
+    other_bytes = 0 if hoisted is None else _weight_bytes(hoisted.before)
+    graph = to_graph(
+        module, module.example_inputs(), STEP_OUTPUTS, kind, path, dynamic=dynamic, other_bytes=other_bytes
+    )
+    dims = {}
+    for name, own in symbolic_dims(graph.graph).items():
+        dims[name] = plan.state_dims if name in states else ["batch" if isinstance(dim, str) else dim for dim in own]
+    name_dims(graph.graph, dims)
     return graph
+
+
+def _with_values(graph: onnx.ModelProto, plan: SamplerPlan, hoisted: HoistedModel, path: Path) -> onnx.ModelProto:
+    """A loop whose hoisted values are computed before it, from `timesteps` and the conditions."""
+    module = BeforeLoop(plan, hoisted)
+    examples = module.example_inputs()
+    own_steps = plan.options.per_sample_steps
+    kind = type(plan.denoiser.model).__name__
+    before = to_graph(
+        module,
+        examples,
+        module.outputs,
+        kind,
+        path.with_name("before.onnx"),
+        dynamic={"timesteps": (0, 1)[: 1 + own_steps]},
+        other_bytes=_weight_bytes(hoisted.rest),
+    )
+    taken = symbolic_dims(graph.graph)
+    dims: dict[str, Sequence[str | int]] = {name: ["batch", *value.shape[1:]] for name, value in examples.items()}
+    dims["timesteps"] = ["steps", *(["batch"] if own_steps else [])]
+    name_dims(before.graph, dims | {name: taken[name] for name in module.outputs})
+    fed = fed_by(graph, before, "before_")
+    # As those of a loop that computes all of it.
+    order = [name for name in StepModule(plan).example_inputs() if name not in LOOP_ROWS]
+    order += [*LOOP_ROWS.values(), "going"]
+    inputs = sorted(fed.graph.input, key=lambda value: order.index(value.name))
+    del fed.graph.input[:]
+    fed.graph.input.extend(inputs)
+    return fed
+
+
+def _weight_bytes(module: torch.nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def to_graph(
@@ -128,41 +171,45 @@ def to_graph(
     kind: str,
     path: Path,
     *,
-    resized: Sequence[str] = (),
+    dynamic: Mapping[str, Sequence[int]] | None = None,
+    other_bytes: int = 0,
 ) -> onnx.ModelProto:
     """Trace a module whose `forward` takes a dictionary of tensors.
 
     Args:
         module: in evaluation mode; it returns a tuple.
-        examples: `[2, ...]` for each input; the batch is dynamic.
+        examples: `[2, ...]` for each input.
         outputs: names of what it returns.
         kind: the model's name for errors.
         path: the file to be; weights that it cannot hold are written beside it now.
-        resized: inputs whose last two of four dimensions are dynamic too.
+        dynamic: the dimensions that may differ, of inputs where it is not the first alone.
+        other_bytes: weights that the file will have beside the module's own.
 
     Raises:
         ExportError: code that cannot be exported, or that fixes a dynamic dimension.
     """
     names = list(examples)
-    dynamic = {name: (0, 2, 3) if name in resized else (0,) for name in names}
+    dynamic = {**dict.fromkeys(names, (0,)), **(dynamic or {})}
     program = trace(module, examples, dynamic, kind)
     half = any(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
     try:
         exported = _to_onnx(program, names, outputs, _BFLOAT16_OPSET if half else _OPSET)
     except Exception as error:
         raise ExportError(f"model: {kind} cannot be exported: {told(error)}") from error
-    graph = _to_proto(exported, path)
+    graph = _to_proto(exported, path, other_bytes)
     _require_symbolic(graph.graph, dynamic)
     return strip(graph)
 
 
-def _to_proto(model: onnx_ir.Model, path: Path) -> onnx.ModelProto:
+def _to_proto(model: onnx_ir.Model, path: Path, other_bytes: int) -> onnx.ModelProto:
     weights = [value.const_value for value in model.graph.initializers.values()]
-    if sum(weight.nbytes for weight in weights if weight is not None) < _LARGEST_FILE:
+    if other_bytes + sum(weight.nbytes for weight in weights if weight is not None) < _LARGEST_FILE:
         return onnx_ir.to_proto(model)
     onnx_ir.save(model, path, external_data=f"{path.name}.data")
     # What follows moves nodes; the weights stay where they are.
-    return onnx.load(path, load_external_data=False)
+    graph = onnx.load(path, load_external_data=False)
+    path.unlink()
+    return graph
 
 
 def _to_onnx(program: ExportedProgram, inputs: Iterable[str], outputs: Iterable[str], opset: int) -> onnx_ir.Model:

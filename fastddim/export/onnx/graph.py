@@ -13,7 +13,10 @@ import onnx
 from onnx import TensorProto, compose, helper, numpy_helper
 
 # What the loop takes one row of for each step.
-_ROWS = {"timestep": "timesteps", "coefficients": "coefficients", "noise": "noise"}
+LOOP_ROWS = {
+    "timestep": "timesteps", "coefficients": "coefficients", "noise": "noise", "step_values": "step_values",
+    "both_values": "both_values",
+}  # fmt: skip
 
 
 def strip(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -54,46 +57,53 @@ def symbolic_dims(graph: onnx.GraphProto) -> dict[str, list[str | int]]:
 
 
 def as_loop(step: onnx.ModelProto, per_sample: bool = False) -> onnx.ModelProto:
-    """A `Loop` of steps: trip count `len(timesteps)`, a row of the table for each iteration.
+    """A `Loop` of steps: trip count `len(coefficients)`, a row of the table for each iteration.
 
     Args:
-        step: with inputs `sample`, `timestep` `[B]`, `coefficients` `[B, columns]`, maybe `previous_x0`, maybe `noise`,
-            maybe `step_index` `[]`, and others `[B, ...]`, which stay what they are for all steps; the first output is the
-            next sample, the second x0.
+        step: with inputs `sample`, maybe `timestep` `[B]`, `coefficients` `[B, columns]`, maybe `previous_x0`, maybe
+            `noise`, maybe `step_values` `[B, T]`, maybe `both_values` `[copies, B, F]`, maybe `step_index` `[]`, and
+            others, which stay what they are for all steps, their first symbolic dimension the batch; the first output is
+            the next sample, the second x0.
         per_sample: the table has rows for each sample, and says how long each goes on.
 
     Returns:
-        Inputs `sample`, `timesteps` `[steps]`, `coefficients` `[steps, columns]`, maybe `noise` `[steps, B, ...]`, the others;
+        Inputs `sample`, the others, and those of the rows for each step, `timesteps` `[steps]`, `coefficients`
+        `[steps, columns]`, `noise` `[steps, B, ...]`, `step_values` `[steps, T]`, `both_values` `[steps, copies, B, F]`;
         output `samples`. `per_sample`: `timesteps` `[steps, B]`, `coefficients` `[steps, B, columns]`, and `going` bool
         `[steps, B]`, at least one in each row; the other samples take no part in the step.
     """
     graph = step.graph
     given = {value.name: value for value in graph.input}
-    rows = {name: outer for name, outer in _ROWS.items() if name in given}
+    rows = {name: outer for name, outer in LOOP_ROWS.items() if name in given}
     # What each step hands on to the next one: an input, its name in the body, and the output that becomes it.
     carried = {"sample": "state", **({"previous_x0": "previous_state"} if "previous_x0" in given else {})}
     results = [output.name for output in graph.output][: len(carried)]
     others = [name for name in given if name not in rows and name not in carried and name != "step_index"]
     renamed = {**carried, "step_index": "iteration", **{name: f"step_{name}" for name in rows}}
-    shared = {} if per_sample else {"timestep": "batch_shape", "coefficients": "coefficients_shape"}
+    # Rows that all samples share, and the shape of a batch of them.
+    shared = {} if per_sample else {"timestep": "batch_shape"}
+    if not per_sample:
+        shared |= {name: f"{name}_shape" for name in ("coefficients", "step_values") if name in given}
     before = []
     for name, outer in rows.items():
         row = renamed[name] if name not in shared and not per_sample else f"{name}_row"
         before.append(helper.make_node("Gather", [outer, "iteration"], [row], name=f"gather_{name}", axis=0))
         if name in shared:
             before.append(helper.make_node("Expand", [row, shared[name]], [renamed[name]], name=f"expand_{name}"))
-    sample = given["sample"].type
+    sample, own_dims = given["sample"].type, symbolic_dims(graph)
     after = [helper.make_node("Identity", ["go_on"], ["go_on_out"], name="go_on_again")]
     if per_sample:
-        renamed |= {name: f"active_{name}" for name in (*carried, *others)}
-        whole = {state: renamed[name] for name, state in carried.items()} | {name: renamed[name] for name in others}
+        axes = {name: _find_symbolic(own_dims[name]) for name in others}
+        chosen = [name for name, axis in axes.items() if axis is not None]
+        renamed |= {name: f"active_{name}" for name in (*carried, *chosen)}
+        whole = {state: renamed[name] for name, state in carried.items()} | {name: renamed[name] for name in chosen}
         whole |= {f"{name}_row": renamed[name] for name in rows}
         before += [
             helper.make_node("Gather", ["going", "iteration"], ["going_row"], name="gather_going", axis=0),
             helper.make_node("NonZero", ["going_row"], ["going_columns"], name="find_active"),
             helper.make_node("Squeeze", ["going_columns", "zero"], ["active"], name="list_active"),
             *(
-                helper.make_node("Gather", [name, "active"], [part], name=f"select_{part}", axis=0)
+                helper.make_node("Gather", [name, "active"], [part], name=f"select_{part}", axis=axes.get(name, 0))
                 for name, part in whole.items()
             ),
         ]
@@ -127,21 +137,21 @@ def as_loop(step: onnx.ModelProto, per_sample: bool = False) -> onnx.ModelProto:
     )
     inputs = [given[name] for name in ("sample", *others)]
     for name, outer in rows.items():
-        dims = ["steps", *symbolic_dims(graph)[name][name in shared :]]
+        dims = ["steps", *own_dims[name][name in shared :]]
         inputs.append(helper.make_tensor_value_info(outer, given[name].type.tensor_type.elem_type, dims))
     constants = {"true": np.array(True), "zero": np.array([0])}
     outside = [
-        helper.make_node("Shape", ["timesteps"], ["steps_shape"], name="count_steps", start=0, end=1),
+        helper.make_node("Shape", ["coefficients"], ["steps_shape"], name="count_steps", start=0, end=1),
         helper.make_node("Squeeze", ["steps_shape", "zero"], ["steps_count"], name="steps_count"),
     ]
     if per_sample:
         inputs.append(helper.make_tensor_value_info("going", TensorProto.BOOL, ["steps", "batch"]))
     else:
-        constants["columns"] = np.array(symbolic_dims(graph)["coefficients"][-1:])
-        outside += [
-            helper.make_node("Shape", ["sample"], ["batch_shape"], name="count_samples", start=0, end=1),
-            helper.make_node("Concat", ["batch_shape", "columns"], ["coefficients_shape"], name="shape_rows", axis=0),
-        ]
+        outside.append(helper.make_node("Shape", ["sample"], ["batch_shape"], name="count_samples", start=0, end=1))
+        for name in shared.keys() - {"timestep"}:
+            constants[f"{name}_width"] = np.array(own_dims[name][-1:])
+            parts = ["batch_shape", f"{name}_width"]
+            outside.append(helper.make_node("Concat", parts, [shared[name]], name=f"shape_{name}", axis=0))
     starts, finals = ["sample"], ["samples"]
     if "previous_x0" in carried:
         # The first step does not read it; zeros are of the state's shape.
@@ -160,6 +170,11 @@ def as_loop(step: onnx.ModelProto, per_sample: bool = False) -> onnx.ModelProto:
         initializer=[numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
     return helper.make_model(outer_graph, opset_imports=list(step.opset_import), ir_version=step.ir_version)
+
+
+def _find_symbolic(dims: Sequence[str | int]) -> int | None:
+    """The first symbolic dimension: the batch."""
+    return next((index for index, dim in enumerate(dims) if isinstance(dim, str)), None)
 
 
 def fed_by(model: onnx.ModelProto, producer: onnx.ModelProto, prefix: str) -> onnx.ModelProto:

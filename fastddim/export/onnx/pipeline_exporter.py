@@ -303,7 +303,8 @@ def _write_component(
     with prepared(component.model, component.dtype):
         examples = {key: value[:2] for key, value in component.batches[-1].items()}
         kind = type(component.model).__name__
-        graph = to_graph(component.module, examples, component.outputs, kind, path, resized=component.resized)
+        dynamic = dict.fromkeys(component.resized, (0, 2, 3))
+        graph = to_graph(component.module, examples, component.outputs, kind, path, dynamic=dynamic)
         name_dims(graph.graph, _named_dims(symbolic_dims(graph.graph)))
         save(graph, path)
         parity = _measure(path, name, component, tolerance)

@@ -22,10 +22,10 @@ from fastddim.export.bundle import (
     write_bundle,
 )
 from fastddim.export.manifest import NOTE_FILE, note
-from fastddim.export.sampler_plan import ExportError
 from fastddim.export.tensorrt.library import PLUGIN_FLAG, Library, current_platform, first_error, load_library
 from fastddim.export.tensorrt.options import Range, TensorRTOptions
 from fastddim.files import check_writable, write_whole
+from fastddim.tracing import ExportError
 
 if TYPE_CHECKING:
     import onnx

@@ -14,9 +14,9 @@ from onnx import TensorProto, helper
 
 from fastddim.export.bundle import Bundle, read_limit
 from fastddim.export.onnx.graph import find_model_output, with_fused_step
-from fastddim.export.sampler_plan import ExportError
 from fastddim.export.tensorrt.library import PLUGIN_FLAG, Library
 from fastddim.export.tensorrt.options import Range
+from fastddim.tracing import ExportError
 
 if TYPE_CHECKING:
     from fastddim.kernels.plugin import PluginKernel, PluginStep

@@ -1,4 +1,4 @@
-"""A module as a graph: what the exporters ask of `torch.export`."""
+"""A module as a graph: what the exporters and `hoisting` ask of `torch.export`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 from torch.export import Dim, ExportedProgram
 
-from fastddim.export.sampler_plan import ExportError
+
+class ExportError(ValueError):
+    """A model that cannot be exported; the message names the module or operator."""
 
 
 def trace(
