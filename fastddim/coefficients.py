@@ -130,7 +130,10 @@ def noise_factors(
 
 
 def _check_eta(eta: float | Sequence[float], num_steps: int, variance_type: str) -> FloatArray:
-    values = np.asarray(eta, dtype=np.float64)
+    try:
+        values = np.asarray(eta, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"eta: {eta!r}; pass numbers in [0, 1] (0 is DDIM, 1 is DDPM)") from None
     if values.ndim > 1 or (values.ndim == 1 and len(values) != num_steps):
         raise ValueError(f"eta: shape {values.shape}; pass one number, or one for each of the {num_steps} steps")
     if not np.all((values >= 0) & (values <= 1)):
