@@ -356,7 +356,7 @@ class StepTable:
         from_output, from_x0 = self.columns[:, 3] != 0, self.columns[:, 4] != 0
         rest = (self.columns[:, [2, *range(5, self.columns.shape[1])]] != 0).any(axis=1)
         # A first state without signal is epsilon itself.
-        rest[0] &= self.columns[0, 0] != 0
+        rest[0] &= self.noising is None or self.noising[0] != 0
         return bool((from_x0 | ~from_output).all() and (from_output.any() or not rest.any()))
 
     def swap_outputs(self) -> StepTable:
