@@ -517,6 +517,14 @@ def test_edms_last_level_is_the_least_however_few_the_steps(method):
         np.testing.assert_allclose(table.columns, expected.columns, rtol=1e-9, atol=1e-9)
 
 
+def test_each_number_of_trailing_steps_gives_as_many():
+    """diffusers' list has a timestep -1 too many for some, of which 61 is one."""
+    schedule = Schedule(DDIMConfig(**SD, timestep_spacing="trailing"))
+    for n in range(1, 101):
+        table = dpm_solver(schedule, n)
+        assert len(table) == n and min(table.timesteps) >= 0
+
+
 def test_a_step_between_two_levels_without_signal_is_none():
     table = dpm_solver(FlowSchedule(), Steps(sigmas=[1.0, 1.0, 0.5]))
     np.testing.assert_array_equal(table.columns[0, 2:], [1, 0, 0, 0, 0])

@@ -140,15 +140,17 @@ def _beta_levels(
 def _timesteps(spacing: str, offset: int, n_train: int, end: int, steps: Steps) -> npt.NDArray[np.int64]:
     """`[n]` descending, below `end`."""
     n = steps.count
-    # Of the others there are no more either, or some would be repeated.
-    require_int("num_inference_steps", n, 1, max(1, end - 1) if spacing == "leading" else end)
+    # Of more steps some would be repeated.
+    most = {"leading": max(1, end - 1), "linspace": end}.get(spacing, n_train)
+    require_int("num_inference_steps", n, 1, most)
     timesteps: npt.NDArray[Any]
     if spacing == "linspace":
         timesteps = np.linspace(0, end - 1, n + 1).round()[:0:-1]
     elif spacing == "leading":
         timesteps = np.arange(n, 0, -1) * (end // (n + 1)) + offset
     elif spacing == "trailing":
-        timesteps = np.arange(end, 0, -n_train / n).round() - 1
+        # diffusers' list has one more, -1, for some numbers of steps.
+        timesteps = np.arange(end, 0, -n_train / n).round()[:n] - 1
     else:
         raise ValueError(f"timestep_spacing: {spacing!r} for method 'dpmsolver++'; pass leading, trailing or linspace")
     return timesteps.astype(np.int64)

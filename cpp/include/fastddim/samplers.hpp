@@ -223,7 +223,14 @@ struct Sampling {
     std::int64_t most_steps() const noexcept {
         if (const auto* lcm = std::get_if<LCM>(&method)) return lcm->original_inference_steps;
         if (const auto* tcd = std::get_if<TCD>(&method)) return tcd->original_inference_steps;
-        if (const auto* betas = std::get_if<Schedule>(&schedule)) return betas->config().num_train_timesteps;
+        if (const auto* betas = std::get_if<Schedule>(&schedule)) {
+            const DDIMConfig& config = betas->config();
+            const std::int64_t trained = config.num_train_timesteps;
+            // Its first step lies one stride below the end of training.
+            const bool below = std::holds_alternative<DPMSolver>(method) &&
+                               config.timestep_spacing == TimestepSpacing::leading;
+            return below ? std::max<std::int64_t>(1, trained - 1) : trained;
+        }
         // EDM's models know no number of training timesteps.
         const auto* flow = std::get_if<FlowSchedule>(&schedule);
         return flow == nullptr ? 1000 : flow->num_train_timesteps;
@@ -475,8 +482,10 @@ inline StepTable DPMSolver::operator()(const Schedule& schedule, const Steps& st
 /// Descending, below `end`.
 inline std::vector<double> DPMSolver::timesteps(const DDIMConfig& config, std::int64_t end, std::int64_t n) {
     FASTDDIM_EXACT
-    // Of the others there are no more either, or some would be repeated.
-    const std::int64_t most = config.timestep_spacing == TimestepSpacing::leading ? std::max<std::int64_t>(1, end - 1) : end;
+    // Of more steps some would be repeated.
+    std::int64_t most = config.num_train_timesteps;
+    if (config.timestep_spacing == TimestepSpacing::linspace) most = end;
+    if (config.timestep_spacing == TimestepSpacing::leading) most = std::max<std::int64_t>(1, end - 1);
     detail::require_int("num_inference_steps", n, 1, most);
     std::vector<double> spaced;
     if (config.timestep_spacing == TimestepSpacing::linspace) {
@@ -490,6 +499,8 @@ inline std::vector<double> DPMSolver::timesteps(const DDIMConfig& config, std::i
     } else if (config.timestep_spacing == TimestepSpacing::trailing) {
         const double step = -static_cast<double>(config.num_train_timesteps) / static_cast<double>(n);
         spaced = detail::descending_to_zero(static_cast<double>(end), step);
+        // diffusers' list has one more, -1, for some numbers of steps.
+        if (spaced.size() > static_cast<std::size_t>(n)) spaced.resize(static_cast<std::size_t>(n));
         for (double& t : spaced) t = std::nearbyint(t) - 1.0;
     } else {
         throw std::invalid_argument(
