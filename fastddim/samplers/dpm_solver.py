@@ -149,8 +149,9 @@ def _timesteps(spacing: str, offset: int, n_train: int, end: int, steps: Steps) 
     elif spacing == "leading":
         timesteps = np.arange(n, 0, -1) * (end // (n + 1)) + offset
     elif spacing == "trailing":
+        timesteps = np.arange(end, 0, -n_train / n).round() - 1
         # diffusers' list has one more, -1, for some numbers of steps.
-        timesteps = np.arange(end, 0, -n_train / n).round()[:n] - 1
+        timesteps = timesteps[timesteps >= 0]
     else:
         raise ValueError(f"timestep_spacing: {spacing!r} for method 'dpmsolver++'; pass leading, trailing or linspace")
     return timesteps.astype(np.int64)

@@ -499,9 +499,9 @@ inline std::vector<double> DPMSolver::timesteps(const DDIMConfig& config, std::i
     } else if (config.timestep_spacing == TimestepSpacing::trailing) {
         const double step = -static_cast<double>(config.num_train_timesteps) / static_cast<double>(n);
         spaced = detail::descending_to_zero(static_cast<double>(end), step);
-        // diffusers' list has one more, -1, for some numbers of steps.
-        if (spaced.size() > static_cast<std::size_t>(n)) spaced.resize(static_cast<std::size_t>(n));
         for (double& t : spaced) t = std::nearbyint(t) - 1.0;
+        // diffusers' list has one more, -1, for some numbers of steps.
+        while (spaced.back() < 0) spaced.pop_back();
     } else {
         throw std::invalid_argument(
             "timestep_spacing: 'quadratic' for method 'dpmsolver++'; pass leading, trailing or linspace");
