@@ -28,6 +28,7 @@ from fastddim.model_call import Model, call_model
 from fastddim.sampler_options import SamplerOptions
 from fastddim.samplers import METHODS, Steps
 from fastddim.samplers.sampling import read_scheduler
+from fastddim.schedule import Schedule
 from fastddim.scheduler import DDIMScheduler, DDIMSchedulerOutput
 from fastddim.step import Guidance
 
@@ -286,6 +287,8 @@ class _Call:
         self._acceleration: _Acceleration = pipe._acceleration
         self._denoiser: Any = getattr(pipe, kind.denoiser)
         self._timesteps: list[float] = []
+        # Those before them that an image-to-image pipeline leaves out.
+        self._skipped: list[float] = []
         self._progress: _Progress | None = None
         self._inner = _view(pipe, pipeline)
         self._slices_timesteps = hasattr(pipeline, "get_timesteps")
@@ -332,7 +335,8 @@ class _Call:
 
     def _get_timesteps(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, int]:
         timesteps, num_inference_steps = self._pipeline.get_timesteps(self._inner, *args, **kwargs)
-        self._timesteps = self._timesteps[len(self._timesteps) - len(timesteps) :]
+        first = len(self._timesteps) - len(timesteps)
+        self._skipped, self._timesteps = self._timesteps[:first], self._timesteps[first:]
         return timesteps[:1], num_inference_steps
 
     def _progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> _Progress:
@@ -365,7 +369,7 @@ class _Call:
         guidance = self._kind.guidance(self._inner, self._arguments)
         twice = guidance is not None and len(model_input) == len(sample)
         start = sample[: len(sample) // 2] if twice else sample
-        table, draws = _table_of(scheduler, self._timesteps, options)
+        table, draws = _table_of(scheduler, self._skipped, self._timesteps, options)
         # The loop's states are those that the model is called with.
         scales = getattr(scheduler, "scale_model_input", None)
         scale = 1.0 if scales is None else float(scales(torch.ones((), device="cpu"), timestep))
@@ -411,8 +415,12 @@ class _Call:
                 self._progress.advance()
 
 
-def _table_of(scheduler: Any, timesteps: list[float], options: Mapping[str, Any]) -> tuple[StepTable, list[bool]]:
-    """The table of a scheduler's steps at `timesteps`, and at which of them it draws noise; `options` are a step's."""
+def _table_of(
+    scheduler: Any, skipped: list[float], timesteps: list[float], options: Mapping[str, Any]
+) -> tuple[StepTable, list[bool]]:
+    """The table of a scheduler's steps at `timesteps`, after the `skipped` ones of its run, and at which of them it draws
+    noise; `options` are a step's.
+    """
     if isinstance(scheduler, diffusers.DDIMScheduler):
         eta, rederive = options.get("eta", 0.0), bool(options.get("use_clipped_model_output"))
         columns = _view(scheduler, DDIMScheduler)._columns(torch.tensor(timesteps, device="cpu"), eta, rederive)
@@ -422,7 +430,13 @@ def _table_of(scheduler: Any, timesteps: list[float], options: Mapping[str, Any]
     sampling = read_scheduler(scheduler)
     # The numbers that the scheduler steps through, whatever rule or list they are of.
     sigmas = getattr(scheduler, "sigmas", None)
-    steps = Steps(timesteps=timesteps, sigmas=None if sigmas is None else sigmas[-len(timesteps) - 1 :].tolist())
+    n = len(skipped) + len(timesteps)
+    steps = Steps(
+        timesteps=[*skipped, *timesteps],
+        sigmas=None if sigmas is None else sigmas[-n - 1 :].tolist(),
+        # Half a step more, so that rounding takes none away.
+        strength=min(1.0, (len(timesteps) + 0.5) / n),
+    )
     table = sampling.build(steps, **({"gamma": options["eta"]} if sampling.method == "tcd" else {}))
     draws = (table.columns[:, 5] != 0).tolist()
     if sampling.method == "euler_ancestral" or sampling.options.get("algorithm_type") == "sde-dpmsolver++":
@@ -490,9 +504,15 @@ def _unknown_scheduler(scheduler: Any) -> str | None:
     if kind.__name__ not in own or getattr(diffusers, kind.__name__, None) is not kind:
         return f"a {kind.__name__}, none of {', '.join(['DDIMScheduler', *own])}"
     try:
-        read_scheduler(scheduler)
+        schedule = read_scheduler(scheduler).schedule
     except ValueError as error:
         return f"a {kind.__name__} with {error}"
+    # Those that have sigmas step through these.
+    own_alphas = None if hasattr(scheduler, "sigmas") else getattr(scheduler, "alphas_cumprod", None)
+    if own_alphas is not None and isinstance(schedule, Schedule):
+        expected = torch.from_numpy(schedule.alphas_cumprod.copy())
+        if own_alphas.shape != expected.shape or not torch.allclose(own_alphas.double().cpu(), expected, 1e-3, 1e-6):
+            return f"a {kind.__name__} with alphas_cumprod that its configuration does not give"
     return None
 
 

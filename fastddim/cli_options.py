@@ -98,7 +98,7 @@ def parse_guidance_method(text: str) -> dict[str, Any]:
 
 
 def _parse_named(option: str, text: str) -> tuple[str, dict[str, Any]]:
-    """A name and what follows it as `K=V`; a V that is no JSON is a text."""
+    """A name and what follows it as `K=V`; a V that is neither JSON nor True or False is a text."""
     name, *pairs = text.split(",")
     options: dict[str, Any] = {}
     for pair in pairs:
@@ -106,7 +106,7 @@ def _parse_named(option: str, text: str) -> tuple[str, dict[str, Any]]:
         if not given or not key:
             raise ValueError(f"{option}: {pair!r} in {text!r}; pass NAME,K=V")
         try:
-            options[key] = json.loads(value)
+            options[key] = json.loads(value.lower() if value in ("True", "False") else value)
         except ValueError:
             options[key] = value
     return name, options

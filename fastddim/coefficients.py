@@ -130,7 +130,10 @@ def noise_factors(
 
 
 def _check_eta(eta: float | Sequence[float], num_steps: int, variance_type: str) -> FloatArray:
-    values = np.asarray(eta, dtype=np.float64)
+    try:
+        values = np.asarray(eta, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"eta: {eta!r}; pass numbers in [0, 1] (0 is DDIM, 1 is DDPM)") from None
     if values.ndim > 1 or (values.ndim == 1 and len(values) != num_steps):
         raise ValueError(f"eta: shape {values.shape}; pass one number, or one for each of the {num_steps} steps")
     if not np.all((values >= 0) & (values <= 1)):
@@ -353,7 +356,7 @@ class StepTable:
         from_output, from_x0 = self.columns[:, 3] != 0, self.columns[:, 4] != 0
         rest = (self.columns[:, [2, *range(5, self.columns.shape[1])]] != 0).any(axis=1)
         # A first state without signal is epsilon itself.
-        rest[0] &= self.columns[0, 0] != 0
+        rest[0] &= self.noising is None or self.noising[0] != 0
         return bool((from_x0 | ~from_output).all() and (from_output.any() or not rest.any()))
 
     def swap_outputs(self) -> StepTable:

@@ -243,6 +243,9 @@ class FlowSchedule:
         if self.use_dynamic_shifting != (mu is not None):
             fix = "pass one, such as schedule.mu(image_seq_len)" if mu is None else "leave it out, or pass shift"
             raise ValueError(f"mu: {mu!r} with use_dynamic_shifting {self.use_dynamic_shifting}; {fix}")
+        if mu is not None:
+            # exp(mu) is finite, and a shift above 0.
+            require_number("mu", mu, *((-700.0, 700.0) if self.time_shift_type == "exponential" else (1e-300, 1e300)))
         if sigmas is not None:
             levels = np.asarray(sigmas, dtype=np.float64)
         else:

@@ -26,8 +26,10 @@ class Guidance:
     CFG++ (arXiv:2406.08070) takes x0 from the guided output and the direction, epsilon, from the unconditional one, so the
     table needs an epsilon term: `StepTable.has_epsilon_term`. Adaptive projected guidance (arXiv:2410.02416, algorithm 1,
     without its momentum) takes `cond + (scale - 1) * (diff - (1 - apg_eta) * parallel)`: `diff` is `cond - uncond`, for each
-    sample shortened to a norm of at most `apg_norm_threshold`, and `parallel` its projection on cond. It is applied to the
-    model's outputs, whatever they predict, and a NaN or an infinity in a sample's halves leaves nothing finite of its output.
+    sample shortened to a norm of at most `apg_norm_threshold`, and `parallel` its projection on cond. So a scale of 1 gives
+    cond, as in the paper; diffusers' `AdaptiveProjectedGuidance` by default adds `scale` times that sum to uncond. It is
+    applied to the model's outputs, whatever they predict, and a NaN or an infinity in a sample's halves leaves nothing finite
+    of its output.
 
     Attributes:
         scale: the factor in `uncond + scale * (cond - uncond)`, a number or a floating-point tensor `[B]`; the paper's lambda,

@@ -859,6 +859,82 @@ def test_other_schedulers_are_sampled_as_themselves(name, other, steps, caplog):
     check_same(pipe, {**call, "num_inference_steps": steps}, caplog, rtol=3e-5, seeds=(0, 1))
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"solver_type": "heun"}, {"lower_order_final": False}, {"euler_at_final": True}]
+)
+def test_the_last_step_of_a_changed_image_is_of_the_schedulers_order(options, caplog):
+    """Which it counts the whole run for, not the part of it that the strength leaves."""
+    pipe, call = make("sd_img2img")
+    options = {**LATENT, **options, "final_sigmas_type": "sigma_min"}
+    pipe.scheduler = exact(diffusers.DPMSolverMultistepScheduler.from_config(options))
+    check_same(pipe, {**call, "num_inference_steps": 20, "strength": 0.5}, caplog, graphs=("off",), rtol=3e-6)
+
+
+def make_with(name, other):
+    """A pipeline with one of `OTHERS`; what of it `from_pretrained` asks for is in its components that are None."""
+    if name in ("sd3", "flux"):
+        pipe, call = {"sd3": make_sd3, "flux": make_flux}[name]()
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **other)
+        pipe.set_progress_bar_config(disable=True)
+    else:
+        pipe, call = make(name)
+        kind, options = OTHERS[other]
+        pipe.scheduler = kind.from_config({**LATENT, **options})
+    return pipe, {**call, "num_inference_steps": 4}
+
+
+LIVES = [
+    *(("sd" if k % 2 else "sdxl", other) for k, other in enumerate(OTHERS)),
+    *((name, {option: True}) for name in ("sd3", "flux") for option in ("stochastic_sampling", "use_karras_sigmas")),
+]
+
+
+@pytest.mark.parametrize(("name", "other"), LIVES)
+def test_a_pipeline_with_another_scheduler_lives_as_its_own(name, other, tmp_path, caplog):
+    """Copied, given another scheduler and back, its configuration changed, saved and loaded: each time as diffusers has it."""
+
+    def check(pipe):
+        results = []
+        for one in (unaccelerate(copy.copy(pipe)), pipe, pipe):
+            # Of `stochastic_sampling`, which takes no generator.
+            torch.manual_seed(0)
+            results.append(run(one, call)[0])
+        for result in results[1:]:
+            assert (result - results[0]).abs().max() <= 3e-5 * results[0].abs().max()
+        return results[0]
+
+    pipe, call = make_with(name, other)
+    first = check(accelerate(pipe, graph="step"))
+    assert torch.equal(check(copy.deepcopy(pipe)), first)
+    scheduler = pipe.scheduler
+    if isinstance(other, str):
+        kind = diffusers.EulerAncestralDiscreteScheduler
+        changes = {"prediction_type": "epsilon" if "v" in other.split() else "v_prediction"}
+    else:
+        kind, changes = type(scheduler), {**dict.fromkeys(other, False), "use_exponential_sigmas": True}
+    pipe.scheduler = kind.from_config(scheduler.config, **changes)
+    assert not torch.equal(check(pipe), first)
+    pipe.scheduler = scheduler
+    assert torch.equal(check(pipe), first)
+    pipe.save_pretrained(tmp_path)
+    nothing = {key: value for key, value in pipe.components.items() if value is None}
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path, torch_dtype=torch.float64, **nothing)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(check(accelerate(loaded, graph="step")), first)
+    scheduler.register_to_config(**changes)
+    assert not torch.equal(check(pipe), first)
+    assert not log_lines(caplog)
+
+
+def test_alphas_that_no_configuration_gives_keep_the_pipelines_loop(caplog):
+    pipe, call = make("sd")
+    pipe.scheduler = diffusers.LCMScheduler.from_config(LATENT)
+    accelerate(pipe)
+    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod**1.1
+    assert torch.equal(run(pipe, call)[0], run(unaccelerate(copy.copy(pipe)), call)[0])
+    assert "alphas_cumprod that its configuration does not give" in log_lines(caplog)[0]
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
 def test_gamma_is_what_the_pipeline_calls_eta(gamma, caplog):
     pipe, call = make("sd")

@@ -187,6 +187,9 @@ def test_guidance_methods(run: Run, folders: dict[str, str], given: list[Any], o
             ["--guidance-method", "cfg,apg_eta=0.5"],
             "apg_eta: 0.5 with --guidance-method 'cfg'; pass --guidance-method 'apg', or leave it out",
         ),
+        (["--method", "dpmsolver++,lower_order_final=no"], "lower_order_final: 'no'; pass True or False"),
+        # Its value is taken.
+        (["--method", "dpmsolver++,lower_order_final=False,solver_order=3"], "solver_order: 3; pass 1 or 2"),
         (
             ["--guidance-method", "cfg++", "--method", "lcm"],
             "--guidance-method: 'cfg++' with --method 'lcm', whose",

@@ -38,10 +38,12 @@ from fastddim.export.bundle import FORMAT, write_bundle
 from fastddim.export.onnx import exporter
 from fastddim.export.onnx.graph import symbolic_dims
 from fastddim.export.sampler_plan import plan_sampler
-from fastddim.export.schedule_module import ScheduleModule
+from fastddim.export.schedule_module import ScheduleModule, TablesModule
 from fastddim.models.policy import ActionUNet1d
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP, normal
 from fastddim.reference import apply_limit
+from fastddim.samplers import Steps
+from fastddim.samplers.sampling import Sampling
 from fastddim.schedule import EDMSchedule, FlowSchedule, Schedule
 from oracle import ddim
 
@@ -316,6 +318,24 @@ def test_a_baked_schedule_is_the_schedules_own_for_every_number_of_steps(spacing
         if steps < 30 or steps % 111 == 0:
             table = fastddim.StepTable.build(schedule, pairs, eta=eta, use_clipped_model_output=True)
             np.testing.assert_allclose(coefficients, table.columns, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("trained", [61, 1000])
+def test_baked_tables_are_the_methods_own_for_every_number_of_steps(spacing, trained):
+    config = DDIMConfig(timestep_spacing=spacing, num_train_timesteps=trained, clip_sample=False)
+    sampling = Sampling(Schedule(config), "dpmsolver++")
+    module = TablesModule(sampling)
+    assert sampling.most_baked == min(trained - (spacing == "leading"), 100)
+    for steps in range(1, sampling.most_baked + 1):
+        timesteps, coefficients = module(torch.tensor(steps))
+        table = sampling.build(Steps(steps))
+        assert timesteps.tolist() == list(table.timesteps) and len(table) == steps
+        np.testing.assert_allclose(coefficients, table.columns, rtol=1e-6, atol=1e-7)
+    few = Sampling(Schedule(config), "dpmsolver++", {"lambda_min_clipped": 0.5})
+    if spacing == "trailing":
+        with pytest.raises(ValueError, match=r"^bake_schedule: .* leave out lambda_min_clipped"):
+            TablesModule(few)
 
 
 def test_a_baked_schedule_goes_through_states_without_signal():

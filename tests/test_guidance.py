@@ -305,10 +305,33 @@ def test_methods_with_an_epsilon_term_are_taken(name, options):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_a_start_without_signal_and_a_single_step_are_taken(steps):
-    config = DDIMConfig(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
-    assert Sampler(torch.zeros_like, config, steps, guidance_scale=0.6, guidance_method="cfg++").table.has_epsilon_term
-    assert Sampler(torch.zeros_like, DDIMConfig(), steps, guidance_scale=0.6, guidance_method="cfg++")
+@pytest.mark.parametrize(
+    ("prediction_type", "zero_snr"),
+    [("epsilon", False), ("sample", False), ("sample", True), ("v_prediction", False), ("v_prediction", True),
+     ("flow", True)],
+)  # fmt: skip
+def test_epsilon_of_the_output_is_told_from_a_rederived_one(steps, prediction_type, zero_snr):
+    """Refused alone where the two differ: a single step has no epsilon, and a start without signal is epsilon itself."""
+    scheduler = FlowSchedule()
+    if prediction_type != "flow":
+        scheduler = DDIMConfig(
+            rescale_betas_zero_snr=zero_snr, prediction_type=prediction_type, timestep_spacing="trailing"
+        )
+    sampler = Sampler(torch.zeros_like, scheduler, steps, guidance_scale=0.6, guidance_method="cfg++")
+    options = {"method_options": {"use_clipped_model_output": True}}
+    if steps == 1 or (steps == 2 and zero_snr):
+        rederived = sampler.replace(**options)
+        x, output = draw(2, 5), draw(2, 5)
+        for one in (sampler, rederived):
+            for row in one.table.rows:
+                # Whatever stands for the unconditional output has no part.
+                assert row.next_from_output == 0
+        for step in range(steps):
+            expected = reference_step(output, x, sampler.table, step)[0]
+            torch.testing.assert_close(reference_step(output, x, rederived.table, step)[0], expected)
+    else:
+        with pytest.raises(ValueError, match=r"^guidance_method: 'cfg\+\+' with method"):
+            sampler.replace(**options)
 
 
 def test_epsilon_is_not_derived_from_a_limited_x0_by_default():

@@ -422,7 +422,62 @@ def test_eulers_method_is_inverted(kind):
             {"method_options": {"mu": 0.5}},
             "mu: 0.5 with use_dynamic_shifting False; leave it out, or pass shift",
         ),
+        ("flow", {"sigmas": [5.0, 0.5]}, "sigmas: 5 with a FlowSchedule; pass numbers above 0 and up to 1"),
+        ("flow", {"timesteps": [2000, 10]}, "timesteps: 2000 with a FlowSchedule; pass numbers above 0 and up to 1000"),
+        ("flow", {"timesteps": [10, 0]}, "timesteps: 0 with a FlowSchedule"),
+        *(
+            ("flow", {"method": method, "method_options": {name: value}}, f"{name}: {value!r} with a FlowSchedule")
+            for method, name, value in (
+                ("euler", "final_sigmas_type", "sigma_min"),
+                ("euler", "sigma_max", 10.0),
+                ("euler", "timestep_type", "continuous"),
+                ("dpmsolver++", "lambda_min_clipped", -3.0),
+            )
+        ),
         ("edm", {"timesteps": [3, 2]}, "timesteps: given to an EDMSchedule"),
+        ("edm", {"method_options": {"mu": 0.5}}, "mu: 0.5 with a EDMSchedule, which has none; leave it out"),
+        ("edm", {"method_options": {"sigma_min": 0.1}}, "sigma_min: 0.1 with a EDMSchedule"),
+        ("edm", {"method_options": {"final_sigmas_type": "none"}}, "final_sigmas_type: 'none' is not one of"),
+        ("edm", {"method": "consistency", "sigmas": [2.0, 1.0]}, "sigmas: 1 at the end, .*; pass 0"),
+        ("ddpm", {"method": "euler", "method_options": {"mu": 0.5}}, "mu: 0.5 with a Schedule"),
+        *(
+            (kind, {"method": "dpmsolver++", "sigmas": sigmas}, said)
+            for kind in ("ddpm", "edm")
+            for sigmas, said in (
+                ([5.0, -1.0], "sigmas: entry 1 is -1.0; pass numbers above 0"),
+                ([1.0, 0.0, 0.0], "sigmas: entry 1 is 0.0; pass numbers above 0, and 0 at the end alone"),
+                ([math.inf, 1.0], "sigmas: entry 0 is inf; pass finite numbers"),
+                ([5.0, "1"], "sigmas: entry 1 is '1'; pass finite numbers"),
+                ([[5.0, 0.0]], r"sigmas: entry 0 is \[5.0, 0.0\]; pass finite"),
+                ([5.0], "sigmas: 1 for 0 timesteps; pass one more"),
+            )
+        ),
+        ("ddpm", {"method": "euler", "timesteps": [2000, 10]}, r"timesteps: 2000; pass numbers in \[0, 999\]"),
+        ("ddpm", {"method": "dpmsolver++", "timesteps": [10, -0.5]}, r"timesteps: -0.5; pass numbers in \[0, 999\]"),
+        ("ddpm", {"method": "dpmsolver++", "timesteps": [math.nan]}, "timesteps: entry 0 is nan; pass finite"),
+        (
+            "ddpm",
+            {"method": "dpmsolver++", "num_inference_steps": 1000},
+            r"num_inference_steps: 1000; .* in \[1, 999\]",
+        ),
+        *(
+            ("ddpm", {"method": method, "method_options": {**options, name: value}}, f"{name}.*: .*; pass")
+            for method, name, value, options in (
+                ("dpmsolver++", "lambda_min_clipped", 20.0, {}),
+                ("dpmsolver++", "lambda_min_clipped", math.nan, {}),
+                ("dpmsolver++", "lower_order_final", "no", {}),
+                ("lcm", "timestep_scaling", 0, {}),
+                ("ddim", "eta", "much", {}),
+            )
+        ),
+        *(
+            (
+                "ddpm",
+                {"method": "euler", "spacing": "karras", "method_options": {"sigma_min": low}},
+                f"sigma_min.*{said}",
+            )
+            for low, said in ((0.0, "0.0; pass a number"), (100.0, "100, .*; pass sigma_min <= sigma_max"))
+        ),
         ("ddpm", {"method": "euler", "method_options": 3}, "method_options: 3; pass a mapping"),
         ("ddpm", {"sigmas": [1.0, 0.5]}, "sigmas: .* for method 'ddim'"),
         *(
@@ -440,6 +495,40 @@ def test_what_a_method_cannot_take_is_named(schedule, options, said):
     steps = {} if {"timesteps", "sigmas"} & options.keys() else {"num_inference_steps": 5}
     with pytest.raises(ValueError, match=said):
         Sampler(Network(), SCHEDULES[schedule], sample_shape=SHAPE, **{**steps, **options})
+
+
+@pytest.mark.parametrize(
+    ("kind", "mu"), [("exponential", 800.0), ("exponential", math.nan), ("linear", 0.0), ("linear", "3")]
+)
+def test_a_shift_that_is_none_is_named(kind, mu):
+    schedule = FlowSchedule(use_dynamic_shifting=True, time_shift_type=kind)
+    with pytest.raises(ValueError, match=f"mu: {mu!r}; pass a number in"):
+        euler(schedule, 5, mu=mu)
+
+
+@pytest.mark.parametrize("method", ["euler", "euler_ancestral", "dpmsolver++"])
+def test_edms_last_level_is_the_least_however_few_the_steps(method):
+    """One step goes all the way: with an x0 of 0, the state shrinks as the noise does."""
+    for n in (1, 3):
+        table = METHODS[method].build(SCHEDULES["edm"], Steps(n), final_sigmas_type="sigma_min")
+        expected = METHODS[method].build(
+            SCHEDULES["edm"], Steps(sigmas=[*(math.exp(4 * t) for t in table.timesteps), 0.002])
+        )
+        np.testing.assert_allclose(table.columns, expected.columns, rtol=1e-9, atol=1e-9)
+
+
+def test_each_number_of_trailing_steps_gives_as_many():
+    """diffusers' list has a timestep -1 too many for some, of which 61 is one."""
+    schedule = Schedule(DDIMConfig(**SD, timestep_spacing="trailing"))
+    for n in range(1, 101):
+        table = dpm_solver(schedule, n)
+        assert len(table) == n and min(table.timesteps) >= 0
+
+
+def test_a_step_between_two_levels_without_signal_is_none():
+    table = dpm_solver(FlowSchedule(), Steps(sigmas=[1.0, 1.0, 0.5]))
+    np.testing.assert_array_equal(table.columns[0, 2:], [1, 0, 0, 0, 0])
+    assert np.isfinite(table.columns).all()
 
 
 def test_a_method_without_an_inverse_says_which_have_one():

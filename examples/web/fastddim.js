@@ -235,7 +235,9 @@ export class Sampler {
   /** The most steps that a baked schedule takes. */
   #mostSteps() {
     const { method, schedule } = this.manifest;
-    const trained = schedule.num_train_timesteps ?? MOST_KEPT;
+    // The first leading step of DPM-Solver++ lies one stride below the end of training.
+    const below = method.name === "dpmsolver++" && schedule.timestep_spacing === "leading" ? 1 : 0;
+    const trained = Math.max(1, (schedule.num_train_timesteps ?? MOST_KEPT + below) - below);
     if (method.name === "ddim") return trained;
     return Math.min(MOST_KEPT, method.options.original_inference_steps ?? DISTILLED[method.name] ?? trained);
   }

@@ -127,6 +127,12 @@ class TablesModule(torch.nn.Module):
         self._most = sampling.most_baked
         self._per_sample = per_sample
         tables = [sampling.build(Steps(n)) for n in range(1, self._most + 1)]
+        short = next((n for n, table in enumerate(tables, 1) if len(table) != n), None)
+        if short is not None:
+            raise ValueError(
+                f"bake_schedule: {short} steps of method {sampling.method!r} are {len(tables[short - 1])} with these options;"
+                " leave out lambda_min_clipped, or do not bake the schedule"
+            )
         self.start_scales = {table.start_scale for table in tables}
         dtype = getattr(torch, tables[0].timestep_dtype)
         self.register_buffer("timesteps", torch.tensor([t for table in tables for t in table.timesteps], dtype=dtype))

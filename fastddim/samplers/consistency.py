@@ -23,6 +23,8 @@ def consistency(schedule: EDMSchedule, steps: Steps | int) -> StepTable:
         ValueError: a value out of range.
     """
     levels = edm_levels(schedule, to_steps(steps), "zero")
+    if levels.sigma[-1] > schedule.sigma_min:
+        raise ValueError(f"sigmas: {levels.sigma[-1]:g} at the end, where this method has no noise left; pass 0")
     c_in, data = levels.signal[:-1], schedule.sigma_data
     sigma = levels.sigma[:-1] / c_in
     # Appendix C, for the state divided as the model takes it.

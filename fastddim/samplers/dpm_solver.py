@@ -8,13 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fastddim.coefficients import StepTable
-from fastddim.config import require_choice
+from fastddim.config import require_choice, require_int, require_number
 from fastddim.samplers.levels import (
     AnySchedule,
     NoiseLevels,
     TrainingSigmas,
-    edm_levels,
-    flow_levels,
+    find_levels,
     scaled_levels,
 )
 from fastddim.samplers.method import method
@@ -55,8 +54,8 @@ def dpm_solver(
         solver_order: 1, which is DDIM in the deterministic case, or 2: 2M, algorithm 2.
         algorithm_type: `"dpmsolver++"`, or `"sde-dpmsolver++"`, which draws noise at each step (appendix D).
         solver_type: how the second order integrates, `"midpoint"` or `"heun"`.
-        lower_order_final: take the last step at first order where there are fewer than 15, as the end is where a second
-            order extrapolates most. A step to a clean end is of first order always.
+        lower_order_final: take the last step at first order where there are fewer than 15, with those that a strength
+            leaves out, as the end is where a second order extrapolates most. A step to a clean end is of first order always.
         euler_at_final: take the last step at first order in any case.
         final_sigmas_type: `"zero"`, or `"sigma_min"` to stop at the least level of training.
         lambda_min_clipped: the least log(signal / sigma) that a number of steps starts from, for betas.
@@ -69,13 +68,11 @@ def dpm_solver(
     require_choice("solver_type", solver_type, SOLVER_TYPES)
     if solver_order not in (1, 2):
         raise ValueError(f"solver_order: {solver_order!r}; pass 1 or 2, as a step has room for one previous x0")
-    steps = to_steps(steps)
-    if isinstance(schedule, FlowSchedule):
-        levels = flow_levels(schedule, steps, mu)
-    elif isinstance(schedule, EDMSchedule):
-        levels = edm_levels(schedule, steps, final_sigmas_type)
-    else:
-        levels = _beta_levels(schedule, steps, final_sigmas_type, lambda_min_clipped)
+    require_number("lambda_min_clipped", lambda_min_clipped, -np.inf, np.inf)
+    levels = find_levels(
+        schedule, to_steps(steps), _beta_levels, final_sigmas_type=final_sigmas_type, mu=mu,
+        lambda_min_clipped=lambda_min_clipped,
+    )  # fmt: skip
     ratio = noise_ratio(levels)
     signal_next, sigma, sigma_next = levels.signal[1:], levels.sigma[:-1], levels.sigma[1:]
     # Of `exp(-h)`, h the step in lambda = log(signal / sigma): the SDE takes twice the step, and adds the noise of it.
@@ -89,7 +86,7 @@ def dpm_solver(
     ahead = _extrapolation(h, power, solver_type)
     if solver_order == 1:
         ahead[:] = 0
-    if sigma_next[-1] == 0 or euler_at_final or (lower_order_final and len(levels) < 15):
+    if sigma_next[-1] == 0 or euler_at_final or (lower_order_final and levels.skipped + len(levels) < 15):
         ahead[-1] = 0
     rows = x0_rows(levels, from_x, from_d * (1 + ahead), noise_scale)
     # Also where no step of a short run looks back, so that runs of all lengths are of one kind.
@@ -108,7 +105,9 @@ def _extrapolation(h: FloatArray, power: int, solver_type: str) -> FloatArray:
     return found
 
 
-def _beta_levels(schedule: Schedule, steps: Steps, final_sigmas_type: str, lambda_min_clipped: float) -> NoiseLevels:
+def _beta_levels(
+    schedule: Schedule, steps: Steps, final_sigmas_type: str, lambda_min_clipped: float = -np.inf
+) -> NoiseLevels:
     """The levels of diffusers' `DPMSolverMultistepScheduler`."""
     config, training = schedule.config, TrainingSigmas.of(schedule)
     if steps.sigmas is not None:
@@ -126,15 +125,24 @@ def _beta_levels(schedule: Schedule, steps: Steps, final_sigmas_type: str, lambd
             timesteps = np.array(steps.timesteps)
         else:
             end = int((-np.log(training.values) >= lambda_min_clipped).sum())
+            if end == 0:
+                raise ValueError(
+                    f"lambda_min_clipped: {lambda_min_clipped!r} leaves no timestep of training; pass a smaller number"
+                )
             timesteps = _timesteps(config.timestep_spacing, config.steps_offset, len(training.values), end, steps)
         sigmas = np.append(training.at(timesteps), training.last(final_sigmas_type))
     first = steps.first_of(len(timesteps))
-    return scaled_levels(timesteps[first:], sigmas[first:], config.prediction_type, start_scale=1.0, scale_end=True)
+    return scaled_levels(
+        timesteps[first:], sigmas[first:], config.prediction_type, start_scale=1.0, scale_end=True, skipped=first
+    )
 
 
 def _timesteps(spacing: str, offset: int, n_train: int, end: int, steps: Steps) -> npt.NDArray[np.int64]:
     """`[n]` descending, below `end`."""
     n = steps.count
+    # Of more steps some would be repeated.
+    most = {"leading": max(1, end - 1), "linspace": end}.get(spacing, n_train)
+    require_int("num_inference_steps", n, 1, most)
     timesteps: npt.NDArray[Any]
     if spacing == "linspace":
         timesteps = np.linspace(0, end - 1, n + 1).round()[:0:-1]
@@ -142,6 +150,8 @@ def _timesteps(spacing: str, offset: int, n_train: int, end: int, steps: Steps) 
         timesteps = np.arange(n, 0, -1) * (end // (n + 1)) + offset
     elif spacing == "trailing":
         timesteps = np.arange(end, 0, -n_train / n).round() - 1
+        # diffusers' list has one more, -1, for some numbers of steps.
+        timesteps = timesteps[timesteps >= 0]
     else:
         raise ValueError(f"timestep_spacing: {spacing!r} for method 'dpmsolver++'; pass leading, trailing or linspace")
     return timesteps.astype(np.int64)

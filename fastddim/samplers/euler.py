@@ -10,8 +10,7 @@ from fastddim.samplers.levels import (
     AnySchedule,
     NoiseLevels,
     TrainingSigmas,
-    edm_levels,
-    flow_levels,
+    find_levels,
     scaled_levels,
 )
 from fastddim.samplers.method import method
@@ -59,13 +58,10 @@ def euler(
     Raises:
         ValueError: a value out of range, or one that the schedule does not take.
     """
-    steps = to_steps(steps)
-    if isinstance(schedule, FlowSchedule):
-        levels = flow_levels(schedule, steps, mu)
-    elif isinstance(schedule, EDMSchedule):
-        levels = edm_levels(schedule, steps, final_sigmas_type)
-    else:
-        levels = discrete_levels(schedule, steps, final_sigmas_type, sigma_min, sigma_max, timestep_type)
+    levels = find_levels(
+        schedule, to_steps(steps), discrete_levels, final_sigmas_type=final_sigmas_type, mu=mu, sigma_min=sigma_min,
+        sigma_max=sigma_max, timestep_type=timestep_type,
+    )  # fmt: skip
     zero = np.zeros(len(levels))
     if stochastic_sampling:
         return make_table(levels, x0_rows(levels, zero, levels.signal[1:], levels.sigma[1:]))
@@ -97,11 +93,7 @@ def euler_ancestral(
         ValueError: a value out of range.
     """
     require_number("eta", eta, 0.0, 1.0)
-    steps = to_steps(steps)
-    if isinstance(schedule, EDMSchedule):
-        levels = edm_levels(schedule, steps, final_sigmas_type)
-    else:
-        levels = discrete_levels(schedule, steps, final_sigmas_type)
+    levels = find_levels(schedule, to_steps(steps), discrete_levels, final_sigmas_type=final_sigmas_type)
     ratio = noise_ratio(levels)
     drawn = eta * np.sqrt((1 - ratio) * (1 + ratio))
     kept = np.sqrt((1 - drawn) * (1 + drawn))
@@ -112,7 +104,7 @@ def euler_ancestral(
 def discrete_levels(
     schedule: Schedule,
     steps: Steps,
-    final_sigmas_type: str = "zero",
+    final_sigmas_type: str,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
     timestep_type: str = "discrete",
@@ -134,6 +126,10 @@ def discrete_levels(
         if steps.spacing is not None:
             lowest = float(sigmas[-1]) if sigma_min is None else sigma_min
             highest = float(sigmas[0]) if sigma_max is None else sigma_max
+            require_number("sigma_min", lowest, 1e-10, 1e10)
+            require_number("sigma_max", highest, 1e-10, 1e10)
+            if lowest > highest:
+                raise ValueError(f"sigma_min, sigma_max: {lowest:g}, {highest:g}; pass sigma_min <= sigma_max")
             sigmas = SPACINGS[steps.spacing](len(sigmas), lowest, highest)
             timesteps = training.timesteps_of(sigmas)
         sigmas = np.append(sigmas, training.last(final_sigmas_type))
@@ -143,5 +139,5 @@ def discrete_levels(
     # diffusers' `init_noise_sigma`.
     start = None if first == 0 and config.timestep_spacing in ("linspace", "trailing") else 1.0
     return scaled_levels(
-        timesteps[first:].astype(np.float64), sigmas[first:], config.prediction_type, start_scale=start
+        timesteps[first:].astype(np.float64), sigmas[first:], config.prediction_type, start_scale=start, skipped=first
     )

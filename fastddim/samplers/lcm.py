@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastddim.coefficients import StepTable
-from fastddim.config import require_int
+from fastddim.config import require_int, require_number
 from fastddim.samplers.levels import NoiseLevels, beta_levels
 from fastddim.samplers.method import method
 from fastddim.samplers.rows import make_table, x0_rows
@@ -35,6 +35,7 @@ def lcm(
     Raises:
         ValueError: more steps than those of the distillation, or another value out of range.
     """
+    require_number("timestep_scaling", timestep_scaling, 1e-6, 1e6)
     levels = distilled_levels(schedule, to_steps(steps).without_sigmas("lcm"), original_inference_steps)
     scaled = np.asarray(levels.timesteps, dtype=np.float64) * timestep_scaling
     c_skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)

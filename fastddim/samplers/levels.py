@@ -13,7 +13,8 @@ All maths is float64 on the CPU.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -43,6 +44,7 @@ class NoiseLevels:
         prediction_type: what the model predicts: one of `PREDICTION_TYPES`, `flow`, or `edm`.
         start_scale: a run starts from standard normal noise times this number.
         data_scale: the factor of `edm`, as for `coefficients.columns`.
+        skipped: how many steps before these a `strength` has left out.
 
     Raises:
         ValueError: shapes that do not fit, or levels whose noise rises.
@@ -54,6 +56,7 @@ class NoiseLevels:
     prediction_type: str = "epsilon"
     start_scale: float = 1.0
     data_scale: float = 1.0
+    skipped: int = 0
 
     def __post_init__(self) -> None:
         shape = (len(self.timesteps) + 1,)
@@ -82,8 +85,47 @@ class NoiseLevels:
     def starting_at(self, first: int) -> NoiseLevels:
         """The run from one of its steps on."""
         return dataclasses.replace(
-            self, timesteps=self.timesteps[first:], signal=self.signal[first:], sigma=self.sigma[first:]
+            self, timesteps=self.timesteps[first:], signal=self.signal[first:], sigma=self.sigma[first:], skipped=first
         )
+
+
+def find_levels(
+    schedule: AnySchedule,
+    steps: Steps,
+    of_betas: Callable[..., NoiseLevels],
+    *,
+    final_sigmas_type: str,
+    mu: float | None = None,
+    **options: Any,
+) -> NoiseLevels:
+    """The levels of a run, for a method that takes more kinds of schedule than one.
+
+    Args:
+        schedule: the model's.
+        steps: the run's.
+        of_betas: `(schedule, steps, final_sigmas_type, **options) -> NoiseLevels`, the method's own for a `Schedule`.
+        final_sigmas_type, mu: the method's, which some kinds of schedule take.
+        options: the method's for a `Schedule` alone.
+
+    Raises:
+        ValueError: a value out of range, or an option that is for another kind of schedule.
+    """
+    require_choice("final_sigmas_type", final_sigmas_type, FINAL_SIGMAS)
+    defaults = {name: inspect.signature(of_betas).parameters[name].default for name in options}
+    unused = {name: (value, defaults[name]) for name, value in options.items()}
+    if isinstance(schedule, FlowSchedule):
+        unused["final_sigmas_type"] = final_sigmas_type, "zero"
+    else:
+        unused = {"mu": (mu, None), **({} if isinstance(schedule, Schedule) else unused)}
+    for name, (value, default) in unused.items():
+        # The configuration of an EDM scheduler has its own range under the names of a spacing's.
+        if value not in (default, getattr(schedule, name, default)):
+            raise ValueError(f"{name}: {value!r} with a {type(schedule).__name__}, which has none; leave it out")
+    if isinstance(schedule, FlowSchedule):
+        return flow_levels(schedule, steps, mu)
+    if isinstance(schedule, EDMSchedule):
+        return edm_levels(schedule, steps, final_sigmas_type)
+    return of_betas(schedule, steps, final_sigmas_type, **options)
 
 
 def beta_levels(schedule: Schedule, pairs: Sequence[Pair], *, clean_end: bool = False) -> NoiseLevels:
@@ -108,13 +150,14 @@ def scaled_levels(
     data_scale: float = 1.0,
     start_scale: float | None = None,
     scale_end: bool = False,
+    skipped: int = 0,
 ) -> NoiseLevels:
     """The levels of states `x0 + sigma * noise`, divided by `sqrt(sigma**2 + data_scale**2)` but for the last.
 
     Args:
         timesteps: `[n]`.
         sigmas: `[n + 1]`, descending.
-        prediction_type, data_scale: as the attributes of `NoiseLevels`.
+        prediction_type, data_scale, skipped: as the attributes of `NoiseLevels`.
         start_scale: as the attribute; by default that of a state which starts as noise of the first sigma.
         scale_end: divide the last state too.
     """
@@ -129,6 +172,7 @@ def scaled_levels(
         prediction_type,
         start_scale=float(noise[0] / norm[0]) if start_scale is None else start_scale,
         data_scale=data_scale,
+        skipped=skipped,
     )
 
 
@@ -138,9 +182,13 @@ def flow_levels(schedule: FlowSchedule, steps: Steps, mu: float | None) -> Noise
         sigmas = np.asarray(steps.sigmas, dtype=np.float64)
         timesteps: Any = steps.timesteps
     else:
-        given = steps.sigmas
+        given = None if steps.sigmas is None else list(steps.sigmas)
         if steps.timesteps is not None:
             given = [t / schedule.num_train_timesteps for t in steps.timesteps]
+        out = [level for level in given or () if not 0 < level <= 1]
+        if out:
+            name, most = ("sigmas", 1) if steps.timesteps is None else ("timesteps", schedule.num_train_timesteps)
+            raise ValueError(f"{name}: {out[0] * most:g} with a FlowSchedule; pass numbers above 0 and up to {most}")
         shifted = schedule.sigmas(steps.num_inference_steps, sigmas=given, mu=mu)
         if steps.spacing is not None:
             shifted = SPACINGS[steps.spacing](len(shifted), shifted[-1], shifted[0])
@@ -165,14 +213,14 @@ def edm_levels(schedule: EDMSchedule, steps: Steps, final_sigmas_type: str) -> N
     else:
         spacing = schedule.sigma_schedule if steps.spacing is None else steps.spacing
         spaced = SPACINGS[spacing](steps.count, schedule.sigma_min, schedule.sigma_max)
-        sigmas = np.append(spaced, 0.0 if final_sigmas_type == "zero" else spaced[-1])
+        sigmas = np.append(spaced, 0.0 if final_sigmas_type == "zero" else schedule.sigma_min)
     data_scale = schedule.sigma_data if schedule.prediction_type == "epsilon" else -schedule.sigma_data
     first = steps.first_of(len(sigmas) - 1)
     sigmas = sigmas[first:]
     timesteps = np.log(sigmas[:-1]) / 4
     # diffusers' `init_noise_sigma`.
     start = np.hypot(schedule.sigma_max, 1.0) / np.hypot(sigmas[0], data_scale) if first == 0 else 1.0
-    return scaled_levels(timesteps, sigmas, "edm", data_scale=data_scale, start_scale=float(start))
+    return scaled_levels(timesteps, sigmas, "edm", data_scale=data_scale, start_scale=float(start), skipped=first)
 
 
 @dataclass(frozen=True)
@@ -188,7 +236,14 @@ class TrainingSigmas:
         return cls(np.sqrt((1 - alpha_bar) / alpha_bar))
 
     def at(self, timesteps: npt.NDArray[Any]) -> FloatArray:
-        """The sigmas of timesteps, linear between whole ones."""
+        """The sigmas of timesteps, linear between whole ones.
+
+        Raises:
+            ValueError: a timestep that is not between those of training.
+        """
+        out = timesteps[(timesteps < 0) | (timesteps > len(self.values) - 1)]
+        if len(out):
+            raise ValueError(f"timesteps: {out[0]:g}; pass numbers in [0, {len(self.values) - 1}]")
         found: FloatArray = np.interp(timesteps, np.arange(len(self.values)), self.values)
         return found
 

@@ -47,13 +47,15 @@ class Method:
             raise ValueError(
                 f"method: {self.name!r} with a {type(schedule).__name__}; that is sampled by {', '.join(map(repr, fits))}"
             )
-        for name in options:
+        for name, value in options.items():
             if name not in self.options:
                 others = [other for other, method in METHODS.items() if name in method.options]
                 hint = f"; it is one of {', '.join(map(repr, others))}" if others else ""
                 raise ValueError(
                     f"{name}: no option of method {self.name!r}, which takes {', '.join(self.options) or 'none'}{hint}"
                 )
+            if isinstance(self.options[name], bool) and not isinstance(value, bool):
+                raise ValueError(f"{name}: {value!r}; pass True or False")
 
 
 Build = TypeVar("Build", bound=Callable[..., StepTable])

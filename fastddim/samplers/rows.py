@@ -34,7 +34,9 @@ def x0_rows(levels: NoiseLevels, from_x: FloatArray, from_x0: FloatArray, noise_
 
 def noise_ratio(levels: NoiseLevels) -> FloatArray:
     """`[n]`: what a step leaves of sigma / signal."""
-    ratio: FloatArray = levels.sigma[1:] * levels.signal[:-1] / (levels.sigma[:-1] * levels.signal[1:])
+    left, before = levels.sigma[1:] * levels.signal[:-1], levels.sigma[:-1] * levels.signal[1:]
+    # All of it between two states without signal.
+    ratio: FloatArray = np.divide(left, before, out=np.ones_like(left), where=before != 0)
     return np.minimum(ratio, 1.0)
 
 

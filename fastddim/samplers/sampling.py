@@ -80,6 +80,9 @@ class Sampling:
         method = get_method(self.method)
         config = self.schedule.config if isinstance(self.schedule, Schedule) else self.schedule
         trained = getattr(config, "num_train_timesteps", _MOST_STEPS)
+        if self.method == "dpmsolver++" and getattr(config, "timestep_spacing", None) == "leading":
+            # Its first step lies one stride below the end of training.
+            trained = max(1, trained - 1)
         return int({**method.options, **self.options}.get("original_inference_steps", trained))
 
     @property

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from fastddim.config import require_choice, require_int, require_number
 from fastddim.samplers.spacings import SPACINGS
@@ -37,8 +40,8 @@ class Steps:
             raise ValueError("num_inference_steps, timesteps, sigmas: pass a number of steps, or a list")
         for name in ("timesteps", "sigmas"):
             given = getattr(self, name)
-            if given is not None and not len(given):
-                raise ValueError(f"{name}: empty; pass at least one")
+            if given is not None:
+                _check_numbers(name, given)
         require_number("strength", self.strength, 0.0, 1.0)
         if self.spacing is not None:
             require_choice("spacing", self.spacing, SPACINGS)
@@ -65,9 +68,21 @@ class Steps:
     def first_of(self, n: int) -> int:
         """The first of n steps that `strength` leaves (diffusers' `get_timesteps`)."""
         first = n - int(n * self.strength)
-        if first == n:
+        if first == n and n:
             raise ValueError(f"strength: {self.strength!r} of {n} steps leaves none; pass at least {1 / n:.4g}")
         return first
+
+
+def _check_numbers(name: str, given: Sequence[Any]) -> None:
+    """Refuse a list of something else than numbers, or of sigmas that no state has."""
+    if not len(given):
+        raise ValueError(f"{name}: empty; pass at least one")
+    for k, value in enumerate(given):
+        number = np.asarray(value)
+        if number.ndim or number.dtype.kind not in "iuf" or not np.isfinite(number):
+            raise ValueError(f"{name}: entry {k} is {value!r}; pass finite numbers")
+        if name == "sigmas" and (number < 0 or (number == 0 and k + 1 < len(given))):
+            raise ValueError(f"sigmas: entry {k} is {value!r}; pass numbers above 0, and 0 at the end alone")
 
 
 def to_steps(steps: Steps | int) -> Steps:

@@ -44,6 +44,16 @@ struct Steps {
             throw std::invalid_argument("num_inference_steps, timesteps, sigmas: pass a number of steps, or a list");
         if (num_inference_steps)
             detail::require_int("num_inference_steps", *num_inference_steps, 1, DDIMConfig::largest_num_train_timesteps);
+        for (std::size_t k = 0; timesteps && k < timesteps->size(); ++k)
+            if (!std::isfinite((*timesteps)[k]))
+                throw std::invalid_argument(
+                    detail::text("timesteps: entry ", k, " is ", (*timesteps)[k], "; pass finite numbers"));
+        for (std::size_t k = 0; sigmas && k < sigmas->size(); ++k) {
+            const double sigma = (*sigmas)[k];
+            if (!std::isfinite(sigma) || sigma < 0 || (sigma == 0 && k + 1 < sigmas->size()))
+                throw std::invalid_argument(detail::text("sigmas: entry ", k, " is ", sigma,
+                                                         "; pass finite numbers above 0, and 0 at the end alone"));
+        }
         detail::require_number("strength", strength, 0, 1);
         if (spacing && !num_inference_steps)
             throw std::invalid_argument("spacing: given with a list of steps; pass num_inference_steps instead");
@@ -80,6 +90,8 @@ struct NoiseLevels {
     double start_scale = 1;
     /// Of `PredictionType::edm`: sigma_data.
     double data_scale = 1;
+    /// How many steps before these a `strength` has left out.
+    std::size_t skipped = 0;
 
     std::size_t size() const noexcept { return timesteps.size(); }
 };
@@ -230,6 +242,7 @@ inline NoiseLevels from_step(std::size_t first, std::vector<double> timesteps, s
     sigmas.erase(sigmas.begin(), sigmas.begin() + skipped);
     NoiseLevels levels;
     levels.timesteps = std::move(timesteps);
+    levels.skipped = first;
     return levels;
 }
 
@@ -260,6 +273,12 @@ inline NoiseLevels flow_levels(const FlowSchedule& schedule, const Steps& steps,
     if (!steps.timesteps || !steps.sigmas) {
         if (steps.timesteps)
             for (const double t : timesteps) sigmas.push_back(t / n_train);
+        for (const double sigma : sigmas)
+            if (!(sigma > 0 && sigma <= 1))
+                throw std::invalid_argument(text(steps.timesteps ? "timesteps: " : "sigmas: ",
+                                                 steps.timesteps ? sigma * n_train : sigma,
+                                                 " with a FlowSchedule; pass numbers above 0 and up to ",
+                                                 steps.timesteps ? n_train : 1.0));
         sigmas = steps.num_inference_steps ? schedule.sigmas(*steps.num_inference_steps, mu)
                                            : schedule.sigmas(std::move(sigmas), mu);
         if (steps.spacing) sigmas = space(*steps.spacing, *steps.num_inference_steps, sigmas.back(), sigmas.front());
@@ -291,7 +310,7 @@ inline NoiseLevels edm_levels(const EDMSchedule& schedule, const Steps& steps, F
     } else {
         sigmas = space(steps.spacing.value_or(schedule.sigma_schedule), *steps.num_inference_steps, schedule.sigma_min,
                        schedule.sigma_max);
-        sigmas.push_back(final_sigmas == FinalSigmas::zero ? 0.0 : sigmas.back());
+        sigmas.push_back(final_sigmas == FinalSigmas::zero ? 0.0 : schedule.sigma_min);
     }
     for (std::size_t k = 0; k + 1 < sigmas.size(); ++k) timesteps.push_back(std::log(sigmas[k]) / 4.0);
     const std::size_t first = steps.first_of(timesteps.size());
@@ -321,10 +340,14 @@ class TrainingSigmas {
 
     const std::vector<double>& values() const noexcept { return values_; }
 
-    /// The sigmas of timesteps, linear between whole ones.
+    /// The sigmas of timesteps, linear between whole ones; throws std::invalid_argument: one outside of training's.
     std::vector<double> at(std::vector<double> timesteps) const {
         const std::vector<double> known = counted(values_.size());
-        for (double& t : timesteps) t = interpolate(t, known, values_);
+        for (double& t : timesteps) {
+            if (!(t >= 0 && t <= known.back()))
+                throw std::invalid_argument(text("timesteps: ", t, "; pass numbers in [0, ", known.back(), "]"));
+            t = interpolate(t, known, values_);
+        }
         return timesteps;
     }
 
@@ -349,7 +372,10 @@ class TrainingSigmas {
 /// What step k leaves of sigma / signal.
 inline double noise_ratio(const NoiseLevels& levels, std::size_t k) {
     FASTDDIM_EXACT
-    const double ratio = levels.sigma[k + 1] * levels.signal[k] / (levels.sigma[k] * levels.signal[k + 1]);
+    const double before = levels.sigma[k] * levels.signal[k + 1];
+    // All of it between two states without signal.
+    if (before == 0) return 1.0;
+    const double ratio = levels.sigma[k + 1] * levels.signal[k] / before;
     // NaN stays what it is.
     return ratio > 1.0 ? 1.0 : ratio;
 }
@@ -379,6 +405,14 @@ inline StepTable begin_table(const NoiseLevels& levels) {
     table.float_timesteps = levels.float_timesteps;
     table.start_scale = levels.start_scale;
     table.noising = {levels.signal.front(), levels.sigma.front()};
+    return table;
+}
+
+/// The table of a run, its row k made by `row(k)`.
+template <typename Row>
+StepTable make_table(const NoiseLevels& levels, Row row) {
+    StepTable table = begin_table(levels);
+    for (std::size_t k = 0; k < levels.size(); ++k) table.rows.push_back(row(k));
     return table;
 }
 

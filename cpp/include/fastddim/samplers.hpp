@@ -29,6 +29,16 @@ enum class TimestepType { discrete, continuous };
 enum class AlgorithmType { dpmsolver, sde_dpmsolver };
 enum class SolverType { midpoint, heun };
 
+namespace detail {
+
+/// Throws std::invalid_argument: an option for another kind of schedule is given.
+inline void require_unused(bool given, const char* name, const char* schedule) {
+    if (given)
+        throw std::invalid_argument(text(name, ": given with a ", schedule, ", which has none; leave it out"));
+}
+
+}  // namespace detail
+
 /// DDIM (arXiv:2010.02502), equations 12 and 16: `StepTable::build` on the transitions of a run.
 struct DDIM {
     static constexpr const char* name = "ddim";
@@ -76,13 +86,24 @@ struct Euler {
 
     StepTable operator()(const Schedule& schedule, const Steps& steps) const;
     StepTable operator()(const FlowSchedule& schedule, const Steps& steps) const {
+        require_none_of_betas("FlowSchedule");
+        detail::require_unused(final_sigmas_type != FinalSigmas::zero, "final_sigmas_type", "FlowSchedule");
         return table(detail::flow_levels(schedule, steps, mu));
     }
     StepTable operator()(const EDMSchedule& schedule, const Steps& steps) const {
+        detail::require_unused(mu.has_value(), "mu", "EDMSchedule");
+        require_none_of_betas("EDMSchedule", schedule.sigma_min, schedule.sigma_max);
         return table(detail::edm_levels(schedule, steps, final_sigmas_type));
     }
 
    private:
+    /// An EDM scheduler's configuration has its own range under these names.
+    void require_none_of_betas(const char* schedule, std::optional<double> own_sigma_min = {},
+                               std::optional<double> own_sigma_max = {}) const {
+        detail::require_unused(sigma_min && sigma_min != own_sigma_min, "sigma_min", schedule);
+        detail::require_unused(sigma_max && sigma_max != own_sigma_max, "sigma_max", schedule);
+        detail::require_unused(timestep_type != TimestepType::discrete, "timestep_type", schedule);
+    }
     StepTable table(const NoiseLevels& levels) const;
 };
 
@@ -138,7 +159,7 @@ struct DPMSolver {
     /// `sde_dpmsolver` draws noise at each step (appendix D).
     AlgorithmType algorithm_type = AlgorithmType::dpmsolver;
     SolverType solver_type = SolverType::midpoint;
-    /// Take the last step at first order where there are fewer than 15. A step to a clean end is of first order always.
+    /// Take the last step at first order where there are fewer than 15, with those that a strength leaves out. A step to a clean end is of first order always.
     bool lower_order_final = true;
     /// Take the last step at first order in any case.
     bool euler_at_final = false;
@@ -150,13 +171,20 @@ struct DPMSolver {
 
     StepTable operator()(const Schedule& schedule, const Steps& steps) const;
     StepTable operator()(const FlowSchedule& schedule, const Steps& steps) const {
+        require_none_of_betas("FlowSchedule");
+        detail::require_unused(final_sigmas_type != FinalSigmas::zero, "final_sigmas_type", "FlowSchedule");
         return table(detail::flow_levels(schedule, steps, mu));
     }
     StepTable operator()(const EDMSchedule& schedule, const Steps& steps) const {
+        detail::require_unused(mu.has_value(), "mu", "EDMSchedule");
+        require_none_of_betas("EDMSchedule");
         return table(detail::edm_levels(schedule, steps, final_sigmas_type));
     }
 
    private:
+    void require_none_of_betas(const char* schedule) const {
+        detail::require_unused(std::isfinite(lambda_min_clipped), "lambda_min_clipped", schedule);
+    }
     StepTable table(const NoiseLevels& levels) const;
     static std::vector<double> timesteps(const DDIMConfig& config, std::int64_t end, std::int64_t n);
 };
@@ -195,7 +223,14 @@ struct Sampling {
     std::int64_t most_steps() const noexcept {
         if (const auto* lcm = std::get_if<LCM>(&method)) return lcm->original_inference_steps;
         if (const auto* tcd = std::get_if<TCD>(&method)) return tcd->original_inference_steps;
-        if (const auto* betas = std::get_if<Schedule>(&schedule)) return betas->config().num_train_timesteps;
+        if (const auto* betas = std::get_if<Schedule>(&schedule)) {
+            const DDIMConfig& config = betas->config();
+            const std::int64_t trained = config.num_train_timesteps;
+            // Its first step lies one stride below the end of training.
+            const bool below = std::holds_alternative<DPMSolver>(method) &&
+                               config.timestep_spacing == TimestepSpacing::leading;
+            return below ? std::max<std::int64_t>(1, trained - 1) : trained;
+        }
         // EDM's models know no number of training timesteps.
         const auto* flow = std::get_if<FlowSchedule>(&schedule);
         return flow == nullptr ? 1000 : flow->num_train_timesteps;
@@ -255,7 +290,9 @@ inline StepTable DDPM::operator()(const Schedule& schedule, const Steps& steps) 
 namespace detail {
 
 /// The levels of diffusers' `EulerDiscreteScheduler`: timesteps may lie between those of training.
-inline NoiseLevels discrete_levels(const Schedule& schedule, const Steps& steps, const Euler& options) {
+inline NoiseLevels discrete_levels(const Schedule& schedule, const Steps& steps, FinalSigmas final_sigmas_type,
+                                   std::optional<double> sigma_min = {}, std::optional<double> sigma_max = {},
+                                   TimestepType timestep_type = TimestepType::discrete) {
     FASTDDIM_EXACT
     steps.validate();
     const DDIMConfig& config = schedule.config();
@@ -274,13 +311,18 @@ inline NoiseLevels discrete_levels(const Schedule& schedule, const Steps& steps,
         }
         sigmas = training.at(timesteps);
         if (steps.spacing) {
-            sigmas = space(*steps.spacing, *steps.num_inference_steps, options.sigma_min.value_or(sigmas.back()),
-                           options.sigma_max.value_or(sigmas.front()));
+            const double lowest = sigma_min.value_or(sigmas.back()), highest = sigma_max.value_or(sigmas.front());
+            require_number("sigma_min", lowest, 1e-10, 1e10);
+            require_number("sigma_max", highest, 1e-10, 1e10);
+            if (lowest > highest)
+                throw std::invalid_argument(text("sigma_min, sigma_max: ", lowest, ", ", highest,
+                                                 "; pass sigma_min <= sigma_max"));
+            sigmas = space(*steps.spacing, *steps.num_inference_steps, lowest, highest);
             timesteps = training.timesteps_of(sigmas);
         }
-        sigmas.push_back(training.last(options.final_sigmas_type));
+        sigmas.push_back(training.last(final_sigmas_type));
     }
-    if (options.timestep_type == TimestepType::continuous) {
+    if (timestep_type == TimestepType::continuous) {
         timesteps.clear();
         for (std::size_t k = 0; k + 1 < sigmas.size(); ++k) timesteps.push_back(std::log(sigmas[k]) / 4.0);
     }
@@ -329,43 +371,37 @@ inline double extrapolation(double h, double before, double power, SolverType so
 }  // namespace detail
 
 inline StepTable Euler::operator()(const Schedule& schedule, const Steps& steps) const {
-    return table(detail::discrete_levels(schedule, steps, *this));
+    detail::require_unused(mu.has_value(), "mu", "Schedule");
+    return table(detail::discrete_levels(schedule, steps, final_sigmas_type, sigma_min, sigma_max, timestep_type));
 }
 
 inline StepTable Euler::table(const NoiseLevels& levels) const {
-    StepTable made = detail::begin_table(levels);
-    for (std::size_t k = 0; k < levels.size(); ++k) {
-        const double signal_next = levels.signal[k + 1], sigma_next = levels.sigma[k + 1];
-        made.rows.push_back(stochastic_sampling
-                                ? detail::x0_row(levels, k, 0, signal_next, sigma_next)
-                                : detail::linear_row(levels, k, sigma_next, 0, use_clipped_model_output));
-    }
-    return made;
+    return detail::make_table(levels, [&](std::size_t k) {
+        const double sigma_next = levels.sigma[k + 1];
+        return stochastic_sampling ? detail::x0_row(levels, k, 0, levels.signal[k + 1], sigma_next)
+                                   : detail::linear_row(levels, k, sigma_next, 0, use_clipped_model_output);
+    });
 }
 
 inline StepTable EulerAncestral::operator()(const Schedule& schedule, const Steps& steps) const {
-    Euler euler;
-    euler.final_sigmas_type = final_sigmas_type;
-    return table(detail::discrete_levels(schedule, steps, euler));
+    return table(detail::discrete_levels(schedule, steps, final_sigmas_type));
 }
 
 inline StepTable EulerAncestral::table(const NoiseLevels& levels) const {
-    FASTDDIM_EXACT
     detail::require_number("eta", eta, 0, 1);
-    StepTable made = detail::begin_table(levels);
-    for (std::size_t k = 0; k < levels.size(); ++k) {
+    return detail::make_table(levels, [&](std::size_t k) {
+        FASTDDIM_EXACT
         // With s = sigma / signal, eta * s_next * sqrt(1 - s_next**2 / s**2) is drawn.
         const double ratio = detail::noise_ratio(levels, k);
         const double drawn = eta * std::sqrt((1.0 - ratio) * (1.0 + ratio));
         const double kept = std::sqrt((1.0 - drawn) * (1.0 + drawn)), sigma_next = levels.sigma[k + 1];
-        made.rows.push_back(
-            detail::linear_row(levels, k, sigma_next * kept, sigma_next * drawn, use_clipped_model_output));
-    }
-    return made;
+        return detail::linear_row(levels, k, sigma_next * kept, sigma_next * drawn, use_clipped_model_output);
+    });
 }
 
 inline StepTable LCM::operator()(const Schedule& schedule, const Steps& steps) const {
     FASTDDIM_EXACT
+    detail::require_number("timestep_scaling", timestep_scaling, 1e-6, 1e6);
     const NoiseLevels levels = detail::distilled_levels(schedule, steps, name, original_inference_steps);
     StepTable table = detail::begin_table(levels);
     for (std::size_t k = 0; k < levels.size(); ++k) {
@@ -404,6 +440,7 @@ inline StepTable TCD::operator()(const Schedule& schedule, const Steps& steps) c
 
 /// The levels of diffusers' `DPMSolverMultistepScheduler`.
 inline StepTable DPMSolver::operator()(const Schedule& schedule, const Steps& steps) const {
+    detail::require_unused(mu.has_value(), "mu", "Schedule");
     steps.validate();
     const DDIMConfig& config = schedule.config();
     const detail::TrainingSigmas training(schedule);
@@ -427,6 +464,9 @@ inline StepTable DPMSolver::operator()(const Schedule& schedule, const Steps& st
         if (!steps.timesteps) {
             const auto above = [&](double sigma) { return -std::log(sigma) >= lambda_min_clipped; };
             const auto end = std::count_if(training.values().begin(), training.values().end(), above);
+            if (end == 0)
+                throw std::invalid_argument(detail::text("lambda_min_clipped: ", lambda_min_clipped,
+                                                         " leaves no timestep of training; pass a smaller number"));
             called = timesteps(config, end, *steps.num_inference_steps);
         }
         sigmas = training.at(called);
@@ -442,6 +482,11 @@ inline StepTable DPMSolver::operator()(const Schedule& schedule, const Steps& st
 /// Descending, below `end`.
 inline std::vector<double> DPMSolver::timesteps(const DDIMConfig& config, std::int64_t end, std::int64_t n) {
     FASTDDIM_EXACT
+    // Of more steps some would be repeated.
+    std::int64_t most = config.num_train_timesteps;
+    if (config.timestep_spacing == TimestepSpacing::linspace) most = end;
+    if (config.timestep_spacing == TimestepSpacing::leading) most = std::max<std::int64_t>(1, end - 1);
+    detail::require_int("num_inference_steps", n, 1, most);
     std::vector<double> spaced;
     if (config.timestep_spacing == TimestepSpacing::linspace) {
         spaced = detail::linspace(0.0, static_cast<double>(end - 1), n + 1);
@@ -455,6 +500,8 @@ inline std::vector<double> DPMSolver::timesteps(const DDIMConfig& config, std::i
         const double step = -static_cast<double>(config.num_train_timesteps) / static_cast<double>(n);
         spaced = detail::descending_to_zero(static_cast<double>(end), step);
         for (double& t : spaced) t = std::nearbyint(t) - 1.0;
+        // diffusers' list has one more, -1, for some numbers of steps.
+        while (spaced.back() < 0) spaced.pop_back();
     } else {
         throw std::invalid_argument(
             "timestep_spacing: 'quadratic' for method 'dpmsolver++'; pass leading, trailing or linspace");
@@ -483,7 +530,7 @@ inline StepTable DPMSolver::table(const NoiseLevels& levels) const {
         const double h = -std::log(ratio);
         const bool last = k + 1 == levels.size();
         const bool first_order = solver_order == 1 || (last && (sigma_next == 0 || euler_at_final ||
-                                                                (lower_order_final && levels.size() < 15)));
+                                                                (lower_order_final && levels.skipped + levels.size() < 15)));
         const double ahead = first_order ? 0.0 : detail::extrapolation(h, before, stochastic ? 2.0 : 1.0, solver_type);
         made.rows.push_back(detail::x0_row(levels, k, from_x, from_d * (1.0 + ahead), noise_scale));
         // Also where no step of a short run looks back, so that runs of all lengths are of one kind.
