@@ -1,3 +1,5 @@
+import functools
+import importlib
 import os
 from collections.abc import Generator
 
@@ -6,6 +8,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from torch.onnx._internal._lazy_import import onnxscript_apis
+
+# torch has onnxscript write down all its operators at each export anew: a fifth of what a small one takes.
+onnxscript_apis.get_torchlib_ops = functools.cache(
+    lambda: importlib.import_module(onnxscript_apis._name).get_torchlib_ops()
+)
 
 # Kernels run on the GPU, in Triton's interpreter where it is asked for, and else as compiled PTX on a machine in tests/ptx.
 ON_MACHINE = not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"

@@ -844,12 +844,16 @@ def exact(scheduler):
     return scheduler
 
 
-@pytest.mark.parametrize("steps", [1, 6, 20])
-@pytest.mark.parametrize("other", OTHERS)
-@pytest.mark.parametrize("name", ["sd", "sd_img2img", "sdxl"])
-def test_other_schedulers_are_sampled_as_themselves(name, other, steps, caplog):
-    if steps == 20 and name != "sd":
-        name, steps = "sd", 15
+# Every scheduler with each number of steps and on each pipeline, and every pipeline with each number of steps.
+OTHER_RUNS = [
+    (other, ("sd", "sd_img2img", "sdxl")[(k + j) % 3], steps)
+    for k, other in enumerate(OTHERS)
+    for j, steps in enumerate((1, 6, 20))
+]
+
+
+@pytest.mark.parametrize(("other", "name", "steps"), OTHER_RUNS)
+def test_other_schedulers_are_sampled_as_themselves(other, name, steps, caplog):
     pipe, call = make(name)
     kind, options = OTHERS[other]
     pipe.scheduler = exact(kind.from_config({**LATENT, **options}))

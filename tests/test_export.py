@@ -46,6 +46,7 @@ from fastddim.samplers import Steps
 from fastddim.samplers.sampling import Sampling
 from fastddim.schedule import EDMSchedule, FlowSchedule, Schedule
 from oracle import ddim
+from pairwise import pairwise
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -106,8 +107,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("graph", ["loop", "step"])
+@pytest.mark.parametrize(("name", "graph"), [*zip(CONFIGS, ("loop", "step", "step", "step", "loop"), strict=True)])
 def test_a_file_samples_as_the_sampler_does(tmp_path, name, graph):
     config = CONFIGS[name]
     bundle = export_tiny(tmp_path / "bundle", config, kind=graph, guided=True, guidance_rescale=True, stochastic=True)
@@ -123,15 +123,16 @@ GUIDANCES = {
 }
 
 
-@pytest.mark.parametrize("name", GUIDANCES)
 @pytest.mark.parametrize(
-    "options", [{"kind": "step"}, {"kind": "loop"}, {"bake_schedule": True}, {"dynamic_size": True}]
-)
+    ("name", "options"),
+    [("cfg++", {"kind": "loop"}), ("cfg++", {"bake_schedule": True}), ("apg", {"kind": "step"}),
+     ("apg", {"dynamic_size": True})],
+)  # fmt: skip
 def test_a_file_guides_as_the_sampler_does(tmp_path, name, options):
     if options.get("dynamic_size"):
         bundle = export_onnx(
-            conditional_unet(), DDIMConfig(), tmp_path / "bundle", ExportOptions(guided=True, **GUIDANCES[name], **options),
-            parity_steps=(2,),
+            class_pipeline().unet, DDIMConfig(), tmp_path / "bundle",
+            ExportOptions(guided=True, **GUIDANCES[name], **options), parity_steps=(2,),
         )  # fmt: skip
         # Also compared at twice the height, a sample of its own number of elements.
         assert {entry["size"][1] for entry in bundle.manifest["parity"]} > {bundle.manifest["sample"]["shape"][1]}
@@ -160,7 +161,8 @@ LIMITS = {
     "clip": {"clip_sample": True},
     "threshold": {"clip_sample": False, "thresholding": True, "sample_max_value": 1.5},
 }
-RUNS = list(itertools.product(("leading", "trailing"), (1.0, 3.0), (0.0, 0.5), (1, 3, 8), ((8, 8), (16, 8))))
+SETTINGS = (("leading", "trailing"), (1.0, 3.0), (0.0, 0.5), (1, 3, 8), ((8, 8), (16, 8)))
+RUNS = pairwise(LIMITS, ("epsilon", "sample", "v_prediction"), *SETTINGS)
 
 
 def diffusers_run(unet, scheduler, steps, batch, size, scale, eta):
@@ -212,23 +214,35 @@ def check_runs(bundle, unet, config, run, steps, settings, tolerance):
         np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * largest, err_msg=told)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("limit", LIMITS)
-def test_runs_are_those_of_diffusers_loop(tmp_path, limit):
-    """Prediction types, spacings, guidance, eta, batches and sizes: a sample of the combinations of each limit."""
+def attention_unet(**options):
     torch.manual_seed(0)
     unet = diffusers.UNet2DModel(
         sample_size=8, in_channels=1, out_channels=1, block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4, num_class_embeds=4,
+        attention_head_dim=4, **options,
     ).eval()  # fmt: skip
-    unet.conv_out.weight.mul_(0.1)
+    with torch.no_grad():
+        unet.conv_out.weight.mul_(0.1)
+    return unet
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("limit", LIMITS)
+def test_runs_are_those_of_diffusers_loop(tmp_path, limit):
+    """Limits, prediction types, spacings, guidance, eta, batches and sizes."""
+    # One with attention is much longer to export.
+    unet = attention_unet(num_class_embeds=5) if limit == "threshold" else class_pipeline().unet
     options = ExportOptions(guided=True, stochastic=True, dynamic_size=True)
     bundle = export_onnx(unet, DDIMConfig(**LIMITS[limit]), tmp_path / "bundle", options, parity_steps=(1,))
-    chosen = [RUNS[k] for k in np.random.default_rng(0).permutation(len(RUNS))[:8]]
-    for prediction in ("epsilon", "sample", "v_prediction"):
+    dims = symbolic_dims(onnx.load(bundle.model_path).graph)
+    assert dims["sample"] == dims["samples"] == ["batch", 1, "height", "width"]
+    assert dims["noise"] == ["steps", "batch", 1, "height", "width"]
+    for size in ((0, 16), (12, 16.0)):
+        with pytest.raises(ValueError, match=r"size: (0|16\.0); pass an integer >= 1"):
+            OrtSampler(bundle)(2, seeds=1, guidance_scale=1.0, class_labels=np.zeros(2, np.int64), size=size)
+    for _, prediction, *setting in (run for run in RUNS if run[0] == limit):
         config = {**LIMITS[limit], "prediction_type": prediction}
-        check_runs(bundle, unet, config, diffusers_run, 10, chosen, 1e-4)
+        check_runs(bundle, unet, config, diffusers_run, 10, [setting], 1e-4)
 
 
 @pytest.mark.slow
@@ -241,7 +255,7 @@ def test_every_run_of_the_digits_is_that_of_the_loops(tmp_path, limit):
     }  # fmt: skip
     options = ExportOptions(guided=True, stochastic=True, dynamic_size=True)
     bundle = export_onnx(pipe.unet, DDIMConfig(**config), tmp_path / "bundle", options, parity_steps=(1,))
-    settings = [(*rest, (2 * height, 2 * width)) for *rest, (height, width) in RUNS]
+    settings = [(*rest, (2 * height, 2 * width)) for *rest, (height, width) in itertools.product(*SETTINGS)]
     check_runs(bundle, pipe.unet, config, sampler_run, 1, settings, 2e-6)
     check_runs(bundle, pipe.unet, config, diffusers_run, 50, settings, 1e-4)
 
@@ -398,6 +412,15 @@ BROKEN = {
 }
 
 
+def node_kinds(graphs):
+    """The operators in graphs and the graphs inside them."""
+    kinds = set()
+    for node in (node for graph in graphs for node in graph.node):
+        kinds.add(node.op_type)
+        kinds |= node_kinds(attribute.g for attribute in node.attribute if attribute.HasField("g"))
+    return kinds
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_infinities_nan_and_columns_of_zero_end_as_in_the_reference(tmp_path, name, monkeypatch):
     """Whatever a file's operations make of them: where terms are left out, where infinities cancel, what NaN spreads to."""
@@ -409,6 +432,8 @@ def test_infinities_nan_and_columns_of_zero_end_as_in_the_reference(tmp_path, na
     bundle = export_onnx(
         Given(), config, tmp_path / "bundle", options, sample_shape=(3, 5), example_kwargs=examples, parity_steps=()
     )
+    # Of large samples the file bisects.
+    assert ("TopK" in node_kinds([onnx.load(bundle.model_path).graph])) == (name == "threshold")
     session = onnxruntime.InferenceSession(bundle.model_path, providers=["CPUExecutionProvider"])
     schedule = Schedule(config)
     x, noise = (torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
@@ -452,43 +477,6 @@ def test_an_infinite_output_that_is_clipped_leaves_a_finite_step(tmp_path):
         np.testing.assert_allclose(x0, expected.x0, rtol=1e-6)
 
 
-def node_kinds(graphs):
-    """The operators in graphs and the graphs inside them."""
-    kinds = set()
-    for node in (node for graph in graphs for node in graph.node):
-        kinds.add(node.op_type)
-        kinds |= node_kinds(attribute.g for attribute in node.attribute if attribute.HasField("g"))
-    return kinds
-
-
-def test_large_samples_threshold_by_bisection_in_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(step_module, "LARGEST_TOPK", 0)
-    config = DDIMConfig(thresholding=True, sample_max_value=1.5, dynamic_thresholding_ratio=0.8)
-    bundle = export_tiny(tmp_path / "bundle", config)
-    assert "TopK" not in node_kinds([onnx.load(bundle.model_path).graph])
-    np.testing.assert_allclose(run_tiny(bundle, num_inference_steps=6), sample_tiny(config, 6), atol=1e-5)
-
-
-def test_dynamic_sizes_stay_symbolic_and_work(tmp_path):
-    unet = diffusers.UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4,
-    )  # fmt: skip
-    config = DDIMConfig(thresholding=True, sample_max_value=1.5)
-    options = ExportOptions(dynamic_size=True, stochastic=True)
-    bundle = export_onnx(unet, config, tmp_path / "bundle", options, parity_steps=(1, 3))
-    dims = symbolic_dims(onnx.load(bundle.model_path).graph)
-    assert dims["sample"] == dims["samples"] == ["batch", 1, "height", "width"]
-    assert dims["noise"] == ["steps", "batch", 1, "height", "width"]
-    actual = OrtSampler(bundle)(2, seeds=1, num_inference_steps=4, eta=0.5, size=(12, 16))
-    expected = Sampler(unet, config, 4, eta=0.5, sample_shape=(1, 12, 16))(2, seeds=1)
-    np.testing.assert_allclose(actual, expected, atol=1e-4)
-    for size in ((0, 16), (12, 16.0)):
-        with pytest.raises(ValueError, match=r"size: (0|16\.0); pass an integer >= 1"):
-            OrtSampler(bundle)(2, seeds=1, size=size)
-
-
 def conditional_unet(**options):
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(
@@ -526,36 +514,26 @@ def diffusers_loop(unet, steps, start, embeds, null, scale, added, added_null):
     scheduler.set_timesteps(steps)
     x = start
     for t in scheduler.timesteps:
-        kwargs = {} if added is None else {"added_cond_kwargs": added}
-        null_kwargs = {} if added is None else {"added_cond_kwargs": added_null}
-        cond = unet(x, t, encoder_hidden_states=embeds, **kwargs).sample
-        uncond = unet(x, t, encoder_hidden_states=null, **null_kwargs).sample
+        cond = unet(x, t, encoder_hidden_states=embeds, added_cond_kwargs=added).sample
+        uncond = unet(x, t, encoder_hidden_states=null, added_cond_kwargs=added_null).sample
         x = scheduler.step(uncond + scale * (cond - uncond), t, x).prev_sample
     return x
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_text_conditioned_unets_give_diffusers_own_loop(tmp_path, kind):
-    unet = conditional_unet(**(XL if kind == "sdxl" else {}))
+def test_text_conditioned_unets_give_diffusers_own_loop(tmp_path):
+    """SDXL's, with its added conditions."""
+    unet = conditional_unet(**XL)
     config = DDIMConfig(clip_sample=False)
     bundle = export_onnx(unet, config, tmp_path / "bundle", ExportOptions(guided=True), parity_steps=QUICK, force=False)
-    generator = torch.Generator().manual_seed(3)
-
-    def draw(*shape):
-        return torch.randn(shape, generator=generator)
-
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(3))
     start, embeds, null = draw(2, 4, 8, 8), draw(2, 77, 12), draw(2, 77, 12)
-    added = added_null = None
-    conditions, uncond = {"encoder_hidden_states": embeds.numpy()}, {"encoder_hidden_states": null.numpy()}
-    if kind == "sdxl":
-        added = {"text_embeds": draw(2, 10), "time_ids": draw(2, 6)}
-        added_null = {"text_embeds": draw(2, 10), "time_ids": draw(2, 6)}
-        conditions |= {name: value.numpy() for name, value in added.items()}
-        uncond |= {name: value.numpy() for name, value in added_null.items()}
+    added, added_null = ({"text_embeds": draw(2, 10), "time_ids": draw(2, 6)} for _ in range(2))
     actual = OrtSampler(bundle)(
-        start.numpy(), num_inference_steps=10, guidance_scale=5.0, uncond_kwargs=uncond, **conditions
-    )
+        start.numpy(), num_inference_steps=10, guidance_scale=5.0,
+        encoder_hidden_states=embeds.numpy(), **{name: value.numpy() for name, value in added.items()},
+        uncond_kwargs={"encoder_hidden_states": null.numpy(), **{name: value.numpy() for name, value in added_null.items()}},
+    )  # fmt: skip
     expected = diffusers_loop(unet, 10, start, embeds, null, 5.0, added, added_null)
     np.testing.assert_allclose(actual, expected, atol=1e-4 * float(expected.abs().max()))
 
@@ -608,13 +586,7 @@ def test_half_precision_weights_keep_a_float32_state(tmp_path):
 
 @pytest.mark.parametrize("graph", ["loop", "step"])
 def test_bfloat16_weights_are_compared_in_float32(tmp_path, graph, monkeypatch):
-    unet = diffusers.UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4,
-    )  # fmt: skip
-    with torch.no_grad():
-        unet.conv_out.weight.mul_(0.1)
+    unet = attention_unet()
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     options = ExportOptions(kind=graph, dtype="bfloat16")
     if graph == "loop":

@@ -1,7 +1,6 @@
 """Captured runs on an emulated device: every option against the eager loop, and what a capture must not do."""
 
 import gc
-import itertools
 import warnings
 import weakref
 
@@ -13,6 +12,7 @@ import test_accelerate as pipelines
 from fastddim import Clip, DDIMConfig, DynamicThreshold, Sampler, accelerate, loop, unaccelerate
 from fastddim.bench import gpu as bench_gpu
 from fastddim.cuda_graph import CaptureError, Graph
+from pairwise import pairwise
 from tape import REFUSED, Tape, TapedMachine
 from test_loop import MODES, SHAPE, Denoiser, labels, make
 
@@ -134,12 +134,13 @@ def sample_twice(model, mode, options, tape=None, **call):
     return results
 
 
+RUNS = pairwise(MODES, GUIDANCE, (0.0, 1.0), LIMITS, REST)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("guidance", GUIDANCE)
 def test_a_captured_run_is_the_eager_one(tape, model, mode, guidance):
-    limits = itertools.cycle(LIMITS)
-    for eta, rest in itertools.product((0.0, 1.0), REST):
-        limit = next(limits)
+    for *_, eta, limit, rest in (run for run in RUNS if run[:2] == (mode, guidance)):
         options = {"steps": 4, "limit": limit, "eta": eta, **GUIDANCE[guidance], **rest}
         call = {"start": 3, "seeds": 5, **conditioned(options)}
         own = Denoiser() if "channels_last" in rest else model

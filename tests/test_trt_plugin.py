@@ -43,6 +43,7 @@ from fastddim.kernels.plugin import INPUTS, PluginKernel, ddim_step_in_plugin, d
 from fastddim.reference import ddim_step as reference_step
 from fastddim.step import Guidance, StepOptions
 from oracle import ddim, guide
+from pairwise import pairwise
 from ptx.launcher import Machine
 from test_cubin import TOOLS, parameter_sizes
 from test_export import LABELS, Tiny
@@ -98,10 +99,9 @@ GUIDANCE = [
 
 
 @pytest.mark.usefixtures("machine")
-@pytest.mark.parametrize(("shape", "guided", "rescale"), GUIDANCE)
-@pytest.mark.parametrize("limit", LIMITS)
-@pytest.mark.parametrize("noise", [False, True])
-def test_the_step_is_the_oracles(shape, limit, guided, rescale, noise):
+@pytest.mark.parametrize(("case", "limit", "noise"), pairwise(GUIDANCE, LIMITS, (False, True)))
+def test_the_step_is_the_oracles(case, limit, noise):
+    shape, guided, rescale = case
     batch, generator = shape[0], torch.Generator().manual_seed(3)
     dtype = DTYPES["float32" if limit == "none" else "float16" if guided else "bfloat16"]
     kind = "v_prediction" if noise else "epsilon"

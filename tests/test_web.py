@@ -34,7 +34,7 @@ def run_node(code, *arguments):
     """What `code` printed, as bytes, with the page's module at hand; `arguments` are its process.argv from 2 on."""
     module = f'import {{ Sampler, normal, parseSeed }} from "{WEB.as_uri()}/fastddim.js";\n{code}'
     done = subprocess.run(
-        ["node", "--input-type=module", "-", *arguments], input=module.encode(), capture_output=True, timeout=60
+        ["node", "--input-type=module", "-", *arguments], input=module.encode(), capture_output=True, timeout=300
     )
     assert done.returncode == 0, done.stderr.decode()
     return done.stdout
