@@ -10,7 +10,8 @@ from __future__ import annotations
 import enum
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,7 +37,6 @@ _VIEWS = (
     _aten.split_with_sizes.default, _aten.chunk.default, _aten.alias.default, _aten.flatten.using_ints,
     _aten.unflatten.int, operator.getitem,
 )  # fmt: skip
-_CHECKS = (_aten._assert_tensor_metadata.default, _aten._assert_scalar.default, _aten._assert_async.msg)
 
 
 class _Reads(enum.Flag):
@@ -47,6 +47,9 @@ class _Reads(enum.Flag):
     CONDITIONS = 2
     BOTH = 3
     STATE = 4
+
+
+_BEFORE = (_Reads.STEP, _Reads.CONDITIONS, _Reads.BOTH)
 
 
 class Hoisted(NamedTuple):
@@ -264,7 +267,9 @@ class _Splitter:
         self._reads: dict[Node, _Reads] = {}
         for node in nodes:
             self._reads[node] = self._find_reads(node)
-        self._left: list[Node] = []
+        # Values that the loop computes itself, whatever else is computed of them before it.
+        self._own: set[Node] = set()
+        self._handed_on: list[Node] = []
 
     def _find_reads(self, node: Node) -> _Reads:
         if node.op == "placeholder":
@@ -296,22 +301,18 @@ class _Splitter:
         in_batch = bool(first) and isinstance(first[0], torch.SymInt) and first[0].node.expr in self._batch
         return in_batch and all(isinstance(size, int) for size in value.shape[1:])
 
-    def _leaves(self, node: Node) -> bool:
-        """Whether a node is computed before the loop."""
-        return self._reads[node] in (_Reads.STEP, _Reads.CONDITIONS, _Reads.BOTH) and node.op == "call_function"
-
-    def _values(self) -> Iterator[Node]:
-        """The nodes before the loop that a node in the loop reads."""
-        for node in self._traced.graph.nodes:
-            if self._leaves(node) and not all(map(self._leaves, node.users)):
-                yield node
-
-    def _return(self, node: Node) -> None:
-        """Leave a node in the loop, and what is computed of it."""
-        self._reads[node] = _Reads.STATE
-        for user in node.users:
-            if self._leaves(user):
-                self._return(user)
+    def _find_parts(self) -> tuple[list[Node], set[Node]]:
+        """The values that the loop is handed, and the nodes that it computes."""
+        values, inside = [], set()
+        needed = set()
+        for node in reversed(self._traced.graph.nodes):
+            if node.op == "output" or node in needed:
+                if node.op == "call_function" and self._reads[node] in _BEFORE and node not in self._own:
+                    values.append(node)
+                else:
+                    inside.add(node)
+                    needed.update(node.all_input_nodes)
+        return values[::-1], inside
 
     def leave_pairs(self) -> None:
         """Leave what depends on both step and conditions in the loop."""
@@ -320,8 +321,8 @@ class _Splitter:
                 self._reads[node] = _Reads.STATE
 
     def leave(self, index: int) -> None:
-        """Leave the value of a number, in the order of the results, in the loop."""
-        self._return(self._left[index])
+        """Have the loop compute a value itself; its number is that in the order of the results."""
+        self._own.add(self._handed_on[index])
 
     def _bytes(self, node: Node) -> int:
         value, reads = node.meta["val"], self._reads[node]
@@ -330,35 +331,27 @@ class _Splitter:
         return size * (self._rows if self._has_rows(value) and _Reads.CONDITIONS in reads else 1)
 
     def keep_within(self, limit: int) -> None:
-        """Leave the largest values in the loop until what is left takes no more bytes than a limit."""
+        """Have the loop compute the largest values itself until the others take no more bytes than a limit."""
         while True:
-            self._settle()
-            values = list(self._values())
+            values = self._settle()
             if sum(map(self._bytes, values)) <= limit:
                 return
-            self._return(max(values, key=self._bytes))
+            self._own.add(max(values, key=self._bytes))
 
-    def _settle(self) -> None:
-        """Leave what is only another view in the loop, and what cannot be handed to it."""
+    def _settle(self) -> list[Node]:
+        """The values that the loop is handed: none that is only another view, and those of a step of one dtype."""
         while True:
-            returned = [node for node in self._values() if not self._can_be_handed_on(node)]
-            for node in returned:
-                self._return(node)
-            if not returned:
-                break
-        for reads in (_Reads.STEP, _Reads.BOTH):
-            dtypes: dict[torch.dtype, int] = {}
-            nodes = [node for node in self._values() if self._reads[node] is reads]
-            for node in nodes:
-                dtype = node.meta["val"].dtype
-                dtypes[dtype] = dtypes.get(dtype, 0) + self._bytes(node)
-            if len(dtypes) > 1:
-                most = max(dtypes, key=lambda dtype: dtypes[dtype])
+            values, _ = self._find_parts()
+            own = {node for node in values if not self._can_be_handed_on(node)}
+            for reads in () if own else (_Reads.STEP, _Reads.BOTH):
+                nodes = [node for node in values if self._reads[node] is reads]
+                dtypes: Counter[torch.dtype] = Counter()
                 for node in nodes:
-                    if node.meta["val"].dtype != most:
-                        self._return(node)
-                return self._settle()
-        return None
+                    dtypes[node.meta["val"].dtype] += self._bytes(node)
+                own |= {node for node in nodes if node.meta["val"].dtype != dtypes.most_common(1)[0][0]}
+            if not own:
+                return values
+            self._own |= own
 
     def _can_be_handed_on(self, node: Node) -> bool:
         value = node.meta.get("val")
@@ -369,8 +362,7 @@ class _Splitter:
 
     def build(self) -> tuple[GraphModule, GraphModule, _Layout] | None:
         """The graphs before and in the loop, and how the values are laid out; None where there are none."""
-        self._settle()
-        values = list(self._values())
+        values = self._settle()
         if not values:
             return None
         steps, both = (
@@ -380,18 +372,19 @@ class _Splitter:
             )
         )
         kept = [node for node in values if self._reads[node] is _Reads.CONDITIONS]
-        self._left = [*steps.nodes, *both.nodes, *kept]
+        self._handed_on = [*steps.nodes, *both.nodes, *kept]
+        _, inside = self._find_parts()
         layout = _Layout(
             steps,
             both,
             tuple(self._has_rows(node.meta["val"]) for node in kept),
             len(self._inputs) - 2,
-            sum(map(self._leaves, self._traced.graph.nodes)),
+            sum(node.op == "call_function" and node not in inside for node in self._traced.graph.nodes),
         )
         before = _Before(self._inputs, self._reads, self._batch).build(self._traced, steps, both, kept)
-        return before, self._build_rest(steps, both, kept), layout
+        return before, self._build_rest(steps, both, kept, inside), layout
 
-    def _build_rest(self, steps: _Packed, both: _Packed, kept: Sequence[Node]) -> GraphModule:
+    def _build_rest(self, steps: _Packed, both: _Packed, kept: Sequence[Node], inside: Container[Node]) -> GraphModule:
         graph = Graph()
         copies: dict[Node, Node] = {}
         for node in self._inputs:
@@ -407,7 +400,7 @@ class _Splitter:
                 flat = len(shape) == 1
                 copies[node] = part if flat else graph.call_function(_aten.reshape.default, (part, [-1, *shape]))
         for node in self._traced.graph.nodes:
-            if node in copies or node.target in _CHECKS or self._leaves(node):
+            if node in copies or node not in inside:
                 continue
             if node.op == "output":
                 graph.output(_map_output(node, copies))

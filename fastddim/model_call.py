@@ -117,7 +117,7 @@ class Hoister:
     def _warn(self, error: Exception) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(f"hoist: {error}; every step computes all of it", RuntimeWarning, stacklevel=6)
+            warnings.warn(f"hoist: {error}; every step computes all of it", RuntimeWarning, stacklevel=8)
 
 
 def _kind_of(model: Model) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import warnings
@@ -31,11 +32,30 @@ def trace(
         ExportError: code that cannot be exported, or that fixes a dynamic dimension.
     """
     shapes = {name: dict.fromkeys(dynamic[name], Dim.DYNAMIC) for name in examples}
-    with quiet():
+    with quiet(), _keep_attributes(module):
         try:
             return torch.export.export(module, (dict(examples),), dynamic_shapes=(shapes,), strict=False)
         except Exception as error:
             raise ExportError(f"model: {kind} cannot be exported: {told(error)}") from error
+
+
+@contextlib.contextmanager
+def _keep_attributes(module: torch.nn.Module) -> Iterator[None]:
+    """Lists and dictionaries on modules as they were: torch puts copies in their place, and the traced code may fill them."""
+    kept = [
+        (attributes, name, value, copy.copy(value))
+        for attributes in map(vars, module.modules())
+        for name, value in attributes.items()
+        if type(value) in (list, dict, set) and not name.startswith("_")
+    ]
+    try:
+        yield
+    finally:
+        for attributes, name, value, copied in kept:
+            if value != copied:
+                value.clear()
+                (value.extend if isinstance(value, list) else value.update)(copied)
+            attributes[name] = value
 
 
 @contextlib.contextmanager

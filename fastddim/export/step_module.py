@@ -149,17 +149,14 @@ class StepModule(torch.nn.Module):
     def _predict(self, x: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         double = self._plan.options.guided
 
-        def rows(value: torch.Tensor | None) -> torch.Tensor | None:
-            return torch.cat([value, value]) if double and value is not None else value
+        def rows(value: torch.Tensor) -> torch.Tensor:
+            return torch.cat([value, value]) if double else value
 
-        model_input = rows(x)
-        assert model_input is not None
-        model_input = model_input.to(self._model_dtype)
-        t = rows(inputs.get("timestep"))
+        model_input = rows(x).to(self._model_dtype)
         conditions = model_conditions(self._plan, inputs)
         if self._hoisted is None:
-            assert t is not None
-            return self._plan.denoiser.call(model_input, t, conditions)
+            return self._plan.denoiser.call(model_input, rows(inputs["timestep"]), conditions)
+        t = rows(inputs["timestep"]) if "timestep" in inputs else None
         values = [rows(inputs["step_values"])] if "step_values" in inputs else []
         # Of both halves already.
         values += [inputs[name].flatten(0, 1) for name in self.second]
@@ -202,10 +199,12 @@ class BeforeLoop(torch.nn.Module):
         values = []
         if before.steps is not None:
             values.append(before.steps.view(*t.shape, -1))
+        # A size that is not said would be another unknown where the number of steps is one.
+        batch = (copies, next((value.shape[0] // copies for value in conditions.values()), 1))
         if before.both is not None:
-            values.append(before.both.view(before.both.shape[0], copies, -1, before.both.shape[2]))
+            values.append(before.both.view(before.both.shape[0], *batch, before.both.shape[2]))
         for by_rows, value in zip(self._hoisted.by_rows, before.kept, strict=True):
-            values.append(value.view(copies, -1, *value.shape[1:]) if by_rows else value)
+            values.append(value.view(*batch, *value.shape[1:]) if by_rows else value)
         return tuple(values)
 
 
@@ -249,7 +248,8 @@ def model_conditions(plan: SamplerPlan, inputs: Mapping[str, torch.Tensor]) -> d
     names = [name for name in plan.denoiser.conditions if name in inputs]
     if not plan.options.guided:
         return {name: inputs[name] for name in names}
-    return {name: torch.cat([inputs[f"uncond_{name}"], inputs[name]]) for name in names}
+    # Stacked, so that the two halves are seen to have as many rows.
+    return {name: torch.stack([inputs[f"uncond_{name}"], inputs[name]]).flatten(0, 1) for name in names}
 
 
 def _kept_names(hoisted: HoistedModel) -> dict[str, bool]:
