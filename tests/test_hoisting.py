@@ -192,7 +192,7 @@ def test_what_is_not_a_steps_alone_stays_in_the_loop(name, zero):
 
 def test_a_model_that_changes_its_buffers_is_refused():
     model = Timed(lambda model, h, x: model.norm(h)).train().requires_grad_(False)
-    with pytest.raises(ExportError, match="Model changes '.*running_mean' in each call"):
+    with pytest.raises(ExportError, match=r"Model changes '.*running_mean' in each call"):
         split(model, [model])
 
 
