@@ -27,7 +27,7 @@ import fastddim
 from damage import edited, flip_a_byte, put
 from fastddim import DDIMConfig, Schedule, StepTable
 from fastddim.config import BETA_SCHEDULES, PREDICTION_TYPES, TIMESTEP_SPACINGS
-from fastddim.export import Bundle, ExportOptions, OrtSampler, export_onnx
+from fastddim.export import Bundle, ExportOptions, OrtSampler, export_onnx, open_bundle
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP, normal_numpy
 from fastddim.samplers import METHODS, Steps
 from fastddim.samplers.sampling import Sampling
