@@ -155,7 +155,9 @@ class _Acceleration:
         with self._lock:
             if self._loop is None or self._denoiser is not denoiser:
                 self._release()
-                self._loop = Loop(kind.model(denoiser), self.options.graph, self.options.max_graphs, denoiser)
+                model, options = kind.model(denoiser), self.options
+                hoister = Hoister(model, options.hoist_limit) if options.hoist else None
+                self._loop = Loop(model, options.graph, options.max_graphs, denoiser, hoister)
                 self._denoiser = denoiser
             return self._loop
 
@@ -556,7 +558,9 @@ def _attach(pipe: P, options: SamplerOptions) -> P:
     return pipe
 
 
-def accelerate(pipe: P, *, graph: str = "auto", backend: str = "auto", max_graphs: int = 8) -> P:
+def accelerate(
+    pipe: P, *, graph: str = "auto", backend: str = "auto", max_graphs: int = 8, hoist: bool = False
+) -> P:
     """Run a diffusers pipeline's denoising loop with fastddim: same call, same generators, same pictures to rounding.
 
     The pipeline is changed in place and stays of its class for `isinstance`, saving and loading. On a GPU the step is the
@@ -570,7 +574,7 @@ def accelerate(pipe: P, *, graph: str = "auto", backend: str = "auto", max_graph
             `StableDiffusionXLPipeline`, `StableDiffusionXLImg2ImgPipeline`, `DiTPipeline`, `StableDiffusion3Pipeline` or
             `FluxPipeline`, with a `DDIMScheduler` or another scheduler of `fastddim.samplers.METHODS`, but for DDPM's and
             PNDM's. Accelerated already, it keeps its captured graphs if the options are the same.
-        graph, max_graphs: as `fastddim.Sampler`'s.
+        graph, max_graphs, hoist: as `fastddim.Sampler`'s.
         backend: implementation of the step, as `fastddim.ddim_step`'s.
 
     Returns:
@@ -580,7 +584,7 @@ def accelerate(pipe: P, *, graph: str = "auto", backend: str = "auto", max_graph
         TypeError: another pipeline.
         ValueError: another scheduler, or an option that is not one of its choices.
     """
-    options = SamplerOptions(graph=graph, backend=backend, max_graphs=max_graphs)
+    options = SamplerOptions(graph=graph, backend=backend, max_graphs=max_graphs, hoist=hoist)
     if isinstance(pipe, type) or _find_kind(type(pipe)) is None:
         raise TypeError(f"pipe: {type(pipe).__name__}; pass one of {', '.join(_KINDS)}")
     unknown = _unknown_scheduler(pipe.scheduler)

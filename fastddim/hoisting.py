@@ -86,6 +86,7 @@ class HoistedModel:
         before, rest: the two graphs.
         reads_timestep, reads_conditions: whether `predict` reads the timestep, and each of the conditions.
         operations: how many operations of the model's graph left the loop.
+        per_step, per_row, per_pair: bytes for each step, each row of the conditions, and each pair of the two.
     """
 
     def __init__(self, before: GraphModule, rest: GraphModule, layout: _Layout) -> None:
@@ -97,6 +98,8 @@ class HoistedModel:
         self.reads_timestep = bool(t.users)
         self.reads_conditions = tuple(bool(node.users) for node in conditions[: layout.conditions])
         self.operations = layout.operations
+        self.per_step, self.per_pair = layout.steps.nbytes, layout.both.nbytes
+        self.per_row = layout.kept_bytes
 
     def compile(self, mode: str) -> None:
         """Compile the part in the loop, in a mode of `torch.compile`."""
@@ -243,12 +246,18 @@ class _Packed(NamedTuple):
     def width(self) -> int:
         return sum(self.sizes)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a row."""
+        return self.width * self.nodes[0].meta["val"].dtype.itemsize if self.nodes else 0
+
 
 @dataclass(frozen=True)
 class _Layout:
     steps: _Packed
     both: _Packed
     by_rows: tuple[bool, ...]
+    kept_bytes: int
     conditions: int
     operations: int
 
@@ -378,6 +387,7 @@ class _Splitter:
             steps,
             both,
             tuple(self._has_rows(node.meta["val"]) for node in kept),
+            sum(map(self._bytes, kept)) // self._rows,
             len(self._inputs) - 2,
             sum(node.op == "call_function" and node not in inside for node in self._traced.graph.nodes),
         )

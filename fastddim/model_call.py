@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from fastddim.capture_checks import ModelState, find_modules
+from fastddim.capture_checks import ModelState, find_modules, is_compiled
 from fastddim.hoisting import DEFAULT_HOIST_LIMIT, HoistedModel, split_model
 from fastddim.tracing import ExportError
 
@@ -86,6 +86,8 @@ class Hoister:
 
     def _split(self, x: torch.Tensor, t: torch.Tensor, kwargs: Mapping[str, Any], steps: int) -> HoistedModel | None:
         model, rows = self._model, x.shape[0]
+        if is_compiled(model):
+            raise ExportError(f"model: {_kind_of(model)} is compiled already, and has no graph to take apart")
         leaves, structure = pytree.tree_flatten(dict(kwargs))
         at = [index for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         # A batch of one would be taken for a constant.

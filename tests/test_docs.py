@@ -33,6 +33,19 @@ def test_the_page_s_code_runs_in_order(tmp_path: Path, monkeypatch: pytest.Monke
     assert names["digits"].shape == (2, 1, 16, 16)
 
 
+def test_the_code_of_the_page_on_hoisting_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", (DOCS / "hoisting.md").read_text(), re.DOTALL):
+        exec(compile(block, "docs/hoisting.md", "exec"), names)
+    nbytes, record = capsys.readouterr().out.splitlines()
+    assert names["digits"].shape == (4, 1, 16, 16)
+    # 20 steps of four samples; the file's values are the same.
+    assert int(nbytes) == 20 * (eval(record)["bytes_per_step"] + 4 * eval(record)["bytes_per_step_and_sample"])
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_the_page_has_each_method_with_its_classes_and_options(name: str) -> None:
     method = METHODS[name]

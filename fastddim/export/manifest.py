@@ -12,6 +12,7 @@ from fastddim.config import Clip, Limit
 from fastddim.export.bundle import FORMAT, limit_record, read_limit
 from fastddim.export.runtime import get_runtime, public_name
 from fastddim.export.sampler_plan import SamplerPlan
+from fastddim.hoisting import HoistedModel
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP
 
 NOTE_FILE = "README.md"
@@ -56,7 +57,12 @@ def name_meanings(plan: SamplerPlan) -> dict[str, str]:
 
 
 def build_manifest(
-    plan: SamplerPlan, model: str, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]], runtime: str = "onnx"
+    plan: SamplerPlan,
+    model: str,
+    inputs: list[dict[str, Any]],
+    outputs: list[dict[str, Any]],
+    runtime: str = "onnx",
+    hoisted: HoistedModel | None = None,
 ) -> dict[str, Any]:
     """The manifest of a sampler, without `files` and `parity`.
 
@@ -65,6 +71,7 @@ def build_manifest(
         model: the file's name.
         inputs, outputs: `name`, `dtype`, `shape` and `meaning` of each.
         runtime: what runs the file.
+        hoisted: the parts of the model, where it is in two.
     """
     denoiser, options, table, limit = plan.denoiser, plan.options, plan.table, plan.limit
     sampling = (
@@ -90,6 +97,7 @@ def build_manifest(
             "per_sample_steps": options.per_sample_steps,
             "seeded": options.seeded,
             "dtype": options.dtype,
+            "hoisted": None if hoisted is None else _hoisted_record(hoisted, 2 if options.guided else 1),
             "limit": limit_record(limit),
             "null_values": {
                 name: condition.null for name, condition in denoiser.conditions.items() if condition.null is not None
@@ -114,6 +122,15 @@ def build_manifest(
             "stream_step": STREAM_STEP,
         },
         "versions": {"fastddim": fastddim.__version__, **_versions()},
+    }
+
+
+def _hoisted_record(hoisted: HoistedModel, copies: int) -> dict[str, int]:
+    return {
+        "operations": hoisted.operations,
+        "bytes_per_step": hoisted.per_step,
+        "bytes_per_sample": copies * hoisted.per_row,
+        "bytes_per_step_and_sample": copies * hoisted.per_pair,
     }
 
 
@@ -147,6 +164,14 @@ def note(manifest: Mapping[str, Any]) -> str:
         f"\n## {name}\n\n`{component['model']}`: {component['meaning']}.\n\n{_tables(component)}\n"
         for name, component in manifest.get("components", {}).items()
     )
+    hoisted = manifest["sampling"]["hoisted"]
+    before = (
+        f" {hoisted['operations']} of the model's operations run once, before the steps; their results take"
+        f" {hoisted['bytes_per_step']} bytes for each step, {hoisted['bytes_per_sample']} for each sample, and"
+        f" {hoisted['bytes_per_step_and_sample']} for each step of each sample."
+        if hoisted
+        else ""
+    )
     runtime = get_runtime(manifest["runtime"])
     runner = (components and runtime.pipeline) or runtime.sampler
     command = "" if components else "`fastddim run FOLDER --seed 0 --out samples.png`, or "
@@ -155,7 +180,7 @@ def note(manifest: Mapping[str, Any]) -> str:
     )
     return f"""# An exported diffusion sampler
 
-`{manifest["model"]}` holds the model and its sampler: {kind}. {runtime.loads}
+`{manifest["model"]}` holds the model and its sampler: {kind}. {runtime.loads}{before}
 `manifest.json` says the same as this page for programs, with a default table of timesteps and coefficients; its schema is
 in fastddim.
 

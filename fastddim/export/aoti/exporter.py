@@ -23,6 +23,7 @@ from fastddim.export.manifest import NOTE_FILE, build_manifest, name_meanings, n
 from fastddim.export.sampler_plan import ExportOptions, SamplerPlan, plan_sampler
 from fastddim.export.step_module import STEP_OUTPUTS, BeforeLoop, hoist
 from fastddim.export.validate import PARITY_STEPS, measure_parity
+from fastddim.hoisting import HoistedModel
 from fastddim.schedule import Schedule
 from fastddim.tracing import ExportError, quiet, told, trace
 
@@ -88,9 +89,10 @@ def export_aoti(
 
     def fill(folder: Path) -> dict[str, Any]:
         with prepared(plan.denoiser.model, DTYPES[plan.options.dtype], device):
-            program, dims = _trace(plan, device)
+            hoisted = hoist(plan, device)
+            program, dims = _trace(plan, hoisted, device)
             _compile(program, folder / MODEL_FILE, cpu_options, type(model).__name__)
-            manifest = _manifest(plan, program, dims, device, features)
+            manifest = _manifest(plan, hoisted, program, dims, device, features)
             manifest["parity"] = measure_parity(
                 Bundle(folder, manifest), plan.denoiser, steps=parity_steps, tolerance=tolerance
             )
@@ -138,10 +140,11 @@ def _require_compiler() -> None:
         )
 
 
-def _trace(plan: SamplerPlan, device: str) -> tuple[ExportedProgram, dict[str, list[str | int]]]:
+def _trace(
+    plan: SamplerPlan, hoisted: HoistedModel | None, device: str
+) -> tuple[ExportedProgram, dict[str, list[str | int]]]:
     """The graph, and each input's and output's dimensions, names where they may differ."""
     module: FusedStepModule | LoopModule
-    hoisted = hoist(plan, device)
     module = step = FusedStepModule(plan, hoisted)
     if plan.options.kind == "loop":
         schedule = plan.baked_schedule() if plan.options.bake_schedule else None
@@ -154,7 +157,7 @@ def _trace(plan: SamplerPlan, device: str) -> tuple[ExportedProgram, dict[str, l
     if plan.options.kind == "loop":
         dims |= {
             "timesteps": ["steps"],
-            "coefficients": ["steps", 6],
+            "coefficients": ["steps", plan.num_columns],
             "noise": ["steps", *plan.state_dims],
             "num_inference_steps": [],
         }
@@ -195,6 +198,7 @@ def _compile(program: ExportedProgram, path: Path, cpu_options: Mapping[str, Any
 
 def _manifest(
     plan: SamplerPlan,
+    hoisted: HoistedModel | None,
     program: ExportedProgram,
     dims: Mapping[str, Sequence[str | int]],
     device: str,
@@ -212,7 +216,7 @@ def _manifest(
         ]
         for names in (examples, outputs)
     )
-    manifest = build_manifest(plan, MODEL_FILE, inputs, results, "aoti")
+    manifest = build_manifest(plan, MODEL_FILE, inputs, results, "aoti", hoisted)
     manifest["target"] = {
         "device": device,
         "platform": sys.platform,

@@ -108,7 +108,7 @@ def write_sampler(
         save(graph, folder / MODEL_FILE)
         meanings = name_meanings(plan)
         inputs, outputs = (describe_values(values, meanings) for values in (graph.graph.input, graph.graph.output))
-        manifest = build_manifest(plan, MODEL_FILE, inputs, outputs)
+        manifest = build_manifest(plan, MODEL_FILE, inputs, outputs, hoisted=hoisted)
         manifest["versions"]["opset"] = str(graph.opset_import[0].version)
         manifest["parity"] = measure_parity(Bundle(folder, manifest), denoiser, steps=parity_steps, tolerance=tolerance)
     return manifest
