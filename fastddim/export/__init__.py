@@ -13,7 +13,7 @@ _SHARED = {
     "inference_server.options": ("InferenceServerOptions",),
     "inference_server.repository": ("write_repository",),
     "models": ("load_exportable",),
-    "sampler_plan": ("ExportError", "ExportOptions"),
+    "sampler_plan": ("ExportOptions",),
     "validate": ("ParityError", "verify_bundle"),
 }
 # The path of each public name, and the line that installs what it imports; the names load on first use.
@@ -24,6 +24,7 @@ _PATHS = {
         for name, path in runtime.parts().items()
     },
     **{name: (f"fastddim.export.{module}:{name}", _INSTALL) for module, names in _SHARED.items() for name in names},
+    "ExportError": ("fastddim.tracing:ExportError", _INSTALL),
 }
 
 __all__ = ["Runtime", "get_runtime", "register_runtime", "runtimes", *_PATHS]
