@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -257,36 +258,46 @@ def step_by_blocks(
     guidance, compute = options.guidance, compute_dtype(model_output, sample, noise)
     x_next = torch.empty_like(sample) if options.out is None else options.out
     x0 = torch.empty_like(x_next) if options.previous_x0 is None else options.previous_x0
-    n, block = sample.numel(), _BLOCK * torch.get_num_threads()
+    n = sample.numel()
+    block = min(n, _BLOCK * torch.get_num_threads())
     read, written = (model_output, sample, noise, options.previous_x0), (x_next, x0, options.model_input)
-    flat = [None if each is None else each.view(-1, n) for each in (*read, *written)]
-    blocks = [[None if each is None else each[:, k : k + block] for each in flat] for k in range(0, n, block)]
     # The same memory for each block's float32 values.
     spare = [None if each is None or each.dtype == compute else _room(each, n, block, compute) for each in read]
-    for *given, next_block, x0_block, input_block in blocks:
-        assert next_block is not None and x0_block is not None
-        output, x, drawn, previous = map(_widen, given, spare)
+    # The state is not needed for the next one; its memory, and that of the output, is free for the results.
+    frees_state = _is_zero(row.next_from_x) and spare[1] is not None and (spare[0] is not None or guidance is not None)
+    for given in zip(*(_blocks(each, n, block) for each in (*read, *written)), strict=True):
+        output, x, drawn, previous = map(_widen, given[:4], spare)
         direction = None
         if guidance is not None:
             direction = find_direction(output, guidance)
             output = combine_guidance(output, guidance)
-        # The state is not read any more when this is written.
-        out = None if spare[1] is None else x
-        values, x0_values = step_with_row(output, x, row, limit, drawn, out, previous_x0=previous, direction=direction)
-        next_block.copy_(values)
-        x0_block.copy_(x0_values)
-        if input_block is not None:
-            input_block.copy_(values)
+        x0_room, room = (x, output) if frees_state else (None, None if spare[1] is None else x)
+        values, x0_values = step_with_row(
+            output, x, row, limit, drawn, room, previous_x0=previous, direction=direction, x0_out=x0_room
+        )
+        for result, found in zip(given[4:], (values, x0_values, values), strict=True):
+            if result is not None:
+                result.copy_(found)
     return x_next, x0 if options.return_x0 else None
 
 
 def _room(tensor: torch.Tensor, n: int, block: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(tensor.numel() // n, min(n, block), dtype=dtype, device=tensor.device)
+    return torch.empty(tensor.numel() // n, block, dtype=dtype, device=tensor.device)
 
 
-def _widen(block: Any, spare: torch.Tensor | None) -> Any:
+def _blocks(tensor: torch.Tensor | None, n: int, block: int) -> Iterable[torch.Tensor | None]:
+    """Columns of `[copies, n]`, `block` at a time."""
+    if tensor is None:
+        return itertools.repeat(None, -(-n // block))
+    blocks: tuple[torch.Tensor, ...] = torch.split(tensor.view(-1, n), block, 1)
+    return blocks
+
+
+def _widen(block: torch.Tensor | None, spare: torch.Tensor | None) -> Any:
     """A block's values in `spare`; the block itself where it needs none."""
-    return block if spare is None else spare[:, : block.shape[1]].copy_(block)
+    if block is None or spare is None:
+        return block
+    return (spare if spare.shape == block.shape else spare[:, : block.shape[1]]).copy_(block)
 
 
 def advance(step: torch.Tensor, options: StepOptions, batch: int) -> None:
@@ -373,12 +384,15 @@ def step_with_row(
     quantile: Quantile | None = None,
     previous_x0: torch.Tensor | None = None,
     direction: torch.Tensor | None = None,
+    x0_out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The two lines of maths, on checked tensors of one dtype, in as few passes as torch has: `(x_next, x0)`.
 
-    direction: what `next_from_output` is the factor of, where that is not the output of x0.
+    Args:
+        direction: what `next_from_output` is the factor of, where that is not the output of x0.
+        x0_out: where x0 goes; may be `x`, where `next_from_x` is 0.
     """
-    x0 = apply_limit(_combine(x, row.x0_from_x, output, row.x0_from_output), limit, quantile)
+    x0 = apply_limit(_combine(x, row.x0_from_x, output, row.x0_from_output, x0_out), limit, quantile)
     output = output if direction is None else direction
     if _is_zero(row.next_from_x):
         x_next = _combine(output, row.next_from_output, x0, row.next_from_x0, out)
