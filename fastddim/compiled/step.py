@@ -380,10 +380,13 @@ def _numbers(
 ) -> torch.Tensor:
     """`[len(NUMBERS)]`, or with a batch `[batch, len(NUMBERS)]`; do not write to them."""
     bound = 0.0 if limit is None else limit.range if isinstance(limit, Clip) else limit.max_value
-    by_value = guidance is not None and (
-        isinstance(guidance.scale, torch.Tensor) or isinstance(guidance.rescale, torch.Tensor)
-    )
-    key = None if by_value or len(rows) > 1 else (rows[0], guidance, bound, compute, batch)
+    if guidance is None:
+        key: Any = (rows[0], bound, compute, batch)
+    elif isinstance(guidance.scale, torch.Tensor) or isinstance(guidance.rescale, torch.Tensor):
+        key = None
+    else:
+        key = (rows[0], bound, compute, batch, guidance.scale, guidance.rescale, guidance.fixed)
+    key = None if len(rows) > 1 else key
     kept = None if key is None else _kept.get(key)
     if kept is not None:
         return kept
