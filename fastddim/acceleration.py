@@ -558,9 +558,7 @@ def _attach(pipe: P, options: SamplerOptions) -> P:
     return pipe
 
 
-def accelerate(
-    pipe: P, *, graph: str = "auto", backend: str = "auto", max_graphs: int = 8, hoist: bool = False
-) -> P:
+def accelerate(pipe: P, *, graph: str = "auto", backend: str = "auto", max_graphs: int = 8, hoist: bool = False) -> P:
     """Run a diffusers pipeline's denoising loop with fastddim: same call, same generators, same pictures to rounding.
 
     The pipeline is changed in place and stays of its class for `isinstance`, saving and loading. On a GPU the step is the

@@ -1,4 +1,4 @@
-"""Which implementation takes a step: the fused kernel where it can run, the reference elsewhere."""
+"""Which implementation takes a step: the fused kernel where it can run, the reference elsewhere, compiled code by choice."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastddim import reference
+from fastddim import compiled, reference
 from fastddim.coefficients import Coefficient, StepTable
+from fastddim.compiled.code import require_compiler
 from fastddim.config import Limit, require_choice
 from fastddim.noise import STREAM_INITIAL, normal_for
 from fastddim.step import Guidance, StepOptions
@@ -17,7 +18,7 @@ from fastddim.step import Guidance, StepOptions
 if TYPE_CHECKING:
     from fastddim.kernels import PreparedStep, Workspace
 
-BACKENDS = ("auto", "reference", "triton")
+BACKENDS = ("auto", "reference", "triton", "compiled")
 VARIABLE = "FASTDDIM_BACKEND"
 
 _log = logging.getLogger("fastddim")
@@ -32,8 +33,11 @@ def check_backend(backend: str) -> str:
 
     Raises:
         ValueError: not one of `BACKENDS`; the message names the argument or the variable.
+        CompilerMissingError: `"compiled"` where there is neither a C++ compiler nor code that one has made before.
     """
     require_choice("backend", backend, BACKENDS)
+    if backend == "compiled" and not torch.compiler.is_compiling():
+        require_compiler()
     if backend != "auto":
         return backend
     switched = os.environ.get(VARIABLE)
@@ -79,24 +83,33 @@ def take_step(
     options: StepOptions,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`ddim_step` with its options as they are handed down."""
+    if check_backend(backend) == "compiled":
+        return compiled.ddim_step(model_output, sample, table, step, options)
     fused = try_fused(backend, model_output, sample, table, step, options)
     return reference.ddim_step(model_output, sample, table, step, options) if fused is None else fused
 
 
 def prepare_step(
     backend: str, model_output: torch.Tensor, sample: torch.Tensor, table: StepTable, options: StepOptions
-) -> PreparedStep | None:
-    """A `fastddim.kernels.PreparedStep` for these arguments, or None where the reference has to take the steps."""
+) -> PreparedStep | reference.PreparedStep | compiled.PreparedStep | None:
+    """A step bound to these arguments, of which the model's output and the row change; None where a step cannot be bound."""
+    if torch.compiler.is_compiling():
+        return None
+    if check_backend(backend) == "compiled":
+        return (
+            compiled.PreparedStep(model_output, sample, table, options)
+            if compiled.can_prepare(sample, options)
+            else None
+        )
     tensors = (sample, model_output, options.noise, options.out, options.model_input)
-    if torch.compiler.is_compiling() or not takes_kernel(backend, tensors):
-        return None
-    from fastddim.kernels import KernelUnavailableError, PreparedStep
+    if takes_kernel(backend, tensors):
+        from fastddim.kernels import KernelUnavailableError, PreparedStep
 
-    try:
-        return PreparedStep(model_output, sample, table, options)
-    except KernelUnavailableError as error:
-        _give_up(backend, sample.device, error)
-        return None
+        try:
+            return PreparedStep(model_output, sample, table, options)
+        except KernelUnavailableError as error:
+            _give_up(backend, sample.device, error)
+    return reference.PreparedStep(model_output, sample, table, options)
 
 
 def draw_start(backend: str, seeds: torch.Tensor, out: torch.Tensor, scale: float | torch.Tensor = 1.0) -> torch.Tensor:
@@ -111,6 +124,8 @@ def draw_start(backend: str, seeds: torch.Tensor, out: torch.Tensor, scale: floa
         from fastddim.kernels import draw_normal
 
         draw_normal(seeds, drawn, STREAM_INITIAL)
+    elif check_backend(backend) == "compiled":
+        drawn.copy_(compiled.draw_normal(seeds, 0, drawn.shape[1:], STREAM_INITIAL))
     else:
         drawn.copy_(normal_for(seeds, 0, drawn.shape[1:], STREAM_INITIAL))
     return torch.mul(drawn, scale, out=out) if scaled else out
@@ -200,7 +215,12 @@ def ddim_step(
         limit, limit_values, noise, seeds, first_row, out, return_x0, model_input, advance, timesteps, next_timestep,
             previous_x0, ratios, workspace: as the attributes of `fastddim.step.StepOptions`.
         backend: `"reference"` or `"triton"` to choose; `"auto"` takes the kernel wherever it can run, and can be
-            switched off with the environment variable `FASTDDIM_BACKEND=reference`.
+            switched off with the environment variable `FASTDDIM_BACKEND=reference`. `"compiled"`, for a state on a CPU, is
+            the reference's maths as one loop, made by torch's Inductor and a C++ compiler, to the same bits on x86-64
+            with FMA where nothing is summed over a sample: guidance with a rescale, and `"apg"`, agree to rounding. Each
+            kind of step (guidance, limit, with noise or not, dtypes) takes seconds to compile, once for a machine: it is
+            kept in the folder of the environment variable `FASTDDIM_CACHE`, `~/.cache/fastddim` by default. It has no
+            gradients, and reads rows and values in tensors on the host.
 
     Returns:
         `(x_next, x0)`, the next state and the limited prediction of x0, both of the state's shape and dtype; with
@@ -212,6 +232,7 @@ def ddim_step(
             without noise or seeds.
         IndexError: an integer `step` outside the table.
         KernelUnavailableError: `backend="triton"` where the kernel does not compile.
+        CompilerMissingError: `backend="compiled"` without a C++ compiler.
 
     Example:
         >>> import fastddim, torch

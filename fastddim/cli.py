@@ -524,6 +524,7 @@ def _backends(has_gpu: bool) -> dict[str, dict[str, Any]]:
     gpu = "" if has_gpu else "needs a CUDA device"
     needs = {
         "reference": [],
+        "compiled": [_missing_compiler()],
         "triton": [_missing("triton", "pip install triton"), "" if has_gpu else "needs a CUDA or HIP device"],
         "onnxruntime": [_missing("onnxruntime", "pip install fastddim[onnx]")],
         "tensorrt": [_missing("tensorrt", "pip install fastddim[tensorrt]"), gpu],
@@ -536,6 +537,17 @@ def _backends(has_gpu: bool) -> dict[str, dict[str, Any]]:
         name: {"usable": not any(reasons), "reason": "; ".join(filter(None, reasons)) or None}
         for name, reasons in needs.items()
     }
+
+
+def _missing_compiler() -> str:
+    from fastddim.compiled import CompilerMissingError
+    from fastddim.compiled.code import require_compiler
+
+    try:
+        require_compiler()
+    except CompilerMissingError:
+        return "a C++ compiler is not installed (apt-get install g++)"
+    return ""
 
 
 def _missing(package: str, remedy: str) -> str:

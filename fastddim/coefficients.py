@@ -344,7 +344,7 @@ class StepTable:
         """Whether the table has the column of the previous x0."""
         return bool(self.columns.shape[1] > NUM_COLUMNS)
 
-    @property
+    @cached_property
     def stochastic(self) -> bool:
         """Whether any step adds noise."""
         return bool((self.columns[:, 5] != 0).any())

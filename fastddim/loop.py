@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from fastddim import reference
 from fastddim.backends import draw_start, prepare_step, take_step, takes_kernel
 from fastddim.capture_checks import ModelState, captures_itself, is_compiled
 from fastddim.coefficients import StepTable
@@ -118,7 +117,9 @@ def upload(values: np.ndarray[Any, Any], out: torch.Tensor) -> torch.Tensor:
 
 
 def upload_new(values: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
-    """An array as a new tensor on a device, without waiting for it."""
+    """An array, which nothing else writes to, as a tensor on a device, without waiting for it."""
+    if device.type == "cpu":
+        return torch.from_numpy(values)
     return upload(values, torch.empty(values.shape, dtype=torch.from_numpy(values).dtype, device=device))
 
 
@@ -256,7 +257,7 @@ class EagerLoop:
         self._run = run
         self.buffers = _Buffers(model, run, hoisted)
         self.x = self.buffers.x
-        self._options: dict[bool, StepOptions] = {}
+        # The guided step and the other one.
         self._prepared: dict[bool, Any] = {}
 
     def __call__(self, steps: Iterable[int], on_step: OnStep | None) -> torch.Tensor:
@@ -270,43 +271,42 @@ class EagerLoop:
             draw_start(run.backend, seeds, self.x, run.table.start_scale)
         buffers.fill_input()
         called = np.array(run.table.timesteps, dtype=run.table.timestep_dtype)
-        timesteps = upload_new(np.repeat(called[:, None], run.copies * run.shape[0], 1), run.device)
-        buffers.prepare(timesteps[:, 0])
+        rows = run.copies * run.shape[0]
+        repeated = called[:, None] if rows == 1 else np.repeat(called[:, None], rows, 1)
+        uploaded = upload_new(repeated, run.device)
+        buffers.prepare(uploaded[:, 0])
+        timesteps = uploaded.unbind()
         for step, guided, again in run.walk(steps):
             if again:
                 buffers.rejoin()
             output = buffers.predict(guided, buffers.rows_of(guided, timesteps[step]), step)
-            x0 = self._step(step, guided, output, seeds)
+            prepared = self._prepared.get(guided)
+            if prepared is not None and prepared.fits(output):
+                _, x0 = prepared(output, step)
+            else:
+                x0 = self._step(step, guided, output, seeds)
             if on_step is not None:
+                assert x0 is not None
                 on_step(step, self.x, x0)
         return self.x
 
-    def _step(self, step: int, guided: bool, output: torch.Tensor, seeds: torch.Tensor | None) -> torch.Tensor:
+    def _step(self, step: int, guided: bool, output: torch.Tensor, seeds: torch.Tensor | None) -> torch.Tensor | None:
+        """A step that is not prepared yet, or cannot be, as its noise is another tensor each time."""
         run = self._run
-        if guided not in self._options or run.noise is not None:
-            self._options[guided] = StepOptions(
-                guidance=run.guidance if guided else None,
-                limit=run.limit,
-                noise=None if run.noise is None else run.noise[step],
-                seeds=seeds if run.noise is None and run.table.stochastic else None,
-                out=self.x,
-                model_input=self.buffers.input_of(guided),
-                previous_x0=self.buffers.previous_x0,
-            )
-        options = self._options[guided]
-        if run.noise is not None:
-            _, x0 = take_step(run.backend, output, self.x, run.table, step, options)
-        else:
-            prepared = self._prepared.get(guided)
-            tried = guided in self._prepared
-            if not tried or (prepared is not None and not prepared.fits(output)):
-                prepared = self._prepared[guided] = prepare_step(run.backend, output, self.x, run.table, options)
-            if prepared is not None:
-                _, x0 = prepared(output, step)
-            else:
-                _, x0 = reference.ddim_step(output, self.x, run.table, step, options)
-        assert x0 is not None
-        return x0
+        options = StepOptions(
+            guidance=run.guidance if guided else None,
+            limit=run.limit,
+            noise=None if run.noise is None else run.noise[step],
+            seeds=seeds if run.noise is None and run.table.stochastic else None,
+            out=self.x,
+            model_input=self.buffers.input_of(guided),
+            previous_x0=self.buffers.previous_x0,
+        )
+        prepared = None if run.noise is not None else prepare_step(run.backend, output, self.x, run.table, options)
+        if prepared is None:
+            return take_step(run.backend, output, self.x, run.table, step, options)[1]
+        self._prepared[guided] = prepared
+        return prepared(output, step)[1]
 
 
 class StaticLoop:

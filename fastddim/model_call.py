@@ -23,6 +23,8 @@ def prediction_of(output: Any) -> torch.Tensor:
     Raises:
         TypeError: something else.
     """
+    if isinstance(output, torch.Tensor):
+        return output
     output = getattr(output, "sample", output)
     first = output[0] if isinstance(output, (tuple, list)) else output
     if not isinstance(first, torch.Tensor):
@@ -33,7 +35,9 @@ def prediction_of(output: Any) -> torch.Tensor:
 def call_model(model: Model, x: torch.Tensor, t: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
     """The prediction of `model(x, t, **kwargs)`, in memory of its own; raises as `prediction_of`."""
     tensor = prediction_of(model(x, t, **kwargs))
-    if tensor.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+    storage = x.untyped_storage()
+    start = storage.data_ptr()
+    if start <= tensor.data_ptr() < start + storage.nbytes():
         # A view of its input, over which the step writes while it reads the output.
         tensor = tensor.clone()
     return tensor

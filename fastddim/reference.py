@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -17,6 +19,9 @@ Quantile = Callable[[torch.Tensor, DynamicThreshold], torch.Tensor]
 
 # Above this many elements float32 no longer counts them one by one.
 EXACT_FLOAT32_COUNT = 1 << 24
+# Elements of a block, for each thread.
+_BLOCK = 1 << 17
+_LONG_ROW = 1 << 12
 
 
 def abs_quantile(sample: torch.Tensor, ratio: float) -> torch.Tensor:
@@ -87,10 +92,17 @@ def combine_guidance(model_output: torch.Tensor, guidance: Guidance) -> torch.Te
     if not guidance.rescaled:
         return guided
     # One row per sample: over no dimension at all, as a state [B] would have it, torch reduces the whole batch.
-    ratio = cond.reshape(batch, -1).std(1) / guided.reshape(batch, -1).std(1)
+    ratio = _std(cond.reshape(batch, -1)) / _std(guided.reshape(batch, -1))
     ratio = ratio.view(-1, *[1] * (cond.ndim - 1))
     phi = _per_sample(guidance.rescale, cond)
     return guided * (phi * ratio + (1 - phi))
+
+
+def _std(rows: torch.Tensor) -> torch.Tensor:
+    """`rows.std(1)`; one by one where they are long, for which torch has a faster kernel that sums in float64."""
+    if rows.device.type != "cpu" or rows.shape[1] < _LONG_ROW or torch.compiler.is_compiling():
+        return rows.std(1)
+    return torch.stack([row.std() for row in rows]) if len(rows) else rows.std(1)
 
 
 def split_halves(model_output: torch.Tensor, guidance: Guidance) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,22 +149,46 @@ def ddim_step(
         TypeError, ValueError, IndexError: as `fastddim.ddim_step`.
     """
     check_step(model_output, sample, table, step, options)
-    limit, noise, seeds, out = options.limit, options.noise, options.seeds, options.out
-    if out is not None and noise is not None and out.data_ptr() == noise.data_ptr():
+    limit, out = options.limit, options.out
+    if out is not None and options.noise is not None and out.data_ptr() == options.noise.data_ptr():
         raise ValueError("out: the same memory as noise, which is read last; pass the state or another tensor")
     if options.limit_values is not None:
         limit = with_numbers(limit, *options.limit_values.tolist())
-    wide = torch.float64 in (model_output.dtype, sample.dtype, None if noise is None else noise.dtype)
-    compute = torch.float64 if wide else torch.float32
-    row = _look_up(table, step, sample, compute)
-    if noise is None and seeds is None and _is_stochastic(row):
+    row = _look_up(table, step, sample, compute_dtype(model_output, sample, options.noise))
+    if options.noise is None and options.seeds is None and _is_stochastic(row):
         raise ValueError(
             f"noise: None, but step {step} adds noise; pass a standard normal tensor like the state, or seeds"
         )
+    results = _take(model_output, sample, row, step, limit, options)
+    if options.advance:
+        assert isinstance(step, torch.Tensor)
+        advance(step, options, sample.shape[0])
+    return results
+
+
+def compute_dtype(model_output: torch.Tensor, sample: torch.Tensor, noise: torch.Tensor | None) -> torch.dtype:
+    """The dtype of a step's arithmetic."""
+    wide = torch.float64 in (model_output.dtype, sample.dtype, None if noise is None else noise.dtype)
+    return torch.float64 if wide else torch.float32
+
+
+def _take(
+    model_output: torch.Tensor,
+    sample: torch.Tensor,
+    row: StepCoefficients,
+    step: int | torch.Tensor,
+    limit: Limit,
+    options: StepOptions,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A checked step: its results, and the model's input."""
+    noise, seeds, out = options.noise, options.seeds, options.out
+    compute = compute_dtype(model_output, sample, noise)
     if seeds is not None and not _is_zero(row.noise_scale):
         first = options.first_row
         rows = torch.as_tensor(step, device=sample.device) if first is None else step - first
         noise = normal_for(seeds, rows, sample.shape[1:])
+    if goes_by_blocks(model_output, sample, row, limit, noise, options):
+        return step_by_blocks(model_output, sample, row, limit, noise, options)
     output, direction = _cast(model_output, compute), None
     if options.guidance is not None:
         direction = find_direction(output, options.guidance)
@@ -168,19 +204,169 @@ def ddim_step(
         x0 = options.previous_x0.copy_(x0)
     if options.model_input is not None:
         options.model_input.view(-1, *sample.shape).copy_(x_next)
-    if options.advance:
-        assert isinstance(step, torch.Tensor)
-        step.add_(1)
-        timesteps, next_timestep = options.timesteps, options.next_timestep
-        if timesteps is not None and next_timestep is not None:
-            following = timesteps[step.clamp_max(len(timesteps) - 1).reshape(-1)].to(next_timestep.dtype)
-            kept = next_timestep.view(-1, sample.shape[0])
-            kept.copy_(torch.where(step < len(timesteps), following, kept))
     if direct_out is None:
         x_next = _cast(x_next, state_dtype) if out is None else out.copy_(x_next)
     if options.previous_x0 is None:
         x0 = _cast(x0, state_dtype)
     return x_next, x0 if options.return_x0 else None
+
+
+def goes_by_blocks(
+    model_output: torch.Tensor,
+    sample: torch.Tensor,
+    row: StepCoefficients,
+    limit: Limit,
+    noise: torch.Tensor | None,
+    options: StepOptions,
+) -> bool:
+    """Whether `step_by_blocks` takes a step: a large one in half precision on a CPU, in which no element needs another."""
+    guidance, out = options.guidance, options.out
+    if sample.numel() <= _BLOCK or sample.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if sample.dtype.itemsize > 2 and (out is None or out.dtype.itemsize > 2) and model_output.dtype.itemsize > 2:
+        return False
+    numbers = (*row, *(() if guidance is None else (guidance.scale, guidance.rescale)))
+    if any(isinstance(number, torch.Tensor) for number in numbers):
+        return False
+    if guidance is not None and (guidance.rescaled or guidance.method == "apg"):
+        return False
+    if isinstance(limit, DynamicThreshold) and limit.max_value > 1:
+        return False
+    read = [model_output, sample] if noise is None else [model_output, sample, noise]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in read):
+        return False
+    written = [tensor for tensor in (out, options.previous_x0, options.model_input) if tensor is not None]
+    in_place = out is not None and out.data_ptr() == sample.data_ptr() and out.dtype == sample.dtype
+    if in_place:
+        del read[1]
+    # A block must not write over what a later one reads.
+    storages = {tensor.untyped_storage().data_ptr() for tensor in read}
+    return all(tensor.is_contiguous() for tensor in (*read, sample, *written)) and not any(
+        tensor.untyped_storage().data_ptr() in storages for tensor in written
+    )
+
+
+def step_by_blocks(
+    model_output: torch.Tensor,
+    sample: torch.Tensor,
+    row: StepCoefficients,
+    limit: Limit,
+    noise: torch.Tensor | None,
+    options: StepOptions,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A step in blocks of elements whose float32 values stay in the processor's cache, on contiguous tensors."""
+    guidance, compute = options.guidance, compute_dtype(model_output, sample, noise)
+    x_next = torch.empty_like(sample) if options.out is None else options.out
+    x0 = torch.empty_like(x_next) if options.previous_x0 is None else options.previous_x0
+    n = sample.numel()
+    block = min(n, _BLOCK * torch.get_num_threads())
+    read, written = (model_output, sample, noise, options.previous_x0), (x_next, x0, options.model_input)
+    # The same memory for each block's float32 values.
+    spare = [None if each is None or each.dtype == compute else _room(each, n, block, compute) for each in read]
+    # The state is not needed for the next one; its memory, and that of the output, is free for the results.
+    frees_state = _is_zero(row.next_from_x) and spare[1] is not None and (spare[0] is not None or guidance is not None)
+    for given in zip(*(_blocks(each, n, block) for each in (*read, *written)), strict=True):
+        output, x, drawn, previous = map(_widen, given[:4], spare)
+        direction = None
+        if guidance is not None:
+            direction = find_direction(output, guidance)
+            output = combine_guidance(output, guidance)
+        x0_room, room = (x, output) if frees_state else (None, None if spare[1] is None else x)
+        values, x0_values = step_with_row(
+            output, x, row, limit, drawn, room, previous_x0=previous, direction=direction, x0_out=x0_room
+        )
+        for result, found in zip(given[4:], (values, x0_values, values), strict=True):
+            if result is not None:
+                result.copy_(found)
+    return x_next, x0 if options.return_x0 else None
+
+
+def _room(tensor: torch.Tensor, n: int, block: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(tensor.numel() // n, block, dtype=dtype, device=tensor.device)
+
+
+def _blocks(tensor: torch.Tensor | None, n: int, block: int) -> Iterable[torch.Tensor | None]:
+    """Columns of `[copies, n]`, `block` at a time."""
+    if tensor is None:
+        return itertools.repeat(None, -(-n // block))
+    blocks: tuple[torch.Tensor, ...] = torch.split(tensor.view(-1, n), block, 1)
+    return blocks
+
+
+def _widen(block: torch.Tensor | None, spare: torch.Tensor | None) -> Any:
+    """A block's values in `spare`; the block itself where it needs none."""
+    if block is None or spare is None:
+        return block
+    return (spare if spare.shape == block.shape else spare[:, : block.shape[1]]).copy_(block)
+
+
+def advance(step: torch.Tensor, options: StepOptions, batch: int) -> None:
+    """Add one to the row, and fill `next_timestep` with what the model is called with there."""
+    step.add_(1)
+    timesteps, next_timestep = options.timesteps, options.next_timestep
+    if timesteps is not None and next_timestep is not None:
+        following = timesteps[step.clamp_max(len(timesteps) - 1).reshape(-1)].to(next_timestep.dtype)
+        kept = next_timestep.view(-1, batch)
+        kept.copy_(torch.where(step < len(timesteps), following, kept))
+
+
+class PreparedStep:
+    """`ddim_step` with everything but `model_output` and `step` given, and checked once.
+
+    It holds references to the tensors it was made with.
+    """
+
+    def __init__(
+        self, model_output: torch.Tensor, sample: torch.Tensor, table: StepTable, options: StepOptions
+    ) -> None:
+        """Check. Arguments as `ddim_step`'s.
+
+        Args:
+            model_output: a tensor of the shape, dtype and device that all calls' will have.
+            options: without `advance`; the row is given to each call.
+
+        Raises:
+            TypeError, ValueError: as `ddim_step`; a stochastic table without noise or seeds.
+        """
+        check_prepared(model_output, sample, table, options)
+        limit = options.limit
+        self._limit = limit if options.limit_values is None else with_numbers(limit, *options.limit_values.tolist())
+        self._sample, self._rows, self._options = sample, table.rows, options
+        self._shape, self._dtype, self._device = model_output.shape, model_output.dtype, model_output.device
+        dtypes = {model_output.dtype, sample.dtype, None if options.out is None else options.out.dtype}
+        extra = (options.guidance, options.noise, options.seeds, options.previous_x0, options.model_input)
+        # Nothing but the two lines of maths.
+        self._bare = dtypes == {torch.float32} and all(each is None for each in extra)
+
+    def fits(self, model_output: torch.Tensor) -> bool:
+        """Whether `model_output` has the shape, dtype and device that this step was prepared for."""
+        return (
+            model_output.shape == self._shape
+            and model_output.dtype is self._dtype
+            and model_output.device == self._device
+        )
+
+    def __call__(self, model_output: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Take the step: `(x_next, x0)`. `model_output` is one that `fits`, and `step` in the table."""
+        if self._bare:
+            return step_with_row(model_output, self._sample, self._rows[step], self._limit, None, self._options.out)
+        return _take(model_output, self._sample, self._rows[step], step, self._limit, self._options)
+
+
+def check_prepared(model_output: torch.Tensor, sample: torch.Tensor, table: StepTable, options: StepOptions) -> None:
+    """Check the arguments of a step that is prepared for all rows of a table.
+
+    Raises:
+        TypeError, ValueError: as `ddim_step`; a stochastic table without noise or seeds.
+    """
+    if not isinstance(table, StepTable):
+        raise TypeError(f"table: {type(table).__name__}; pass a StepTable")
+    check_step(model_output, sample, table, 0, options)
+    out, noise = options.out, options.noise
+    if noise is None and options.seeds is None and table.stochastic:
+        raise ValueError("noise: None, but the table adds noise; pass a standard normal tensor, or seeds")
+    if out is not None and noise is not None and out.data_ptr() == noise.data_ptr():
+        raise ValueError("out: the same memory as noise, which is read last; pass the state or another tensor")
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -198,12 +384,15 @@ def step_with_row(
     quantile: Quantile | None = None,
     previous_x0: torch.Tensor | None = None,
     direction: torch.Tensor | None = None,
+    x0_out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The two lines of maths, on checked tensors of one dtype, in as few passes as torch has: `(x_next, x0)`.
 
-    direction: what `next_from_output` is the factor of, where that is not the output of x0.
+    Args:
+        direction: what `next_from_output` is the factor of, where that is not the output of x0.
+        x0_out: where x0 goes; may be `x`, where `next_from_x` is 0.
     """
-    x0 = apply_limit(_combine(x, row.x0_from_x, output, row.x0_from_output), limit, quantile)
+    x0 = apply_limit(_combine(x, row.x0_from_x, output, row.x0_from_output, x0_out), limit, quantile)
     output = output if direction is None else direction
     if _is_zero(row.next_from_x):
         x_next = _combine(output, row.next_from_output, x0, row.next_from_x0, out)

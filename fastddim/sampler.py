@@ -488,15 +488,16 @@ class Sampler:
     def _check_state(self, name: str, state: Any, *batch: str) -> None:
         """Refuse what is no state of the sampler's; `batch` names the dimensions before a sample's own."""
         shape = ("...",) if self.sample_shape is None else self.sample_shape
-        wanted = f"[{', '.join(map(str, (*batch, *shape)))}]"
+        # Written out for a message alone.
+        wanted = (*batch, *shape)
         if not isinstance(state, torch.Tensor):
-            raise TypeError(f"{name}: {type(state).__name__}; pass a tensor {wanted}")
+            raise TypeError(f"{name}: {type(state).__name__}; pass a tensor {_listed(wanted)}")
         if not state.is_floating_point() or state.ndim < len(batch):
             raise ValueError(
-                f"{name}: {state.dtype} of shape {tuple(state.shape)}; pass a floating-point state {wanted}"
+                f"{name}: {state.dtype} of shape {tuple(state.shape)}; pass a floating-point state {_listed(wanted)}"
             )
-        if self.sample_shape is not None and tuple(state.shape[len(batch) :]) != self.sample_shape:
-            raise ValueError(f"{name}: shape {tuple(state.shape)}; pass {wanted}")
+        if self.sample_shape is not None and state.shape[len(batch) :] != self.sample_shape:
+            raise ValueError(f"{name}: shape {tuple(state.shape)}; pass {_listed(wanted)}")
         self._check_device(name, state)
 
     def _model_kwargs(
@@ -546,6 +547,10 @@ class Sampler:
         """Only what is on the CPU moves by itself: from another device it would wait there for what is under way."""
         if tensor.device != self.device and tensor.device.type != "cpu":
             raise ValueError(f"{name}: on {tensor.device}, but the sampler is on {self.device}; move it there")
+
+
+def _listed(names: Sequence[Any]) -> str:
+    return f"[{', '.join(map(str, names))}]"
 
 
 def _build_table(sampling: Sampling, options: SamplerOptions, limit: Limit) -> StepTable:

@@ -60,7 +60,8 @@ class SamplerOptions:
         sample_shape: shape of one sample, without the batch; read from a diffusers model's configuration by default.
         dtype: floating-point dtype of the state; the model is called in its own parameters' dtype.
         device: where to sample; the model's own by default.
-        backend: implementation of the step, `"auto"`, `"triton"` or `"reference"`; see `fastddim.ddim_step`.
+        backend: implementation of the step, `"auto"`, `"triton"`, `"reference"` or, on a CPU, `"compiled"`; see
+            `fastddim.ddim_step`.
         graph: `"loop"`, one CUDA graph of all steps; `"step"`, one of a step, which runs of any number of steps, eta,
             spacing, guidance scale, threshold and seeds replay (`replace`); `"off"`; `"auto"`, `"step"` on a GPU. On a CPU
             the same code runs without a capture. The first call of a shape goes step by step, the second is captured

@@ -22,10 +22,11 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput as _DiffusersOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from fastddim.backends import try_fused
+from fastddim import compiled
+from fastddim.backends import check_backend, try_fused
 from fastddim.coefficients import StepCoefficients, columns
 from fastddim.config import PREDICTION_TYPES, Limit, limit_from, require_choice
-from fastddim.reference import step_with_row
+from fastddim.reference import goes_by_blocks, step_by_blocks, step_with_row
 from fastddim.schedule import FloatArray
 from fastddim.step import StepOptions
 
@@ -165,7 +166,7 @@ class _TableStep:
         if tracing:
             rows = self._traced_rows(id(self), self._run, eta, use_clipped_model_output, device)
             index = torch.as_tensor(timestep, device=device).reshape(())
-        elif device.type != "cpu" or self.backend != "auto":
+        elif self.backend not in ("auto", "compiled") or (device.type != "cpu" and self.backend == "auto"):
             table = self._table(eta, use_clipped_model_output)
             rows, index = table.on(device)[0], table.index(timestep, device)
         if rows is not None:
@@ -180,9 +181,17 @@ class _TableStep:
         dtype = sample.dtype
         if model_output.shape != sample.shape:
             model_output, sample = torch.broadcast_tensors(model_output, sample)  # type: ignore[no-untyped-call]
+        if self.backend == "compiled" and not compiled.is_traced(model_output, sample) and sample.ndim:
+            check_backend(self.backend)
+            return compiled.step_with_row(model_output, sample, row, self._limit, noise)
         if dtype == torch.float32 and model_output.dtype == torch.float32:
             return step_with_row(model_output, sample, row, self._limit, noise)
         dtype = torch.promote_types(dtype, model_output.dtype)
+        options = StepOptions(out=torch.empty_like(sample, dtype=dtype) if sample.dtype != dtype else None)
+        if goes_by_blocks(model_output, sample, row, self._limit, noise, options):
+            x_next, x0 = step_by_blocks(model_output, sample, row, self._limit, noise, options)
+            assert x0 is not None
+            return x_next, x0
         compute = torch.promote_types(dtype, torch.float32)
         if noise is not None:
             noise = noise.to(compute)
@@ -257,8 +266,8 @@ class DDIMScheduler(_TableStep, diffusers.DDIMScheduler):  # type: ignore[misc]
     rounded once, which is more exact than diffusers.
 
     Attributes:
-        backend: which implementation takes the step: `"auto"` (the fused kernel on a GPU), `"triton"` or `"reference"`;
-            see `fastddim.ddim_step`. Not part of the configuration.
+        backend: which implementation takes the step: `"auto"` (the fused kernel on a GPU), `"triton"`, `"reference"` or, for
+            states on a CPU, `"compiled"`; see `fastddim.ddim_step`. Not part of the configuration.
     """
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:

@@ -55,8 +55,8 @@ def toy_case(*candidates: Candidate, target: float | None = None, expected: Any 
     return Case("step", "toy", candidates, lambda: None, lambda _: (np.array(expected),), target)
 
 
-def constant(name: str, *values: float) -> Candidate:
-    return Candidate(name, lambda _: lambda: (torch.tensor(values),))
+def constant(name: str, *values: float, baseline: str | None = None) -> Candidate:
+    return Candidate(name, lambda _: lambda: (torch.tensor(values),), baseline)
 
 
 def broken(name: str, good_calls: int) -> Candidate:
@@ -421,9 +421,10 @@ def test_a_case_that_cannot_be_set_up_is_reported_for_each_candidate() -> None:
 
 @pytest.mark.parametrize(("target", "met"), [(1e-9, True), (1e9, False), (None, None)])
 def test_targets_are_for_baselines(target: float | None, met: bool | None) -> None:
-    case = toy_case(constant("ours", 0.0, 4.0), constant("theirs", 0.0, 4.0), target=target)
+    names = {"ours": None, "ours too": None, "theirs": "diffusers"}
+    case = toy_case(*(constant(name, 0.0, 4.0, baseline=each) for name, each in names.items()), target=target)
     rows = timing.run_case(case, FAST)
-    assert [row.target_met for row in rows] == [None, met]
+    assert [row.target_met for row in rows] == [None, None, met]
     assert rows[0].ratio is None
 
 
@@ -492,7 +493,8 @@ def test_a_failing_import_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_quick_run_writes_both_files(
     tmp_path: Path, only: Callable[..., None], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    only(toy_case(constant("ours [x]", 0.0, 4.0), constant("theirs", 0.0, 4.0), target=1e-9))
+    theirs = constant("theirs", 0.0, 4.0, baseline="diffusers")
+    only(toy_case(constant("ours [x]", 0.0, 4.0), theirs, target=1e-9))
     paths = tmp_path / "out.json", tmp_path / "out.md"
     paths[0].write_text("earlier")
     arguments = ["--suite", "step", "--quick", "--json", str(paths[0]), "--markdown", str(paths[1])]
@@ -511,10 +513,10 @@ def test_quick_run_writes_both_files(
     assert known["versions"]["diffusers"] == diffusers.__version__
     assert {"python", "triton", "fastddim"} <= known["versions"].keys()
     assert "commit" in known
-    ours, theirs = result["rows"]
-    assert (ours["candidate"], ours["ours"], theirs["ours"]) == ("ours [x]", True, False)
-    assert theirs["ratio"] > 0
-    assert theirs["target_met"] is True
+    ours, other = result["rows"]
+    assert (ours["candidate"], ours["ours"], other["ours"]) == ("ours [x]", True, False)
+    assert other["ratio"] > 0
+    assert other["target_met"] is True
     table = [line for line in paths[1].read_text().splitlines() if line.startswith("|")]
     assert len(table) == 4
     assert len({line.count("|") for line in table}) == 1

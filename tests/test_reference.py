@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastddim
+from fastddim import reference
 from fastddim.coefficients import StepTable
 from fastddim.config import Clip, DDIMConfig, DynamicThreshold
-from fastddim.reference import abs_quantile, combine_guidance
+from fastddim.reference import abs_quantile, combine_guidance, step_by_blocks
 from fastddim.schedule import Schedule
 from fastddim.step import Guidance
 from oracle import ddim, guide
@@ -277,3 +278,40 @@ def test_bad_input_is_refused_by_name(changes, error, parts):
     with pytest.raises(error) as caught:
         run_step(**dict(changes))
     assert all(part in str(caught.value) for part in parts), caught.value
+
+
+@pytest.mark.parametrize("guidance", [None, 2.0, Guidance(0.6, method="cfg++")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_large_steps_in_half_precision_go_by_blocks_to_the_same_bits(monkeypatch, dtype, guidance):
+    """Each block of a ragged size, beside the same step of samples that are too small for blocks."""
+    schedule = Schedule(DDIMConfig())
+    table = StepTable.build(schedule, schedule.pairs(10), eta=0.5)
+    copies = 1 if guidance is None else 2
+    x, noise, output = randn((3, 5, 7), 1, dtype), randn((3, 5, 7), 2), randn((3 * copies, 5, 7), 3, dtype)
+    options = {"limit": Clip(), "guidance": guidance, "noise": noise}
+    whole = ddim_step(output, x, table, 4, **options)
+    monkeypatch.setattr(reference, "_BLOCK", 16)
+    model_input = torch.full((3 * copies, 5, 7), float("nan"))
+    state = x.clone()
+    calls = []
+    monkeypatch.setattr(reference, "step_by_blocks", lambda *a: (calls.append(1), step_by_blocks(*a))[1])
+    for out in (None, state):
+        blocks = ddim_step(output, x if out is None else state, table, 4, **options, out=out)
+        assert all(torch.equal(a, b) for a, b in zip(blocks, whole, strict=True))
+    ddim_step(output, x, table, 4, **options, model_input=model_input)
+    assert len(calls) == 3
+    assert torch.equal(model_input.to(dtype), torch.cat([whole[0]] * copies))
+    # What a block would write over before it is read, or tells of other elements, or needs a gradient.
+    for changed in ({"out": output[:3]}, {"limit": DynamicThreshold(0.9, 2.0)}, {"guidance": Guidance(2.0, 0.5)}):
+        if "guidance" not in changed or copies == 2:
+            ddim_step(output.clone() if "out" not in changed else output, x, table, 4, **{**options, **changed})
+    ddim_step(output, x.clone().requires_grad_(), table, 4, **options)[0].sum().backward()
+    assert len(calls) == 3
+
+
+def test_a_rescale_of_long_samples_is_the_oracles():
+    output = randn((4, 3, 64, 64), 0)
+    uncond, cond = output.double().numpy().reshape(2, 2, 3, 64, 64)
+    got = combine_guidance(output, Guidance(7.5, 0.7))
+    exact = guide(uncond, cond, 7.5, 0.7)
+    assert np.abs(got.double().numpy() - exact).max() <= 4 * FLOAT32_ULP * np.abs(exact).max()

@@ -64,7 +64,7 @@ def _sampler_work(inputs: LoopInputs, **options: Any) -> Work:
     }
     parts: dict[str, Callable[[], Any]] = {
         "model": lambda: inputs.model(state, t, **kwargs),
-        "step": lambda: fastddim.ddim_step(output, state, sampler.table, 0, **taken),
+        "step": lambda: fastddim.ddim_step(output, state, sampler.table, 0, **taken, backend=sampler.backend),
     }
     captured = sampler.graph != "off" and start.is_cuda
     if captured:
@@ -198,6 +198,9 @@ def _diffusers_loop(name: str, baseline: str, *needs: Needs, **options: Any) -> 
 
 
 FASTDDIM_SAMPLER = Candidate("fastddim.Sampler", _sampler_work)
+COMPILED_SAMPLER = Candidate(
+    "fastddim.Sampler, backend='compiled'", partial(_sampler_work, backend="compiled"), needs=a_compiler
+)
 DIFFUSERS_LOOP = _diffusers_loop("diffusers.DDIMScheduler loop", "diffusers")
 CAPTURED_LOOP = _diffusers_loop("diffusers, UNet as a CUDA graph", "cuda-graph", a_gpu, captured=True)
 EAGER_LOOP = Candidate(
@@ -274,6 +277,8 @@ def _candidates(network: Network, run: tuple[int, int], scope: Scope) -> tuple[C
     if scope.on_gpu:
         # On a CPU it is what ours does too.
         candidates.append(EAGER_LOOP)
+    else:
+        candidates[1:1] = unless_quick(scope, COMPILED_SAMPLER)
     (candidates if network in (POLICY, DIGITS) else slow).append(exported.ORT_LOOP)
     if run == (1, network.usual_steps) or (network is CIFAR10 and not scope.on_gpu and run == (1, 4)):
         candidates += unless_quick(scope, *slow)

@@ -115,8 +115,11 @@ def _copies(problem: StepProblem) -> int:
     return batch // max(k for k in range(1, batch + 1) if batch % k == 0 and (k == 1 or k * sample_size <= _BLOCK))
 
 
-def _scheduler_call(module: str, inputs: StepInputs, compiled: bool = False) -> Call:
-    """A scheduler's `step` as diffusers' pipelines call it, after eager guidance where the problem has it."""
+def _scheduler_call(module: str, inputs: StepInputs, compiled: bool = False, backend: str | None = None) -> Call:
+    """A scheduler's `step` as diffusers' pipelines call it, after eager guidance where the problem has it.
+
+    backend: what our scheduler's step is taken by.
+    """
     import torch
 
     problem, model_output, sample = inputs.problem, inputs.model_output, inputs.sample
@@ -126,6 +129,8 @@ def _scheduler_call(module: str, inputs: StepInputs, compiled: bool = False) -> 
         thresholding=problem.threshold is not None,
         sample_max_value=problem.threshold or 1.0,
     )
+    if backend is not None:
+        scheduler.backend = backend
     scheduler.set_timesteps(problem.num_steps)
     timestep = scheduler.timesteps[problem.index]
     kwargs: dict[str, Any] = {"return_dict": False}
@@ -234,6 +239,23 @@ EAGER_STEP = Candidate(
 )
 DDIM_STEP = Candidate("fastddim.ddim_step", _ddim_step_call)
 DDIM_STEP_IN_PLACE = Candidate("fastddim.ddim_step(out=sample)", partial(_ddim_step_call, in_place=True))
+# Compiled once for all sizes of a kind.
+_COMPILED = {
+    FASTDDIM_SCHEDULER: Candidate(
+        "fastddim.DDIMScheduler, backend='compiled'",
+        partial(_scheduler_call, "fastddim", backend="compiled"),
+        needs=all_of(_DIFFUSERS, a_compiler),
+        slack=_HALF_SLACK,
+    ),
+    DDIM_STEP: Candidate(
+        "fastddim.ddim_step(backend='compiled')", partial(_ddim_step_call, backend="compiled"), needs=a_compiler
+    ),
+    DDIM_STEP_IN_PLACE: Candidate(
+        "fastddim.ddim_step(out=sample, backend='compiled')",
+        partial(_ddim_step_call, in_place=True, backend="compiled"),
+        needs=a_compiler,
+    ),
+}
 PREPARED_STEP = Candidate("fastddim.kernels.PreparedStep", _prepared_call, needs=a_gpu)
 
 
@@ -284,7 +306,7 @@ def _candidates(problem: StepProblem, ours: Candidate, scope: Scope) -> list[Can
     # A compilation for each case takes seconds.
     baselines = [DIFFUSERS_SCHEDULER, *unless_quick(scope, COMPILED_STEP)]
     if not scope.on_gpu:
-        return [ours, *baselines]
+        return [ours, *unless_quick(scope, _COMPILED[ours]), *baselines]
     # On a CPU eager torch is what ours does too.
     baselines.append(EAGER_STEP)
     if ours is DDIM_STEP_IN_PLACE:

@@ -28,7 +28,7 @@ _SAMPLE_S = 2e-3
 # The share of the slowest candidate's call that a sample lasts: a quotient is no steadier than its shorter time.
 _SAMPLE_SHARE = 0.05
 # A case's bar is that of what users have now.
-_WITH_A_BAR = (None, "diffusers", "import")
+_WITH_A_BAR = ("diffusers", "import")
 # Shorter calls depend on what the candidate before them left in the caches: one that is not timed comes first.
 _BRIEF_S = 0.05
 _WARM_UP_CALLS = 3
