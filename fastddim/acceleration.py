@@ -24,7 +24,7 @@ from fastddim.capture_checks import owns_graphs
 from fastddim.coefficients import StepTable
 from fastddim.config import Limit, limit_from
 from fastddim.loop import Loop, Run, graph_mode
-from fastddim.model_call import Model, call_model
+from fastddim.model_call import Hoister, Model, prediction_of
 from fastddim.sampler_options import SamplerOptions
 from fastddim.samplers import METHODS, Steps
 from fastddim.samplers.sampling import read_scheduler
@@ -84,7 +84,7 @@ def _without_variance(denoiser: Any) -> Model:
     """The prediction may be followed by channels that are no part of the step."""
 
     def predict(x: torch.Tensor, t: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return call_model(denoiser, x, t, kwargs)[:, : x.shape[1]]
+        return prediction_of(denoiser(x, t, **kwargs))[:, : x.shape[1]]
 
     return predict
 

@@ -219,12 +219,12 @@ def log_lines(caplog):
     return [record.getMessage() for record in caplog.records if record.name == "fastddim"]
 
 
-def check_same(pipe, call, caplog, *, seeds=0, graphs=GRAPHS, rtol=1e-9):
+def check_same(pipe, call, caplog, *, seeds=0, graphs=GRAPHS, rtol=1e-9, hoist=False):
     """Equal pictures and draws in every mode, by the loop and not by falling back."""
     expected, drawn = run(pipe, call, seeds)
     caplog.clear()
     for graph in graphs:
-        assert accelerate(pipe, graph=graph) is pipe
+        assert accelerate(pipe, graph=graph, hoist=hoist) is pipe
         # DiT's arrays of 0.39 are float32.
         least = max(rtol, torch.finfo(expected.dtype).eps) if DIFFUSERS_039 else rtol
         # The first call goes step by step.
@@ -235,6 +235,7 @@ def check_same(pipe, call, caplog, *, seeds=0, graphs=GRAPHS, rtol=1e-9):
             assert error <= least * expected.abs().max().item(), (graph, error)
             assert drawn_too == drawn
         assert count_captures(pipe) == (graph != "off")
+        assert (pipe._acceleration._loop.hoisted_bytes > 0) == hoist
         unaccelerate(pipe)
     assert not log_lines(caplog)
 
@@ -246,6 +247,12 @@ def test_the_pictures_are_the_pipelines_own(name, steps, caplog):
     if steps == 1 and "strength" in call:
         call["strength"] = 1.0
     check_same(pipe, {**call, "num_inference_steps": steps}, caplog)
+
+
+@pytest.mark.parametrize("name", ["ours", "sd", "sdxl_img2img", "dit"])
+def test_the_pictures_are_those_of_a_loop_that_computes_all_of_it(name, caplog):
+    pipe, call = make(name)
+    check_same(pipe, {**call, "num_inference_steps": 3}, caplog, graphs=("off", "step"), hoist=True)
 
 
 @pytest.mark.parametrize("name", WITH_ETA)
