@@ -460,7 +460,7 @@ for graph, config, options in (
 ):
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
         plan = plan_sampler(Model(), config, ExportOptions(kind=graph, **options), (2, 6, 6))
-        program, dims = exporter._trace(plan, "cuda:0")
+        program, dims = exporter._trace(plan, None, "cuda:0")
         values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
         assert isinstance(values["inputs_sample"].shape[0], torch.SymInt), values
         assert isinstance(values["inputs_coefficients"].shape[0], torch.SymInt), values

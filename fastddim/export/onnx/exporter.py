@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ _OPSET = 20
 _BFLOAT16_OPSET = 22
 # protobuf holds no more.
 _LARGEST_FILE = 2_000_000_000
+_ALIGNMENT = 1 << 16
 
 
 def export_onnx(
@@ -142,7 +144,7 @@ def _with_values(graph: onnx.ModelProto, plan: SamplerPlan, hoisted: HoistedMode
         examples,
         module.outputs,
         kind,
-        path.with_name("before.onnx"),
+        path,
         dynamic={"timesteps": (0, 1)[: 1 + own_steps]},
         other_bytes=_weight_bytes(hoisted.rest),
     )
@@ -151,10 +153,10 @@ def _with_values(graph: onnx.ModelProto, plan: SamplerPlan, hoisted: HoistedMode
     dims["timesteps"] = ["steps", *(["batch"] if own_steps else [])]
     name_dims(before.graph, dims | {name: taken[name] for name in module.outputs})
     fed = fed_by(graph, before, "before_")
-    # As those of a loop that computes all of it.
+    # As those of a loop that computes all of it: what feeds the noise, the step's, then the rows.
     order = [name for name in StepModule(plan).example_inputs() if name not in LOOP_ROWS]
     order += [*LOOP_ROWS.values(), "going"]
-    inputs = sorted(fed.graph.input, key=lambda value: order.index(value.name))
+    inputs = sorted(fed.graph.input, key=lambda value: order.index(value.name) if value.name in order else -1)
     del fed.graph.input[:]
     fed.graph.input.extend(inputs)
     return fed
@@ -189,7 +191,7 @@ def to_graph(
         ExportError: code that cannot be exported, or that fixes a dynamic dimension.
     """
     names = list(examples)
-    dynamic = {**dict.fromkeys(names, (0,)), **(dynamic or {})}
+    dynamic = {name: (dynamic or {}).get(name, (0,)) for name in names}
     program = trace(module, examples, dynamic, kind)
     half = any(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
     try:
@@ -205,11 +207,32 @@ def _to_proto(model: onnx_ir.Model, path: Path, other_bytes: int) -> onnx.ModelP
     weights = [value.const_value for value in model.graph.initializers.values()]
     if other_bytes + sum(weight.nbytes for weight in weights if weight is not None) < _LARGEST_FILE:
         return onnx_ir.to_proto(model)
-    onnx_ir.save(model, path, external_data=f"{path.name}.data")
+    data = path.with_name(f"{path.name}.data")
+    # A graph that becomes a part of the file may have written its weights already: these come after them.
+    mine = data.with_name(f"{data.name}.new") if data.exists() else data
+    onnx_ir.save(model, path, external_data=mine.name)
     # What follows moves nodes; the weights stay where they are.
     graph = onnx.load(path, load_external_data=False)
     path.unlink()
+    if mine != data:
+        _append(mine, data, graph.graph)
     return graph
+
+
+def _append(mine: Path, data: Path, graph: onnx.GraphProto) -> None:
+    """Move a graph's weights to the end of another file."""
+    with data.open("ab") as file:
+        # Where memory can be mapped from.
+        start = -(-file.tell() // _ALIGNMENT) * _ALIGNMENT
+        file.write(bytes(start - file.tell()))
+        with mine.open("rb") as source:
+            shutil.copyfileobj(source, file)
+    mine.unlink()
+    for weight in graph.initializer:
+        entries = {entry.key: entry for entry in weight.external_data}
+        if entries:
+            entries["location"].value = data.name
+            entries["offset"].value = str(start + int(entries["offset"].value))
 
 
 def _to_onnx(program: ExportedProgram, inputs: Iterable[str], outputs: Iterable[str], opset: int) -> onnx_ir.Model:
