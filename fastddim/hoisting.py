@@ -19,7 +19,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from fastddim.tracing import ExportError, trace
+from fastddim.tracing import ExportError, told, trace
 
 # Values beyond it stay in the loop: bytes for one run.
 DEFAULT_HOIST_LIMIT = 1 << 28
@@ -191,7 +191,10 @@ def split_model(
         dims[f"condition_{index}"] = (0,) if in_batch else ()
     program = trace(wrapped, examples, dims, kind)
     if any(_changes_memory(node) for node in program.graph.nodes):
-        program = program.run_decompositions({})
+        try:
+            program = program.run_decompositions({})
+        except Exception as error:
+            raise ExportError(f"model: {kind} changes its values in place: {told(error)}") from error
     if program.graph_signature.buffers_to_mutate or program.graph_signature.user_inputs_to_mutate:
         changed = [
             *program.graph_signature.buffers_to_mutate.values(),
@@ -199,11 +202,10 @@ def split_model(
         ]
         raise ExportError(f"model: {kind} changes {changed[0]!r} in each call")
     traced = program.module(check_guards=False)
-    splitter = _Splitter(traced, list(examples), rows=x.shape[0], steps=steps)
+    splitter = _Splitter(traced, rows=x.shape[0], steps=steps)
     if not pairs:
         splitter.leave_pairs()
-    splitter.keep_within(limit)
-    while (built := splitter.build()) is not None:
+    while (built := splitter.build(limit)) is not None:
         before, rest, layout = built
         model = HoistedModel(before, rest, layout)
         mixed = _find_mixed(model, layout, t, conditions, batched)
@@ -265,7 +267,7 @@ class _Layout:
 class _Splitter:
     """A traced graph, and which of its nodes leave the loop."""
 
-    def __init__(self, traced: GraphModule, names: Sequence[str], rows: int, steps: int) -> None:
+    def __init__(self, traced: GraphModule, rows: int, steps: int) -> None:
         self._traced = traced
         nodes = list(traced.graph.nodes)
         self._inputs = [node for node in nodes if node.op == "placeholder"]
@@ -339,13 +341,11 @@ class _Splitter:
         size *= self._steps if _Reads.STEP in reads else 1
         return size * (self._rows if self._has_rows(value) and _Reads.CONDITIONS in reads else 1)
 
-    def keep_within(self, limit: int) -> None:
-        """Have the loop compute the largest values itself until the others take no more bytes than a limit."""
-        while True:
-            values = self._settle()
-            if sum(map(self._bytes, values)) <= limit:
-                return
+    def _keep_within(self, limit: int) -> list[Node]:
+        """The values of no more bytes than a limit, without the largest ones: the loop computes these itself."""
+        while sum(map(self._bytes, values := self._settle())) > limit:
             self._own.add(max(values, key=self._bytes))
+        return values
 
     def _settle(self) -> list[Node]:
         """The values that the loop is handed: none that is only another view, and those of a step of one dtype."""
@@ -369,9 +369,9 @@ class _Splitter:
         whole = all(isinstance(size, int) for size in value.shape)
         return self._has_rows(value) or (whole and self._reads[node] is _Reads.CONDITIONS)
 
-    def build(self) -> tuple[GraphModule, GraphModule, _Layout] | None:
-        """The graphs before and in the loop, and how the values are laid out; None where there are none."""
-        values = self._settle()
+    def build(self, limit: int) -> tuple[GraphModule, GraphModule, _Layout] | None:
+        """The graphs before and in the loop, and how the values within a limit are laid out; None where there are none."""
+        values = self._keep_within(limit)
         if not values:
             return None
         steps, both = (

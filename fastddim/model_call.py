@@ -15,6 +15,8 @@ from fastddim.hoisting import DEFAULT_HOIST_LIMIT, HoistedModel, split_model
 from fastddim.tracing import ExportError
 
 Model = Callable[..., Any]
+# How many kinds of calls are kept in parts.
+_MOST_KINDS = 16
 
 
 def prediction_of(output: Any) -> torch.Tensor:
@@ -81,6 +83,8 @@ class Hoister:
             try:
                 key = _call_key(x, t, kwargs)
                 if key not in self._parts:
+                    if len(self._parts) >= _MOST_KINDS:
+                        self._parts.clear()
                     self._parts[key] = self._split(x, t, kwargs, steps)
             # Arguments that cannot be told from others have no key.
             except (ExportError, TypeError) as error:
@@ -104,14 +108,15 @@ class Hoister:
             return prediction_of(model(x, t, **pytree.tree_unflatten(given, structure)))
 
         batched = [has_rows(leaves[index], rows) for index in at]
-        conditions = [
-            leaves[index][several] if rows else leaves[index] for index, rows in zip(at, batched, strict=True)
-        ]
-        example = x[several]
-        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-            example = example.contiguous(memory_format=torch.channels_last)
         # Tensors made in inference mode cannot be traced outside of it, nor others within.
         with torch.inference_mode(False), torch.no_grad():
+            conditions = [
+                leaves[index][several] if in_batch else leaves[index].clone()
+                for index, in_batch in zip(at, batched, strict=True)
+            ]
+            example = x[several]
+            if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+                example = example.contiguous(memory_format=torch.channels_last)
             parts = split_model(
                 call, find_modules(model), example, t[several], conditions, batched=batched,
                 kind=_kind_of(model), steps=steps, limit=self._limit,

@@ -293,6 +293,23 @@ def test_the_memory_is_told_and_copies_hoist_too(traces):
     assert again.hoist and again.warmup(2).hoisted_bytes == 24 and len(traces) == 2
 
 
+def test_the_first_call_may_be_in_inference_mode(traces):
+    hoisted, plain = (make(Denoiser(), hoist=on, guidance_scale=2.0) for on in (True, False))
+    with torch.inference_mode():
+        first = hoisted(2, seeds=0, **labels(2), **added(2))
+    got, expected = (sampler(2, seeds=0, **labels(2), **added(2)) for sampler in (hoisted, plain))
+    torch.testing.assert_close(first, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    assert len(traces) == 1
+
+
+def test_the_part_in_the_loop_may_be_compiled():
+    hoisted, plain = (make(Denoiser(), hoist=on, compile=on) for on in (True, False))
+    got, expected = (sampler(2, seeds=0, class_labels=torch.tensor([1, 2])) for sampler in (hoisted, plain))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    assert hoisted.warmup(2, class_labels=torch.tensor([1, 2])).hoisted_bytes > 0
+
+
 def test_a_function_of_several_modules():
     first, second = Denoiser(), Denoiser()
 
