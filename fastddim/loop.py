@@ -635,9 +635,10 @@ class Loop:
             final = self._try_replay(run, mode, steps, on_step, at_once)
             if final is not None:
                 return final
-        loop = EagerLoop(self.model, run, self._find_parts(run))
+        parts = self._find_parts(run)
+        loop = EagerLoop(self.model, run, parts)
         final = loop(steps, on_step)
-        self.hoisted_bytes = loop.buffers.hoisted_bytes
+        self.hoisted_bytes = 0 if parts is None else loop.buffers.hoisted_bytes
         return final
 
     def _find_parts(self, run: Run) -> HoistedModel | None:

@@ -389,4 +389,4 @@ def tensors_of(owner: Any) -> list[torch.Tensor]:
         return [owner]
     if isinstance(owner, torch.nn.Module):
         return [*owner.parameters(), *owner.buffers()]
-    return tensors_in([vars(owner), vars(owner._buffers)])
+    return tensors_in([vars(owner), vars(owner.buffers)])

@@ -116,7 +116,7 @@ def test_a_model_in_parts_is_the_model(name):
 
 
 # Without shrinking, as each example takes seconds.
-@settings(max_examples=4, deadline=None, phases=[Phase.generate])
+@settings(max_examples=3, deadline=None, phases=[Phase.generate])
 @given(
     data=st.fixed_dictionaries(
         {
@@ -373,7 +373,11 @@ def graph_of(folder):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"guided": True}, {"bake_schedule": True, "per_sample_steps": True, "guided": True}, {"dtype": "bfloat16"}],
+    [
+        {"guided": True},
+        {"bake_schedule": True, "per_sample_steps": True, "guided": True},
+        pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow),
+    ],
     ids=lambda options: "-".join(options) or "plain",
 )
 def test_an_onnx_loop_computes_its_embeddings_before_the_steps(tmp_path, options):

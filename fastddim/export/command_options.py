@@ -63,7 +63,6 @@ class SamplerFlags:
     stochastic: Annotated[bool, typer.Option("--noise", help="Noise is an input; eta may be above 0.")] = False
     bake_schedule: Annotated[bool, typer.Option("--bake-schedule", help="Take a number of steps, not a table.")] = False
     dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Take any height and width.")] = False
-    no_hoist: Annotated[bool, typer.Option("--no-hoist", help="Compute in each step what no step changes.")] = False
     dtype: Annotated[str, choice(help="float32 by default, float16, bfloat16.", show_default=False)] = "float32"
     num_inference_steps: Annotated[int, integer("--steps", help="Steps of the default table.")] = 50
     method: Method = "auto"
@@ -75,8 +74,6 @@ class SamplerFlags:
 
         named = {**parse_method(self.method), **parse_guidance_method(self.guidance_method)}
         given = {**dataclasses.asdict(self), **named}
-        if given.pop("no_hoist"):
-            given["hoist"] = False
         return ExportOptions(**given, **others)
 
 
