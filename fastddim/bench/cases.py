@@ -78,6 +78,7 @@ class Candidate:
             returns the case's results as tensors or arrays.
         baseline: which of `BASELINES` it is; None for ours.
         needs: says what this machine lacks for it.
+        target: the least ratio of its time to ours that meets the bar, where it is another one than the case's.
         slack: in half precision, how many times the case's tolerance its error may be, for the rounding after each operation.
     """
 
@@ -86,6 +87,7 @@ class Candidate:
     baseline: str | None = None
     needs: Needs = lambda: None
     slack: float = 1.0
+    target: float | None = None
 
 
 @dataclass(frozen=True)

@@ -51,16 +51,16 @@ def tensorrt_missing() -> str | None:
     return "not installed: tensorrt (pip install 'fastddim[tensorrt]')"
 
 
-def _ort_work(inputs: LoopInputs) -> Work:
+def _ort_work(inputs: LoopInputs, **options: Any) -> Work:
     import torch
 
     from fastddim.export import OrtSampler, export_onnx
     from fastddim.export.onnx.sampler import yielding_options
 
-    options = yielding_options(torch.get_num_threads())
-    load = partial(OrtSampler, providers=inputs.start.device.type, session_options=options)
+    session_options = yielding_options(torch.get_num_threads())
+    load = partial(OrtSampler, providers=inputs.start.device.type, session_options=session_options)
     kwargs = {name: value.cpu().numpy() for name, value in inputs.kwargs.items()}
-    return _work(inputs, export_onnx, load, inputs.start.float().cpu().numpy(), kwargs)
+    return _work(inputs, export_onnx, load, inputs.start.float().cpu().numpy(), kwargs, **options)
 
 
 def _aoti_work(inputs: LoopInputs) -> Work:
@@ -78,14 +78,22 @@ def _tensorrt_work(inputs: LoopInputs) -> Work:
 
 ORT_LOOP = Candidate("fastddim.export.OrtSampler", _ort_work, "onnxruntime", ort_missing)
 AOTI_LOOP = Candidate("fastddim.export.AotiSampler", _aoti_work, "aotinductor", aoti_missing)
+UNHOISTED_ORT_LOOP = Candidate(
+    "fastddim.export.OrtSampler, hoist=False", partial(_ort_work, hoist=False), "onnxruntime", ort_missing
+)
 TENSORRT_LOOP = Candidate("fastddim.export.TensorRTSampler", _tensorrt_work, "tensorrt", tensorrt_missing)
 
 
 def _work(
-    inputs: LoopInputs, export: Callable[..., Any], load: Callable[[Path], Any], start: Any, kwargs: dict[str, Any]
+    inputs: LoopInputs,
+    export: Callable[..., Any],
+    load: Callable[[Path], Any],
+    start: Any,
+    kwargs: dict[str, Any],
+    **options: Any,
 ) -> Work:
-    """The whole run as one file, on as many threads as torch has."""
-    folder, facts = _build(inputs, export)
+    """The whole run as one file with these options, on as many threads as torch has."""
+    folder, facts = _build(inputs, export, **options)
     sampler, load_s = _timed(lambda: load(folder))
     steps = inputs.problem.num_steps
     return Work(
@@ -93,17 +101,18 @@ def _work(
     )
 
 
-# Bundles by exporter and network, with their size and the seconds that they took to build.
-_BUILT: dict[tuple[str, str], tuple[Path, dict[str, float]]] = {}
+# Bundles by exporter, network and options, with their size and the seconds that they took to build.
+_BUILT: dict[tuple[str, str, str], tuple[Path, dict[str, float]]] = {}
 
 
-def _build(inputs: LoopInputs, export: Callable[..., Any]) -> tuple[Path, dict[str, float]]:
-    key = (getattr(export, "func", export).__name__, inputs.key)
+def _build(inputs: LoopInputs, export: Callable[..., Any], **chosen: Any) -> tuple[Path, dict[str, float]]:
+    key = (getattr(export, "func", export).__name__, inputs.key, repr(chosen))
     if key not in _BUILT:
         import fastddim
         from fastddim.export import ExportOptions
 
-        options = ExportOptions(num_inference_steps=inputs.problem.num_steps, use_clipped_model_output=False)
+        steps = inputs.problem.num_steps
+        options = ExportOptions(num_inference_steps=steps, use_clipped_model_output=False, **chosen)
         folder = _folder() / f"{len(_BUILT)}"
         extra: dict[str, Any] = {}
         if not hasattr(inputs.model, "config"):

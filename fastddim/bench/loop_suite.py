@@ -24,7 +24,7 @@ from fastddim.bench.cases import (
     unless_quick,
 )
 from fastddim.bench.loop_case import LoopInputs, loop_case
-from fastddim.bench.networks import BATCHES, CIFAR10, DIGITS, NETWORKS, POLICY, STEPS, Network
+from fastddim.bench.networks import BATCHES, CIFAR10, DIGITS, NETWORKS, POLICY, SD_SMALL, STEPS, Network
 from fastddim.bench.scheduler_loop import class_of, drawing, make_scheduler, run_scheduler
 from fastddim.noise import seed_tensor
 from fastddim.samplers import METHODS
@@ -198,6 +198,7 @@ def _diffusers_loop(name: str, baseline: str, *needs: Needs, **options: Any) -> 
 
 
 FASTDDIM_SAMPLER = Candidate("fastddim.Sampler", _sampler_work)
+HOISTED_SAMPLER = Candidate("fastddim.Sampler, hoist", partial(_sampler_work, hoist=True))
 DIFFUSERS_LOOP = _diffusers_loop("diffusers.DDIMScheduler loop", "diffusers")
 CAPTURED_LOOP = _diffusers_loop("diffusers, UNet as a CUDA graph", "cuda-graph", a_gpu, captured=True)
 EAGER_LOOP = Candidate(
@@ -255,6 +256,9 @@ def _method_candidates(scope: Scope) -> tuple[Candidate, ...]:
 
 def _runs(network: Network, scope: Scope) -> list[tuple[int, int]]:
     """Batches and numbers of steps, the most usual first."""
+    if network is SD_SMALL:
+        # The larger ones of its kind are a GPU's.
+        return [(1, network.usual_steps)]
     runs = [(1, network.usual_steps), *((1, steps) for steps in STEPS), *((b, network.usual_steps) for b in BATCHES)]
     if network is CIFAR10 and not scope.on_gpu:
         runs += _CIFAR10_ON_CPU
@@ -262,7 +266,7 @@ def _runs(network: Network, scope: Scope) -> list[tuple[int, int]]:
 
 
 def _missing(network: Network, run: tuple[int, int], scope: Scope) -> str | None:
-    on_cpu = network in (POLICY, DIGITS) or (network is CIFAR10 and run in _CIFAR10_ON_CPU)
+    on_cpu = network in (POLICY, DIGITS, SD_SMALL) or (network is CIFAR10 and run in _CIFAR10_ON_CPU)
     if not scope.on_gpu and not on_cpu:
         return NEEDS_GPU
     return LEFT_OUT if scope.quick and run not in _QUICK.get(network, ()) else None
@@ -270,7 +274,7 @@ def _missing(network: Network, run: tuple[int, int], scope: Scope) -> str | None
 
 def _candidates(network: Network, run: tuple[int, int], scope: Scope) -> tuple[Candidate, ...]:
     """All candidates, but those that take long to compile only for the most usual run of a network."""
-    candidates, slow = [FASTDDIM_SAMPLER, DIFFUSERS_LOOP, CAPTURED_LOOP], list(_SLOW_LOOPS)
+    candidates, slow = [FASTDDIM_SAMPLER, HOISTED_SAMPLER, DIFFUSERS_LOOP, CAPTURED_LOOP], list(_SLOW_LOOPS)
     if scope.on_gpu:
         # On a CPU it is what ours does too.
         candidates.append(EAGER_LOOP)

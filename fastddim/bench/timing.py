@@ -269,7 +269,7 @@ class CaseRun:
                     row.synchronizations = count_synchronizations(runner.work.call) / row.num_steps
                 if row.status == OK:
                     row.facts = runner.work.facts()
-        _compare(self._rows, self._runners, self.case.target)
+        _compare(self._rows, self._runners, self.case)
         for row in self._rows:
             if self.case.nbytes is not None and row.median_s is not None:
                 bytes_per_s = self.case.nbytes / row.median_s
@@ -359,11 +359,13 @@ def _time_calls(call: Callable[[], Any], count: int, device: str) -> float:
     return (time.perf_counter() - start) / count
 
 
-def _compare(rows: list[Row], runners: list[_Runner], target: float | None) -> None:
+def _compare(rows: list[Row], runners: list[_Runner], case: Case) -> None:
     samples = {id(runner.row): runner.samples for runner in runners if runner.row.status == OK}
     ours = samples.get(id(rows[0]))
-    for row in rows[1:]:
-        row.target = target if row.baseline in _WITH_A_BAR else None
+    for row, candidate in zip(rows[1:], case.candidates[1:], strict=True):
+        row.target = candidate.target
+        if row.target is None and row.baseline in _WITH_A_BAR:
+            row.target = case.target
         times = samples.get(id(row))
         if ours is None or times is None:
             continue
