@@ -50,7 +50,9 @@ def make_page(folder: Path, docs: Path) -> str:
         "",
         "`cold` is the first call. `median`, `p20`, `p80` and `p99` are of the warm rounds, per call: a step, or a whole run."
         " `of copy` is what a call has to read and write at least, a second, over what a copy of a large tensor does; small"
-        " states are in caches, and may be above 100%. `model` and `step` are the same work done alone.",
+        " states are in caches, and may be above 100%. `model`, `hoisted` (before the loop), `step` and `host` (the rest) are"
+        " what the median goes to, by a run of its own, with timers or a profiler; in results without `host` the same work"
+        " done alone. `fastddim bench --explain CASE` prints a case's costliest operations.",
         "",
     ]
     if not any(_on_gpu(each) for each in reports.values()):

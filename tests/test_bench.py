@@ -25,11 +25,12 @@ import torch
 from rich.console import Console
 
 import fastddim
-from fastddim.bench import compare, gpu, plots, report, run, table, timing
+from fastddim.bench import breakdown, compare, explain, gpu, plots, profiles, report, run, table, timing
 from fastddim.bench.cases import BASELINES, LEFT_OUT, NEEDS_GPU, Call, Candidate, Case, Scope, Work
+from fastddim.bench.exported import ORT_LOOP, UNHOISTED_ORT_LOOP
 from fastddim.bench.import_suite import import_suite
 from fastddim.bench.loop_case import LoopInputs, loop_case
-from fastddim.bench.loop_suite import DIFFUSERS_LOOP, FASTDDIM_SAMPLER, loop_suite
+from fastddim.bench.loop_suite import DIFFUSERS_LOOP, FASTDDIM_SAMPLER, HOISTED_SAMPLER, loop_suite
 from fastddim.bench.networks import DIGITS, POLICY
 from fastddim.bench.scheduler_loop import in_float64, make_scheduler, run_scheduler
 from fastddim.bench.step_suite import DIFFUSERS_SCHEDULER, FASTDDIM_SCHEDULER, StepInputs, step_case, step_suite
@@ -626,7 +627,10 @@ def test_importing_the_bench_loads_none_of_what_it_can_do_without() -> None:
     assert done.returncode == 0, done.stderr
     rows = [line.split("|") for line in done.stdout.splitlines()]
     assert rows[0] == ["fastddim.Sampler", "ok", "None"]
-    assert all(status == "absent" and message for _, status, message in rows[1:])
+    # Compiled code is left out of a quick run.
+    assert rows[1][:2] == ["fastddim.Sampler, backend='compiled'", "absent"]
+    assert rows[2] == ["fastddim.Sampler, hoist", "ok", "None"]
+    assert all(status == "absent" and message for _, status, message in rows[3:])
     assert any("not installed: diffusers" in message for _, _, message in rows)
 
 
@@ -702,12 +706,125 @@ def test_parts_and_facts_are_reported(clock: Clock) -> None:
             clock.spend(3e-3)
             return (torch.tensor([0.0, 4.0]),)
 
-        return Work(call, lambda: {"size_bytes": 5.0}, {"model": lambda: clock.spend(2e-3)})
+        return Work(call, lambda: {"size_bytes": 5.0}, lambda: {"model": 9.0, "host": 3.0})
 
     (row,) = timing.run_case(toy_case(Candidate("it", make)), FAST)
-    assert row.parts == {"model": pytest.approx(2e-3)}
+    # The shares are another run's; the sum is the median.
+    assert row.parts == {"model": pytest.approx(2.25e-3), "host": pytest.approx(0.75e-3)}
     assert row.facts == {"size_bytes": 5.0}
     assert turns
+
+
+def test_a_watch_tells_the_parts_of_a_run_and_the_host_has_the_rest(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(breakdown, "time", clock)
+    watch = breakdown.Watch("cpu")
+    model, step = watch.around("model", clock.spend), watch.around("step", clock.spend)
+    # The fourth run is the median.
+    slower = iter((0.05, 0.005, 0.09, 0.01, 0.0025))
+
+    def run() -> None:
+        factor = next(slower)
+        for _ in range(2):
+            model(3.0 * factor)
+            step(1.0 * factor)
+        clock.spend(4.0 * factor)
+
+    assert watch.split(run) == pytest.approx({"model": 0.06, "step": 0.02, "host": 0.04})
+    # A profiler's seconds beyond the run's shrink to it; nothing seen is nothing told.
+    assert breakdown.with_host({"model": 6.0, "step": 2.0}, 4.0) == {"model": 3.0, "step": 1.0, "host": 0.0}
+    assert breakdown.with_host({}, 4.0) == {"run": 4.0}
+
+
+def test_loops_say_what_their_time_goes_to() -> None:
+    candidates = FASTDDIM_SAMPLER, HOISTED_SAMPLER, DIFFUSERS_LOOP, ORT_LOOP, UNHOISTED_ORT_LOOP
+    rows = timing.run_case(loop_case(POLICY, 1, 2, CPU, candidates), FAST)
+    for row in rows:
+        assert row.status == "ok", row.message
+        assert min(row.parts.values()) >= 0 and sum(row.parts.values()) == pytest.approx(row.median_s)
+        assert {"model", "step", "host"} <= row.parts.keys()
+    assert ["hoisted" in row.parts for row in rows] == [False, True, False, True, False]
+
+
+class Planted(torch.nn.Module):
+    """One matrix product of 512 among tiny ones."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(5):
+            x = torch.tanh(x) + 1
+        return x.flatten()[:2] + (torch.ones(512, 512) @ torch.ones(512, 512))[0, :2] * 0
+
+
+def test_the_costliest_operation_comes_first(
+    only: Callable[..., None], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model, path = Planted(), tmp_path / "out.json"
+    planted = Candidate("planted", lambda _: lambda: (model(torch.zeros(1, 2)),))
+    only(toy_case(planted, broken("bad", 2), absent("rival", "not installed: rival")))
+    assert main(["bench", "--explain", "toy", "--suite", "step", "--threads", "1", "--json", str(path)]) == 1
+    first, bad, rival = json.loads(path.read_text())["explanations"]
+    assert (first["status"], bad["status"], rival["status"]) == ("ok", "raised", "absent")
+    operations = first["operations"]
+    assert operations[0]["name"] == "aten::mm" and operations[0]["calls"] == 1
+    assert len(operations) == 10 < first["num_operations"]
+    seconds = [each["self_s"] for each in operations]
+    assert seconds == sorted(seconds, reverse=True) and min(seconds) >= 0 and sum(seconds) <= first["operations_s"]
+    shown = capfd.readouterr().out
+    assert "aten::mm" in shown and "RAISED: RuntimeError: planted after 2" in shown
+    assert "not run: not installed: rival" in shown
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 1000])
+def test_explanations_fit_their_terminal_and_cut_no_name(width: int) -> None:
+    name = "Conv node_" + "q" * 100
+    operations = [profiles.Operation(name, 1000, 1.2345), profiles.Operation("aten::[mm]", 1, 0.0)]
+    output = io.StringIO()
+    made = explain.Explanation(
+        "a [long] name", call_s=2.0, operations_s=1.2345, operations=operations, num_operations=2
+    )
+    table.print_explanations([made], Console(file=output, width=width, color_system=None))
+    text = output.getvalue()
+    assert "…" not in text and max(map(len, text.splitlines())) <= width
+    assert "1.23 s" in text and "100.0%" in text and "aten::[mm]" in text and "a [long] name" in text
+    assert text.count("q") == 100
+
+
+def test_a_profile_of_onnxruntime_is_its_last_run_and_knows_the_loop(tmp_path: Path) -> None:
+    def event(name: str, ts: int, dur: int, operator: str | None = None) -> dict[str, Any]:
+        if operator is None:
+            return {"cat": "Session", "name": name, "ts": ts, "dur": dur, "args": {}}
+        return {"cat": "Node", "name": f"{name}_kernel_time", "ts": ts, "dur": dur, "args": {"op_name": operator}}
+
+    events = [
+        event("model_run", 0, 100), event("conv", 1, 90, "Conv"),
+        event("model_run", 200, 100), event("embed", 201, 5, "Gemm"), event("steps", 210, 80, "Loop"),
+        event("conv", 211, 30, "Conv"), event("add", 242, 4, "Add"),
+        event("conv", 250, 20, "Conv"), event("add", 271, 2, "Add"),
+    ]  # fmt: skip
+    (tmp_path / "profile.json").write_text(json.dumps(events))
+    nodes = profiles.read_onnxruntime(tmp_path / "profile.json")
+    assert profiles.node_parts(nodes, {"add"}) == pytest.approx({"model": 50e-6, "step": 6e-6, "hoisted": 5e-6})
+    assert [(each.name, each.calls) for each in profiles.node_operations(nodes)] == [
+        ("Conv conv", 2), ("Add add", 2), ("Gemm embed", 1),
+    ]  # fmt: skip
+
+
+def test_the_case_to_explain_is_one(only: Callable[..., None], capfd: pytest.CaptureFixture[str]) -> None:
+    cases = [
+        dataclasses.replace(toy_case(constant("it", 0.0, 4.0)), name=name, needs=needs)
+        for name, needs in (("size [1] x1", None), ("size [1] x10", None), ("large [9]", NEEDS_GPU))
+    ]
+    only(*cases)
+    assert explain.choose_case("size [1] x1", "step", QUICK) is cases[0]
+    assert explain.choose_case("step: size [1] x1", "step", QUICK) is cases[0]
+    assert explain.choose_case("x10", "step", QUICK) is cases[1]
+    step = ["--suite", "step", "--explain"]
+    assert all(f"'step: {case.name}'" in refused([*step, "size [1]"], capfd) for case in cases[:2])
+    message = refused([*step, "sise [1] x1"], capfd)
+    assert "'sise [1] x1' is no case" in message and message.index("'step: size [1] x1'") < message.index("x10")
+    assert NEEDS_GPU in refused([*step, "large"], capfd)
+    assert "--case" in refused([*step, "x10", "--case", "x10"], capfd)
 
 
 def test_facts_are_asked_of_what_was_timed_and_their_error_is_the_rows(only: Callable[..., None]) -> None:
@@ -943,7 +1060,7 @@ def test_plots_show_what_was_measured(tmp_path: Path) -> None:
     loops = [
         timing.Row("loop", "m [1] x2", name, name == "ours", "ok", 1e-5, median_s=1e-3, parts=p, num_steps=2,
                    about={"model": "m", "batch": 1, "steps": 2, "dtype": "float32"})
-        for name, p in (("ours", parts), ("theirs", {}))
+        for name, p in (("ours", {**parts, "hoisted": 0.1e-3, "host": 0.2e-3}), ("older", parts), ("theirs", {}))
     ]  # fmt: skip
     made["rows"] += report.as_dicts(loops)
     paths = plots.draw_all(made, tmp_path)

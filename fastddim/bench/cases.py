@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastddim.bench.profiles import Operation
 
 Call = Callable[[], Sequence[Any]]
 # Why something cannot run here; None where it can.
@@ -60,12 +63,14 @@ class Work:
     Attributes:
         call: the work to verify and time.
         facts: numbers to report besides times, asked for after the timing.
-        parts: pieces of the call's work that can be done alone, timed beside it.
+        parts: what the call's time goes to, seconds by `breakdown.PARTS`, measured after the timing.
+        operations: a profile of the call, where torch's profiler would not see its operations.
     """
 
     call: Call
     facts: Callable[[], dict[str, float]] = dict
-    parts: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+    parts: Callable[[], dict[str, float]] = dict
+    operations: Callable[[], list[Operation]] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ class Candidate:
             returns the case's results as tensors or arrays.
         baseline: which of `BASELINES` it is; None for ours.
         needs: says what this machine lacks for it.
+        target: the least ratio of its time to ours that meets the bar, where it is another one than the case's.
         slack: in half precision, how many times the case's tolerance its error may be, for the rounding after each operation.
     """
 
@@ -86,6 +92,7 @@ class Candidate:
     baseline: str | None = None
     needs: Needs = lambda: None
     slack: float = 1.0
+    target: float | None = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from fastddim.bench.cases import Scope
 from fastddim.cli_options import choice, integer, number, pick_device
 from fastddim.config import require_choice, require_int
 from fastddim.files import check_writable
@@ -57,6 +58,12 @@ def bench(
     ] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table here.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write plots into this folder.")] = None,
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CASE", help="Instead, print the ten costliest operations of each candidate of this case."
+        ),
+    ] = None,
     compare: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Compare the ratios with those of an earlier --json; 1 if worse."),
@@ -64,13 +71,15 @@ def bench(
 ) -> int:
     """Verify every candidate, then time them in turn.
 
-    The candidates are ours and what users would pick instead. The status is 1 if one was wrong or raised, or a ratio is
+    The candidates are ours and what users would pick instead. A table also says what a loop's time goes to, measured in a
+    run of its own: the model, what is hoisted out of the loop, the step, the host. With --explain nothing is verified, and
+    --json is what is printed. The status is 1 if one was wrong or raised, or a ratio is
     worse than in the file to compare with.
     """
     from fastddim.bench import report, table
     from fastddim.bench.compare import compare as compare_runs
     from fastddim.bench.compare import has_regressed
-    from fastddim.bench.run import has_failed, run_suite
+    from fastddim.bench.run import has_failed, pick_threads, run_suite
     from fastddim.bench.timing import ALLOCATORS
 
     require_choice("--allocator", allocator, ALLOCATORS)
@@ -93,6 +102,16 @@ def bench(
     place = pick_device(device).type
 
     console = Console(stderr=True)
+    output = Console()
+    # A pipe has no width to fit.
+    output = Console(width=None if output.is_terminal else _PIPE_WIDTH)
+    if explain is not None:
+        others = {"--case": case, "--minutes": minutes, "--markdown": markdown, "--plot": plot, "--compare": compare}
+        for option, value in others.items():
+            if value:
+                raise ValueError(f"--explain: {explain!r} with {option}; leave one of them out")
+        pick_threads(threads, quick, place)
+        return _explain(explain, suite, Scope(quick, place, method), baseline or (), json_file, output, console)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
@@ -112,9 +131,6 @@ def bench(
             ),
         )
     rows = report.rows_of(made)
-    output = Console()
-    # A pipe has no width to fit.
-    output = Console(width=None if output.is_terminal else _PIPE_WIDTH)
     output.print("\n".join(report.describe_environment(made)), markup=False, highlight=False)
     table.print_rows(rows, output)
     if markdown is not None:
@@ -128,6 +144,30 @@ def bench(
     changes = compare_runs(old["rows"], rows)
     table.print_changes(changes, output)
     return FAILED if has_failed(made) or has_regressed(changes) else 0
+
+
+def _explain(
+    name: str,
+    suite: str,
+    scope: Scope,
+    baselines: Sequence[str],
+    json_file: Path | None,
+    output: Console,
+    console: Console,
+) -> int:
+    from fastddim.bench import report, table
+    from fastddim.bench.explain import choose_case, explain_case, make_explanation
+    from fastddim.bench.timing import FAILURES
+
+    case = choose_case(name, suite, scope, baselines)
+    with console.status(Text(f"{case.suite}: {case.name}")):
+        explanations = explain_case(case)
+    made = make_explanation(case, explanations)
+    if json_file is not None:
+        report.write_text("--json", json_file, report.make_json(made))
+    output.print(Text(f"{case.suite}: {case.name}, {made['environment']['threads']} threads, {case.device}"))
+    table.print_explanations(explanations, output)
+    return FAILED if any(each.status in FAILURES for each in explanations) else 0
 
 
 def _show_failures(rows: Sequence[Row], console: Console) -> None:

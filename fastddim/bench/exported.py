@@ -9,12 +9,15 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fastddim.bench.breakdown import seconds_of, with_host
 from fastddim.bench.cases import Candidate, Work, a_compiler, a_gpu, installed
 from fastddim.bench.loop_case import LoopInputs
+from fastddim.bench.profiles import Node, find_step_nodes, node_operations, node_parts, read_onnxruntime
 
 
 def missing(name: str) -> str | None:
@@ -51,16 +54,49 @@ def tensorrt_missing() -> str | None:
     return "not installed: tensorrt (pip install 'fastddim[tensorrt]')"
 
 
-def _ort_work(inputs: LoopInputs) -> Work:
+def _ort_work(inputs: LoopInputs, **options: Any) -> Work:
     import torch
 
     from fastddim.export import OrtSampler, export_onnx
+    from fastddim.export.bundle import open_bundle
     from fastddim.export.onnx.sampler import yielding_options
 
-    options = yielding_options(torch.get_num_threads())
-    load = partial(OrtSampler, providers=inputs.start.device.type, session_options=options)
+    device = inputs.start.device.type
+    load = partial(OrtSampler, providers=device)
+    session_options = partial(yielding_options, torch.get_num_threads())
     kwargs = {name: value.cpu().numpy() for name, value in inputs.kwargs.items()}
-    return _work(inputs, export_onnx, load, inputs.start.float().cpu().numpy(), kwargs)
+    start = inputs.start.float().cpu().numpy()
+    work = _work(
+        inputs, export_onnx, lambda folder: load(folder, session_options=session_options()), start, kwargs, **options
+    )
+    if device == "cuda":
+        # Its profiler has what a launch takes, torch's the kernels.
+        return work
+
+    def nodes() -> list[Node]:
+        """Those of a warm run, in a session of its own, as a profiler stays with its session."""
+        profiled = session_options()
+        profiled.enable_profiling = True
+        profiled.profile_file_prefix = str(_folder() / "profile")
+        sampler = load(folder, session_options=profiled)
+        for _ in range(2):
+            sampler(start, num_inference_steps=inputs.problem.num_steps, **kwargs)
+        path = Path(sampler.session.end_profiling())
+        read = read_onnxruntime(path)
+        path.unlink()
+        return read
+
+    folder, _ = _build(inputs, export_onnx, **options)
+
+    def parts() -> dict[str, float]:
+        of_step = find_step_nodes(open_bundle(folder).model_path)
+        known = node_parts(nodes(), of_step)
+        if options.get("hoist") is False:
+            # What is left before the loop are its sizes.
+            del known["hoisted"]
+        return with_host(known, seconds_of(work.call, device))
+
+    return replace(work, parts=parts, operations=lambda: node_operations(nodes()))
 
 
 def _aoti_work(inputs: LoopInputs) -> Work:
@@ -78,32 +114,48 @@ def _tensorrt_work(inputs: LoopInputs) -> Work:
 
 ORT_LOOP = Candidate("fastddim.export.OrtSampler", _ort_work, "onnxruntime", ort_missing)
 AOTI_LOOP = Candidate("fastddim.export.AotiSampler", _aoti_work, "aotinductor", aoti_missing)
+UNHOISTED_ORT_LOOP = Candidate(
+    "fastddim.export.OrtSampler, hoist=False", partial(_ort_work, hoist=False), "onnxruntime", ort_missing
+)
 TENSORRT_LOOP = Candidate("fastddim.export.TensorRTSampler", _tensorrt_work, "tensorrt", tensorrt_missing)
 
 
 def _work(
-    inputs: LoopInputs, export: Callable[..., Any], load: Callable[[Path], Any], start: Any, kwargs: dict[str, Any]
+    inputs: LoopInputs,
+    export: Callable[..., Any],
+    load: Callable[[Path], Any],
+    start: Any,
+    kwargs: dict[str, Any],
+    **options: Any,
 ) -> Work:
-    """The whole run as one file, on as many threads as torch has."""
-    folder, facts = _build(inputs, export)
+    """The whole run as one file with these options, on as many threads as torch has."""
+    folder, facts = _build(inputs, export, **options)
     sampler, load_s = _timed(lambda: load(folder))
     steps = inputs.problem.num_steps
+    device = inputs.start.device.type
+
+    def sample() -> tuple[Any]:
+        return (sampler(start, num_inference_steps=steps, **kwargs),)
+
     return Work(
-        lambda: (sampler(start, num_inference_steps=steps, **kwargs),), facts=lambda: {**facts, "load_s": load_s}
+        sample,
+        facts=lambda: {**facts, "load_s": load_s},
+        parts=lambda: {"run": seconds_of(sample, device)},
     )
 
 
-# Bundles by exporter and network, with their size and the seconds that they took to build.
-_BUILT: dict[tuple[str, str], tuple[Path, dict[str, float]]] = {}
+# Bundles by exporter, network and options, with their size and the seconds that they took to build.
+_BUILT: dict[tuple[str, str, str], tuple[Path, dict[str, float]]] = {}
 
 
-def _build(inputs: LoopInputs, export: Callable[..., Any]) -> tuple[Path, dict[str, float]]:
-    key = (getattr(export, "func", export).__name__, inputs.key)
+def _build(inputs: LoopInputs, export: Callable[..., Any], **chosen: Any) -> tuple[Path, dict[str, float]]:
+    key = (getattr(export, "func", export).__name__, inputs.key, repr(chosen))
     if key not in _BUILT:
         import fastddim
         from fastddim.export import ExportOptions
 
-        options = ExportOptions(num_inference_steps=inputs.problem.num_steps, use_clipped_model_output=False)
+        steps = inputs.problem.num_steps
+        options = ExportOptions(num_inference_steps=steps, use_clipped_model_output=False, **chosen)
         folder = _folder() / f"{len(_BUILT)}"
         extra: dict[str, Any] = {}
         if not hasattr(inputs.model, "config"):

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from fastddim.bench.profiles import Operation, in_order
+
 # A copy of this many bytes is far beyond any cache.
 _COPY_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30}
 # Long enough for fifteen copies or more.
@@ -71,6 +73,29 @@ def count_launches(call: Callable[[], Any]) -> int | None:
         call()
         torch.cuda.synchronize()
     return sum(event.count for event in profiler.key_averages() if _LAUNCH.match(event.key)) or None
+
+
+def device_operations(call: Callable[[], Any], ranges: str | None = None) -> list[Operation]:
+    """The kernels of a warm call with their seconds, the costliest first; none where the profiler sees nothing.
+
+    Args:
+        ranges: the start of names of `record_function` to sum the kernels up by, instead of by their own names.
+    """
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    events = [event for event in profiler.key_averages() if ranges is None or event.key.startswith(ranges)]
+    if ranges is None:
+        kernels = [event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation]
+        return in_order(Operation(each.key, each.count, 1e-6 * each.self_device_time_total) for each in kernels)
+    # A range is there on the device too, from its first kernel to its last one.
+    on_host = [event for event in events if event.device_type.name == "CPU"]
+    made = in_order(Operation(each.key, each.count, 1e-6 * each.device_time_total) for each in on_host)
+    return [each for each in made if each.self_s]
 
 
 def count_synchronizations(call: Callable[[], Any]) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 from fastddim.bench import exported
+from fastddim.bench.breakdown import Watch, split_captured, watching_sampler
 from fastddim.bench.cases import (
     LEFT_OUT,
     NEEDS_GPU,
@@ -24,9 +26,8 @@ from fastddim.bench.cases import (
     unless_quick,
 )
 from fastddim.bench.loop_case import LoopInputs, loop_case
-from fastddim.bench.networks import BATCHES, CIFAR10, DIGITS, NETWORKS, POLICY, STEPS, Network
+from fastddim.bench.networks import BATCHES, CIFAR10, DIGITS, NETWORKS, POLICY, SD_SMALL, STEPS, Network
 from fastddim.bench.scheduler_loop import class_of, drawing, make_scheduler, run_scheduler
-from fastddim.noise import seed_tensor
 from fastddim.samplers import METHODS
 
 # Batches and numbers of steps: what a CPU does in seconds, and what a quick run does.
@@ -35,10 +36,7 @@ _QUICK = {POLICY: ((1, 10), (4, 10)), DIGITS: ((1, 4), (1, 20), (4, 20)), CIFAR1
 
 
 def _sampler_work(inputs: LoopInputs, **options: Any) -> Work:
-    import torch
-
     import fastddim
-    from fastddim.model_call import call_model
 
     problem, start, kwargs = inputs.problem, inputs.start, inputs.kwargs
     scheduler: Any = fastddim.DDIMConfig(**problem.config)
@@ -52,25 +50,7 @@ def _sampler_work(inputs: LoopInputs, **options: Any) -> Work:
     )
     start = start * sampler.table.start_scale
     called: dict[str, Any] = {"seeds": inputs.seeds, **kwargs} if sampler.table.stochastic else kwargs
-    state = start.clone()
-    first = sampler.table.timesteps[0]
-    t = torch.full((len(start),), first, device=start.device)
-    output = call_model(inputs.model, state, t, kwargs).clone()
-    taken = {
-        "limit": sampler.limit,
-        "out": state,
-        "seeds": seed_tensor(inputs.seeds, start.device) if sampler.table.stochastic else None,
-        "previous_x0": torch.zeros_like(state) if sampler.table.looks_back else None,
-    }
-    parts: dict[str, Callable[[], Any]] = {
-        "model": lambda: inputs.model(state, t, **kwargs),
-        "step": lambda: fastddim.ddim_step(output, state, sampler.table, 0, **taken, backend=sampler.backend),
-    }
     captured = sampler.graph != "off" and start.is_cuda
-    if captured:
-        from fastddim.bench.gpu import capture
-
-        parts = {name: capture(part) for name, part in parts.items()}
     # The first call goes step by step: what is verified, and cold, is the capture of the second one too.
     uncaptured = [captured]
 
@@ -79,17 +59,14 @@ def _sampler_work(inputs: LoopInputs, **options: Any) -> Work:
             sampler(start, **called)
         return (sampler(start, **called),)
 
-    return Work(sample, parts=_repeated(problem.num_steps, parts))
+    def parts() -> dict[str, float]:
+        if captured:
+            return split_captured(sample, hoisted=sampler.hoist)
+        watch = Watch(start.device.type)
+        with watching_sampler(watch):
+            return watch.split(sample)
 
-
-def _repeated(count: int, parts: Mapping[str, Callable[[], Any]]) -> dict[str, Callable[[], None]]:
-    """Parts of a step, as often as a run has steps."""
-
-    def repeat(call: Callable[[], Any]) -> None:
-        for _ in range(count):
-            call()
-
-    return {name: partial(repeat, part) for name, part in parts.items()}
+    return Work(sample, parts=parts)
 
 
 def _diffusers_work(
@@ -105,8 +82,6 @@ def _diffusers_work(
     import diffusers
     import torch
 
-    from fastddim.model_call import call_model
-
     problem, start, kwargs = inputs.problem, inputs.start, inputs.kwargs
     scheduler = diffusers.DDIMScheduler(**problem.config)
     scheduler.set_timesteps(problem.num_steps, device=start.device)
@@ -121,7 +96,7 @@ def _diffusers_work(
     if captured:
         model = _captured_model(inputs)
 
-    def sample() -> Sequence[Any]:
+    def sample(model: Callable[..., Any] = model, step: Callable[..., Any] = step) -> Sequence[Any]:
         x = start
         for t, each in zip(timesteps, steps, strict=True):
             output = model(x, t.expand(len(x)), **kwargs)
@@ -129,16 +104,11 @@ def _diffusers_work(
             x = step(getattr(output, "sample", output), each, x, return_dict=False)[0]
         return (x,)
 
-    t = timesteps[0]
-    rows = t.expand(len(start))
-    if compiled_step:
-        return Work(sample)
-    output = call_model(inputs.model, start, rows, kwargs).clone()
-    parts = {
-        "model": lambda: model(start, rows, **kwargs),
-        "step": lambda: step(output, t, start, return_dict=False),
-    }
-    return Work(sample, parts=_repeated(problem.num_steps, parts))
+    def parts() -> dict[str, float]:
+        watch = Watch(start.device.type)
+        return watch.split(partial(sample, watch.around("model", model), watch.around("step", step)))
+
+    return Work(sample, parts=parts)
 
 
 def _method_work(inputs: LoopInputs) -> Work:
@@ -159,9 +129,13 @@ def _method_work(inputs: LoopInputs) -> Work:
         with drawing(method, noises) if unverified and unverified.pop() else contextlib.nullcontext():
             return (run_scheduler(scheduler, model, start),)
 
-    rows = scheduler.timesteps[0].expand(len(start))
-    parts = {"model": lambda: inputs.model(start, rows, **kwargs)}
-    return Work(sample, parts=_repeated(inputs.problem.num_steps, parts))
+    def parts() -> dict[str, float]:
+        watch = Watch(start.device.type)
+        kind = type(scheduler)
+        with mock.patch.object(kind, "step", watch.around("step", kind.step)):
+            return watch.split(partial(run_scheduler, scheduler, watch.around("model", model), start))
+
+    return Work(sample, parts=parts)
 
 
 def _captured_model(inputs: LoopInputs) -> Callable[..., Any]:
@@ -201,6 +175,7 @@ FASTDDIM_SAMPLER = Candidate("fastddim.Sampler", _sampler_work)
 COMPILED_SAMPLER = Candidate(
     "fastddim.Sampler, backend='compiled'", partial(_sampler_work, backend="compiled"), needs=a_compiler
 )
+HOISTED_SAMPLER = Candidate("fastddim.Sampler, hoist", partial(_sampler_work, hoist=True))
 DIFFUSERS_LOOP = _diffusers_loop("diffusers.DDIMScheduler loop", "diffusers")
 CAPTURED_LOOP = _diffusers_loop("diffusers, UNet as a CUDA graph", "cuda-graph", a_gpu, captured=True)
 EAGER_LOOP = Candidate(
@@ -258,6 +233,9 @@ def _method_candidates(scope: Scope) -> tuple[Candidate, ...]:
 
 def _runs(network: Network, scope: Scope) -> list[tuple[int, int]]:
     """Batches and numbers of steps, the most usual first."""
+    if network is SD_SMALL:
+        # The larger ones of its kind are a GPU's.
+        return [(1, network.usual_steps)]
     runs = [(1, network.usual_steps), *((1, steps) for steps in STEPS), *((b, network.usual_steps) for b in BATCHES)]
     if network is CIFAR10 and not scope.on_gpu:
         runs += _CIFAR10_ON_CPU
@@ -265,7 +243,7 @@ def _runs(network: Network, scope: Scope) -> list[tuple[int, int]]:
 
 
 def _missing(network: Network, run: tuple[int, int], scope: Scope) -> str | None:
-    on_cpu = network in (POLICY, DIGITS) or (network is CIFAR10 and run in _CIFAR10_ON_CPU)
+    on_cpu = network in (POLICY, DIGITS, SD_SMALL) or (network is CIFAR10 and run in _CIFAR10_ON_CPU)
     if not scope.on_gpu and not on_cpu:
         return NEEDS_GPU
     return LEFT_OUT if scope.quick and run not in _QUICK.get(network, ()) else None
@@ -273,7 +251,7 @@ def _missing(network: Network, run: tuple[int, int], scope: Scope) -> str | None
 
 def _candidates(network: Network, run: tuple[int, int], scope: Scope) -> tuple[Candidate, ...]:
     """All candidates, but those that take long to compile only for the most usual run of a network."""
-    candidates, slow = [FASTDDIM_SAMPLER, DIFFUSERS_LOOP, CAPTURED_LOOP], list(_SLOW_LOOPS)
+    candidates, slow = [FASTDDIM_SAMPLER, HOISTED_SAMPLER, DIFFUSERS_LOOP, CAPTURED_LOOP], list(_SLOW_LOOPS)
     if scope.on_gpu:
         # On a CPU it is what ours does too.
         candidates.append(EAGER_LOOP)

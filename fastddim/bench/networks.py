@@ -191,6 +191,24 @@ SD15 = Network(
     dtype="float16",
     repeats=True,
 )
+# Of Stable Diffusion's kind, 142 M parameters, of a size that a CPU samples in seconds.
+SD_SMALL = Network(
+    "sd-small",
+    (4, 32, 32),
+    partial(
+        _random,
+        "UNet2DConditionModel",
+        sample_size=32,
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=(_CROSS_DOWN, _CROSS_DOWN, _CROSS_DOWN, _DOWN),
+        up_block_types=(_UP, _CROSS_UP, _CROSS_UP, _CROSS_UP),
+        cross_attention_dim=768,
+        attention_head_dim=8,
+    ),
+    lambda batch, device: {"encoder_hidden_states": _draw(1, batch, 77, 768).to(device)},
+    usual_steps=10,
+    repeats=True,
+)
 SDXL = Network(
     "sdxl",
     (4, 128, 128),
@@ -214,4 +232,4 @@ SDXL = Network(
     repeats=True,
 )
 
-NETWORKS = (POLICY, DIGITS, CIFAR10, LSUN256, SD15, SDXL)
+NETWORKS = (POLICY, DIGITS, CIFAR10, SD_SMALL, LSUN256, SD15, SDXL)

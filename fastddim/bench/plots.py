@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastddim.bench.breakdown import PARTS
 from fastddim.bench.report import rows_of
 from fastddim.bench.timing import OK, Row
 from fastddim.files import check_folder, write_whole
@@ -20,6 +21,10 @@ STEP_PLOT, LOOP_PLOT = "step-latency.png", "loop-breakdown.png"
 
 # Okabe and Ito's palette, which readers tell apart who do not see all colours.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
+_PART_COLOURS = {
+    "model": _COLOURS[0], "hoisted": _COLOURS[3], "step": _COLOURS[1], "host": _COLOURS[2], "run": _COLOURS[6],
+}  # fmt: skip
+_PART_LABELS = {"hoisted": "hoisted, before the loop", "run": "not broken down"}
 _MARKERS = "osD^vPX*"
 _DPI = 130
 # Fewer make no line.
@@ -127,7 +132,7 @@ def _draw_step(rows: Sequence[Row], report: dict[str, Any]) -> Figure:
 
 
 def _draw_loops(rows: Sequence[Row], report: dict[str, Any]) -> Figure:
-    """A panel for each network at batch 1: bars of model, step and what is left, per step."""
+    """A panel for each network at batch 1: bars of what its runs' time goes to, per step."""
     chosen: dict[str, list[Row]] = {}
     for row in rows:
         if row.about["batch"] == 1:
@@ -144,7 +149,7 @@ def _draw_loops(rows: Sequence[Row], report: dict[str, Any]) -> Figure:
     handles = {
         label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False)
     figure.suptitle(f"Time per sampling step at batch 1, whole runs\n{where(report, rows)}")
     return figure
 
@@ -154,16 +159,16 @@ def _draw_breakdown(axes: Axes, rows: Sequence[Row]) -> None:
     unit, scale = ("ms", 1e3) if max(seconds) >= 1e-3 else ("µs", 1e6)
     for place, (row, total) in enumerate(zip(rows, (scale * each for each in seconds), strict=True)):
         left = 0.0
-        for index, name in enumerate(("model", "step")):
-            if name in row.parts:
-                # On a busy machine a part alone may take longer than the whole.
-                width = min(scale * row.parts[name] / row.num_steps, total - left)
-                axes.barh(place, width, left=left, color=_COLOURS[index], label=name)
+        parts = dict(row.parts) or {"run": row.median_s or 0.0}
+        if not {"host", "run"} & parts.keys():
+            # An older file's are of the work done alone, which on a busy machine may take longer than the whole.
+            parts["host"] = max(0.0, (row.median_s or 0.0) - sum(parts.values()))
+        for name in PARTS:
+            if name in parts:
+                width = total * parts[name] / sum(parts.values())
+                axes.barh(place, width, left=left, color=_PART_COLOURS[name], label=_PART_LABELS.get(name, name))
                 left += width
-        colour, label = (_COLOURS[2], "everything else") if row.parts else (_COLOURS[6], "not broken down")
-        # Behind the parts.
-        whole = axes.barh(place, total, color=colour, label=label, zorder=0)
-        axes.bar_label(whole, [f"{total:.3g} {unit}"], padding=4, fontsize=8)
+        axes.text(total, place, f"  {total:.3g} {unit}", va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [row.candidate for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.14 * scale * max(seconds))

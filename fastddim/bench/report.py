@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from fastddim.bench.breakdown import PARTS
 from fastddim.bench.timing import ABSENT, OK, Row
 from fastddim.files import write_whole
 
@@ -241,8 +242,7 @@ def cells_of(row: Row) -> dict[str, str]:
         "target": "" if row.target is None else f">= {row.target:.3g}x{verdict}",
         "GB/s": "" if row.gb_per_s is None else f"{row.gb_per_s:.3g}",
         "of copy": "" if row.of_copy is None else f"{row.of_copy:.0%}",
-        "model": format_seconds(row.parts.get("model")),
-        "step": format_seconds(row.parts.get("step")),
+        **{part: format_seconds(row.parts.get(part)) for part in PARTS[:-1]},
         "launches/step": "" if row.launches is None else f"{row.launches:.3g}",
         "syncs/step": "" if row.synchronizations is None else f"{row.synchronizations:.3g}",
         "peak MiB": "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.3g}",

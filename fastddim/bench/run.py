@@ -52,13 +52,7 @@ def run_suite(
     settings = QUICK if quick else Settings()
     if budget_s is not None:
         settings = Settings(_LEAST_ROUNDS, settings.max_rounds, budget_s)
-    if threads is None and quick and device == "cpu":
-        # Threads wait for each other, and so for whatever else the machine does.
-        threads = 1
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
+    pick_threads(threads, quick, device)
     in_force = set_allocator(allocator)
     copy = cache(lambda: copy_bandwidth(device))
     end = math.inf if minutes is None else time.monotonic() + 60 * minutes
@@ -86,6 +80,17 @@ def run_suite(
                     _update(made, rows, json_file)
     _update(made, rows, json_file, complete=True)
     return made
+
+
+def pick_threads(threads: int | None, quick: bool, device: str) -> None:
+    """Set torch's threads; by default its own choice, but one for a quick run on a CPU."""
+    if threads is None and quick and device == "cpu":
+        # Threads wait for each other, and so for whatever else the machine does.
+        threads = 1
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def has_failed(made: dict[str, Any]) -> bool:

@@ -11,7 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 from fastddim.bench.compare import BETTER, MISSING, TOLERANCE, WORSE, Change
-from fastddim.bench.report import TEXT_COLUMNS, attempted, cells_of, columns_of, describe_absent, groups_of
+from fastddim.bench.explain import Explanation
+from fastddim.bench.report import (
+    TEXT_COLUMNS,
+    attempted,
+    cells_of,
+    columns_of,
+    describe_absent,
+    format_seconds,
+    groups_of,
+)
 from fastddim.bench.timing import ABSENT, FAILURES, Row
 
 # What a narrow terminal shows in any case, and what it leaves out first.
@@ -49,6 +58,28 @@ def print_rows(rows: Sequence[Row], console: Console) -> None:
     notes += [f"not run: {line}" for line in describe_absent(rows)]
     for note in notes:
         console.print(Text(note, style="dim"))
+
+
+def print_explanations(explanations: Sequence[Explanation], console: Console) -> None:
+    """Print a table for each candidate: its costliest operations."""
+    for each in explanations:
+        console.print(Text(each.candidate, style="bold"))
+        if each.call_s is None:
+            known = each.message or ""
+            text = f"not run: {known}" if each.status == ABSENT else f"{each.status.upper()}: {known}"
+            console.print(Text(text, style="dim" if each.status == ABSENT else "red"))
+            continue
+        call, total = format_seconds(each.call_s), format_seconds(each.operations_s)
+        console.print(f"a call {call}; in a profile {total} in {each.num_operations} operations", highlight=False)
+        table = Table(box=box.SIMPLE_HEAD)
+        table.add_column("operation", overflow="fold")
+        for heading in ("calls", "self", "share"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for op in each.operations:
+            share = op.self_s / each.operations_s if each.operations_s else 0.0
+            table.add_row(Text(op.name), str(op.calls), format_seconds(op.self_s), f"{share:.1%}")
+        console.print(table)
+    console.print(Text("self: without the operations that it calls; share: of all operations", style="dim"))
 
 
 def print_changes(changes: Sequence[Change], console: Console) -> None:

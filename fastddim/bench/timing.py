@@ -8,15 +8,17 @@ import gc
 import itertools
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastddim.bench.cases import Candidate, Case, Work
 from fastddim.bench.gpu import PeakMemory, count_launches, count_synchronizations, synchronize
+
+if TYPE_CHECKING:
+    from fastddim.bench.explain import Explanation
 
 OK, WRONG, RAISED, ABSENT = "ok", "wrong", "raised", "absent"
 FAILURES = (WRONG, RAISED)
@@ -67,7 +69,7 @@ class Row:
             large tensor moves in that time.
         launches, synchronizations: calls of the device's driver per sampling step, on a GPU.
         peak_bytes: device memory that the preparation and the first call take.
-        parts: seconds that parts of the call's work take alone.
+        parts: what the median goes to, seconds by `breakdown.PARTS`, by the shares in a run apart from the timed ones.
         facts: other numbers that the candidate reports.
         num_steps, device, about: the case's fields of these names.
         baseline: which baseline it is; None for ours.
@@ -164,7 +166,7 @@ def verify(case: Case, candidate: Candidate, inputs: Any, expected: Sequence[Any
     if missing is not None:
         row.status, row.message = ABSENT, missing
         return row, None
-    with _noting(row):
+    with noting(row):
         with PeakMemory(case.device) as memory:
             made = candidate.make(inputs)
             work = made if isinstance(made, Work) else Work(made)
@@ -182,7 +184,7 @@ def verify(case: Case, candidate: Candidate, inputs: Any, expected: Sequence[Any
 
 
 @contextlib.contextmanager
-def _noting(row: Row) -> Iterator[None]:
+def noting(row: Row | Explanation) -> Iterator[None]:
     """An exception in the block ends it and is the row's."""
     try:
         yield
@@ -262,14 +264,16 @@ class CaseRun:
                 runner.summarise()
         for runner in self._runners:
             row = runner.row
-            with torch.no_grad(), _noting(row):
+            with torch.no_grad(), noting(row):
                 if row.status == OK and self.case.device == "cuda":
                     launches = count_launches(runner.work.call)
                     row.launches = None if launches is None else launches / row.num_steps
                     row.synchronizations = count_synchronizations(runner.work.call) / row.num_steps
                 if row.status == OK:
-                    row.facts = runner.work.facts()
-        _compare(self._rows, self._runners, self.case.target)
+                    row.facts, parts = runner.work.facts(), runner.work.parts()
+                    # Of another run, whose shares are as good.
+                    row.parts = {name: (row.median_s or 0) * each / sum(parts.values()) for name, each in parts.items()}
+        _compare(self._rows, self._runners, self.case)
         for row in self._rows:
             if self.case.nbytes is not None and row.median_s is not None:
                 bytes_per_s = self.case.nbytes / row.median_s
@@ -303,14 +307,12 @@ class _Runner:
     work: Work
     brief: bool = False
     samples: list[float] = field(default_factory=list)
-    parts: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def summarise(self) -> None:
         """Fill in the row's times."""
         row, times = self.row, self.samples
         row.p20_s, row.median_s, row.p80_s, row.p99_s = (float(each) for each in np.percentile(times, (20, 50, 80, 99)))
         row.rounds = len(times)
-        row.parts = {name: float(np.median(samples)) for name, samples in self.parts.items()}
 
 
 def _time(runners: list[_Runner], settings: Settings, device: str) -> None:
@@ -324,12 +326,10 @@ def _time(runners: list[_Runner], settings: Settings, device: str) -> None:
             if done >= settings.min_rounds and time.perf_counter() - start > settings.budget_s:
                 break
             for runner in active:
-                with _noting(runner.row):
+                with noting(runner.row):
                     if runner.brief:
                         runner.work.call()
                     runner.samples.append(_time_calls(runner.work.call, runner.row.calls, device))
-                    for name, part in runner.work.parts.items():
-                        runner.parts[name].append(_time_calls(part, runner.row.calls, device))
             active = [runner for runner in active if runner.row.status == OK]
     finally:
         if collecting:
@@ -339,9 +339,7 @@ def _time(runners: list[_Runner], settings: Settings, device: str) -> None:
 def _warm_up(runner: _Runner, device: str) -> float:
     """Call a few times; the seconds of the last call, 0 if it raises."""
     start = time.perf_counter()
-    with _noting(runner.row):
-        for part in runner.work.parts.values():
-            part()
+    with noting(runner.row):
         for _ in range(_WARM_UP_CALLS):
             seconds = _time_calls(runner.work.call, 1, device)
             if time.perf_counter() - start > _WARM_UP_S:
@@ -359,11 +357,13 @@ def _time_calls(call: Callable[[], Any], count: int, device: str) -> float:
     return (time.perf_counter() - start) / count
 
 
-def _compare(rows: list[Row], runners: list[_Runner], target: float | None) -> None:
+def _compare(rows: list[Row], runners: list[_Runner], case: Case) -> None:
     samples = {id(runner.row): runner.samples for runner in runners if runner.row.status == OK}
     ours = samples.get(id(rows[0]))
-    for row in rows[1:]:
-        row.target = target if row.baseline in _WITH_A_BAR else None
+    for row, candidate in zip(rows[1:], case.candidates[1:], strict=True):
+        row.target = candidate.target
+        if row.target is None and row.baseline in _WITH_A_BAR:
+            row.target = case.target
         times = samples.get(id(row))
         if ours is None or times is None:
             continue
