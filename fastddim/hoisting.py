@@ -19,7 +19,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from fastddim.tracing import ExportError, told, trace
+from fastddim.tracing import ExportError, quiet, told, trace
 
 # Values beyond it stay in the loop: bytes for one run.
 DEFAULT_HOIST_LIMIT = 1 << 28
@@ -192,7 +192,8 @@ def split_model(
     program = trace(wrapped, examples, dims, kind)
     if any(_changes_memory(node) for node in program.graph.nodes):
         try:
-            program = program.run_decompositions({})
+            with quiet():
+                program = program.run_decompositions({})
         except Exception as error:
             raise ExportError(f"model: {kind} changes its values in place: {told(error)}") from error
     if program.graph_signature.buffers_to_mutate or program.graph_signature.user_inputs_to_mutate:
@@ -201,7 +202,8 @@ def split_model(
             *program.graph_signature.user_inputs_to_mutate.values(),
         ]
         raise ExportError(f"model: {kind} changes {changed[0]!r} in each call")
-    traced = program.module(check_guards=False)
+    with quiet():
+        traced = program.module(check_guards=False)
     splitter = _Splitter(traced, rows=x.shape[0], steps=steps)
     if not pairs:
         splitter.leave_pairs()

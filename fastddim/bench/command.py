@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -105,6 +106,8 @@ def bench(
     output = Console()
     # A pipe has no width to fit.
     output = Console(width=None if output.is_terminal else _PIPE_WIDTH)
+    # torch's profiler would write a line of its own for each profile.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")
     if explain is not None:
         others = {"--case": case, "--minutes": minutes, "--markdown": markdown, "--plot": plot, "--compare": compare}
         for option, value in others.items():
