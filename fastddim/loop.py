@@ -151,6 +151,7 @@ class _Buffers:
         cond_first = run.guidance is not None and run.guidance.cond_first
         self._cond, self._uncond = self._halves()[:: 1 if cond_first else -1]
         self._half_kwargs: dict[int, Mapping[str, Any]] = {}
+        self._half_tensors: dict[int | None, list[torch.Tensor]] = {}
 
     def _halves(self) -> tuple[slice, slice]:
         return slice(0, self.batch), slice(self.batch, 2 * self.batch)
@@ -231,8 +232,12 @@ class _Buffers:
         if self._hoisted is None:
             return call_model(self.model, x, t, kwargs)
         assert self.values is not None
+        start = None if half is None else half.start
+        conditions = self._half_tensors.get(start)
+        if conditions is None:
+            conditions = self._half_tensors[start] = _tensors(kwargs)
         rows = self._hoisted.rows_of(self.values, step, x.shape[0], half)
-        return call_model(partial(self._hoisted.predict, conditions=_tensors(kwargs), values=rows), x, t, {})
+        return call_model(self._hoisted.predict, x, t, {"conditions": conditions, "values": rows})
 
     def _half_of(self, half: slice) -> Mapping[str, Any]:
         """The keyword arguments of one half, views of the stacked ones."""
