@@ -288,6 +288,8 @@ def test_another_process_loads_what_is_kept_without_inductor(kept_code):
     assert {path: path.stat().st_mtime_ns for path in kept_code.glob("*.so")} == kept
 
 
+# A folder of its own has nothing compiled yet.
+@pytest.mark.slow
 def test_a_broken_file_is_compiled_again(monkeypatch, caplog, tmp_path):
     seeds = seed_tensor([1])
     expected, whole = step.draw_normal(seeds, 0, (5,), 0), code._path(code.DRAW).read_bytes()

@@ -374,7 +374,7 @@ def graph_of(folder):
 @pytest.mark.parametrize(
     "options",
     [
-        {"guided": True},
+        pytest.param({"guided": True}, marks=pytest.mark.slow),
         {"bake_schedule": True, "per_sample_steps": True, "guided": True},
         pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow),
     ],
