@@ -283,6 +283,38 @@ def test_weights_that_change_are_seen(traces, graph):
     check(3)
 
 
+def test_hooks_and_a_patched_forward_are_seen(traces):
+    model = Denoiser()
+    hoisted, plain = (make(model, hoist=on) for on in (True, False))
+    own = model.forward
+
+    def same():
+        torch.testing.assert_close(hoisted(2, seeds=0), plain(2, seeds=0), rtol=0, atol=1e-5)
+        return plain(2, seeds=0)
+
+    before = same()
+    hook = model.register_forward_hook(lambda module, inputs, output: output * 0.5)
+    hooked = same()
+    hook.remove()
+    model.forward = lambda *args, **kwargs: own(*args, **kwargs) + 0.1
+    patched = same()
+    del model.forward
+    assert torch.equal(same(), before)
+    assert not torch.equal(hooked, before) and not torch.equal(patched, before) and len(traces) == 4
+
+
+def test_an_interrupted_run_leaves_the_next_one_right():
+    hoisted, plain = (make(Denoiser(), hoist=on) for on in (True, False))
+
+    def stop(step, t, x, x0):
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hoisted(2, seeds=0, callback=stop)
+    torch.testing.assert_close(hoisted(2, seeds=1), plain(2, seeds=1), rtol=0, atol=1e-5)
+
+
 def test_the_memory_is_told_and_copies_hoist_too(traces):
     sampler = make(Denoiser(), hoist=True)
     # One float32 cosine for each of six steps.
