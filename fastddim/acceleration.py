@@ -1,8 +1,9 @@
-"""`accelerate`: an existing diffusers pipeline whose denoising loop is `fastddim.loop`'s, and everything else its own.
+"""`accelerate`: a diffusers pipeline whose own code runs, over captured model calls and fused steps.
 
-The pipeline's own code runs on a view of the pipeline, an object that shares its members, over a single timestep: the
-denoiser there only notes what it is called with, and the scheduler's `step` runs the whole loop with that. So prompts,
-latents, safety checks and decoding, and what a new diffusers makes of them, are never written a second time here.
+A pipeline's `__call__` runs as it is written. Its models and its scheduler are seen by it through views: between a step's
+first model call and the scheduler's `step`, a `Segment` follows what the pipeline computes, guidance among it. What is known
+from the step before becomes one CUDA graph, with the step itself as its last operation; what is not, runs as it is written.
+So no pipeline is known by name, and prompts, latents, callbacks, masks and decoding are never written a second time here.
 """
 
 from __future__ import annotations
@@ -11,410 +12,537 @@ import functools
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import SimpleNamespace
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import diffusers
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from fastddim.capture_checks import owns_graphs
-from fastddim.coefficients import StepTable
+from fastddim.backends import take_step
+from fastddim.capture_checks import ModelState, owns_graphs
+from fastddim.captures import Captures
+from fastddim.coefficients import StepCoefficients, StepTable
 from fastddim.config import Limit, limit_from
-from fastddim.loop import Loop, Run, graph_mode
-from fastddim.model_call import Hoister, Model, prediction_of
+from fastddim.cuda_graph import CaptureError, Graph, MemoryPool
+from fastddim.deferral import Deferred, Place, Ref, Segment, real
+from fastddim.loop import graph_mode
 from fastddim.sampler_options import SamplerOptions
 from fastddim.samplers import METHODS, Steps
 from fastddim.samplers.sampling import read_scheduler
 from fastddim.schedule import Schedule
 from fastddim.scheduler import DDIMScheduler, DDIMSchedulerOutput
-from fastddim.step import Guidance
+from fastddim.step import StepOptions
 
 _log = logging.getLogger("fastddim")
 
 P = TypeVar("P", bound=DiffusionPipeline)
 
-_MISSING = object()
-# Arguments that put something between the steps, or that the loop's static buffers have no place for.
-_OWN_LOOP_ARGUMENTS = (
-    "callback",
-    "callback_on_step_end",
-    "ip_adapter_image",
-    "ip_adapter_image_embeds",
-    "cross_attention_kwargs",
-    "timesteps",
-    "sigmas",
-    "denoising_start",
-    "denoising_end",
-    "joint_attention_kwargs",
-    "skip_guidance_layers",
-    "true_cfg_scale",
-)
-# Arguments of these whose default is no None.
-_NEUTRAL = {"true_cfg_scale": 1.0}
-
-
-def _no_guidance(pipe: Any, arguments: Mapping[str, Any]) -> Guidance | None:
-    return None
-
-
-def _label_guidance(pipe: Any, arguments: Mapping[str, Any]) -> Guidance | None:
-    scale = float(arguments["guidance_scale"])
-    return None if scale == 1.0 else Guidance(scale)
-
-
-def _prompt_guidance(pipe: Any, arguments: Mapping[str, Any]) -> Guidance | None:
-    if not pipe.do_classifier_free_guidance:
-        return None
-    return Guidance(float(pipe.guidance_scale), max(0.0, float(getattr(pipe, "guidance_rescale", 0.0))))
-
-
-def _dit_guidance(pipe: Any, arguments: Mapping[str, Any]) -> Guidance | None:
-    scale = float(arguments["guidance_scale"])
-    return Guidance(scale, cond_first=True) if scale > 1 else None
-
-
-def _same(denoiser: Model) -> Model:
-    return denoiser
-
-
-def _without_variance(denoiser: Any) -> Model:
-    """The prediction may be followed by channels that are no part of the step."""
-
-    def predict(x: torch.Tensor, t: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return prediction_of(denoiser(x, t, **kwargs))[:, : x.shape[1]]
-
-    return predict
-
-
-def _by_keyword(denoiser: Any) -> Model:
-    def predict(x: torch.Tensor, t: torch.Tensor, **kwargs: Any) -> Any:
-        return denoiser(hidden_states=x, timestep=t, **kwargs)
-
-    return predict
-
-
-def _by_keyword_in_thousandths(denoiser: Any) -> Model:
-    def predict(x: torch.Tensor, t: torch.Tensor, **kwargs: Any) -> Any:
-        return denoiser(hidden_states=x, timestep=t.to(x.dtype) / 1000, **kwargs)
-
-    return predict
-
-
-class _Kind(NamedTuple):
-    """What differs between the supported pipelines.
-
-    Attributes:
-        denoiser: the component that the loop calls.
-        guidance: finds a call's guidance, from the pipeline as its `__call__` has set it up and from the arguments.
-        model: `model(x, t, **kwargs)` of the denoiser.
-    """
-
-    denoiser: str
-    guidance: Callable[[Any, Mapping[str, Any]], Guidance | None]
-    model: Callable[[Any], Model] = _same
-
-
-# By name: importing them all would import transformers for everyone.
-_KINDS = {
-    "fastddim.DDIMPipeline": _Kind("unet", _label_guidance),
-    "diffusers.DDIMPipeline": _Kind("unet", _no_guidance),
-    "diffusers.StableDiffusionPipeline": _Kind("unet", _prompt_guidance),
-    "diffusers.StableDiffusionImg2ImgPipeline": _Kind("unet", _prompt_guidance),
-    "diffusers.StableDiffusionXLPipeline": _Kind("unet", _prompt_guidance),
-    "diffusers.StableDiffusionXLImg2ImgPipeline": _Kind("unet", _prompt_guidance),
-    "diffusers.DiTPipeline": _Kind("transformer", _dit_guidance, _without_variance),
-    "diffusers.StableDiffusion3Pipeline": _Kind("transformer", _prompt_guidance, _by_keyword),
-    "diffusers.FluxPipeline": _Kind("transformer", _no_guidance, _by_keyword_in_thousandths),
-}
-
-
-def _find_kind(pipeline: type) -> tuple[type, _Kind] | None:
-    """The supported class that a class is or inherits from, and its kind."""
-    for base in pipeline.__mro__:
-        kind = _KINDS.get(f"{base.__module__.partition('.')[0]}.{base.__name__}")
-        if kind is not None:
-            return base, kind
-    return None
+# Columns of a table, by what they multiply or give.
+_OF_STATE = [StepCoefficients._fields.index(name) for name in ("x0_from_x", "next_from_x")]
+_OF_NEXT = [index for index, name in enumerate(StepCoefficients._fields) if name.startswith(("next_", "noise_"))]
 
 
 class _Acceleration:
-    """What an accelerated pipeline keeps between calls: its loop with the captured graphs, and what has been logged."""
+    """What an accelerated pipeline keeps between calls: its captured graphs, and what has been logged.
+
+    Attributes:
+        turn: held by the call under way.
+    """
 
     def __init__(self, options: SamplerOptions) -> None:
         self.options = options
-        self._lock = threading.Lock()
+        self.turn = threading.RLock()
         self._logged: set[str] = set()
-        self._loop: Loop | None = None
-        self._denoiser: Any = None
+        self.captures: Captures[_StaticStep] = Captures((), options.max_graphs)
+        self._roots: dict[Hashable, Place] = {}
+        self._models: dict[str, Any] = {}
 
-    def loop(self, denoiser: Any, kind: _Kind) -> Loop:
-        """The loop of a denoiser: a new one for another module."""
-        with self._lock:
-            if self._loop is None or self._denoiser is not denoiser:
-                self._release()
-                model, options = kind.model(denoiser), self.options
-                hoister = Hoister(model, options.hoist_limit) if options.hoist else None
-                self._loop = Loop(model, options.graph, options.max_graphs, denoiser, hoister)
-                self._denoiser = denoiser
-            return self._loop
+    def follow(self, models: Mapping[str, Any]) -> None:
+        """Forget what was captured of other models than these."""
+        if any(self._models.get(name) is not model for name, model in models.items()):
+            self._roots.clear()
+            self.captures.graphs.clear()
+            self.captures = Captures((), self.options.max_graphs)
+            self._models = dict(models)
+
+    def root(self, device: torch.device) -> Place:
+        """Where the segments of a kind of call begin."""
+        autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+        return self._roots.setdefault((device, autocast), Place())
 
     def release(self) -> None:
-        """Free the captured graphs, after the calls under way."""
-        with self._lock:
-            self._release()
-
-    def _release(self) -> None:
-        if self._loop is not None:
-            self._loop.graphs.clear()
-            self._loop = None
+        """Free the captured graphs, after the call under way."""
+        with self.turn:
+            self.captures.graphs.clear()
+            self._roots.clear()
 
     def log_once(self, name: str, reason: str) -> None:
-        """Say why a call runs the pipeline's own loop, once for each reason."""
-        with self._lock:
-            if reason in self._logged:
-                return
+        """Say why something of a call runs as it is written, once for each reason."""
+        if reason not in self._logged:
             self._logged.add(reason)
-        _log.warning("%s runs its own denoising loop, not fastddim's: %s", name, reason)
-
-
-def _parts(denoiser: Any) -> Iterator[torch.nn.Module]:
-    """A denoiser's modules, without the wrapper that `torch.compile` puts around it."""
-    module: torch.nn.Module = getattr(denoiser, "_orig_mod", denoiser)
-    return module.modules()
+            _log.warning("%s: %s", name, reason)
 
 
 def _view(original: Any, cls: type) -> Any:
-    """An object of another class with the members of `original`; what is set on it stays its own."""
+    """An object of another class with the very members of `original`."""
     view: Any = object.__new__(cls)
-    vars(view).update(vars(original))
+    object.__setattr__(view, "__dict__", vars(original))
     return view
 
 
-class _Progress:
-    """The pipeline's progress bar, moved on by the loop's steps and not by the pipeline's one."""
+class _CalledModel:
+    """Mixed into the class of a model's view, whose calls the pipeline's call gets."""
 
-    def __init__(self, bar: Any, total: int, iterable: Iterable[Any] | None) -> None:
-        self._bar = bar
-        self._left = total
-        self._iterable = iterable
-
-    def advance(self, steps: int = 1) -> None:
-        steps = min(steps, self._left)
-        if steps:
-            self._bar.update(steps)
-            self._left -= steps
-
-    def fill(self) -> None:
-        self.advance(self._left)
-
-    def update(self, n: int = 1) -> None:
-        """What the pipeline calls after its one step: nothing is left to show."""
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
-
-    def __iter__(self) -> Iterator[Any]:
-        assert self._iterable is not None
-        with self:
-            yield from self._iterable
-
-
-class _LoopScheduler:
-    """Mixed into the class of the pipeline's scheduler, for a view of it whose `step` is the whole loop."""
-
+    __slots__ = ("_call", "_model")
     _call: _Call
-    timesteps: torch.Tensor
+    _model: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call.call_model(self._model, args, kwargs)
+
+
+class _SteppedScheduler:
+    """Mixed into the class of a scheduler's view, whose steps the pipeline's call takes."""
+
+    __slots__ = ("_call",)
+    _call: _Call
 
 
 @functools.cache
-def _loop_scheduler_of(scheduler: Any) -> type:
-    # Pipelines look into both signatures.
-    @functools.wraps(scheduler.set_timesteps)
-    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
-        given = inspect.signature(scheduler.set_timesteps).bind(self, *args, **kwargs)
-        # On the pipeline's device they would have to be read back.
-        device = given.arguments.pop("device", None)
-        scheduler.set_timesteps(*given.args, **given.kwargs)
-        self.timesteps = self._call.begin(self.timesteps, device, args, kwargs)
-
-    @functools.wraps(scheduler.step)
-    def step(self: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(scheduler.step).bind(self, model_output, timestep, sample, *args, **kwargs)
-        given.apply_defaults()
-        options = {**given.arguments, **kwargs}
-        final = self._call.run_loop(self, model_output, timestep, sample, options)
-        return DDIMSchedulerOutput(final) if options.get("return_dict", True) else (final, final)
-
-    return type(scheduler.__name__, (_LoopScheduler, scheduler), {"set_timesteps": set_timesteps, "step": step})
-
-
-class _Recorder:
-    """Mixed into the class of a denoiser's view, which notes what it is called with instead of predicting."""
-
-    _call: _Call
-    config: Any
-
-    def __call__(self, x: torch.Tensor | None = None, timestep: Any = None, **kwargs: Any) -> Any:
-        x = kwargs.pop("hidden_states") if x is None else x
-        self._call.recorded = (x, kwargs)
-        channels = x.shape[1] if x.ndim < 4 else getattr(self.config, "out_channels", None) or x.shape[1]
-        prediction = x.new_zeros((x.shape[0], channels, *x.shape[2:]))
-        return SimpleNamespace(sample=prediction) if kwargs.get("return_dict", True) else (prediction,)
+def _called_model_of(model: Any) -> type:
+    return type(model.__name__, (_CalledModel, model), {"__module__": model.__module__})
 
 
 @functools.cache
-def _recorder_of(denoiser: Any) -> type:
-    return type(denoiser.__name__, (_Recorder, denoiser), {})
+def _stepped_scheduler_of(scheduler: Any) -> type:
+    def method(name: str) -> property:
+        # Those of an instance that a user has replaced come before its class's.
+        def get(self: Any) -> Any:
+            own = vars(self).get(name) or getattr(super(view, self), name)
+            call = getattr(self._call, name)
+            # Pipelines look into the signatures.
+            return functools.wraps(own)(lambda *args, **kwargs: call(self, own, args, kwargs))
+
+        return property(get)
+
+    members = {name: method(name) for name in ("step", "set_timesteps")}
+    view = type(scheduler.__name__, (_SteppedScheduler, scheduler), {**members, "__module__": scheduler.__module__})
+    return view
+
+
+_calls = threading.local()
+
+
+def _component(name: str) -> property:
+    """A member of an accelerated pipeline: within a call of it what the call makes of it."""
+
+    def get(self: Any) -> Any:
+        if name not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        value = vars(self)[name]
+        running = getattr(_calls, "running", ())
+        return running[-1].see(name, value) if running and running[-1].pipe is self else value
+
+    def put(self: Any, value: Any) -> None:
+        running = getattr(_calls, "running", ())
+        vars(self)[name] = running[-1].unsee(value) if running and running[-1].pipe is self else value
+
+    def remove(self: Any) -> None:
+        del vars(self)[name]
+
+    return property(get, put, remove)
+
+
+class _Method(NamedTuple):
+    """How the steps of a scheduler are taken from a table.
+
+    Attributes:
+        table: its rows, from the run's first step on.
+        draws: the steps that draw noise.
+        first: the number of the run's first step among the scheduler's timesteps.
+        options: the step's options that the table is of.
+    """
+
+    table: StepTable
+    draws: list[bool]
+    first: int
+    options: tuple[Any, ...]
+
+
+class _Stepper:
+    """The steps of one scheduler in one call of a pipeline.
+
+    Args:
+        view: what the pipeline sees of it.
+        by_table: whether a table has its steps; otherwise its own `step` takes them.
+    """
+
+    def __init__(self, view: Any, by_table: bool) -> None:
+        self.view, self.by_table = view, by_table
+        self.timesteps: list[float] = []
+        self._method: _Method | None = None
+        self._next = -1
+        self.previous_x0: torch.Tensor | None = None
+
+    def begin(self, timesteps: torch.Tensor) -> None:
+        """A run's timesteps `[num_steps]`, on the CPU."""
+        self.timesteps, self._method, self._next = timesteps.tolist(), None, -1
+
+    def find(self, timestep: Any, options: Mapping[str, Any]) -> tuple[_Method, int] | None:
+        """The table that has the step from `timestep`, and its row; None for a timestep that is none of the run's."""
+        step = self._number_of(timestep)
+        if step is None:
+            return None
+        chosen = tuple(options.get(name) for name in ("eta", "use_clipped_model_output"))
+        method = self._method
+        if method is None or step != self._next or method.options != chosen:
+            table, draws = _table_of(self.view, self.timesteps[:step], self.timesteps[step:], options)
+            method = self._method = _Method(_unscaled(table, self.view, timestep, step), draws, step, chosen)
+            self.previous_x0 = None
+        self._next = step + 1
+        return method, step - method.first
+
+    def _number_of(self, timestep: Any) -> int | None:
+        own = self.view.timesteps
+        # A view of the scheduler's own, whose number a device is not asked for.
+        if isinstance(timestep, torch.Tensor) and _is_entry_of(timestep, own):
+            return timestep.storage_offset() - own.storage_offset()
+        number = float(timestep)
+        following = 0 <= self._next < len(self.timesteps) and self.timesteps[self._next] == number
+        if following:
+            return self._next
+        return self.timesteps.index(number) if number in self.timesteps else None
+
+
+def _is_entry_of(number: torch.Tensor, numbers: torch.Tensor) -> bool:
+    """Whether a tensor of one number is a view of one of `numbers`."""
+    same = number.numel() == 1 and number.device == numbers.device and number.dtype == numbers.dtype
+    return same and number.untyped_storage().data_ptr() == numbers.untyped_storage().data_ptr()
+
+
+class _Work(NamedTuple):
+    """A step of a table, as one capture is of it."""
+
+    sample: torch.Tensor
+    table: StepTable
+    row: int
+    noise: torch.Tensor | None
+    limit: Limit
+    previous_x0: torch.Tensor | None
+    dtype: torch.dtype
+
+    @property
+    def kind(self) -> Hashable:
+        """What captures of two steps would differ in."""
+        sample = self.sample
+        return (
+            sample.shape,
+            sample.stride(),
+            sample.dtype,
+            self.noise is None,
+            self.limit,
+            self.previous_x0 is None,
+            self.dtype,
+        )
+
+    def take(self, backend: str, model_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next state and x0."""
+        previous = None if self.previous_x0 is None else self.previous_x0.clone()
+        options = StepOptions(limit=self.limit, noise=self.noise, out=self.empty(), previous_x0=previous)
+        x_next, x0 = take_step(backend, model_output, self.sample, self.table, self.row, options)
+        assert x0 is not None
+        return x_next, x0
+
+    def empty(self) -> torch.Tensor:
+        """Where the next state goes."""
+        return torch.empty_like(self.sample, dtype=self.dtype)
+
+
+class _StaticStep:
+    """A segment over buffers that stay where they are, and the step that ends it, as one graph.
+
+    Args:
+        segment: has the operations, and inputs like those that will come.
+        ref: the model's output among its tensors.
+        work: the step; None where the scheduler takes it itself.
+        backend: implementation of the step.
+        device: where the work runs.
+        pool, probe: as for `Graph`.
+
+    Attributes:
+        nbytes: device memory of the capture and its buffers.
+    """
+
+    def __init__(
+        self, segment: Segment, ref: Ref, work: _Work | None, backend: str, device: torch.device,
+        pool: MemoryPool | None, probe: bool,
+    ) -> None:  # fmt: skip
+        self._nodes = [(index, segment.nodes[index]) for index in segment.needed(ref)]
+        wanted = {
+            leaf.output
+            for _, node in self._nodes
+            for leaf in node.leaves
+            if isinstance(leaf, Ref) and leaf.node is None
+        }
+        given = {index: segment.inputs[index] for index in wanted}
+        self._inputs = {
+            index: value if isinstance(value, torch.nn.Parameter) else torch.empty_like(value, device=device)
+            for index, value in given.items()
+        }
+        self._ref, self._backend = ref, backend
+        self._work: _Work | None = None
+        if work is not None:
+            self._rows = torch.empty(1, work.table.columns.shape[1], dtype=torch.float64, device=device)
+            self._row = torch.zeros((), dtype=torch.int64, device=device)
+            copies = (
+                None if each is None else torch.empty_like(each) for each in (work.sample, work.noise, work.previous_x0)
+            )
+            sample, noise, self._previous_x0 = copies
+            assert sample is not None
+            self._sample, self._noise, self._limit = sample, noise, work.limit
+            self._next = work.empty()
+            self._work = work._replace(sample=sample, noise=noise, previous_x0=None)
+        self._results: tuple[torch.Tensor, ...] = ()
+        self.load(segment, work)
+        graph = self._graph = Graph(self._do, device, pool, probe)
+        buffers = [*self._inputs.values()]
+        self.nbytes = graph.nbytes + sum(buffer.nbytes for buffer in buffers)
+
+    def load(self, segment: Segment, work: _Work | None) -> None:
+        """Put the numbers of a step where the graph reads them."""
+        for index, buffer in self._inputs.items():
+            if not isinstance(buffer, torch.nn.Parameter):
+                buffer.copy_(segment.inputs[index], non_blocking=True)
+        if work is None:
+            return
+        self._sample.copy_(work.sample)
+        self._rows.copy_(work.table.on(self._rows.device)[0][work.row : work.row + 1])
+        for buffer, value in ((self._noise, work.noise), (self._previous_x0, work.previous_x0)):
+            if buffer is not None:
+                assert value is not None
+                buffer.copy_(value)
+
+    def _do(self) -> None:
+        values: dict[int, list[Any]] = {}
+
+        def value_of(ref: Ref) -> torch.Tensor:
+            found: torch.Tensor = self._inputs[ref.output] if ref.node is None else values[ref.node][ref.output]
+            return found
+
+        for index, node in self._nodes:
+            values[index] = node(value_of)
+        output = value_of(self._ref)
+        if self._work is None:
+            self._results = (output,)
+            return
+        options = StepOptions(limit=self._limit, noise=self._noise, out=self._next, previous_x0=self._previous_x0)
+        x_next, x0 = take_step(self._backend, output, self._sample, self._rows, self._row, options)
+        assert x0 is not None
+        self._results = x_next, x0
+
+    def __call__(self) -> tuple[torch.Tensor, ...]:
+        """Do what was loaded: the next state and x0, or the model's output, in memory of their own."""
+        self._graph.replay()
+        return tuple(result.clone() for result in self._results)
 
 
 class _Call:
-    """One accelerated call of a pipeline.
+    """One call of an accelerated pipeline.
 
     Args:
-        pipe: the accelerated pipeline.
-        pipeline: its own class.
-        kind: what differs between its class and the other supported ones.
-        arguments: the call's arguments by name.
+        pipe: the pipeline.
+        name: its class's, for what is logged.
     """
 
-    def __init__(self, pipe: Any, pipeline: Any, kind: _Kind, arguments: Mapping[str, Any]) -> None:
-        self.recorded: tuple[torch.Tensor, dict[str, Any]] | None = None
-        self._pipe, self._pipeline, self._kind, self._arguments = pipe, pipeline, kind, arguments
+    def __init__(self, pipe: Any, name: str) -> None:
+        self.pipe, self._name = pipe, name
         self._acceleration: _Acceleration = pipe._acceleration
-        self._denoiser: Any = getattr(pipe, kind.denoiser)
-        self._timesteps: list[float] = []
-        # Those before them that an image-to-image pipeline leaves out.
-        self._skipped: list[float] = []
-        self._progress: _Progress | None = None
-        self._inner = _view(pipe, pipeline)
-        self._slices_timesteps = hasattr(pipeline, "get_timesteps")
+        # By identity: what the pipeline sees of a member, and the member.
+        self._views: dict[int, tuple[Any, Any]] = {}
+        self._steppers: dict[int, _Stepper] = {}
+        self._whole: dict[int, bool] = {}
+        self._segment: Segment | None = None
+        # Models called before a run's timesteps are known, as text encoders, are no part of a step.
+        self._in_run = False
+        models = {key: value for key, value in vars(pipe).items() if isinstance(value, torch.nn.Module)}
+        self._acceleration.follow(models)
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the pipeline's own `__call__`; what it sets on itself is set on the real pipeline."""
-        pipe, inner = vars(self._pipe), vars(self._inner)
-        before, replaced = dict(inner), self._replaced()
-        inner.update(replaced)
-        if "_interrupt" in pipe:
-            pipe["_interrupt"] = False
-        try:
-            return self._pipeline.__call__(self._inner, *args, **kwargs)
-        finally:
-            for name, value in inner.items():
-                if name not in replaced and value is not before.get(name, _MISSING):
-                    pipe[name] = value
-            # The view and this call hold each other, and the call's tensors should be free at its end.
-            inner.clear()
+    def __enter__(self) -> None:
+        _calls.running = [*getattr(_calls, "running", ()), self]
 
-    def _replaced(self) -> dict[str, Any]:
-        """What the pipeline's code sees instead of the pipeline's own."""
-        own: Any = type(self._denoiser)
-        scheduler = _view(self._pipe.scheduler, _loop_scheduler_of(self._pipe.scheduler.__class__))
-        denoiser = _view(self._denoiser, _recorder_of(own))
-        for view in (scheduler, denoiser):
-            vars(view)["_call"] = self
-        replaced = {"scheduler": scheduler, self._kind.denoiser: denoiser, "progress_bar": self._progress_bar}
-        return {**replaced, "get_timesteps": self._get_timesteps} if self._slices_timesteps else replaced
+    def __exit__(self, *error: object) -> None:
+        _calls.running = _calls.running[:-1]
+        # The call's tensors should be free at its end.
+        self._views.clear()
+        self._steppers.clear()
+        self._segment = None
 
-    def begin(
-        self, timesteps: torch.Tensor, device: str | torch.device | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> torch.Tensor:
-        """Note the run's timesteps, `[num_steps]` on the CPU: those that the pipeline should see, on `device`.
+    def see(self, name: str, value: Any) -> Any:
+        """What the pipeline's code sees of a member."""
+        if id(value) in self._views:
+            return self._views[id(value)][0]
+        if isinstance(value, SchedulerMixin):
+            view = self._view_scheduler(value)
+        elif isinstance(value, torch.nn.Module) and callable(value):
+            view = _view(value, _called_model_of(type(value)))
+            object.__setattr__(view, "_model", value)
+        else:
+            return value
+        object.__setattr__(view, "_call", self)
+        self._views[id(value)] = view, value
+        return view
 
-        `args` and `kwargs` are those that the pipeline has set them with.
-        """
-        self._timesteps = timesteps.tolist()
-        # Read by users after a call.
-        self._pipe.scheduler.set_timesteps(*args, **kwargs)
-        timesteps = timesteps.to(device)
-        # An image-to-image pipeline still has to find its start in them.
-        return timesteps if self._slices_timesteps else timesteps[:1]
+    def unsee(self, value: Any) -> Any:
+        """The member that the pipeline's code sees as `value`."""
+        return next((original for view, original in self._views.values() if view is value), value)
 
-    def _get_timesteps(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, int]:
-        timesteps, num_inference_steps = self._pipeline.get_timesteps(self._inner, *args, **kwargs)
-        first = len(self._timesteps) - len(timesteps)
-        self._skipped, self._timesteps = self._timesteps[:first], self._timesteps[first:]
-        return timesteps[:1], num_inference_steps
+    def _view_scheduler(self, scheduler: Any) -> Any:
+        unknown = _unknown_scheduler(scheduler)
+        if unknown is not None and hasattr(scheduler, "step"):
+            self._acceleration.log_once(self._name, f"the steps are its scheduler's own, as it is {unknown}")
+        view = _view(scheduler, _stepped_scheduler_of(type(scheduler)))
+        self._steppers[id(view)] = _Stepper(view, unknown is None)
+        return view
 
-    def _progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> _Progress:
-        # Where a pipeline has counted the timesteps that it sees, it has one.
-        total = len(self._timesteps)
-        self._progress = _Progress(self._pipe.progress_bar(total=total), total, iterable)
-        return self._progress
+    def set_timesteps(self, view: Any, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The scheduler's own, which begins a run."""
+        self._in_run, self._segment = True, None
+        stepper = self._steppers[id(view)]
+        if not stepper.by_table:
+            return own(*args, **kwargs)
+        given = inspect.signature(own).bind(*args, **kwargs)
+        # On the pipeline's device they would have to be read back.
+        device = given.arguments.pop("device", None)
+        result = own(*given.args, **given.kwargs)
+        stepper.begin(view.timesteps)
+        view.timesteps = view.timesteps.to(device)
+        return result
 
-    def run_loop(
-        self,
-        scheduler: Any,
-        model_output: torch.Tensor,
-        timestep: Any,
-        sample: torch.Tensor,
-        options: Mapping[str, Any],
-    ) -> torch.Tensor:
-        """The final state of all steps from `sample`, of its shape.
+    def call_model(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of a model's call, put off where it is a part of a step that may be captured."""
+        if not self._in_run or not self._is_captured(model):
+            return model(*args, **kwargs)
+        if self._segment is None:
+            self._segment = Segment(self._acceleration.root(_device_of(model)))
+        return self._segment.call(model, args, kwargs)
 
-        Args:
-            scheduler: the scheduler whose rows the steps take.
-            model_output: a tensor of the shape and dtype that the pipeline hands to a step.
-            timestep: the first one.
-            sample: the starting state `[B, ...]`, or, as DiT has it, the same one twice.
-            options: all arguments of the step by name.
-        """
-        assert self.recorded is not None
-        if "_num_timesteps" in vars(self._inner):
-            vars(self._inner)["_num_timesteps"] = len(self._timesteps)
-        model_input, kwargs = self.recorded
-        guidance = self._kind.guidance(self._inner, self._arguments)
-        twice = guidance is not None and len(model_input) == len(sample)
-        start = sample[: len(sample) // 2] if twice else sample
-        table, draws = _table_of(scheduler, self._skipped, self._timesteps, options)
-        # The loop's states are those that the model is called with.
-        scales = getattr(scheduler, "scale_model_input", None)
-        scale = 1.0 if scales is None else float(scales(torch.ones((), device="cpu"), timestep))
-        if scale != 1.0:
-            start = (start.to(torch.promote_types(start.dtype, torch.float32)) * scale).to(start.dtype)
-        noise = None
-        if any(draws):
-            # In the order in which the steps would have drawn it.
-            drawn = [_draw(scheduler, model_output, options.get("generator")) if draw else None for draw in draws]
-            silent = torch.zeros_like(next(each for each in drawn if each is not None))
-            noise = torch.stack([silent if each is None else each for each in drawn])
-        run = Run(
-            table=table,
-            shape=tuple(start.shape),
-            dtype=torch.promote_types(sample.dtype, model_output.dtype),
-            model_dtype=model_input.dtype,
-            device=sample.device,
-            start=start,
-            noise=noise,
-            limit=_limit_of(scheduler),
-            guidance=guidance,
-            kwargs=kwargs,
-            backend=self._acceleration.options.backend,
-        )
-        # Buffers made in inference mode could not be written to by a later call outside of it.
-        with torch.inference_mode(False):
-            final = self._acceleration.loop(self._denoiser, self._kind)(run, self._steps())
-        if self._progress is not None and not self._interrupted:
-            self._progress.fill()
-        return torch.cat([final, final]) if twice else final
+    def _is_captured(self, model: Any) -> bool:
+        if id(model) not in self._whole:
+            captured = graph_mode(self._acceleration.options.graph, _device_of(model)) != "off"
+            reason = _reason_against(self.pipe, model) if captured else None
+            if reason is not None:
+                self._acceleration.log_once(self._name, f"its {type(model).__name__} is not captured: {reason}")
+            self._whole[id(model)] = captured and reason is None
+        return self._whole[id(model)]
 
-    @property
-    def _interrupted(self) -> bool:
-        """Whether another thread, or a hook, has asked the pipeline to stop."""
-        return bool(vars(self._pipe).get("_interrupt", False))
+    def step(self, view: Any, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A step of the run: in the graph of its model's calls where that is captured."""
+        segment, self._segment = self._segment, None
+        given = inspect.signature(own).bind(*args, **kwargs)
+        given.apply_defaults()
+        options = {**given.arguments, **given.arguments.get("kwargs", {})}
+        output, sample = options.get("model_output"), options.get("sample")
+        stepper = self._steppers[id(view)]
+        found = None
+        if stepper.by_table and isinstance(output, torch.Tensor) and isinstance(sample, torch.Tensor):
+            found = stepper.find(options["timestep"], options)
+        if found is None:
+            if isinstance(output, Deferred):
+                (resolved,) = self._finish(segment, output, None)
+                if "model_output" in given.arguments:
+                    given.arguments["model_output"] = resolved
+            return own(*given.args, **given.kwargs)
+        assert output is not None and sample is not None
+        method, row = found
+        sample = real(sample)
+        if method.first + row == len(stepper.timesteps) - 1:
+            self._in_run = False
+        noise = options.get("variance_noise") if method.draws[row] else None
+        if noise is None and any(method.draws):
+            # A step without takes none, but is one of the same kind.
+            drawn = method.draws[row]
+            noise = _draw(view, output, options.get("generator")) if drawn else torch.zeros_like(sample, dtype=output.dtype)
+        table = method.table
+        previous = None
+        if table.looks_back:
+            previous = sample.new_zeros(sample.shape) if stepper.previous_x0 is None else stepper.previous_x0
+        dtype = torch.promote_types(sample.dtype, output.dtype)
+        work = _Work(sample, table, row, noise, _limit_of(view), previous, dtype)
+        x_next, x0 = self._finish(segment, output, work)
+        if table.looks_back:
+            stepper.previous_x0 = x0
+        _advance(view, options["timestep"])
+        return DDIMSchedulerOutput(x_next, x0) if options.get("return_dict", True) else (x_next, x0)
 
-    def _steps(self) -> Iterator[int]:
-        for step in range(len(self._timesteps)):
-            if self._interrupted:
-                return
-            yield step
-            if self._progress is not None:
-                self._progress.advance()
+    def _finish(self, segment: Segment | None, output: torch.Tensor, work: _Work | None) -> tuple[torch.Tensor, ...]:
+        """The step's next state and x0, or without `work` the model's output."""
+        backend = self._acceleration.options.backend
+        results = None
+        if isinstance(output, Deferred) and output.segment is segment and segment.end():
+            results = self._try_replay(segment, output.ref, work, backend)
+        if results is not None:
+            return results
+        output = real(output)
+        return (output,) if work is None else work.take(backend, output)
+
+    def _try_replay(
+        self, segment: Segment, ref: Ref, work: _Work | None, backend: str
+    ) -> tuple[torch.Tensor, ...] | None:
+        captures = self._acceleration.captures
+        key = (segment.place, ref, work and work.kind)
+        if captures.in_use or segment.is_done:
+            captures.see(key)
+            return None
+        device = work.sample.device if work is not None else _device_of(segment.nodes[0].function)
+        models = [node.function for node in segment.nodes if isinstance(node.function, torch.nn.Module)]
+        captures.watch(models)
+
+        def build(probe: bool) -> _StaticStep:
+            output = segment.value(ref)
+            own = (output,) if work is None else work.take(backend, output)
+            before = ModelState(tuple(models))
+            try:
+                # The pipeline's own step is the one that counts.
+                with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                    static = _StaticStep(segment, ref, work, backend, device, captures.graphs.pool(device), probe)
+                    # The calls before the capture have written over the previous x0.
+                    static.load(segment, work)
+                    ours = static()
+            finally:
+                before.restore()
+            error = _difference(ours[0], own[0])
+            if error is not None:
+                raise CaptureError(f"its step differs from the pipeline's own by {error}", permanent=True)
+            return static
+
+        def use(static: _StaticStep) -> tuple[torch.Tensor, ...]:
+            static.load(segment, work)
+            return static()
+
+        def warn(reason: str) -> None:
+            self._acceleration.log_once(self._name, f"its steps are launched one by one: {reason}")
+
+        return captures.use(key, device, build, use, warn)
+
+
+def _difference(ours: torch.Tensor, own: torch.Tensor) -> str | None:
+    """The largest difference of two tensors, in words, None where it is rounding: half of the digits agree."""
+    if ours.shape != own.shape or ours.dtype != own.dtype:
+        return f"{ours.dtype} of shape {tuple(ours.shape)} instead of {own.dtype} of {tuple(own.shape)}"
+    largest = float(own.abs().nan_to_num(0, 0, 0).max()) if own.numel() else 0.0
+    limit = torch.finfo(own.dtype).eps ** 0.5 * largest
+    if torch.allclose(ours, own, rtol=0.0, atol=limit, equal_nan=True):
+        return None
+    return f"{float((ours - own).abs().max()):.2g}, where its largest value is {largest:.2g}"
+
+
+def _device_of(model: Any) -> torch.device:
+    # diffusers' own `device` walks through all modules.
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def _table_of(
@@ -447,6 +575,20 @@ def _table_of(
     return table, draws
 
 
+def _unscaled(table: StepTable, scheduler: Any, timestep: Any, first: int) -> StepTable:
+    """The table over a pipeline's states: a table's own are those that the model is called with, scaled by the scheduler."""
+    scale = getattr(scheduler, "scale_model_input", None)
+    if scale is None or float(scale(torch.ones((), device="cpu"), timestep)) == 1.0:
+        return table
+    sigmas = scheduler.sigmas[first : first + len(table) + 1].double().cpu().numpy()
+    scales = (sigmas**2 + 1) ** -0.5
+    columns = table.columns.copy()
+    # In the order of `StepCoefficients`: what is of the state, then what gives the next one.
+    columns[:, _OF_STATE] *= scales[:-1, None]
+    columns[:, [index for index in _OF_NEXT if index < columns.shape[1]]] /= scales[1:, None]
+    return StepTable.from_columns(table.timesteps, columns)
+
+
 def _limit_of(scheduler: Any) -> Limit:
     ddim = isinstance(scheduler, diffusers.DDIMScheduler)
     return limit_from(scheduler.config) if ddim else read_scheduler(scheduler).limit
@@ -454,57 +596,58 @@ def _limit_of(scheduler: Any) -> Limit:
 
 def _draw(scheduler: Any, model_output: torch.Tensor, generator: Any) -> torch.Tensor:
     """The noise of a step, as its scheduler draws it."""
-    name = type(scheduler).__name__
-    if name == "FlowMatchEulerDiscreteScheduler":
-        return torch.randn_like(model_output, dtype=torch.float32)
-    dtype = torch.float32 if name == "DPMSolverMultistepScheduler" else model_output.dtype
-    drawn: torch.Tensor = randn_tensor(model_output.shape, generator=generator, device=model_output.device, dtype=dtype)
+    shape, device, dtype = model_output.shape, model_output.device, model_output.dtype
+    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+        return torch.randn(shape, device=device, dtype=torch.float32)
+    if isinstance(scheduler, diffusers.DPMSolverMultistepScheduler):
+        dtype = torch.float32
+    drawn: torch.Tensor = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
     return drawn
 
 
-def _reason_against(pipe: Any, pipeline: type, base: type, kind: _Kind, arguments: Mapping[str, Any]) -> str | None:
-    """Why a call of a `pipeline`, which is or inherits from `base`, has to run the pipeline's own loop, or None."""
-    for name in ("__call__", "get_timesteps"):
-        if getattr(pipeline, name, None) is not getattr(base, name, None):
-            return f"{pipeline.__name__} has a {name} of its own"
-    for name in _OWN_LOOP_ARGUMENTS:
-        if arguments.get(name) not in (None, _NEUTRAL.get(name)):
-            return f"{name} is given"
-    unknown = _unknown_scheduler(pipe.scheduler)
-    if unknown is not None:
-        return f"its scheduler is {unknown}"
-    denoiser = getattr(pipe, kind.denoiser)
+def _advance(scheduler: Any, timestep: Any) -> None:
+    """Count a step where the scheduler itself counts."""
+    if hasattr(scheduler, "_step_index"):
+        if scheduler._step_index is None:
+            scheduler._init_step_index(timestep)
+        scheduler._step_index += 1
+
+
+def _reason_against(pipe: Any, model: Any) -> str | None:
+    """Why a model's calls cannot be captured, None where they can be as far as is known."""
     if getattr(pipe, "_all_hooks", None):
-        return "its models are offloaded"
-    if getattr(denoiser, "_hf_peft_config_loaded", False) or hasattr(denoiser, "peft_config"):
-        return f"LoRA or PEFT layers are loaded into the {kind.denoiser}; fuse and unload them"
-    # diffusers' own `device` walks through all modules.
-    parameter = next(denoiser.parameters(), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
-    if torch.is_autocast_enabled(device.type):
-        return "torch.autocast is on"
-    captures = graph_mode(pipe._acceleration.options.graph, device) != "off"
-    if captures and any(map(owns_graphs, (denoiser, *_parts(denoiser)))):
-        return f"the {kind.denoiser} is compiled to capture CUDA graphs of its own; pass graph='off'"
-    for part in _parts(denoiser):
+        return "it is offloaded"
+    parts = list(_parts(model))
+    if any(map(owns_graphs, (model, *parts))):
+        return "it is compiled to capture CUDA graphs of its own; pass graph='off'"
+    for part in parts:
         members = vars(part)
         if "_hf_hook" in members or getattr(members.get("_diffusers_hook"), "hooks", None):
-            return f"the {kind.denoiser} has hooks for offloading, caching or casting"
+            return "it has hooks for offloading, caching or casting"
         if "forward" in members:
-            return f"the {kind.denoiser} has a replaced forward"
-        if captures and (part._forward_hooks or part._forward_pre_hooks):
-            return f"the {kind.denoiser} has forward hooks, which a captured graph would not call; pass graph='off'"
+            return "it has a replaced forward"
+        if part._forward_hooks or part._forward_pre_hooks:
+            return "it has forward hooks, which a captured graph would not call"
     return None
 
 
+def _parts(model: Any) -> Iterator[torch.nn.Module]:
+    """A model's modules, without the wrapper that `torch.compile` puts around it."""
+    module: torch.nn.Module = getattr(model, "_orig_mod", model)
+    return module.modules()
+
+
 def _unknown_scheduler(scheduler: Any) -> str | None:
-    """Why the loop cannot take a scheduler's steps, after "is"; None where it can."""
+    """Why no table has a scheduler's steps, after "is"; None where one has."""
     kind = type(scheduler)
-    own = [name for method in METHODS.values() for name in method.schedulers if method.name not in ("ddim", "ddpm")]
+    replaced = [name for name, value in vars(scheduler).items() if callable(value) and hasattr(kind, name)]
+    if replaced:
+        return f"a {kind.__name__} whose {replaced[0]} was replaced"
     if kind is DDIMScheduler or kind is diffusers.DDIMScheduler:
         return None
+    own = [name for method in METHODS.values() for name in method.schedulers if method.name not in ("ddim", "ddpm")]
     if kind.__name__ not in own or getattr(diffusers, kind.__name__, None) is not kind:
-        return f"a {kind.__name__}, none of {', '.join(['DDIMScheduler', *own])}"
+        return f"a {kind.__name__}"
     try:
         schedule = read_scheduler(scheduler).schedule
     except ValueError as error:
@@ -521,32 +664,28 @@ def _unknown_scheduler(scheduler: Any) -> str | None:
 @functools.cache
 def _accelerated(pipeline: Any) -> type:
     """The class of accelerated pipelines of a class, which passes for that class everywhere else."""
-    found = _find_kind(pipeline)
-    assert found is not None
-    base, kind = found
-    signature = inspect.signature(pipeline.__call__)
 
     @functools.wraps(pipeline.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        arguments = {**bound.arguments, **bound.arguments.get("kwargs", {})}
-        reason = _reason_against(self, pipeline, base, kind, arguments)
-        if reason is not None:
-            self._acceleration.log_once(pipeline.__name__, reason)
+        # One at a time: a pipeline keeps a call's guidance, and its scheduler a run's timesteps, on itself.
+        with self._acceleration.turn, _Call(self, pipeline.__name__):
             return pipeline.__call__(self, *args, **kwargs)
-        return _Call(self, pipeline, kind, arguments)(args, kwargs)
 
     def reduce(self: Any, protocol: Any) -> Any:
-        plain = _view(self, pipeline)
-        del vars(plain)["_acceleration"]
+        plain = object.__new__(pipeline)
+        vars(plain).update({name: value for name, value in vars(self).items() if name != "_acceleration"})
         return _attach, (plain, self._acceleration.options)
 
     names = {name: getattr(pipeline, name) for name in ("__module__", "__qualname__", "__doc__")}
+    members = {
+        name: _component(name)
+        for name in inspect.signature(pipeline.__init__).parameters
+        if not hasattr(pipeline, name)
+    }
     return type(
         pipeline.__name__,
         (pipeline,),
-        {**names, "__call__": call, "__reduce_ex__": reduce, "_unaccelerated": pipeline},
+        {**members, **names, "__call__": call, "__reduce_ex__": reduce, "_unaccelerated": pipeline},
     )
 
 
@@ -559,38 +698,39 @@ def _attach(pipe: P, options: SamplerOptions) -> P:
 
 
 def accelerate(pipe: P, *, graph: str = "auto", backend: str = "auto", max_graphs: int = 8, hoist: bool = False) -> P:
-    """Run a diffusers pipeline's denoising loop with fastddim: same call, same generators, same pictures to rounding.
+    """Run a diffusers pipeline's denoising steps with fastddim: same call, same generators, same pictures to rounding.
 
-    The pipeline is changed in place and stays of its class for `isinstance`, saving and loading. On a GPU the step is the
-    fused kernel and the loop a CUDA graph, which the second call of a shape captures and later ones replay. A call that the
-    loop cannot hold (callbacks, IP-Adapters, LoRA layers, `cross_attention_kwargs`, SDXL's `denoising_start` and
-    `denoising_end`, offloading, `torch.autocast`, a scheduler swapped for another kind, a `__call__` of a subclass) runs
-    the pipeline's own loop instead, bit for bit, and a warning of the logger `"fastddim"` names the reason, once.
+    The pipeline is changed in place and stays of its class for `isinstance`, saving and loading. Its own code runs, whatever
+    it is: guidance, masks, ControlNets, adapters and callbacks are as it has them. On a GPU each step, from the first model
+    call to the scheduler's, becomes a CUDA graph when it comes the second time, and the step itself the fused kernel. The
+    first replay is compared with the pipeline's own step; where they differ by more than rounding, or a step cannot be
+    captured (offloaded models, hooks, models that count their calls), it goes on being launched as it is written. The
+    scheduler's own `step` runs where it is no `DDIMScheduler` nor another scheduler of `fastddim.samplers.METHODS`, is a
+    subclass, or was patched. Each such reason is a warning of the logger `"fastddim"`, once.
 
     Args:
-        pipe: a `DDIMPipeline` (diffusers' or fastddim's), `StableDiffusionPipeline`, `StableDiffusionImg2ImgPipeline`,
-            `StableDiffusionXLPipeline`, `StableDiffusionXLImg2ImgPipeline`, `DiTPipeline`, `StableDiffusion3Pipeline` or
-            `FluxPipeline`, with a `DDIMScheduler` or another scheduler of `fastddim.samplers.METHODS`, but for DDPM's and
-            PNDM's. Accelerated already, it keeps its captured graphs if the options are the same.
-        graph, max_graphs, hoist: as `fastddim.Sampler`'s.
+        pipe: a pipeline of diffusers, or a subclass of one. Accelerated already, it keeps its captured graphs if the options
+            are the same.
+        graph: `"auto"`, `"step"` or `"off"`, as `fastddim.Sampler`'s; the pipeline's own code runs between the steps, so that
+            there is no `"loop"`.
+        max_graphs: as `fastddim.Sampler`'s.
         backend: implementation of the step, as `fastddim.ddim_step`'s.
 
     Returns:
         `pipe`.
 
     Raises:
-        TypeError: another pipeline.
-        ValueError: another scheduler, or an option that is not one of its choices.
+        TypeError: something else than a pipeline with a scheduler and a model.
+        ValueError: an option that is not one of its choices.
     """
     options = SamplerOptions(graph=graph, backend=backend, max_graphs=max_graphs, hoist=hoist)
-    if isinstance(pipe, type) or _find_kind(type(pipe)) is None:
-        raise TypeError(f"pipe: {type(pipe).__name__}; pass one of {', '.join(_KINDS)}")
-    unknown = _unknown_scheduler(pipe.scheduler)
-    if unknown is not None:
-        raise ValueError(
-            f"pipe.scheduler: it is {unknown}; set one of these, such as"
-            " pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config), first"
-        )
+    if options.graph == "loop":
+        raise ValueError("graph: 'loop'; a pipeline's own code runs between the steps, so pass 'auto', 'step' or 'off'")
+    members = [] if isinstance(pipe, type) else list(getattr(pipe, "__dict__", {}).values())
+    if not isinstance(pipe, DiffusionPipeline) or not all(
+        any(isinstance(value, kind) for value in members) for kind in (SchedulerMixin, torch.nn.Module)
+    ):
+        raise TypeError(f"pipe: {type(pipe).__name__}; pass a diffusers pipeline with a scheduler and a model")
     if _unaccelerated(pipe) is not None:
         if pipe._acceleration.options == options:
             return pipe

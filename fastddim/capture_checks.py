@@ -129,7 +129,7 @@ class ModelState:
     within a list, a dictionary, or another object that a function closes over.
 
     Args:
-        model: a module, or a function, a method, a `functools.partial` or an object that calls some.
+        model: a module, or a function, a method, a `functools.partial` or an object that calls some; or a tuple of such.
         ignored: names of what may change, as `differences` gives them.
     """
 
@@ -220,6 +220,16 @@ class ModelState:
             if tensor.data_ptr() != address:
                 yield name, False
 
+    def restore(self) -> None:
+        """Set back what was set, added or removed since, but for what functions close over."""
+        if self._looks_the_same():
+            return
+        for members in self._members:
+            # An object that holds itself, or a hook, is none of these.
+            for name, old in members.values.items():
+                if not _is_same(old, members.now.get(name, _MISSING)):
+                    members.now[name] = old
+
 
 def _compare(name: str, old: Any, new: Any) -> Iterator[tuple[str, bool]]:
     if not _is_same(old, new):
@@ -253,7 +263,9 @@ def _holders(model: Any) -> Iterator[tuple[Any, str]]:
         if id(holder) in seen:
             continue
         seen.add(id(holder))
-        if isinstance(holder, torch.nn.Module):
+        if isinstance(holder, tuple):
+            left += holder
+        elif isinstance(holder, torch.nn.Module):
             for name, part in holder.named_modules():
                 seen.add(id(part))
                 yield part, f"{name}." if name else ""

@@ -175,12 +175,14 @@ def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
-class _Sized(Protocol):
+class Sized(Protocol):
+    """What says how much device memory it holds."""
+
     @property
     def nbytes(self) -> int: ...
 
 
-T = TypeVar("T", bound=_Sized)
+T = TypeVar("T", bound=Sized)
 
 
 class GraphCache(Generic[T]):

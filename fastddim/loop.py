@@ -6,11 +6,7 @@ the limit's numbers, the model's keyword arguments. They go there in one transfe
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import threading
 import warnings
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,10 +18,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fastddim.backends import draw_start, prepare_step, take_step, takes_kernel
-from fastddim.capture_checks import ModelState, captures_itself, is_compiled
+from fastddim.captures import Captures
 from fastddim.coefficients import StepTable
 from fastddim.config import Limit, limit_kind, limit_numbers
-from fastddim.cuda_graph import CaptureError, Graph, GraphCache, MemoryPool, is_captured
+from fastddim.cuda_graph import Graph, GraphCache, MemoryPool, is_captured
 from fastddim.hoisting import Hoisted, HoistedModel
 from fastddim.model_call import Hoister, Model, call_model, has_rows
 from fastddim.noise import seed_bits
@@ -37,13 +33,6 @@ OnStep = Callable[[int, torch.Tensor, torch.Tensor], None]
 GRAPH_MODES = ("auto", "loop", "step", "off")
 # The least number of rows that a captured step can take; runs of more steps get the next power of two.
 _LEAST_CAPACITY = 64
-# How many kinds of runs are remembered, and how often one is captured that fails for want of memory, or by another thread.
-_MAX_SEEN = 256
-_TRIES = 3
-# After so many captures for one changed thing it is named.
-_OFTEN = 3
-
-_log = logging.getLogger("fastddim")
 
 
 def graph_mode(graph: str, device: torch.device) -> str:
@@ -581,9 +570,6 @@ def pad(run: Run, batch: int) -> Run:
 class Loop:
     """A model's sampling loop: as a CUDA graph where that is asked for and possible, else step by step. Thread-safe.
 
-    The first run of its kind goes step by step, so that what comes once is not captured. A capture that fails for want of
-    memory, or by what another thread does, is tried again in later runs.
-
     Args:
         model: `model(x, t, **kwargs)`.
         graph: one of `GRAPH_MODES`; see `SamplerOptions`.
@@ -592,6 +578,7 @@ class Loop:
         hoister: finds the two parts of the model where what is constant over the steps is to leave the loop.
 
     Attributes:
+        captures: the graphs, of `StaticLoop`s.
         hoisted_bytes: memory of what left the loop, in the last run.
     """
 
@@ -604,22 +591,20 @@ class Loop:
         hoister: Hoister | None = None,
     ) -> None:
         self.model = model
+        self._module = model if module is None else module
         self._hoister = hoister
         self.hoisted_bytes = 0
         self.graph = graph
-        self.graphs: GraphCache[StaticLoop] = GraphCache(max_graphs)
-        self._module = model if module is None else module
-        self._state: ModelState | None = None
-        # Tensors that the model leaves on itself whenever it is called.
-        self._left: set[str] = set()
-        self._changes: Counter[str] = Counter()
-        # Kinds of runs that were seen, with the number of captures that may still fail.
-        self._tries: dict[Hashable, int] = {}
-        self._runs = threading.local()
+        self.captures: Captures[StaticLoop] = Captures(self._module, max_graphs, model)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copied or unpickled loop captures anew.
         return Loop, (self.model, self.graph, self.graphs.max_entries, self._module, self._hoister)
+
+    @property
+    def graphs(self) -> GraphCache[StaticLoop]:
+        """The captures that are kept."""
+        return self.captures.graphs
 
     @torch.no_grad()
     def __call__(
@@ -635,8 +620,7 @@ class Loop:
         """
         steps = range(len(run.table)) if steps is None else steps
         mode = graph_mode(self.graph, run.device)
-        # A run within a callback of another one of this thread must not take its buffers.
-        if mode != "off" and not getattr(self._runs, "inside", False):
+        if mode != "off" and not self.captures.in_use:
             final = self._try_replay(run, mode, steps, on_step, at_once)
             if final is not None:
                 return final
@@ -661,95 +645,24 @@ class Loop:
         self, run: Run, mode: str, steps: Iterable[int], on_step: OnStep | None, at_once: bool
     ) -> torch.Tensor | None:
         """The final state, None where the run has to go step by step."""
-        try:
-            key = _capture_key(run, mode)
-        except TypeError as error:
-            if self._see(None):
-                self._warn(run, mode, f"a keyword argument that cannot be told from others ({error})")
-            return None
-        if (self._see(key) and not at_once) or not self._tries.get(key, 0):
-            return None
-        try:
-            return self._replay(key, run, mode, steps, on_step)
-        except CaptureError as error:
-            left = self._tries.get(key, _TRIES)
-            warned = left < _TRIES
-            left = self._tries[key] = 0 if error.permanent else left - 1
-            reason = str(error) + (" (to be tried again)" if left else "")
-            out_of_memory = isinstance(error.__cause__, torch.cuda.OutOfMemoryError)
-        # The error, which holds what was built so far, is gone.
-        if out_of_memory:
-            self.graphs.clear()
-            torch.cuda.empty_cache()
-        if not warned or not left:
-            self._warn(run, mode, reason)
-        return None
 
-    def _see(self, key: Hashable) -> bool:
-        """Whether a run is the first of its kind."""
-        if key in self._tries:
-            return False
-        if len(self._tries) >= _MAX_SEEN:
-            self._tries.clear()
-        self._tries[key] = _TRIES
-        return True
+        def build(probe: bool) -> StaticLoop:
+            pool = self.graphs.pool(run.device)
+            return StaticLoop(self.model, run, mode == "loop", pool, probe, self._find_parts(run))
 
-    def _replay(self, key: Hashable, run: Run, mode: str, steps: Iterable[int], on_step: OnStep | None) -> torch.Tensor:
-        # Buffers made in inference mode could not be written to outside it.
-        with self.graphs.turn(run.device), self._as_inside(), torch.inference_mode(False), torch.no_grad():
-            changed = None if self._state is None else self._state.difference()
-            if self._state is None or changed is not None:
-                self._start_over(changed)
-            static = self.graphs.get(key, partial(self._build, key, run, mode))
+        def use(static: StaticLoop) -> torch.Tensor:
             static.load(run)
             self.hoisted_bytes = static.buffers.hoisted_bytes
             return static(run, steps, on_step).clone()
 
-    def _build(self, key: Hashable, run: Run, mode: str) -> StaticLoop:
-        if captures_itself(self.model):
-            raise CaptureError("the model is compiled to capture CUDA graphs of its own", permanent=True)
-        probe = not is_compiled(self.model)
-        static, changes = self._capture(run, mode, probe)
-        if changes:
-            # What changes in a model's first calls alone has settled after them.
-            del static
-            self._start_over()
-            static, changes = self._capture(run, mode, probe)
-        # A tensor that each call replaces may be one that it leaves behind: the probe refuses a model that reads it again.
-        frozen = [name for name, is_tensor in changes if not (is_tensor and probe)]
-        if frozen:
-            raise CaptureError(
-                f"the model changes its {frozen[0]!r} whenever it is called, which a replay would not", permanent=True
-            )
-        if changes:
-            self._left.update(name for name, _ in changes)
-            self._state = ModelState(self._module, self._left)
-        self._tries[key] = _TRIES
-        return static
-
-    def _capture(self, run: Run, mode: str, probe: bool) -> tuple[StaticLoop, list[tuple[str, bool]]]:
-        """A capture, and what it has changed of the model."""
-        assert self._state is not None
-        pool = self.graphs.pool(run.device)
-        static = StaticLoop(self.model, run, mode == "loop", pool, probe, self._find_parts(run))
-        return static, list(self._state.differences())
-
-    def _start_over(self, changed: str | None = None) -> None:
-        """Drop all captures, as they are of another model than it is now."""
-        self.graphs.clear()
-        self._state = ModelState(self._module, self._left)
-        if changed is not None:
-            self._changes[changed] += 1
-            if self._changes[changed] == _OFTEN:
-                _log.warning("the model is captured again and again, as its %r changes between runs", changed)
-
-    @contextlib.contextmanager
-    def _as_inside(self) -> Iterator[None]:
-        self._runs.inside = True
+        warn = partial(self._warn, run, mode)
         try:
-            yield
-        finally:
-            self._runs.inside = False
+            key = _capture_key(run, mode)
+        except TypeError as error:
+            if self.captures.see(None):
+                warn(f"a keyword argument that cannot be told from others ({error})")
+            return None
+        return self.captures.use(key, run.device, build, use, warn, at_once=at_once)
 
     def _warn(self, run: Run, mode: str, reason: str) -> None:
         warnings.warn(

@@ -1,0 +1,244 @@
+"""What a pipeline computes between its first model call of a step and the scheduler's step, put off until it is known whether
+a capture does all of it.
+
+A `Segment` goes through these operations with the pipeline's own code. What it has seen before in this order, it does not
+do, but answers with `Deferred` tensors, of the shapes that came last time; what it has not, it does and remembers. Whoever
+reads the data of a deferred tensor makes the segment do all that was put off. So the pipeline's code is never second-guessed:
+what is captured is what it did, and what it did not do before runs as it is written.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils import _pytree as pytree
+
+# Beyond so many continuations a segment is not one that repeats.
+_MOST_CHILDREN = 16
+_PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+_ON_HOST = {
+    torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.data_ptr, torch.Tensor.untyped_storage, torch.Tensor.__array__,
+    torch.Tensor.__reduce_ex__, torch.Tensor.__repr__, torch.Tensor.__deepcopy__, torch.Tensor.__dlpack__,
+    torch.Tensor.__dlpack_device__,
+}  # fmt: skip
+
+
+class _Kind(NamedTuple):
+    """What a deferred tensor says of itself."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Kind:
+        return cls(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
+class Ref(NamedTuple):
+    """A tensor of a segment: output `output` of operation `node`, or its input `output` where `node` is None."""
+
+    node: int | None
+    output: int
+
+
+class Node(NamedTuple):
+    """One operation: `function(*args, **kwargs)`, whose tensors are `Ref`s among the leaves."""
+
+    function: Callable[..., Any]
+    leaves: list[Any]
+    structure: pytree.TreeSpec
+
+    def __call__(self, value_of: Callable[[Ref], torch.Tensor]) -> list[Any]:
+        """The leaves of its result."""
+        leaves = [value_of(leaf) if isinstance(leaf, Ref) else leaf for leaf in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.structure)
+        return pytree.tree_leaves(self.function(*args, **kwargs))
+
+
+class Place:
+    """How far a segment has come, by what led there; and how it may go on."""
+
+    def __init__(self, outputs: Sequence[Any] = (), structure: Any = None) -> None:
+        self._outputs, self._structure = outputs, structure
+        self.children: dict[Hashable, Place] = {}
+
+    @classmethod
+    def after(cls, result: Any) -> Place | None:
+        """Where an operation with a result leads; None where the result has something that cannot be known beforehand."""
+        leaves, structure = pytree.tree_flatten(result)
+        if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
+            return None
+        if not all(leaf is None or isinstance(leaf, torch.Tensor) for leaf in leaves):
+            return None
+        return cls([None if leaf is None else _Kind.of(leaf) for leaf in leaves], structure)
+
+    def defer(self, segment: Segment, node: int) -> Any:
+        """The result of the operation that leads here, with deferred tensors."""
+        return pytree.tree_unflatten(
+            [kind and Deferred(kind, segment, Ref(node, index)) for index, kind in enumerate(self._outputs)],
+            self._structure,
+        )
+
+
+class Segment:
+    """The operations from a step's first model call on.
+
+    Args:
+        root: where it begins: what it knows.
+    """
+
+    def __init__(self, root: Place) -> None:
+        self.place = root
+        self.nodes: list[Node] = []
+        self.inputs: list[torch.Tensor] = []
+        self._places: dict[int, int] = {}
+        self._values: list[list[Any]] = []
+        self._open = True
+
+    def call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The result of `function(*args, **kwargs)`, with deferred tensors where it is one of a segment that goes on."""
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        if not self._open or torch.is_grad_enabled():
+            return self._call_now(function, leaves, structure)
+        try:
+            refs, described = zip(*map(self._describe, leaves), strict=True) if leaves else ((), ())
+            key = (function, structure, described)
+            child = self.place.children.get(key)
+        except TypeError:
+            # An argument that cannot be told from others.
+            return self._call_now(function, leaves, structure)
+        node = Node(function, list(refs), structure)
+        if child is None:
+            if len(self.place.children) >= _MOST_CHILDREN:
+                return self._call_now(function, leaves, structure)
+            self._catch_up()
+            result = function(*_real(args), **_real(kwargs))
+            child = Place.after(result)
+            if child is None:
+                self.close()
+                return result
+            child = self.place.children.setdefault(key, child)
+            self._values.append(pytree.tree_leaves(result))
+        self.nodes.append(node)
+        self.place = child
+        return child.defer(self, len(self.nodes) - 1)
+
+    def _call_now(self, function: Callable[..., Any], leaves: list[Any], structure: Any) -> Any:
+        self.close()
+        args, kwargs = pytree.tree_unflatten(list(map(_value, leaves)), structure)
+        return function(*args, **kwargs)
+
+    def _describe(self, leaf: Any) -> tuple[Any, Hashable]:
+        """A leaf as a node has it, and what it has to be equal in to be the same operation."""
+        if isinstance(leaf, Deferred):
+            if leaf.segment is self:
+                return leaf.ref, leaf.ref
+            leaf = leaf.value()
+        if isinstance(leaf, torch.Tensor):
+            index = self._places.setdefault(id(leaf), len(self.inputs))
+            if index == len(self.inputs):
+                self.inputs.append(leaf)
+            return Ref(None, index), (index, *_Kind.of(leaf), isinstance(leaf, torch.nn.Parameter))
+        if not isinstance(leaf, _PLAIN):
+            raise TypeError(f"{type(leaf).__name__}")
+        # 1, 1.0 and True are equal.
+        return leaf, (type(leaf), repr(leaf) if isinstance(leaf, float) else leaf)
+
+    def value(self, ref: Ref) -> torch.Tensor:
+        """A tensor's data: everything that was put off is done."""
+        if ref.node is None:
+            return self.inputs[ref.output]
+        self._catch_up()
+        value: torch.Tensor = self._values[ref.node][ref.output]
+        return value
+
+    def _catch_up(self) -> None:
+        while len(self._values) < len(self.nodes):
+            self._values.append(self.nodes[len(self._values)](self._known))
+
+    def _known(self, ref: Ref) -> torch.Tensor:
+        value: torch.Tensor = self.inputs[ref.output] if ref.node is None else self._values[ref.node][ref.output]
+        return value
+
+    @property
+    def is_done(self) -> bool:
+        """Whether everything was done."""
+        return len(self._values) == len(self.nodes)
+
+    def close(self) -> None:
+        """Do what was put off; nothing is from now on."""
+        self._catch_up()
+        self._open = False
+
+    def end(self) -> bool:
+        """Let it go without doing what was put off; whether it was still going on."""
+        was_open, self._open = self._open, False
+        return was_open
+
+    def needed(self, ref: Ref) -> list[int]:
+        """The operations that a tensor needs, in order."""
+        wanted = {ref.node}
+        for index in range(len(self.nodes) - 1, -1, -1):
+            if index in wanted:
+                wanted |= {leaf.node for leaf in self.nodes[index].leaves if isinstance(leaf, Ref)}
+        return sorted(index for index in wanted if index is not None)
+
+
+class Deferred(torch.Tensor):
+    """A tensor of a `Segment`, whose data is computed when they are needed."""
+
+    segment: Segment
+    ref: Ref
+
+    @staticmethod
+    def __new__(cls, kind: _Kind, segment: Segment, ref: Ref) -> Deferred:
+        made: Deferred = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, kind.shape, strides=kind.stride, dtype=kind.dtype, device=kind.device
+        )
+        made.segment, made.ref = segment, ref
+        return made
+
+    def value(self) -> torch.Tensor:
+        """The tensor itself."""
+        return self.segment.value(self.ref)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _ON_HOST:
+                args, kwargs = _real(args), _real(kwargs or {})
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        segments = [leaf.segment for leaf in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(leaf, Deferred)]
+        segment = next((each for each in segments if each._open), segments[0])
+        if not _repeats(func):
+            segment.close()
+        return segment.call(func, args, kwargs)
+
+
+@functools.cache
+def _repeats(func: Any) -> bool:
+    """Whether an operation of torch does the same to the same tensors, changes none of them, and asks nothing of their data."""
+    tags = (torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+    return not func._schema.is_mutable and not any(tag in func.tags for tag in tags)
+
+
+def _value(leaf: Any) -> Any:
+    return leaf.value() if isinstance(leaf, Deferred) else leaf
+
+
+def _real(tree: Any) -> Any:
+    return pytree.tree_map(_value, tree)
+
+
+def real(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with its data, whether it was deferred or not."""
+    return tensor.value() if isinstance(tensor, Deferred) else tensor
