@@ -28,6 +28,7 @@ from fastddim.coefficients import StepCoefficients, StepTable
 from fastddim.config import Limit, limit_from
 from fastddim.cuda_graph import CaptureError, Graph, MemoryPool
 from fastddim.deferral import Deferred, Place, Ref, Segment, real
+from fastddim.hoisted_calls import HoistedCalls
 from fastddim.loop import graph_mode
 from fastddim.sampler_options import SamplerOptions
 from fastddim.samplers import METHODS, Steps
@@ -59,6 +60,7 @@ class _Acceleration:
         self.captures: Captures[_StaticStep] = Captures((), options.max_graphs)
         self._roots: dict[Hashable, Place] = {}
         self._models: dict[str, Any] = {}
+        self._calls: dict[int, HoistedCalls] = {}
 
     def follow(self, models: Mapping[str, Any]) -> None:
         """Forget what was captured of other models than these."""
@@ -66,6 +68,7 @@ class _Acceleration:
             self._roots.clear()
             self.captures.graphs.clear()
             self.captures = Captures((), self.options.max_graphs)
+            self._calls.clear()
             self._models = dict(models)
 
     def root(self, device: torch.device) -> Place:
@@ -73,11 +76,28 @@ class _Acceleration:
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
         return self._roots.setdefault((device, autocast), Place())
 
+    def calls_of(self, model: Any) -> HoistedCalls:
+        """A model's calls in two parts."""
+        if id(model) not in self._calls:
+            self._calls[id(model)] = HoistedCalls(model, self.options.hoist_limit)
+        return self._calls[id(model)]
+
+    def begin(self, timesteps: list[float]) -> None:
+        """A run over a scheduler's `timesteps` begins."""
+        for calls in self._calls.values():
+            calls.begin(timesteps)
+
+    @property
+    def hoisted_bytes(self) -> int:
+        """Memory of what left the steps of the last run."""
+        return sum(calls.nbytes for calls in self._calls.values())
+
     def release(self) -> None:
         """Free the captured graphs, after the call under way."""
         with self.turn:
             self.captures.graphs.clear()
             self._roots.clear()
+            self._calls.clear()
 
     def log_once(self, name: str, reason: str) -> None:
         """Say why something of a call runs as it is written, once for each reason."""
@@ -144,7 +164,7 @@ def _component(name: str) -> property:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         value = vars(self)[name]
         running = getattr(_calls, "running", ())
-        return running[-1].see(name, value) if running and running[-1].pipe is self else value
+        return running[-1].see(value) if running and running[-1].pipe is self else value
 
     def put(self: Any, value: Any) -> None:
         running = getattr(_calls, "running", ())
@@ -209,7 +229,7 @@ class _Stepper:
         own = self.view.timesteps
         # A view of the scheduler's own, whose number a device is not asked for.
         if isinstance(timestep, torch.Tensor) and _is_entry_of(timestep, own):
-            return timestep.storage_offset() - own.storage_offset()
+            return int(timestep.storage_offset() - own.storage_offset())
         number = float(timestep)
         following = 0 <= self._next < len(self.timesteps) and self.timesteps[self._next] == number
         if following:
@@ -292,19 +312,14 @@ class _StaticStep:
             index: value if isinstance(value, torch.nn.Parameter) else torch.empty_like(value, device=device)
             for index, value in given.items()
         }
-        self._ref, self._backend = ref, backend
-        self._work: _Work | None = None
+        self._ref, self._backend, self._steps = ref, backend, work is not None
         if work is not None:
             self._rows = torch.empty(1, work.table.columns.shape[1], dtype=torch.float64, device=device)
             self._row = torch.zeros((), dtype=torch.int64, device=device)
-            copies = (
-                None if each is None else torch.empty_like(each) for each in (work.sample, work.noise, work.previous_x0)
-            )
-            sample, noise, self._previous_x0 = copies
-            assert sample is not None
-            self._sample, self._noise, self._limit = sample, noise, work.limit
+            self._sample, self._limit = torch.empty_like(work.sample), work.limit
+            self._noise = None if work.noise is None else torch.empty_like(work.noise)
+            self._previous_x0 = None if work.previous_x0 is None else torch.empty_like(work.previous_x0)
             self._next = work.empty()
-            self._work = work._replace(sample=sample, noise=noise, previous_x0=None)
         self._results: tuple[torch.Tensor, ...] = ()
         self.load(segment, work)
         graph = self._graph = Graph(self._do, device, pool, probe)
@@ -320,10 +335,10 @@ class _StaticStep:
             return
         self._sample.copy_(work.sample)
         self._rows.copy_(work.table.on(self._rows.device)[0][work.row : work.row + 1])
-        for buffer, value in ((self._noise, work.noise), (self._previous_x0, work.previous_x0)):
-            if buffer is not None:
+        for to, value in ((self._noise, work.noise), (self._previous_x0, work.previous_x0)):
+            if to is not None:
                 assert value is not None
-                buffer.copy_(value)
+                to.copy_(value)
 
     def _do(self) -> None:
         values: dict[int, list[Any]] = {}
@@ -335,7 +350,7 @@ class _StaticStep:
         for index, node in self._nodes:
             values[index] = node(value_of)
         output = value_of(self._ref)
-        if self._work is None:
+        if not self._steps:
             self._results = (output,)
             return
         options = StepOptions(limit=self._limit, noise=self._noise, out=self._next, previous_x0=self._previous_x0)
@@ -365,6 +380,8 @@ class _Call:
         self._steppers: dict[int, _Stepper] = {}
         self._whole: dict[int, bool] = {}
         self._segment: Segment | None = None
+        # The step of the run that comes next, if it is not the first one.
+        self._number: int | None = None
         # Models called before a run's timesteps are known, as text encoders, are no part of a step.
         self._in_run = False
         models = {key: value for key, value in vars(pipe).items() if isinstance(value, torch.nn.Module)}
@@ -380,14 +397,15 @@ class _Call:
         self._steppers.clear()
         self._segment = None
 
-    def see(self, name: str, value: Any) -> Any:
+    def see(self, value: Any) -> Any:
         """What the pipeline's code sees of a member."""
         if id(value) in self._views:
             return self._views[id(value)][0]
         if isinstance(value, SchedulerMixin):
             view = self._view_scheduler(value)
-        elif isinstance(value, torch.nn.Module) and callable(value):
-            view = _view(value, _called_model_of(type(value)))
+        elif isinstance(value, torch.nn.Module):
+            kind: Any = type(value)
+            view = _view(value, _called_model_of(kind))
             object.__setattr__(view, "_model", value)
         else:
             return value
@@ -403,7 +421,8 @@ class _Call:
         unknown = _unknown_scheduler(scheduler)
         if unknown is not None and hasattr(scheduler, "step"):
             self._acceleration.log_once(self._name, f"the steps are its scheduler's own, as it is {unknown}")
-        view = _view(scheduler, _stepped_scheduler_of(type(scheduler)))
+        kind: Any = type(scheduler)
+        view = _view(scheduler, _stepped_scheduler_of(kind))
         self._steppers[id(view)] = _Stepper(view, unknown is None)
         return view
 
@@ -418,16 +437,30 @@ class _Call:
         device = given.arguments.pop("device", None)
         result = own(*given.args, **given.kwargs)
         stepper.begin(view.timesteps)
+        self._number = None
+        self._acceleration.begin(stepper.timesteps)
         view.timesteps = view.timesteps.to(device)
         return result
 
     def call_model(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of a model's call, put off where it is a part of a step that may be captured."""
-        if not self._in_run or not self._is_captured(model):
+        if not self._in_run:
             return model(*args, **kwargs)
-        if self._segment is None:
-            self._segment = Segment(self._acceleration.root(_device_of(model)))
-        return self._segment.call(model, args, kwargs)
+        calls = self._acceleration.calls_of(model) if self._acceleration.options.hoist else None
+        apart = None if calls is None else calls.take_apart(args, kwargs, self._number)
+        function, given, named = (model, args, kwargs) if apart is None else (*apart, {})
+        if not self._is_captured(model):
+            result = function(*given, **named)
+        else:
+            if self._segment is None:
+                self._segment = Segment(self._acceleration.root(_device_of(model)))
+            result = self._segment.call(function, given, named)
+        if calls is None:
+            return result
+        if apart is not None:
+            return calls.wrap(result, args, kwargs)
+        calls.note(result)
+        return result
 
     def _is_captured(self, model: Any) -> bool:
         if id(model) not in self._whole:
@@ -458,13 +491,15 @@ class _Call:
         assert output is not None and sample is not None
         method, row = found
         sample = real(sample)
-        if method.first + row == len(stepper.timesteps) - 1:
-            self._in_run = False
+        self._number = method.first + row + 1
+        self._in_run = self._number < len(stepper.timesteps)
         noise = options.get("variance_noise") if method.draws[row] else None
         if noise is None and any(method.draws):
             # A step without takes none, but is one of the same kind.
             drawn = method.draws[row]
-            noise = _draw(view, output, options.get("generator")) if drawn else torch.zeros_like(sample, dtype=output.dtype)
+            noise = (
+                _draw(view, output, options.get("generator")) if drawn else torch.zeros_like(sample, dtype=output.dtype)
+            )
         table = method.table
         previous = None
         if table.looks_back:
@@ -496,8 +531,9 @@ class _Call:
         if captures.in_use or segment.is_done:
             captures.see(key)
             return None
-        device = work.sample.device if work is not None else _device_of(segment.nodes[0].function)
-        models = [node.function for node in segment.nodes if isinstance(node.function, torch.nn.Module)]
+        called = [getattr(node.function, "model", node.function) for node in segment.nodes]
+        models = [each for each in called if isinstance(each, torch.nn.Module)]
+        device = _device_of(models[0]) if work is None else work.sample.device
         captures.watch(models)
 
         def build(probe: bool) -> _StaticStep:

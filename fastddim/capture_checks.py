@@ -125,8 +125,9 @@ class ModelState:
     number of hooks; attributes of its modules, and of objects to call that these hold, such as attention processors; what
     functions close over.
 
-    Weights that change in place need no new capture: it reads the same memory. Globals are not noticed, nor what changes
-    within a list, a dictionary, or another object that a function closes over.
+    Weights that change in place need no new capture: it reads the same memory. Dictionaries of numbers, names and the like are
+    compared by what they have, lists by the names in them. Globals are not noticed, nor what changes within others, or within
+    an object that a function closes over.
 
     Args:
         model: a module, or a function, a method, a `functools.partial` or an object that calls some; or a tuple of such.
@@ -137,6 +138,8 @@ class ModelState:
         self._ignored = ignored
         self._members: list[_Members] = []
         self._cells: list[tuple[CellType, str, Any]] = []
+        # Dictionaries of plain values and lists among attributes, as adapters keep scales and names, and what they had.
+        self._containers: list[tuple[str, Any, Any]] = []
         for holder, path in _holders(model):
             if not isinstance(holder, FunctionType):
                 self._watch(holder, path)
@@ -163,6 +166,11 @@ class ModelState:
         skipped = {name for name in members if name in _OWN or path + name in self._ignored}
         values = {name: value for name, value in members.items() if name not in skipped}
         self._members.append(_Members(members, path, len(members), values))
+        self._containers += [
+            (path + name, value, _contained(value))
+            for name, value in values.items()
+            if type(value) is list or (type(value) is dict and all(map(_is_plain, value.values())))
+        ]
 
     def _compare_in_few_passes(self) -> None:
         """Lay out what `_looks_the_same` compares: a large network has tens of thousands of values, and every run looks."""
@@ -196,6 +204,7 @@ class ModelState:
                 and list(map(torch.Tensor.data_ptr, self._tensors.values())) == self._addresses
                 and all(members[name] is value for members, name, value in self._apart)
                 and all(_is_same(_contents(cell), value) for cell, _, value in self._cells)
+                and all(_contained(now) == before for _, now, before in self._containers)
             )
         except (KeyError, RuntimeError, TypeError, ValueError):
             # A name is gone, or something that has come in place of a number compares its elements.
@@ -216,19 +225,25 @@ class ModelState:
                 yield from _compare(members.path + name, old, members.now.get(name, _MISSING))
         for cell, name, old in self._cells:
             yield from _compare(name, old, _contents(cell))
+        for name, container, before in self._containers:
+            if _contained(container) != before:
+                yield name, False
         for (name, tensor), address in zip(self._tensors.items(), self._addresses, strict=True):
             if tensor.data_ptr() != address:
                 yield name, False
 
     def restore(self) -> None:
-        """Set back what was set, added or removed since, but for what functions close over."""
+        """Set attributes back to what they were, but for what functions close over."""
         if self._looks_the_same():
             return
         for members in self._members:
-            # An object that holds itself, or a hook, is none of these.
             for name, old in members.values.items():
                 if not _is_same(old, members.now.get(name, _MISSING)):
                     members.now[name] = old
+        for _, container, before in self._containers:
+            if isinstance(container, dict):
+                container.clear()
+                container.update(before)
 
 
 def _compare(name: str, old: Any, new: Any) -> Iterator[tuple[str, bool]]:
@@ -238,6 +253,15 @@ def _compare(name: str, old: Any, new: Any) -> Iterator[tuple[str, bool]]:
 
 def _is_same(old: Any, new: Any) -> bool:
     return old is new or (isinstance(old, _PLAIN) and type(old) is type(new) and bool(old == new))
+
+
+def _contained(container: Any) -> Any:
+    """What matters of a dictionary or a list: of a list its names, as it may be a log of calls."""
+    return dict(container) if isinstance(container, dict) else [value for value in container if isinstance(value, str)]
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, _PLAIN)
 
 
 def _contents(cell: CellType) -> Any:

@@ -66,6 +66,8 @@ class Place:
     def __init__(self, outputs: Sequence[Any] = (), structure: Any = None) -> None:
         self._outputs, self._structure = outputs, structure
         self.children: dict[Hashable, Place] = {}
+        # Products with a number of which there was another one: kinds of such operations.
+        self.scalings: set[Hashable] = set()
 
     @classmethod
     def after(cls, result: Any) -> Place | None:
@@ -113,6 +115,13 @@ class Segment:
             # An argument that cannot be told from others.
             return self._call_now(function, leaves, structure)
         node = Node(function, list(refs), structure)
+        if child is None and function is _mul and isinstance(leaves[1], float):
+            # The scale of a guidance that changes from step to step would be another operation each time.
+            kind = (structure, described[0])
+            if kind in self.place.scalings:
+                number = torch.tensor(leaves[1], dtype=torch.float64, device="cpu")
+                return self.call(_scale, (leaves[0], number), {})
+            self.place.scalings.add(kind)
         if child is None:
             if len(self.place.children) >= _MOST_CHILDREN:
                 return self._call_now(function, leaves, structure)
@@ -189,6 +198,15 @@ class Segment:
         return sorted(index for index in wanted if index is not None)
 
 
+_mul = torch.ops.aten.mul.Tensor
+
+
+def _scale(x: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    """`x` times a number `[]`, rounded as a product with a Python number is."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(wide) * number.to(wide)).to(x.dtype)
+
+
 class Deferred(torch.Tensor):
     """A tensor of a `Segment`, whose data is computed when they are needed."""
 
@@ -197,7 +215,7 @@ class Deferred(torch.Tensor):
 
     @staticmethod
     def __new__(cls, kind: _Kind, segment: Segment, ref: Ref) -> Deferred:
-        made: Deferred = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Deferred = torch.Tensor._make_wrapper_subclass(
             cls, kind.shape, strides=kind.stride, dtype=kind.dtype, device=kind.device
         )
         made.segment, made.ref = segment, ref
@@ -215,7 +233,7 @@ class Deferred(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         segments = [leaf.segment for leaf in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(leaf, Deferred)]
         segment = next((each for each in segments if each._open), segments[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -132,6 +133,8 @@ class Hoister:
 
 
 def _kind_of(model: Model) -> str:
+    if isinstance(model, partial):
+        model = model.args[0]
     return type(model).__name__ if isinstance(model, torch.nn.Module) else getattr(model, "__qualname__", repr(model))
 
 

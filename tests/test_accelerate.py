@@ -227,14 +227,15 @@ def check_same(pipe, call, caplog, *, seeds=0, graphs=GRAPHS, rtol=1e-9, hoist=F
         assert accelerate(pipe, graph=graph, hoist=hoist) is pipe
         # DiT's arrays of 0.39 are float32.
         least = max(rtol, torch.finfo(expected.dtype).eps) if DIFFUSERS_039 else rtol
-        # The first call goes step by step.
-        for _ in range(2):
+        # The first call of a kind goes step by step, and that in parts follows one of the whole model.
+        for _ in range(3 if hoist else 2):
             images, drawn_too = run(pipe, call, seeds)
             assert images.dtype == expected.dtype
             error = (images - expected).abs().max().item()
             assert error <= least * expected.abs().max().item(), (graph, error)
             assert drawn_too == drawn
         assert count_captures(pipe) == (graph != "off")
+        assert (pipe._acceleration.hoisted_bytes > 0) == hoist
         unaccelerate(pipe)
     print(log_lines(caplog))
     assert not log_lines(caplog)
