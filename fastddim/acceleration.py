@@ -20,6 +20,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
+from torch.utils import _pytree as pytree
 
 from fastddim.backends import take_step
 from fastddim.capture_checks import ModelState, owns_graphs
@@ -483,11 +484,8 @@ class _Call:
         if stepper.by_table and isinstance(output, torch.Tensor) and isinstance(sample, torch.Tensor):
             found = stepper.find(options["timestep"], options)
         if found is None:
-            if isinstance(output, Deferred):
-                (resolved,) = self._finish(segment, output, None)
-                if "model_output" in given.arguments:
-                    given.arguments["model_output"] = resolved
-            return own(*given.args, **given.kwargs)
+            args, kwargs = pytree.tree_map(lambda value: self._resolve(segment, value), (args, kwargs))
+            return own(*args, **kwargs)
         assert output is not None and sample is not None
         method, row = found
         sample = real(sample)
@@ -511,6 +509,9 @@ class _Call:
             stepper.previous_x0 = x0
         _advance(view, options["timestep"])
         return DDIMSchedulerOutput(x_next, x0) if options.get("return_dict", True) else (x_next, x0)
+
+    def _resolve(self, segment: Segment | None, value: Any) -> Any:
+        return self._finish(segment, value, None)[0] if isinstance(value, Deferred) else value
 
     def _finish(self, segment: Segment | None, output: torch.Tensor, work: _Work | None) -> tuple[torch.Tensor, ...]:
         """The step's next state and x0, or without `work` the model's output."""
@@ -539,7 +540,7 @@ class _Call:
         def build(probe: bool) -> _StaticStep:
             output = segment.value(ref)
             own = (output,) if work is None else work.take(backend, output)
-            before = ModelState(tuple(models))
+            before, changed = ModelState(tuple(models)), None
             try:
                 # The pipeline's own step is the one that counts.
                 with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -547,8 +548,13 @@ class _Call:
                     # The calls before the capture have written over the previous x0.
                     static.load(segment, work)
                     ours = static()
+                changed = next((name for name, is_tensor in before.differences() if not is_tensor), None)
             finally:
                 before.restore()
+            if changed is not None:
+                raise CaptureError(
+                    f"the model changes its {changed!r} whenever it is called, which a replay would not", permanent=True
+                )
             error = _difference(ours[0], own[0])
             if error is not None:
                 raise CaptureError(f"its step differs from the pipeline's own by {error}", permanent=True)

@@ -377,7 +377,7 @@ class Tape:
         return self.capturing.recorder if torch.cuda.is_current_stream_capturing() else None
 
     def check_reads(self, *owners: Any) -> None:
-        """Every capture reads what it made and what one of the owners holds: a module, a tensor, a `StaticLoop`."""
+        """Every capture reads what it made and what one of the owners holds: a module, a tensor, a capture."""
         held = {StorageWeakRef(tensor.untyped_storage()) for owner in owners for tensor in tensors_of(owner)}
         for graph in self.graphs:
             for slot, line in graph.recorder.read.items():
@@ -389,4 +389,4 @@ def tensors_of(owner: Any) -> list[torch.Tensor]:
         return [owner]
     if isinstance(owner, torch.nn.Module):
         return [*owner.parameters(), *owner.buffers()]
-    return tensors_in([vars(owner), vars(owner.buffers)])
+    return tensors_in([vars(owner), vars(owner.buffers) if hasattr(owner, "buffers") else ()])
