@@ -28,7 +28,7 @@ from fastddim.captures import Captures
 from fastddim.coefficients import StepCoefficients, StepTable
 from fastddim.config import Limit, limit_from
 from fastddim.cuda_graph import CaptureError, Graph, MemoryPool
-from fastddim.deferral import Deferred, Place, Ref, Segment, real
+from fastddim.deferral import Deferred, Place, Ref, Segment, find_guidance, real
 from fastddim.hoisted_calls import HoistedCalls
 from fastddim.loop import graph_mode
 from fastddim.sampler_options import SamplerOptions
@@ -36,7 +36,7 @@ from fastddim.samplers import METHODS, Steps
 from fastddim.samplers.sampling import read_scheduler
 from fastddim.schedule import Schedule
 from fastddim.scheduler import DDIMScheduler, DDIMSchedulerOutput
-from fastddim.step import StepOptions
+from fastddim.step import Guidance, StepOptions
 
 _log = logging.getLogger("fastddim")
 
@@ -301,13 +301,16 @@ class _StaticStep:
         self, segment: Segment, ref: Ref, work: _Work | None, backend: str, device: torch.device,
         pool: MemoryPool | None, probe: bool,
     ) -> None:  # fmt: skip
+        guided = None if work is None else find_guidance(segment, ref)
+        # The fused step guides too, where each half is of the state.
+        self._guided = guided if guided is not None and work is not None and guided.rows == len(work.sample) else None
+        if self._guided is not None:
+            ref = self._guided.both
         self._nodes = [(index, segment.nodes[index]) for index in segment.needed(ref)]
-        wanted = {
-            leaf.output
-            for _, node in self._nodes
-            for leaf in node.leaves
-            if isinstance(leaf, Ref) and leaf.node is None
-        }
+        leaves = [leaf for _, node in self._nodes for leaf in node.leaves]
+        if self._guided is not None:
+            leaves.append(self._guided.scale)
+        wanted = {leaf.output for leaf in leaves if isinstance(leaf, Ref) and leaf.node is None}
         given = {index: segment.inputs[index] for index in wanted}
         self._inputs = {
             index: value if isinstance(value, torch.nn.Parameter) else torch.empty_like(value, device=device)
@@ -354,7 +357,14 @@ class _StaticStep:
         if not self._steps:
             self._results = (output,)
             return
-        options = StepOptions(limit=self._limit, noise=self._noise, out=self._next, previous_x0=self._previous_x0)
+        guidance = None
+        if self._guided is not None:
+            scale = self._guided.scale
+            scale = value_of(scale) if isinstance(scale, Ref) else scale
+            guidance = Guidance(scale, cond_first=self._guided.cond_first)
+        options = StepOptions(
+            guidance=guidance, limit=self._limit, noise=self._noise, out=self._next, previous_x0=self._previous_x0
+        )
         x_next, x0 = take_step(self._backend, output, self._sample, self._rows, self._row, options)
         assert x0 is not None
         self._results = x_next, x0

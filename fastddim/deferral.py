@@ -61,12 +61,17 @@ class Node(NamedTuple):
 
 
 class Place:
-    """How far a segment has come, by what led there; and how it may go on."""
+    """How far a segment has come, by what led there; and how it may go on.
+
+    Attributes:
+        outputs: what the last operation gave: kinds of tensors, or None.
+        children: operations that came next, and where they lead.
+        scalings: products with a number of which there was another one: kinds of such operations.
+    """
 
     def __init__(self, outputs: Sequence[Any] = (), structure: Any = None) -> None:
-        self._outputs, self._structure = outputs, structure
+        self.outputs, self._structure = outputs, structure
         self.children: dict[Hashable, Place] = {}
-        # Products with a number of which there was another one: kinds of such operations.
         self.scalings: set[Hashable] = set()
 
     @classmethod
@@ -82,7 +87,7 @@ class Place:
     def defer(self, segment: Segment, node: int) -> Any:
         """The result of the operation that leads here, with deferred tensors."""
         return pytree.tree_unflatten(
-            [kind and Deferred(kind, segment, Ref(node, index)) for index, kind in enumerate(self._outputs)],
+            [kind and Deferred(kind, segment, Ref(node, index)) for index, kind in enumerate(self.outputs)],
             self._structure,
         )
 
@@ -99,6 +104,7 @@ class Segment:
         self.nodes: list[Node] = []
         self.inputs: list[torch.Tensor] = []
         self._places: dict[int, int] = {}
+        self._outputs: list[Sequence[Any]] = []
         self._values: list[list[Any]] = []
         self._open = True
 
@@ -134,6 +140,7 @@ class Segment:
             child = self.place.children.setdefault(key, child)
             self._values.append(pytree.tree_leaves(result))
         self.nodes.append(node)
+        self._outputs.append(child.outputs)
         self.place = child
         return child.defer(self, len(self.nodes) - 1)
 
@@ -165,6 +172,11 @@ class Segment:
         self._catch_up()
         value: torch.Tensor = self._values[ref.node][ref.output]
         return value
+
+    def shape_of(self, ref: Ref) -> torch.Size:
+        """A tensor's shape."""
+        shape: torch.Size = (self.inputs if ref.node is None else self._outputs[ref.node])[ref.output].shape
+        return shape
 
     def _catch_up(self) -> None:
         while len(self._values) < len(self.nodes):
@@ -198,7 +210,44 @@ class Segment:
         return sorted(index for index in wanted if index is not None)
 
 
-_mul = torch.ops.aten.mul.Tensor
+class Guided(NamedTuple):
+    """Two halves of a tensor, guided: `uncond + scale * (cond - uncond)`.
+
+    Attributes:
+        both: the halves, stacked.
+        rows: how many a half has.
+        scale: a number, or where it is.
+        cond_first: whether the conditional half is the first one.
+    """
+
+    both: Ref
+    rows: int
+    scale: float | Ref
+    cond_first: bool
+
+
+def find_guidance(segment: Segment, ref: Ref) -> Guided | None:
+    """What a tensor of a segment is the guidance of, None where it is something else."""
+    nodes = segment.nodes
+
+    def leaves_of(at: Any, *functions: Any) -> list[Any]:
+        node = nodes[at.node] if isinstance(at, Ref) and at.node is not None else None
+        return node.leaves if node is not None and node.function in functions else []
+
+    match leaves_of(ref, _aten.add.Tensor):
+        case [Ref() as uncond, scaled]:
+            match leaves_of(scaled, _mul, _scale):
+                case [change, (float() | Ref()) as scale] if leaves_of(change, _aten.sub.Tensor)[1:] == [uncond]:
+                    cond = leaves_of(change, _aten.sub.Tensor)[0]
+                    split = leaves_of(uncond, _aten.split.Tensor)
+                    halves = {cond, uncond} == {Ref(uncond.node, 0), Ref(uncond.node, 1)}
+                    if halves and len(split) == 2 and segment.shape_of(split[0])[0] == 2 * split[1]:
+                        return Guided(split[0], split[1], scale, cond.output == 0)
+    return None
+
+
+_aten = torch.ops.aten
+_mul = _aten.mul.Tensor
 
 
 def _scale(x: torch.Tensor, number: torch.Tensor) -> torch.Tensor:

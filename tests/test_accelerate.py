@@ -662,6 +662,25 @@ def test_a_step_that_is_not_the_pipelines_own_is_not_taken(caplog, monkeypatch):
     assert "differs from the pipeline's own" in line
 
 
+@pytest.mark.parametrize("make_pipe", [make_sd, make_sdxl, make_sd3])
+def test_guidance_is_a_part_of_the_fused_step(make_pipe, caplog, monkeypatch):
+    pipe, call = make_pipe()
+    pipe.set_progress_bar_config(disable=True)
+    seen = []
+    take = acceleration.take_step
+
+    def look(backend, output, sample, table, step, options):
+        if isinstance(step, torch.Tensor):
+            seen.append((len(output), options.guidance and options.guidance.scale))
+        return take(backend, output, sample, table, step, options)
+
+    monkeypatch.setattr(acceleration, "take_step", look)
+    check_same(
+        pipe, {**call, "guidance_scale": 4.0}, caplog, graphs=("step",), rtol=1e-5 if make_pipe is make_sd3 else 1e-9
+    )
+    assert set(seen) == {(4, 4.0)}
+
+
 @pytest.mark.parametrize("scales", [(7.5, 3.0, 3.0, 1.0, 1.0), (2.0, 3.0, 4.0, 5.0, 6.0)])
 def test_guidance_may_change_at_each_step(scales, caplog):
     pipe, call = make("sd")
