@@ -360,8 +360,9 @@ class _StaticStep:
         guidance = None
         if self._guided is not None:
             scale = self._guided.scale
-            scale = value_of(scale) if isinstance(scale, Ref) else scale
-            guidance = Guidance(scale, cond_first=self._guided.cond_first)
+            guidance = Guidance(
+                value_of(scale) if isinstance(scale, Ref) else scale, cond_first=self._guided.cond_first
+            )
         options = StepOptions(
             guidance=guidance, limit=self._limit, noise=self._noise, out=self._next, previous_x0=self._previous_x0
         )
