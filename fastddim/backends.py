@@ -35,7 +35,8 @@ def check_backend(backend: str) -> str:
         ValueError: not one of `BACKENDS`; the message names the argument or the variable.
         CompilerMissingError: `"compiled"` where there is neither a C++ compiler nor code that one has made before.
     """
-    require_choice("backend", backend, BACKENDS)
+    if backend not in BACKENDS:
+        require_choice("backend", backend, BACKENDS)
     if backend == "compiled" and not torch.compiler.is_compiling():
         require_compiler()
     if backend != "auto":

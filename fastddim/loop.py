@@ -6,11 +6,13 @@ the limit's numbers, the model's keyword arguments. They go there in one transfe
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from torch.utils import _pytree as pytree
 from fastddim.backends import draw_start, prepare_step, take_step, takes_kernel
 from fastddim.captures import Captures
 from fastddim.coefficients import StepTable
+from fastddim.compiled import is_traced
 from fastddim.config import Limit, limit_kind, limit_numbers
 from fastddim.cuda_graph import Graph, GraphCache, MemoryPool, is_captured
 from fastddim.hoisting import Hoisted, HoistedModel
@@ -33,6 +36,9 @@ OnStep = Callable[[int, torch.Tensor, torch.Tensor], None]
 GRAPH_MODES = ("auto", "loop", "step", "off")
 # The least number of rows that a captured step can take; runs of more steps get the next power of two.
 _LEAST_CAPACITY = 64
+# Up to so many elements a state's loop step by step is kept for the next run of its kind, and so many kinds of them.
+_SMALL = 1 << 15
+_MAX_EAGER = 8
 
 
 def graph_mode(graph: str, device: torch.device) -> str:
@@ -112,6 +118,12 @@ def upload_new(values: np.ndarray[Any, Any], device: torch.device) -> torch.Tens
     return upload(values, torch.empty(values.shape, dtype=torch.from_numpy(values).dtype, device=device))
 
 
+# All of a run but its table, shape and what differs from run to run.
+_OF_A_KIND = attrgetter(
+    "dtype", "model_dtype", "device", "limit", "guidance", "guided_steps", "batched", "channels_last", "backend"
+)
+
+
 class _Buffers:
     """A run's state and the model's arguments, which every step overwrites.
 
@@ -134,11 +146,15 @@ class _Buffers:
                 memory_format=torch.channels_last if run.channels_last else torch.contiguous_format,
             )
         self.previous_x0 = torch.empty_like(self.x) if run.table.looks_back else None
-        self.kwargs: Mapping[str, Any] = run.kwargs
         self.guidance, self.batched = run.guidance, run.batched
         # The half of the model's input that is left where a guided run has no guidance.
         cond_first = run.guidance is not None and run.guidance.cond_first
         self._cond, self._uncond = self._halves()[:: 1 if cond_first else -1]
+        self.load(run.kwargs)
+
+    def load(self, kwargs: Mapping[str, Any]) -> None:
+        """Take another run's keyword arguments."""
+        self.kwargs = kwargs
         self._half_kwargs: dict[int, Mapping[str, Any]] = {}
         self._half_tensors: dict[int | None, list[torch.Tensor]] = {}
 
@@ -168,9 +184,12 @@ class _Buffers:
             t[self._uncond].copy_(t[self._cond])
 
     def prepare(self, timesteps: torch.Tensor) -> None:
-        """Compute what is hoisted, for the timesteps of all steps `[N]`, in the memory of the call before if there was one."""
+        """Compute what is hoisted, for the timesteps of all steps `[N]` or `[N, rows]`, in the memory of the call before if
+        there was one.
+        """
         if self._hoisted is None:
             return
+        timesteps = timesteps[:, 0] if timesteps.ndim == 2 else timesteps
         before = self._hoisted.prepare(timesteps, _tensors(self.kwargs))
         if self.values is None:
             self.values = before
@@ -245,62 +264,83 @@ def _tensors(kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
 
 
 class EagerLoop:
-    """The loop step by step, on any device, with any model."""
+    """The loop step by step, on any device, with any model.
+
+    Args:
+        model: what the steps call.
+        run: gives shapes, dtypes and structure.
+        hoisted: the model in two parts.
+    """
 
     def __init__(self, model: Model, run: Run, hoisted: HoistedModel | None = None) -> None:
-        self._run = run
         self.buffers = _Buffers(model, run, hoisted)
         self.x = self.buffers.x
+        self._table, self._kind = run.table, _OF_A_KIND(run)
+        self._seeds: torch.Tensor | None = None
+        called = np.array(run.table.timesteps, dtype=run.table.timestep_dtype)
+        self._timesteps = upload_new(np.repeat(called[:, None], run.copies * run.shape[0], 1), run.device)
         # The guided step and the other one.
         self._prepared: dict[bool, Any] = {}
 
-    def __call__(self, steps: Iterable[int], on_step: OnStep | None) -> torch.Tensor:
-        """The final state `[B, ...]`."""
-        run, buffers = self._run, self.buffers
+    def fits(self, run: Run) -> bool:
+        """Whether the loop takes a run: of its shape, without given noise, and like the one that it was made for."""
+        return (
+            run.table is self._table
+            and _OF_A_KIND(run) == self._kind
+            and self.x.is_inference() == torch.is_inference_mode_enabled()
+        )
+
+    def __call__(self, run: Run, steps: Iterable[int], on_step: OnStep | None) -> torch.Tensor:
+        """The final state `[B, ...]`, over which the next run writes."""
+        buffers = self.buffers
+        buffers.load(run.kwargs)
         seeds = None if run.seeds is None else upload_new(seed_bits(run.seeds), run.device)
+        if seeds is not None:
+            # What is prepared has this tensor.
+            self._seeds = seeds if self._seeds is None else self._seeds.copy_(seeds)
         if run.start is not None:
             self.x.copy_(run.start)
         else:
             assert seeds is not None
             draw_start(run.backend, seeds, self.x, run.table.start_scale)
         buffers.fill_input()
-        called = np.array(run.table.timesteps, dtype=run.table.timestep_dtype)
-        rows = run.copies * run.shape[0]
-        repeated = called[:, None] if rows == 1 else np.repeat(called[:, None], rows, 1)
-        uploaded = upload_new(repeated, run.device)
-        buffers.prepare(uploaded[:, 0])
-        timesteps = uploaded.unbind()
+        # A copy, as a model may write to its timesteps.
+        called = self._timesteps.clone()
+        buffers.prepare(called)
+        timesteps = called.unbind()
         for step, guided, again in run.walk(steps):
             if again:
                 buffers.rejoin()
             output = buffers.predict(guided, buffers.rows_of(guided, timesteps[step]), step)
-            prepared = self._prepared.get(guided)
-            if prepared is not None and prepared.fits(output):
-                _, x0 = prepared(output, step)
-            else:
-                x0 = self._step(step, guided, output, seeds)
+            x0 = self._step(run, step, guided, output)
             if on_step is not None:
                 assert x0 is not None
                 on_step(step, self.x, x0)
+        # The caller's tensors are not kept.
+        buffers.load({})
         return self.x
 
-    def _step(self, step: int, guided: bool, output: torch.Tensor, seeds: torch.Tensor | None) -> torch.Tensor | None:
-        """A step that is not prepared yet, or cannot be, as its noise is another tensor each time."""
-        run = self._run
+    def _step(self, run: Run, step: int, guided: bool, output: torch.Tensor) -> torch.Tensor | None:
+        """Take a step: x0."""
+        prepared = self._prepared.get(guided)
+        if prepared is not None and prepared.fits(output):
+            x0: torch.Tensor | None = prepared(output, step)[1]
+            return x0
         options = StepOptions(
             guidance=run.guidance if guided else None,
             limit=run.limit,
             noise=None if run.noise is None else run.noise[step],
-            seeds=seeds if run.noise is None and run.table.stochastic else None,
+            seeds=self._seeds if run.noise is None and run.table.stochastic else None,
             out=self.x,
             model_input=self.buffers.input_of(guided),
             previous_x0=self.buffers.previous_x0,
         )
+        # Given noise is another tensor each time.
         prepared = None if run.noise is not None else prepare_step(run.backend, output, self.x, run.table, options)
         if prepared is None:
             return take_step(run.backend, output, self.x, run.table, step, options)[1]
         self._prepared[guided] = prepared
-        return prepared(output, step)[1]
+        return self._step(run, step, guided, output)
 
 
 class StaticLoop:
@@ -596,6 +636,8 @@ class Loop:
         self.hoisted_bytes = 0
         self.graph = graph
         self.captures: Captures[StaticLoop] = Captures(self._module, max_graphs, model)
+        # For small runs on a CPU, which the host's work would slow, by their shapes.
+        self._eager: dict[tuple[int, ...], EagerLoop] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copied or unpickled loop captures anew.
@@ -625,9 +667,19 @@ class Loop:
             if final is not None:
                 return final
         parts = self._find_parts(run)
-        loop = EagerLoop(self.model, run, parts)
-        final = loop(steps, on_step)
+        small = mode == "off" and run.device.type == "cpu" and math.prod(run.shape) <= _SMALL
+        keeps = small and parts is None and run.noise is None and not is_traced()
+        # Out of the way of other threads, and of a run within a callback.
+        loop = self._eager.pop(run.shape, None) if keeps else None
+        if loop is None or not loop.fits(run):
+            loop = EagerLoop(self.model, run, parts)
+        final = loop(run, steps, on_step)
         self.hoisted_bytes = 0 if parts is None else loop.buffers.hoisted_bytes
+        if keeps:
+            final = final.clone()
+            if len(self._eager) >= _MAX_EAGER:
+                self._eager.clear()
+            self._eager[run.shape] = loop
         return final
 
     def _find_parts(self, run: Run) -> HoistedModel | None:

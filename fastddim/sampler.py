@@ -29,8 +29,8 @@ from fastddim.samplers.sampling import Sampling, read_scheduler
 from fastddim.schedule import Pair, Schedule
 from fastddim.step import Guidance, require_epsilon_term
 
-# Signatures of models' methods, without `self`.
-_SIGNATURES: WeakKeyDictionary[Any, inspect.Signature] = WeakKeyDictionary()
+# Names of keyword arguments that models' methods take.
+_TAKEN: WeakKeyDictionary[Any, set[tuple[str, ...]]] = WeakKeyDictionary()
 
 _OPTIONS = {field.name: field for field in dataclasses.fields(SamplerOptions)}
 # A subclass may keep what it likes beside these.
@@ -276,7 +276,8 @@ class Sampler:
             run = dataclasses.replace(run, start=first)
             trajectory.append(first[:batch].clone())
         on_step = observe if return_trajectory or callback is not None else None
-        x = self._loop(run, _steps(run, progress), on_step)[:batch]
+        x = self._loop(run, _steps(run, progress), on_step)
+        x = x if len(x) == batch else x[:batch]
         return (x, torch.stack(trajectory)) if return_trajectory else x
 
     @torch.no_grad()
@@ -418,7 +419,7 @@ class Sampler:
         return draw_start(self.options.backend, words, drawn, self.table.start_scale)
 
     def _check_observers(self, callback: Callback | None, progress: bool, return_trajectory: bool) -> None:
-        if graph_mode(self.options.graph, self.device) != "loop":
+        if self.options.graph != "loop":
             return
         for name, given in (("callback", callback), ("progress", progress), ("return_trajectory", return_trajectory)):
             if given:
@@ -508,7 +509,12 @@ class Sampler:
         if self._guidance is None:
             if uncond_kwargs:
                 raise ValueError("uncond_kwargs: given without guidance; pass guidance_scale= to Sampler")
-            return {name: pytree.tree_map(partial(self._place, name), value) for name, value in kwargs.items()}
+            return {
+                name: self._place(name, value)
+                if isinstance(value, torch.Tensor)
+                else pytree.tree_map(partial(self._place, name), value)
+                for name, value in kwargs.items()
+            }
         uncond = dict(uncond_kwargs or {})
         extra = sorted(set(uncond) - set(kwargs))
         if extra:
@@ -539,8 +545,10 @@ class Sampler:
     def _place(self, name: str, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        self._check_device(name, value)
         dtype = self.model_dtype if value.is_floating_point() else value.dtype
+        if value.device == self.device and value.dtype is dtype:
+            return value
+        self._check_device(name, value)
         return value.to(self.device, dtype, non_blocking=True)
 
     def _check_device(self, name: str, tensor: torch.Tensor) -> None:
@@ -592,25 +600,25 @@ def _check_names(options: Mapping[str, Any], scheduler: Any) -> None:
 def _check_signature(model: Model, kwargs: Mapping[str, Any]) -> None:
     """Refuse keyword arguments that the model does not take, and missing ones that it needs."""
     forward = model.forward if isinstance(model, torch.nn.Module) else model
-    # Reading one takes longer than a short captured run's other work on the host.
-    method = getattr(forward, "__func__", None)
+    # Reading a signature takes longer than a short run's other work on the host.
+    method, names = getattr(forward, "__func__", None), tuple(kwargs)
     # Any callable can be bound, but not all can be kept.
     kept = inspect.isfunction(method)
-    signature = _SIGNATURES.get(method) if kept else None
-    if signature is None:
-        try:
-            signature = inspect.signature(forward)
-        except (TypeError, ValueError):
-            return
-        if kept:
-            _SIGNATURES[method] = signature
+    if kept and names in _TAKEN.get(method, ()):
+        return
+    try:
+        signature = inspect.signature(forward)
+    except (TypeError, ValueError):
+        return
     try:
         signature.bind(None, None, **kwargs)
     except TypeError as error:
-        names = [name for name in list(signature.parameters)[2:] if name != "return_dict"]
+        valid = [name for name in list(signature.parameters)[2:] if name != "return_dict"]
         raise ValueError(
-            f"model_kwargs: {sorted(kwargs)} do not fit the model: {error}; it takes {', '.join(names) or 'none'}"
+            f"model_kwargs: {sorted(kwargs)} do not fit the model: {error}; it takes {', '.join(valid) or 'none'}"
         ) from None
+    if kept:
+        _TAKEN.setdefault(method, set()).add(names)
 
 
 def _model_sample_shape(model: Model) -> tuple[int, ...] | None:

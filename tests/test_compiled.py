@@ -34,6 +34,7 @@ def kept_code(tmp_path_factory):
         patch.setenv(code.FOLDER_VARIABLE, str(folder))
         patch.setattr(code, "_loaded", {})
         patch.setattr(step, "_codes", {})
+        patch.setattr(step, "_plans", {})
         caches = (code._folder, code._has_compiler, code.require_compiler)
         for cache in caches:
             cache.cache_clear()
@@ -320,6 +321,7 @@ def test_without_a_compiler_it_is_refused_before_any_work_and_names_the_package(
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(code, "_loaded", {})
     monkeypatch.setattr(step, "_codes", {})
+    monkeypatch.setattr(step, "_plans", {})
     caches = (code._folder, code._has_compiler, code.require_compiler)
     for cache in caches:
         cache.cache_clear()
@@ -347,3 +349,62 @@ def test_what_it_cannot_take_is_named():
         fastddim.ddim_step(draw(2, 3), draw(2, 3), NOISY, 1, backend="compiled")
     with pytest.raises(IndexError, match=r"^step: 10 is outside the table"):
         fastddim.ddim_step(draw(2, 3), draw(2, 3), NOISY, 10, backend="compiled")
+
+
+def test_what_was_checked_once_is_refused_where_it_differs():
+    table, x, output = TABLES["epsilon"], draw(2, 3, 5), draw(4, 3, 5, seed=1)
+    given = {"guidance": Guidance(2.0), "limit": Clip(), "backend": "compiled"}
+    bad = [
+        (TypeError, "^model_output: ", (None, x, table, 1), {}),
+        (ValueError, "^model_output: ", (output[:3], x, table, 1), {}),
+        (ValueError, "^model_output: ", (output.long(), x, table, 1), {}),
+        (ValueError, "^model_output: on meta", (output.to("meta"), x, table, 1), {}),
+        (ValueError, "^sample: ", (output, x.int(), table, 1), {}),
+        (TypeError, "^table: ", (output, x, None, 1), {}),
+        (ValueError, "^previous_x0: ", (output, x, SECOND_ORDER, 1), {}),
+        (ValueError, "^noise: None", (output, x, NOISY, 1), {}),
+        (IndexError, "^step: -1 ", (output, x, table, -1), {}),
+        (IndexError, "^step: 10 ", (output, x, table, 10), {}),
+        (TypeError, "^step: bool", (output, x, table, True), {}),
+        (TypeError, "^guidance.scale: ", (output, x, table, 1), {"guidance": Guidance(True)}),
+        (ValueError, "^guidance.method: ", (output, x, table, 1), {"guidance": Guidance(2.0, method=["cfg"])}),
+        (ValueError, "^apg_eta: ", (output, x, table, 1), {"guidance": Guidance(2.0, apg_eta=False)}),
+        (TypeError, "^limit: ", (output, x, table, 1), {"limit": 1.0}),
+        (ValueError, "^noise: ", (output, x, NOISY, 1), {"noise": x[:1]}),
+        (TypeError, "^noise: ", (output, x, NOISY, 1), {"noise": x.numpy()}),
+        (ValueError, "^noise: on meta", (output, x, NOISY, 1), {"noise": x.to("meta")}),
+        (ValueError, "^noise, seeds: ", (output, x, NOISY, 1), {"noise": x, "seeds": seed_tensor([1, 2])}),
+        (ValueError, "^first_row: ", (output, x, table, 1), {"first_row": torch.tensor([0, 0])}),
+        (ValueError, "^advance: ", (output, x, table, 1), {"advance": True}),
+        (ValueError, "^backend: .* has no gradients", (output, x.clone().requires_grad_(), table, 1), {}),
+        (ValueError, "^backend: .* has no gradients", (output.clone().requires_grad_(), x, table, 1), {}),
+        (ValueError, "^backend: .* has no gradients", (output, x, NOISY, 1), {"noise": x.clone().requires_grad_()}),
+    ]
+    for _ in range(2):
+        fastddim.ddim_step(output, x, table, 1, **given)
+        fastddim.ddim_step(output, x, NOISY, 1, noise=x, **given)
+        for error, message, arguments, options in bad:
+            with pytest.raises(error, match=message):
+                fastddim.ddim_step(*arguments, **{**given, **options})
+
+
+@needs_fused
+def test_a_step_like_one_before_reads_the_layout_and_memory_of_its_own_tensors():
+    output, x = draw(2, 4, 6), draw(2, 4, 6, seed=1)
+    options = {"limit": Clip(), "backend": "compiled"}
+    for row in (4, 5):
+        expected = fastddim.ddim_step(output, x, TABLES["epsilon"], row, limit=Clip(), backend="reference")
+        strided = [each.transpose(1, 2).contiguous().transpose(1, 2) for each in (output, x)]
+        negated = [torch._neg_view(-each) for each in (output, x)]
+        for given in ((output, x), strided, negated, (output, strided[1]), (negated[0], x)):
+            results = fastddim.ddim_step(*given, TABLES["epsilon"], row, **options)
+            assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+        state = x.clone()
+        assert torch.equal(
+            fastddim.ddim_step(output, state, TABLES["epsilon"], row, out=state, **options)[0], expected[0]
+        )
+        # The output is the state's own memory.
+        shared = fastddim.ddim_step(x, x, TABLES["epsilon"], row, limit=Clip(), backend="reference")[0]
+        assert torch.equal(
+            fastddim.ddim_step(state := x.clone(), state, TABLES["epsilon"], row, out=state, **options)[0], shared
+        )

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -504,3 +505,65 @@ def test_no_synchronisation_on_a_gpu(model, mode):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert math.isfinite(float(result.sum()))
+
+
+class _Recording(torch.nn.Module):
+    """A model that writes to its timesteps, and notes what it was called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.seen = torch.nn.Parameter(torch.full((1,), 0.5)), []
+
+    def forward(self, x, t, shift=None):
+        self.seen.append((x, t.clone()))
+        t.zero_()
+        return self.weight * x + (0 if shift is None else shift)
+
+
+def test_a_loop_that_is_kept_serves_every_run_of_its_kind_as_a_new_one_would():
+    model, shift = _Recording(), torch.full((2, 3), 0.25)
+    options = {"sample_shape": (3,), "guidance_scale": 2.0, "eta": 1.0, "guidance_interval": (0.0, 0.5)}
+    sampler = Sampler(model, DDIMConfig(), 4, **options)
+    calls = [
+        (2, {"seeds": [5, 6], "shift": shift}),
+        (torch.ones(2, 3), {"seeds": 1, "shift": -shift}),
+        (torch.ones(2, 3), {"seeds": 2, "shift": -shift, "uncond_kwargs": {"shift": shift}}),
+        (2, {"seeds": [7, 6]}),
+        (1, {"seeds": 3}),
+    ]
+    kept = [sampler(start, **given) for start, given in calls]
+    copies = [each.clone() for each in kept]
+    with torch.inference_mode():
+        inside = [sampler(start, **given) for start, given in calls]
+    again = [sampler(start, **given) for start, given in calls]
+    fresh = [Sampler(model, DDIMConfig(), 4, **options)(start, **given) for start, given in calls]
+    for results in (kept, copies, inside, again):
+        assert all(torch.equal(a, b) for a, b in zip(results, fresh, strict=True))
+    runs = [model.seen[k : k + 4] for k in range(0, len(model.seen), 4)]
+    # Of the state's memory, or a step's own: the loop is the same one.
+    assert runs[0][0][0].data_ptr() == runs[3][0][0].data_ptr()
+    assert all([t[0].item() for _, t in run] == list(sampler.table.timesteps) for run in runs)
+
+
+def test_a_kept_loop_takes_the_table_limit_and_noise_of_each_run():
+    model, x = _Recording(), torch.ones(2, 3)
+    sampler = Sampler(model, DDIMConfig(), 4, sample_shape=(3,))
+    for changes in ({"num_inference_steps": 6}, {"eta": 0.5}, {"limit": Clip(0.1)}, {"guidance_scale": 3.0}, {}):
+        # A table that is dropped may leave its place in memory to the next one.
+        for steps in (3, 5, 3):
+            ours = sampler.replace(**{"num_inference_steps": steps, **changes})
+            fresh = Sampler(model, DDIMConfig(), **{"num_inference_steps": steps, **changes}, sample_shape=(3,))
+            assert torch.equal(ours(x, seeds=1), fresh(x, seeds=1))
+            del ours
+            gc.collect()
+
+
+def test_a_kept_loop_holds_nothing_of_the_caller():
+    model = _Recording()
+    sampler, start, shift = Sampler(model, DDIMConfig(), 2, sample_shape=(3,)), torch.ones(2, 3), torch.ones(2, 3)
+    sampler(start, shift=shift)
+    held = [weakref.ref(start), weakref.ref(shift)]
+    model.seen.clear()
+    del start, shift
+    gc.collect()
+    assert [each() for each in held] == [None, None]

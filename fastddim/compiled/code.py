@@ -185,10 +185,11 @@ def _example(kind: Kind, batch: Any, columns: Any) -> tuple[tuple[Any, ...], tup
     stacked = ((2, *shape), {k + 1: size for k, size in sizes.items()}) if kind.guidance else (shape, sizes)
     numbers = ((_SAMPLES, len(NUMBERS)), {0: batch}) if kind.by_sample else ((len(NUMBERS),), None)
     output, state, noise, x_next, x0 = kind.dtypes
-    given: list[tuple[Any, Any, str]] = [(*stacked, output), (shape, sizes, state), (*numbers, kind.compute)]
+    # Inductor's code takes each size from the first tensor that has it, and of the others the address alone.
+    given: list[tuple[Any, Any, str]] = [(shape, sizes, "float32")]
+    given += [(*stacked, output), (shape, sizes, state), (*numbers, kind.compute)]
     given += [(shape, sizes, noise)] if kind.noise else []
-    given += [(shape, sizes, x0)] if kind.looks_back else []
+    given += [(shape, sizes, x0)]
     given += [] if kind.in_place else [(shape, sizes, x_next)]
-    given += [] if kind.looks_back else [(shape, sizes, x0)]
     tensors = [torch.ones(size, dtype=getattr(torch, dtype), device="cpu") for size, _, dtype in given]
     return (tensors,), ([dims for _, dims, _ in given],)

@@ -21,11 +21,12 @@ class StepModule(torch.nn.Module):
     def forward(self, tensors: Sequence[torch.Tensor]) -> tuple[()]:
         kind, given = self.kind, iter(tensors)
         compute = getattr(torch, kind.compute)
+        next(given)
         stacked, state, numbers = next(given), next(given), next(given)
         noise = next(given) if kind.noise else None
-        previous = next(given) if kind.looks_back else None
+        x0_out = next(given)
         x_next = state if kind.in_place else next(given)
-        x0_out = next(given) if previous is None else previous
+        previous = x0_out if kind.looks_back else None
         columns = numbers.unbind(-1)
         at = {name: each[:, None] if kind.by_sample else each for name, each in zip(NUMBERS, columns, strict=True)}
 

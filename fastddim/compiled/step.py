@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,9 +30,13 @@ _NAMES = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
+_NUMBER = (float, int)
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
+# The types of `Guidance.fixed`: others may compare equal to what was checked.
+_FIXED_TYPES = [bool, str, float, float]
 
 _codes: dict[Any, tuple[Code, Code | None]] = {}
+_plans: dict[Hashable, _Plan] = {}
 _kept: dict[Any, torch.Tensor] = {}
 _streams = functools.cache(lambda stream: torch.tensor(stream, dtype=torch.int64, device="cpu"))
 
@@ -55,22 +59,32 @@ def ddim_step(
     """
     if is_traced(model_output, sample):
         return reference.ddim_step(model_output, sample, table, step, options)
-    check_step(model_output, sample, table, step, options)
-    if not sample.numel():
-        return reference.ddim_step(model_output, sample, table, step, options)
-    _check(model_output, sample, options)
+    guidance, limit, noise, out = options.guidance, options.limit, options.noise, options.out
+    key = None
+    if _is_usual(sample, table, step, options):
+        key = _key(model_output, sample, guidance, limit, noise, sample.dtype, out is not None)
+    plan = None if key is None else _plans.get(key)
+    if plan is None:
+        check_step(model_output, sample, table, step, options)
+        if not sample.numel():
+            return reference.ddim_step(model_output, sample, table, step, options)
+        _check(model_output, sample, options)
     rows = _rows(table, step)
-    if options.noise is None and options.seeds is None and any(row.noise_scale != 0 for row in rows):
-        raise ValueError(
-            f"noise: None, but step {step} adds noise; pass a standard normal tensor like the state, or seeds"
-        )
-    noise = options.noise if options.seeds is None else _draw(options, sample, step, rows)
-    if _is_plain(sample, options):
-        bound = _Bound(model_output, sample, options, len(rows) > 1)
-        bound(model_output, rows, noise)
-        x_next, x0 = bound.x_next, bound.x0
-    else:
+    if noise is None:
+        if options.seeds is not None:
+            noise = _draw(options, sample, step, rows)
+        elif _adds_noise(rows):
+            raise ValueError(
+                f"noise: None, but step {step} adds noise; pass a standard normal tensor like the state, or seeds"
+            )
+    if plan is None and not _is_plain(sample, options):
         x_next, x0 = _over_copies(model_output, sample, rows, noise, options)
+    else:
+        plan = _plan_of(key, model_output, sample, options, len(rows) > 1) if plan is None else plan
+        x_next, x0 = _results(sample, options)
+        _run(plan, model_output, sample, x_next, x0, rows, guidance, _limit_of(options), noise)
+        if options.model_input is not None:
+            options.model_input.view(-1, *x_next.shape).copy_(x_next)
     if options.advance:
         assert isinstance(step, torch.Tensor)
         reference.advance(step, options, sample.shape[0])
@@ -85,16 +99,21 @@ def step_with_row(
     noise: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`reference.step_with_row` on tensors of one shape `[B, ...]` and any dtypes, whose results have that of both."""
-    dtype = torch.promote_types(x.dtype, output.dtype)
-    options = StepOptions(limit=limit, noise=noise, out=torch.empty_like(x, dtype=dtype))
-    _check(output, x, options)
-    if not x.numel():
-        return reference.step_with_row(output, x, row, limit, noise, options.out)
-    if not _is_plain(x, options):
-        return _over_copies(output, x, (row,), noise, options)
-    bound = _Bound(output, x, options, False)
-    bound(output, (row,), noise)
-    return bound.x_next, bound.x0
+    dtype = x.dtype if x.dtype is output.dtype else torch.promote_types(x.dtype, output.dtype)
+    key = _key(output, x, None, limit, noise, dtype, False)
+    plan = None if key is None else _plans.get(key)
+    x_next = torch.empty_like(x, dtype=dtype)
+    if plan is None:
+        options = StepOptions(limit=limit, noise=noise, out=x_next)
+        _check(output, x, options)
+        if not x.numel():
+            return reference.step_with_row(output, x, row, limit, noise, x_next)
+        if not _is_plain(x, options):
+            return _over_copies(output, x, (row,), noise, options)
+        plan = _plan_of(key, output, x, options, False)
+    x0 = torch.empty_like(x_next)
+    _run(plan, output, x, x_next, x0, (row,), None, limit, noise)
+    return x_next, x0
 
 
 def draw_normal(seeds: torch.Tensor, steps: int | torch.Tensor, shape: tuple[int, ...], stream: int) -> torch.Tensor:
@@ -113,151 +132,210 @@ def can_prepare(sample: torch.Tensor, options: StepOptions) -> bool:
     return not is_traced(sample) and bool(sample.numel()) and _is_plain(sample, options)
 
 
-class PreparedStep:
-    """`ddim_step` with everything but `model_output` and `step` given and checked already.
+class PreparedStep(reference.PreparedStep):
+    """`reference.PreparedStep` by compiled code: each call overwrites the same `(x_next, x0)`, so use it from one thread.
 
-    It holds references to the tensors it was made with; do not move or resize them. Each call overwrites `x_next` and
-    `x0`, so use it from one thread.
-
-    Attributes:
-        x_next: `[B, ...]` the next state; `out`, where that was given.
-        x0: `[B, ...]` the limited prediction of x0.
+    Do not move or resize the tensors that it was made with.
     """
 
     def __init__(
         self, model_output: torch.Tensor, sample: torch.Tensor, table: StepTable, options: StepOptions
     ) -> None:
-        """Check. Arguments as `ddim_step`'s.
-
-        Args:
-            model_output: a tensor of the shape, dtype and strides that all calls' will have.
-            options: without `advance`; the row is given to each call.
-
-        Raises:
-            TypeError, ValueError: as `ddim_step`; a stochastic table without noise or seeds.
-        """
-        reference.check_prepared(model_output, sample, table, options)
+        """Check. Arguments and errors as `reference.PreparedStep`'s; those for which `can_prepare`."""
+        super().__init__(model_output, sample, table, options)
         _check(model_output, sample, options)
-        if not sample.numel() or not _is_plain(sample, options):
-            raise ValueError("sample, out: not contiguous, or overlapping; pass contiguous tensors, or use ddim_step")
-        self._bound = _Bound(model_output, sample, options, False, kept=True)
-        self._table, self._options, self._sample = table, options, sample
-        self._spec = model_output.shape, model_output.dtype, model_output.device
-        self.x_next, self.x0 = self._bound.x_next, self._bound.x0
+        self._plan = _plan_of(None, model_output, sample, options, False)
+        self._results = _results(sample, options)
+        # Kept, as memory of this size is not reused by itself.
+        self._scratch = _scratch(self._plan, sample)
 
-    def fits(self, model_output: torch.Tensor) -> bool:
-        """Whether `model_output` has the shape, dtype and device that this step was prepared for."""
-        return (model_output.shape, model_output.dtype, model_output.device) == self._spec
-
-    def __call__(self, model_output: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Take the step: `(x_next, x0)`, the same tensors each time.
-
-        Raises:
-            ValueError: a `model_output` unlike the first one.
-            IndexError: a `step` outside the table.
-        """
-        rows = (self._table.rows[step],) if step >= 0 else ()
-        if not rows:
-            raise IndexError(f"step: {step} is outside the table of {len(self._table)} steps")
-        if not self.fits(model_output):
-            shape, dtype, device = self._spec
-            raise ValueError(
-                f"model_output: {model_output.dtype} {tuple(model_output.shape)} on {model_output.device}; this step was"
-                f" prepared for {dtype} {tuple(shape)} on {device}"
-            )
-        options = self._options
-        noise = options.noise if options.seeds is None else _draw(options, self._sample, step, rows)
-        self._bound(model_output, rows, noise)
-        return self.x_next, self.x0
+    def __call__(self, model_output: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take the step: `(x_next, x0)`. `model_output` is one that `fits`, and `step` in the table."""
+        options, sample, rows = self._options, self._sample, self._rows[step : step + 1]
+        noise = options.noise if options.seeds is None else _draw(options, sample, step, rows)
+        x_next, x0 = self._results
+        _run(self._plan, model_output, sample, x_next, x0, rows, options.guidance, self._limit, noise, self._scratch)
+        if options.model_input is not None:
+            options.model_input.view(-1, *x_next.shape).copy_(x_next)
+        return x_next, x0
 
 
-class _Bound:
-    """A step's tensors as the code takes them: contiguous, and what it writes apart from what it reads.
+class _Plan(NamedTuple):
+    """What takes a step over tensors of some shapes and dtypes.
 
     Attributes:
-        x_next, x0: what a call writes, as the caller gets it.
+        code: takes `sizes`, model output, state, numbers, noise if there is any, x0, and the next state unless that is
+            written over the state: all contiguous, and of any shape, as `sizes` alone has the sizes.
+        unlimited: the step without a limit, for a threshold whose bound is found of its x0.
+        sizes: `[B * n]`, or `[B, n]` where each sample has numbers of its own; never read.
+        by_sample, in_place: whether they have, and whether the next state is written over the state.
+        compute: dtype of the arithmetic.
     """
 
-    def __init__(
-        self,
-        model_output: torch.Tensor,
-        sample: torch.Tensor,
-        options: StepOptions,
-        several_rows: bool,
-        kept: bool = False,
-    ) -> None:
-        guidance, limit, out, previous = options.guidance, options.limit, options.out, options.previous_x0
-        if options.limit_values is not None:
-            limit = with_numbers(limit, *options.limit_values.tolist())
-        self._guidance, self._limit, self._model_input = guidance, limit, options.model_input
-        noise = options.noise
-        noise_dtype = noise.dtype if noise is not None else None if options.seeds is None else torch.float32
-        compute = self._compute = reference.compute_dtype(model_output, sample, noise)
-        limit_kind = "none" if limit is None else "clip" if isinstance(limit, Clip) else "threshold"
-        self._finds_bound = isinstance(limit, DynamicThreshold) and limit.max_value > 1
-        by_sample = several_rows or self._finds_bound or (guidance is not None and _is_by_sample(guidance))
-        self._batch, numel = sample.shape[0], sample.numel()
-        self._shape = shape = (self._batch, numel // self._batch) if by_sample else (numel,)
-        self._output_shape = shape if guidance is None else (2, *shape)
+    code: Code
+    unlimited: Code | None
+    sizes: torch.Tensor
+    by_sample: bool
+    in_place: bool
+    compute: torch.dtype
 
-        dtype = sample.dtype if out is None else out.dtype
-        self.x_next = torch.empty_like(sample, dtype=dtype) if out is None else out
-        self.x0 = torch.empty_like(sample, dtype=dtype) if previous is None else previous
-        # What is made for one call shares no memory with its arguments.
-        self._may_meet = kept or out is not None or previous is not None
-        self._state, x0 = sample.view(shape), self.x0.view(shape)
-        in_place = out is not None and out.data_ptr() == sample.data_ptr()
-        self._results = [x0] if in_place else [self.x_next.view(shape), x0]
-        if previous is not None:
-            self._results.reverse()
 
-        parallel = numel >= _PARALLEL and torch.get_num_threads() > 1
-        guided = None if guidance is None else (guidance.method, guidance.cond_first, guidance.rescaled)
-        dtypes = (model_output.dtype, sample.dtype, noise_dtype, dtype, self.x0.dtype)
-        key = (guided, limit_kind, previous is None, in_place, by_sample, parallel, dtypes)
-        codes = _codes.get(key)
-        if codes is None:
-            names = [_NAMES[torch.float32 if each is None else each] for each in dtypes]
-            kind = Kind(
-                *guided or ("", False, False),
-                limit=limit_kind,
-                noise=noise_dtype is not None,
-                looks_back=previous is not None,
-                in_place=in_place,
-                by_sample=by_sample,
-                parallel=parallel,
-                dtypes=(names[0], names[1], names[2], names[3], names[4]),
-                compute=_NAMES[compute],
-            )
-            wide = (names[0], names[1], "float32", kind.compute, kind.compute)
-            without = kind._replace(limit="none", noise=False, looks_back=False, in_place=False, dtypes=wide)
-            codes = _codes[key] = code_of(kind), code_of(without) if self._finds_bound else None
-        self._code, self._unlimited = codes
-        if self._finds_bound:
-            self._scratch = torch.empty((2, *shape), dtype=compute, device="cpu").unbind()
+def _plan_of(
+    key: Hashable,
+    model_output: torch.Tensor,
+    sample: torch.Tensor,
+    options: StepOptions,
+    several_rows: bool,
+) -> _Plan:
+    """The plan of a checked step over plain tensors, kept if it has a key."""
+    guidance, limit, out, previous = options.guidance, options.limit, options.out, options.previous_x0
+    limit_kind = "none" if limit is None else "clip" if isinstance(limit, Clip) else "threshold"
+    finds_bound = _finds_bound(_limit_of(options))
+    by_sample = several_rows or finds_bound or (guidance is not None and _is_by_sample(guidance))
+    in_place = out is not None and out.data_ptr() == sample.data_ptr()
+    parallel = sample.numel() >= _PARALLEL and torch.get_num_threads() > 1
+    guided = None if guidance is None else (guidance.method, guidance.cond_first, guidance.rescaled)
+    dtype = sample.dtype if out is None else out.dtype
+    noise = options.noise
+    noise_dtype = noise.dtype if noise is not None else None if options.seeds is None else torch.float32
+    dtypes = (model_output.dtype, sample.dtype, noise_dtype, dtype, dtype if previous is None else previous.dtype)
+    compute = reference.compute_dtype(model_output, sample, noise)
+    kept = (guided, limit_kind, previous is None, in_place, by_sample, parallel, dtypes)
+    codes = _codes.get(kept)
+    if codes is None:
+        names = [_NAMES[torch.float32 if each is None else each] for each in dtypes]
+        kind = Kind(
+            *guided or ("", False, False),
+            limit=limit_kind,
+            noise=noise_dtype is not None,
+            looks_back=previous is not None,
+            in_place=in_place,
+            by_sample=by_sample,
+            parallel=parallel,
+            dtypes=(names[0], names[1], names[2], names[3], names[4]),
+            compute=_NAMES[compute],
+        )
+        wide = (names[0], names[1], "float32", kind.compute, kind.compute)
+        without = kind._replace(limit="none", noise=False, looks_back=False, in_place=False, dtypes=wide)
+        codes = _codes[kept] = code_of(kind), code_of(without) if finds_bound else None
+    batch = sample.shape[0]
+    shape = (batch, sample.numel() // batch) if by_sample else (sample.numel(),)
+    with torch.inference_mode(False):
+        sizes = torch.empty(1, dtype=torch.float32, device="cpu").expand(shape)
+    plan = _Plan(*codes, sizes, by_sample, in_place, compute)
+    if key is not None:
+        if len(_plans) >= _MAX_KEPT:
+            _plans.clear()
+        _plans[key] = plan
+    return plan
 
-    def __call__(
-        self, model_output: torch.Tensor, rows: Sequence[StepCoefficients], noise: torch.Tensor | None
-    ) -> None:
-        """Fill `x_next` and `x0`."""
-        output = _contiguous(model_output)
-        if self._may_meet and (_meets(output, self.x_next) or _meets(output, self.x0)):
-            output = output.clone()
-        batch = self._batch if len(self._shape) > 1 else None
-        numbers = _numbers(rows, self._guidance, self._limit, self._compute, batch)
-        given = [output.view(self._output_shape), self._state, numbers]
-        if self._finds_bound:
-            assert self._unlimited is not None
-            assert isinstance(self._limit, DynamicThreshold)
-            self._unlimited([*given, *self._scratch])
-            found = reference.abs_quantile(self._scratch[1], self._limit.ratio)
-            given[2] = numbers.clone()
-            given[2][:, _BOUND] = found.clamp_(1.0, self._limit.max_value)
-        if noise is not None:
-            given.append(_contiguous(noise).view(self._shape))
-        self._code(given + self._results)
-        if self._model_input is not None:
-            self._model_input.view(-1, *self.x_next.shape).copy_(self.x_next)
+
+def _run(
+    plan: _Plan,
+    model_output: torch.Tensor,
+    sample: torch.Tensor,
+    x_next: torch.Tensor,
+    x0: torch.Tensor,
+    rows: Sequence[StepCoefficients],
+    guidance: Guidance | None,
+    limit: Limit,
+    noise: torch.Tensor | None,
+    scratch: Sequence[torch.Tensor] = (),
+) -> None:
+    """Fill `x_next` and `x0`, the latter with the x0 of the step before in it where the table looks back."""
+    output = _contiguous(model_output)
+    if _meets(output, x_next) or _meets(output, x0):
+        output = output.clone()
+    numbers = _numbers(rows, guidance, limit, plan.compute, sample.shape[0] if plan.by_sample else None)
+    given = [plan.sizes, output, sample, numbers]
+    if plan.unlimited is not None:
+        assert isinstance(limit, DynamicThreshold)
+        spare = scratch or _scratch(plan, sample)
+        plan.unlimited([*given, *spare])
+        found = reference.abs_quantile(spare[0], limit.ratio)
+        given[3] = numbers.clone()
+        given[3][:, _BOUND] = found.clamp_(1.0, limit.max_value)
+    if noise is not None:
+        given.append(_contiguous(noise))
+    given.append(x0)
+    if not plan.in_place:
+        given.append(x_next)
+    plan.code(given)
+
+
+def _results(sample: torch.Tensor, options: StepOptions) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a step over plain tensors writes: what is given for it, or new tensors."""
+    out, previous = options.out, options.previous_x0
+    return (
+        torch.empty_like(sample) if out is None else out,
+        previous if previous is not None else torch.empty_like(sample if out is None else out),
+    )
+
+
+def _scratch(plan: _Plan, sample: torch.Tensor) -> Sequence[torch.Tensor]:
+    """x0 and the next state of the step without a limit, where a threshold needs it."""
+    if plan.unlimited is None:
+        return ()
+    return torch.empty((2, *plan.sizes.shape), dtype=plan.compute, device="cpu").unbind()
+
+
+def _is_usual(sample: torch.Tensor, table: Any, step: Any, options: StepOptions) -> bool:
+    """Whether a row of a table is asked for with no other options than those in a `_key`, nor any that reads the row."""
+    out = options.out
+    return (
+        type(table) is StepTable
+        and type(step) is int
+        and 0 <= step < len(table.rows)
+        and (out is None or (out is sample and options.noise is None))
+        and options.seeds is None
+        and options.first_row is None
+        and options.limit_values is None
+        and options.model_input is None
+        and options.advance is False
+        and options.timesteps is None
+        and options.next_timestep is None
+        and options.previous_x0 is None
+        and options.ratios is None
+        and not table.looks_back
+    )
+
+
+def _key(
+    model_output: torch.Tensor,
+    sample: torch.Tensor,
+    guidance: Guidance | None,
+    limit: Limit,
+    noise: torch.Tensor | None,
+    dtype: torch.dtype,
+    in_place: bool,
+) -> Hashable:
+    """All that a step's checks and its plan depend on; None for a step that is no matter of a few shapes and dtypes."""
+    if not (sample.is_cpu and model_output.is_cpu and sample.is_contiguous()) or sample.is_neg():
+        return None
+    if limit is not None and type(limit) is not Clip:
+        return None
+    has_gradients = torch.is_grad_enabled()
+    if has_gradients and (sample.requires_grad or model_output.requires_grad):
+        return None
+    drawn = guided = None
+    if noise is not None:
+        if type(noise) not in _PLAIN or not noise.is_cpu or (has_gradients and noise.requires_grad):
+            return None
+        drawn = noise.shape, noise.dtype
+    if guidance is not None:
+        if (
+            type(guidance) is not Guidance
+            or type(guidance.scale) not in _NUMBER
+            or type(guidance.rescale) not in _NUMBER
+        ):
+            return None
+        fixed = guidance.fixed
+        # Whether there is an epsilon is the table's matter.
+        if [*map(type, fixed)] != _FIXED_TYPES or guidance.method == "cfg++":
+            return None
+        guided = fixed, guidance.rescale != 0
+    described = sample.shape, sample.dtype, model_output.shape, model_output.dtype, dtype
+    return described, limit is None, drawn, guided, in_place, torch.get_num_threads()
 
 
 def _over_copies(
@@ -273,17 +351,30 @@ def _over_copies(
     # The model's input gets the state before it is rounded to another dtype.
     compute = reference.compute_dtype(model_output, sample, noise)
     wide = compute if model_input is not None and model_input.dtype != dtype else dtype
-    state = sample.contiguous()
-    results = torch.empty_like(state, dtype=wide)
+    state = _contiguous(sample)
     kept = None if previous is None else previous.clone(memory_format=torch.contiguous_format)
-    plain = replace(options, noise=noise, seeds=None, first_row=None, out=results, model_input=None, previous_x0=kept)
-    bound = _Bound(model_output, state, plain, len(rows) > 1)
-    bound(model_output, rows, noise)
+    plain = replace(options, out=torch.empty_like(state, dtype=wide), previous_x0=kept)
+    results = _results(state, plain)
+    plan = _plan_of(None, model_output, state, plain, len(rows) > 1)
+    _run(plan, model_output, state, *results, rows, options.guidance, _limit_of(options), noise)
     if model_input is not None:
-        model_input.view(-1, *sample.shape).copy_(bound.x_next)
+        model_input.view(-1, *sample.shape).copy_(results[0])
     x_next = torch.empty_like(sample, dtype=dtype) if out is None else out
     x0 = torch.empty_like(sample, dtype=dtype) if previous is None else previous
-    return x_next.copy_(bound.x_next), x0.copy_(bound.x0)
+    return x_next.copy_(results[0]), x0.copy_(results[1])
+
+
+def _limit_of(options: StepOptions) -> Limit:
+    values = options.limit_values
+    return options.limit if values is None else with_numbers(options.limit, *values.tolist())
+
+
+def _finds_bound(limit: Limit) -> bool:
+    return isinstance(limit, DynamicThreshold) and limit.max_value > 1
+
+
+def _adds_noise(rows: Sequence[StepCoefficients]) -> bool:
+    return any(row.noise_scale != 0 for row in rows)
 
 
 def _is_plain(sample: torch.Tensor, options: StepOptions) -> bool:
@@ -324,7 +415,7 @@ def is_traced(*tensors: torch.Tensor) -> bool:
         torch.compiler.is_compiling()
         or functorch.maybe_current_level() is not None
         or torch._C._len_torch_dispatch_stack() > 0
-        or not all(map(_PLAIN.__contains__, map(type, tensors)))
+        or not _PLAIN.issuperset(map(type, tensors))
     )
 
 
@@ -365,7 +456,7 @@ def _draw(
 ) -> torch.Tensor:
     """The noise of the seeds; zeros where no row has a use for it."""
     assert options.seeds is not None
-    if all(row.noise_scale == 0 for row in rows):
+    if not _adds_noise(rows):
         return torch.zeros(sample.shape, dtype=torch.float32, device="cpu")
     counted = step if options.first_row is None else step - options.first_row
     return draw_normal(options.seeds, counted, tuple(sample.shape[1:]), STREAM_STEP)
