@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 
 import diffusers
+import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
@@ -30,6 +31,7 @@ from fastddim.samplers import METHODS, Steps
 from fastddim.samplers.sampling import read_scheduler
 from fastddim.schedule import Schedule
 from fastddim.scheduler import DDIMScheduler, DDIMSchedulerOutput
+from fastddim.scheduler_rows import FORWARD, RowCache, has_rows
 from fastddim.step import Guidance
 
 _log = logging.getLogger("fastddim")
@@ -425,7 +427,9 @@ def _table_of(
     """
     if isinstance(scheduler, diffusers.DDIMScheduler):
         eta, rederive = options.get("eta", 0.0), bool(options.get("use_clipped_model_output"))
-        columns = _view(scheduler, DDIMScheduler)._columns(torch.tensor(timesteps, device="cpu"), eta, rederive)
+        rows = RowCache().rows(scheduler, FORWARD)
+        assert rows is not None  # `_reason_against` looked
+        columns = rows.columns(np.array(timesteps), eta, rederive)
         if eta <= 0:
             columns[:, -1] = 0.0
         return StepTable.from_columns(timesteps, columns), [eta > 0] * len(timesteps)
@@ -470,6 +474,8 @@ def _reason_against(pipe: Any, pipeline: type, base: type, kind: _Kind, argument
     for name in _OWN_LOOP_ARGUMENTS:
         if arguments.get(name) not in (None, _NEUTRAL.get(name)):
             return f"{name} is given"
+    if not isinstance(arguments.get("eta", 0.0), (int, float)):
+        return "eta is no number"
     unknown = _unknown_scheduler(pipe.scheduler)
     if unknown is not None:
         return f"its scheduler is {unknown}"
@@ -501,8 +507,12 @@ def _unknown_scheduler(scheduler: Any) -> str | None:
     """Why the loop cannot take a scheduler's steps, after "is"; None where it can."""
     kind = type(scheduler)
     own = [name for method in METHODS.values() for name in method.schedulers if method.name not in ("ddim", "ddpm")]
+    patched = [name for name in ("set_timesteps", "step") if name in vars(scheduler)]
+    if patched:
+        return f"a {kind.__name__} with a {patched[0]} of its own"
     if kind is DDIMScheduler or kind is diffusers.DDIMScheduler:
-        return None
+        known = has_rows(scheduler, FORWARD)
+        return None if known else f"a {kind.__name__} with a step or values that diffusers' own step alone takes"
     if kind.__name__ not in own or getattr(diffusers, kind.__name__, None) is not kind:
         return f"a {kind.__name__}, none of {', '.join(['DDIMScheduler', *own])}"
     try:

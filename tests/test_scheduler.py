@@ -185,7 +185,7 @@ class NoHostRead(TorchDispatchMode):
 def test_a_device_timestep_is_never_read_on_the_host(eta, monkeypatch):
     ours, theirs = pair({})
     x, output, noise = randn((2, 3), 0), randn((2, 3), 1), randn((2, 3), 2)
-    table = ours._table(eta, False)
+    table = ours._rows(output, 500, x).table(eta, False)
     with NoHostRead():
         past_the_end = _row_at(table.on(x.device)[0], table.index(torch.tensor(1000), x.device))
     assert all(value.isnan() for value in past_the_end[:6])
