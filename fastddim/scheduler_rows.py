@@ -63,16 +63,17 @@ class Original:
                     used[id(function.__globals__), found] = (function.__globals__, found, function.__globals__[found])
         self.module: str = scheduler.__module__
         self._scheduler, self._step = scheduler, members.pop("step")
-        self._members, self._globals = tuple(members.items()), tuple(used.values())
+        self._names, self._members, self._globals = frozenset(members), tuple(members.items()), tuple(used.values())
 
     def runs_in(self, scheduler: Any) -> bool:
         """Whether a step of a scheduler would run this code alone: nothing of it is overridden or patched."""
-        if self._scheduler.step is not self._step:
+        # torch.compile guards what this reads of the dictionary, but not that `name in vars(scheduler)` is false.
+        if self._scheduler.step is not self._step or not self._names.isdisjoint(vars(scheduler)):
             return False
-        # Loops, as torch.compile follows no getter of several attributes.
-        kind, own = type(scheduler), vars(scheduler)
+        kind = type(scheduler)
+        # Loops, as it follows no getter of several attributes.
         for name, member in self._members:
-            if name in own or getattr(kind, name) is not member:
+            if getattr(kind, name) is not member:
                 return False
         for namespace, name, value in self._globals:  # noqa: SIM110  (a generator takes longer)
             if namespace.get(name) is not value:
