@@ -1,7 +1,8 @@
 """`DDIMScheduler` and `DDIMInverseScheduler`: drop-in for diffusers', same numbers and quirks, fewer passes.
 
 They inherit configuration, loading, saving and timestep lists from diffusers' classes and replace `step`: a timestep's
-six coefficients are computed at its first use, with diffusers' own float32 roundings, and kept.
+six coefficients are computed at its first use, with diffusers' own roundings, and kept for as long as all that they are made
+of has the same values (`scheduler_rows`). A step that is not of six coefficients is diffusers' own.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class _TableStep:
         self: Any = object.__new__(cls)
         self._row_cache = RowCache()
         if cls.__module__ == __name__:
-            # What a pipeline's model_index.json names, which diffusers has to find.
+            # What a pipeline's model_index.json names; a subclass is found in its own module.
             self.__module__ = cls._kind.original.module
         return self
 
@@ -217,9 +218,20 @@ class DDIMScheduler(_TableStep, diffusers.DDIMScheduler):  # type: ignore[misc]
     is almost surely a mistake (`fastddim.Sampler` refuses there). Half-precision states are computed in float32 and
     rounded once, which is more exact than diffusers.
 
+    Each step has the numbers of what is set at that moment: configuration attributes, `alphas_cumprod` (written to in place
+    too), `final_alpha_cumprod`, `num_inference_steps`. diffusers' own step runs where a subclass or a patch replaces something
+    that it calls, where a value or an argument is none that a row is made of (a tensor `eta`, `alphas_cumprod` with gradients,
+    noise of another shape), under the transforms of `torch.func` and under dispatch modes. Under `torch.compile` a
+    timestep in a tensor is not read, and the row is computed at each run. One thing cannot be seen: what is written through
+    `.data` to an `alphas_cumprod` on a device.
+
+    What is saved is diffusers': `scheduler_config.json` and a pipeline's `model_index.json` name its class, so that both load
+    without fastddim; `from_config` and `fastddim.load_pipeline` make it this class again.
+
     Attributes:
         backend: which implementation takes the step: `"auto"` (the fused kernel on a GPU), `"triton"`, `"reference"` or, for
-            states on a CPU, `"compiled"`; see `fastddim.ddim_step`. Not part of the configuration.
+            states on a CPU, `"compiled"`; see `fastddim.ddim_step`. No part of the configuration: a copy or a pickle keeps it,
+            what is loaded or made by `from_config` starts with `"auto"`.
     """
 
     _kind = FORWARD
