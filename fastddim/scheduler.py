@@ -89,6 +89,10 @@ def _is_followed() -> bool:
     return level() is not None or modes() > 0 or tracing()
 
 
+# The limit, and a row: of numbers where the host knows the timestep; and the rows on a device, with its index in them.
+_Row = tuple[Limit, StepCoefficients | None, torch.Tensor | None, torch.Tensor | None]
+
+
 class _TableStep:
     """What the two schedulers share: how they are saved, whose step is taken, and the step through a row."""
 
@@ -105,10 +109,10 @@ class _TableStep:
             self.__module__ = cls._kind.original.module
         return self
 
-    def _rows(
-        self, model_output: Any, timestep: Any, sample: Any, eta: Any = 0.0, noise: Any = None
-    ) -> StepRows | TracedRows | None:
-        """The rows for a step; None where diffusers' own step takes it.
+    def _find_row(
+        self, model_output: Any, timestep: Any, sample: Any, eta: Any, use_clipped_model_output: Any, noise: Any
+    ) -> _Row | None:
+        """The row of a step; None where diffusers' own step takes it.
 
         That is where something of it is overridden or patched, where the scheduler or the call has what no row is made of, and
         where torch follows each operation.
@@ -118,35 +122,31 @@ class _TableStep:
             rows = read_traced(self, self._kind)
         else:
             rows = None if _is_followed() else self._row_cache.rows(self, self._kind)
-        return rows if rows is not None and _fits(rows, model_output, timestep, sample, eta, noise) else None
+        if rows is None or not _fits(rows, model_output, timestep, sample, eta, noise):
+            return None
+        device, rederive = sample.device, bool(use_clipped_model_output)
+        if isinstance(rows, TracedRows):
+            at = torch.as_tensor(timestep, device=device).reshape(())
+            return rows.limit, None, rows.at(at, eta, rederive), torch.zeros_like(at)
+        table, columns, index = rows.table(eta, rederive), None, None
+        if self.backend not in ("auto", "compiled") or (device.type != "cpu" and self.backend == "auto"):
+            columns, index = table.on(device)[0], table.index(timestep, device)
+        if columns is not None and isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu":
+            return rows.limit, None, columns, index
+        row = table.row(timestep)
+        return None if row is None else (rows.limit, row, columns, index)
 
     def _step(
-        self,
-        rows: StepRows | TracedRows,
-        eta: float,
-        use_clipped_model_output: bool,
-        timestep: int | torch.Tensor,
-        model_output: torch.Tensor,
-        sample: torch.Tensor,
-        noise: torch.Tensor | None,
+        self, found: _Row, model_output: torch.Tensor, sample: torch.Tensor, noise: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        device, columns, limit = sample.device, None, rows.limit
-        if isinstance(rows, TracedRows):
-            at = torch.as_tensor(timestep, device=device)
-            columns, index = rows.at(at, eta, use_clipped_model_output), torch.zeros_like(at).reshape(())
-        else:
-            table = rows.table(eta, use_clipped_model_output)
-            if self.backend not in ("auto", "compiled") or (device.type != "cpu" and self.backend == "auto"):
-                columns, index = table.on(device)[0], table.index(timestep, device)
-        if columns is not None:
+        limit, row, columns, index = found
+        if columns is not None and index is not None:
             fused = self._try_fused(columns, index, limit, model_output, sample, noise)
             if fused is not None:
                 return fused
-        on_device = isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu"
-        if columns is not None and (isinstance(rows, TracedRows) or on_device):
-            row = _row_at(columns, index)
-        else:
-            row = table.row(timestep)
+            if row is None:
+                row = _row_at(columns, index)
+        assert row is not None
         dtype = sample.dtype
         if model_output.shape != sample.shape:
             model_output, sample = torch.broadcast_tensors(model_output, sample)  # type: ignore[no-untyped-call]
@@ -277,8 +277,8 @@ class DDIMScheduler(_TableStep, diffusers.DDIMScheduler):  # type: ignore[misc]
         Raises:
             ValueError: called before `set_timesteps`, or with both a generator and a `variance_noise`.
         """
-        rows = self._rows(model_output, timestep, sample, eta, variance_noise)
-        if rows is None:
+        row = self._find_row(model_output, timestep, sample, eta, use_clipped_model_output, variance_noise)
+        if row is None:
             return super().step(  # type: ignore[no-any-return]
                 model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise, return_dict
             )
@@ -293,7 +293,7 @@ class DDIMScheduler(_TableStep, diffusers.DDIMScheduler):  # type: ignore[misc]
                 noise = randn_tensor(
                     model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
                 )
-        stepped = self._step(rows, eta, bool(use_clipped_model_output), timestep, model_output, sample, noise)
+        stepped = self._step(row, model_output, sample, noise)
         return DDIMSchedulerOutput(*stepped) if return_dict else stepped
 
 
@@ -314,8 +314,8 @@ class DDIMInverseScheduler(_TableStep, diffusers.DDIMInverseScheduler):  # type:
         Raises:
             ValueError: called before `set_timesteps`.
         """
-        rows = self._rows(model_output, timestep, sample)
-        if rows is None:
+        row = self._find_row(model_output, timestep, sample, 0.0, False, None)
+        if row is None:
             return super().step(model_output, timestep, sample, return_dict)  # type: ignore[no-any-return]
-        stepped = self._step(rows, 0.0, False, timestep, model_output, sample, None)
+        stepped = self._step(row, model_output, sample, None)
         return DDIMSchedulerOutput(*stepped) if return_dict else stepped

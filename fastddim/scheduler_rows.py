@@ -25,6 +25,9 @@ from fastddim.schedule import FloatArray
 
 _KEPT_TABLES = 16
 _LEAST_SIGNAL = 1e-30
+# Beyond it a coefficient is a quotient by 0.
+_LARGEST = 1e20
+_MISSING = object()
 # Equal ones are interchangeable, and nothing changes one in place.
 _CONSTANTS = frozenset({int, float, bool, str, type(None), np.int64, np.float64})
 TENSORS = (torch.Tensor, torch.nn.Parameter)
@@ -230,17 +233,19 @@ class TimestepTable:
     def __init__(self, columns_of: Callable[[NDArray[np.int64]], FloatArray], n_train: int) -> None:
         self._columns_of = columns_of
         self._n_train = n_train
-        self._rows: dict[int, StepCoefficients] = {}
+        self._rows: dict[int, Any] = {}
         self._on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def row(self, timestep: int | torch.Tensor) -> StepCoefficients:
-        """The row of a timestep that the host knows, as Python numbers."""
+    def row(self, timestep: int | torch.Tensor) -> StepCoefficients | None:
+        """The row of a timestep that the host knows, as Python numbers; None where diffusers divides by 0."""
         index = operator.index(timestep)
-        row = self._rows.get(index)
-        if row is None:
+        row: StepCoefficients | None = self._rows.get(index, _MISSING)
+        if row is _MISSING:
             if not -self._n_train <= index < self._n_train:
                 raise IndexError(f"timestep: {index} is outside the {self._n_train} training timesteps")
-            row = self._rows[index] = StepCoefficients(*self._columns_of(np.array([index]))[0].tolist())
+            found = StepCoefficients(*self._columns_of(np.array([index]))[0].tolist())
+            row = found if all(abs(number) < _LARGEST for number in map(float, found)) else None
+            self._rows[index] = row
         return row
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
