@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import diffusers
+import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -36,6 +37,7 @@ from fastddim.samplers import METHODS, Steps
 from fastddim.samplers.sampling import read_scheduler
 from fastddim.schedule import Schedule
 from fastddim.scheduler import DDIMScheduler, DDIMSchedulerOutput
+from fastddim.scheduler_rows import FORWARD, RowCache, has_rows
 from fastddim.step import Guidance, StepOptions
 
 _log = logging.getLogger("fastddim")
@@ -213,14 +215,17 @@ class _Stepper:
         self.timesteps, self._method, self._next = timesteps.tolist(), None, -1
 
     def find(self, timestep: Any, options: Mapping[str, Any]) -> tuple[_Method, int] | None:
-        """The table that has the step from `timestep`, and its row; None for a timestep that is none of the run's."""
+        """The table that has the step from `timestep`, and its row; None where the scheduler's own step takes it."""
         step = self._number_of(timestep)
         if step is None:
             return None
         chosen = tuple(options.get(name) for name in ("eta", "use_clipped_model_output"))
         method = self._method
         if method is None or step != self._next or method.options != chosen:
-            table, draws = _table_of(self.view, self.timesteps[:step], self.timesteps[step:], options)
+            found = _table_of(self.view, self.timesteps[:step], self.timesteps[step:], options)
+            if found is None:
+                return None
+            table, draws = found
             method = self._method = _Method(_unscaled(table, self.view, timestep, step), draws, step, chosen)
             self.previous_x0 = None
         self._next = step + 1
@@ -600,13 +605,16 @@ def _device_of(model: Any) -> torch.device:
 
 def _table_of(
     scheduler: Any, skipped: list[float], timesteps: list[float], options: Mapping[str, Any]
-) -> tuple[StepTable, list[bool]]:
+) -> tuple[StepTable, list[bool]] | None:
     """The table of a scheduler's steps at `timesteps`, after the `skipped` ones of its run, and at which of them it draws
-    noise; `options` are a step's.
+    noise; None where its own step alone takes them. `options` are a step's.
     """
     if isinstance(scheduler, diffusers.DDIMScheduler):
         eta, rederive = options.get("eta", 0.0), bool(options.get("use_clipped_model_output"))
-        columns = _view(scheduler, DDIMScheduler)._columns(torch.tensor(timesteps, device="cpu"), eta, rederive)
+        rows = RowCache().rows(scheduler, FORWARD)
+        if rows is None or not isinstance(eta, (int, float)):
+            return None
+        columns = rows.columns(np.array(timesteps), eta, rederive)
         if eta <= 0:
             columns[:, -1] = 0.0
         return StepTable.from_columns(timesteps, columns), [eta > 0] * len(timesteps)
@@ -697,7 +705,8 @@ def _unknown_scheduler(scheduler: Any) -> str | None:
     if replaced:
         return f"a {kind.__name__} whose {replaced[0]} was replaced"
     if kind is DDIMScheduler or kind is diffusers.DDIMScheduler:
-        return None
+        known = has_rows(scheduler, FORWARD)
+        return None if known else f"a {kind.__name__} with a step or values that diffusers' own step alone takes"
     own = [name for method in METHODS.values() for name in method.schedulers if method.name not in ("ddim", "ddpm")]
     if kind.__name__ not in own or getattr(diffusers, kind.__name__, None) is not kind:
         return f"a {kind.__name__}"

@@ -16,6 +16,7 @@ Notation: alpha_bar is the paper's alpha_t (diffusers' `alphas_cumprod[t]`), `si
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -91,7 +92,7 @@ def columns(
     """
     zero = signal * 0
     # A step from pure noise (signal 0) or from a clean state (sigma 0) has infinite columns, as diffusers' step has.
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore") if xp is np else nullcontext():
         if prediction_type == "epsilon":
             x0 = (1 / signal, -sigma / signal)
         elif prediction_type == "sample":

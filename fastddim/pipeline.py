@@ -39,7 +39,6 @@ class DDIMPipeline(diffusers.DDIMPipeline):  # type: ignore[misc]
     def __init__(self, unet: torch.nn.Module, scheduler: SchedulerMixin) -> None:
         DiffusionPipeline.__init__(self)
         self.register_modules(unet=unet, scheduler=DDIMScheduler.from_config(scheduler.config))
-        self.register_to_config(scheduler=("diffusers", "DDIMScheduler"))
 
     @torch.no_grad()
     def __call__(

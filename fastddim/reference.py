@@ -449,7 +449,8 @@ def kept_scalar(value: float, dtype: torch.dtype, device: torch.device) -> torch
     if kept is None:
         with torch.inference_mode(False):
             kept = torch.tensor(value, dtype=dtype, device=device)
-        if type(kept) is not torch.Tensor:  # a tracer's stand-in must not outlive its trace
+        # A tracer's stand-in and a transform's wrapper must not outlive them.
+        if type(kept) is not torch.Tensor or torch._C._functorch.maybe_current_level() is not None:
             return kept
         if len(_SCALARS) >= 4096:
             _SCALARS.clear()

@@ -1,20 +1,18 @@
 """`DDIMScheduler` and `DDIMInverseScheduler`: drop-in for diffusers', same numbers and quirks, fewer passes.
 
 They inherit configuration, loading, saving and timestep lists from diffusers' classes and replace `step`: a timestep's
-six coefficients are computed at its first use, with diffusers' own float32 roundings, and kept.
+six coefficients are computed at its first use, with diffusers' own roundings, and kept for as long as all that they are made
+of has the same values (`scheduler_rows`). A step that is not of six coefficients is diffusers' own.
 """
 
 from __future__ import annotations
 
-import operator
 import warnings
-from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import numpy as np
@@ -24,14 +22,14 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from fastddim import compiled
 from fastddim.backends import check_backend, try_fused
-from fastddim.coefficients import StepCoefficients, columns
-from fastddim.config import PREDICTION_TYPES, Limit, limit_from, require_choice
+from fastddim.coefficients import StepCoefficients
+from fastddim.config import Limit
 from fastddim.reference import goes_by_blocks, step_by_blocks, step_with_row
-from fastddim.schedule import FloatArray
+from fastddim.scheduler_rows import FORWARD, INVERSE, TENSORS, RowCache, StepKind, StepRows, TracedRows, read_traced
 from fastddim.step import StepOptions
 
-_KEPT_TABLES = 16
-_LEAST_SIGNAL = 1e-30
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.complex64, torch.complex128)
+_INDICES = (torch.int64, torch.int32)
 
 
 @dataclass(init=False)
@@ -52,156 +50,128 @@ class DDIMSchedulerOutput(_DiffusersOutput):  # type: ignore[misc]
             OrderedDict.__setitem__(self, "pred_original_sample", pred_original_sample)
 
 
-class _TimestepTable:
-    """A row for each timestep a diffusers scheduler accepts: `[-N, N)`, indexed as Python indexes.
-
-    Args:
-        columns_of: the columns `[n, 6]` float64 of int64 timesteps `[n]`, or `[1, 6]` of a 0-dim one.
-        n_train: N.
-    """
-
-    def __init__(self, columns_of: Callable[[torch.Tensor], FloatArray], n_train: int) -> None:
-        self._columns_of = columns_of
-        self._n_train = n_train
-        self._rows: dict[int, StepCoefficients] = {}
-        self._on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def row(self, timestep: int | torch.Tensor) -> StepCoefficients:
-        """The row of a timestep that the host knows, as Python numbers."""
-        index = operator.index(timestep)
-        row = self._rows.get(index)
-        if row is None:
-            if not -self._n_train <= index < self._n_train:
-                raise IndexError(f"timestep: {index} is outside the {self._n_train} training timesteps")
-            columns = self._columns_of(torch.tensor(index, device="cpu"))
-            row = self._rows[index] = StepCoefficients(*columns[0].tolist())
-        return row
-
-    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Kept on a device: the rows of timesteps 0 ... N - 1, NaN, then -N ... -1; and those timesteps as 0-dim tensors."""
-        kept = self._on_device.get(device)
-        if kept is None:
-            halves = (torch.arange(first, first + self._n_train, device="cpu") for first in (0, -self._n_train))
-            every = self._columns_of(torch.cat([*halves]))
-            ascending, negative = np.split(every, 2)
-            # NaN between the two halves: no host checks a device timestep past the end, so it has to show.
-            rows = np.concatenate([ascending, np.full_like(ascending, np.nan), negative])
-            # Kept for later calls, which may need gradients.
-            with torch.inference_mode(False):
-                index = torch.arange(len(rows), device=device)
-                kept = self._on_device[device] = (torch.tensor(rows, dtype=torch.float32, device=device), index)
-        return kept
-
-    def index(self, timestep: int | torch.Tensor, device: torch.device) -> torch.Tensor:
-        """The row of a timestep as an integer tensor `[]` on a device, without reading a device tensor on the host."""
-        if isinstance(timestep, torch.Tensor) and timestep.device == device:
-            return timestep.reshape(()).long()
-        number = operator.index(timestep)
-        self.row(number)  # refuses what is outside
-        return self.on(device)[1][number]
-
-
 def _row_at(rows: torch.Tensor, index: torch.Tensor) -> StepCoefficients:
     """The row of an index `[]`, which is not read on the host, as indexing with a 0-dim tensor would."""
     return StepCoefficients(*rows[index.reshape(1)][0].unbind())
 
 
+def _fits(rows: StepRows | TracedRows, model_output: Any, timestep: Any, sample: Any, eta: Any, noise: Any) -> bool:
+    """Whether a step through a row gives the dtypes and shapes that diffusers' operations give."""
+    if type(sample) not in TENSORS or type(model_output) not in TENSORS or type(eta) not in (float, int):
+        return False
+    dtype, shape = sample.dtype, sample.shape
+    if dtype not in _DTYPES or model_output.dtype not in _DTYPES or not shape or not model_output.ndim:
+        return False
+    alike = model_output.dtype is dtype and model_output.shape == shape
+    if not alike and rows.prediction_type == "sample":
+        return False
+    if type(timestep) in TENSORS:
+        if timestep.dtype not in _INDICES:
+            return False
+        # alpha_bar at a timestep [1] is no scalar, so it has a part in the result's dtype.
+        if timestep.ndim and not (timestep.shape == (1,) and alike and dtype is rows.dtype):
+            return False
+    elif type(timestep) is not int and not isinstance(timestep, np.integer):
+        return False
+    if noise is None or eta <= 0:
+        return True
+    same = type(noise) in TENSORS and noise.dtype is dtype and noise.shape == shape
+    return same and alike and noise.device == sample.device
+
+
+# Attributes of modules that are looked up once, as this is asked at each step.
+_FOLLOWERS = (torch._C._functorch.maybe_current_level, torch._C._len_torch_dispatch_stack, torch._C._is_tracing)
+
+
+def _is_followed() -> bool:
+    """Whether torch follows each operation: a transform of `torch.func`, a dispatch mode, or a trace of `torch.jit`."""
+    level, modes, tracing = _FOLLOWERS
+    return level() is not None or modes() > 0 or tracing()
+
+
+# The limit, and a row: of numbers where the host knows the timestep; and the rows on a device, with its index in them.
+_Row = tuple[Limit, StepCoefficients | None, torch.Tensor | None, torch.Tensor | None]
+
+
 class _TableStep:
-    """What the two schedulers share: the tables' cache and the step through a row."""
+    """What the two schedulers share: how they are saved, whose step is taken, and the step through a row."""
 
     alphas_cumprod: torch.Tensor
-    num_inference_steps: int | None
-    _cache: dict[tuple[float, bool], _TimestepTable]
-    _cache_key: tuple[Any, ...] = ()
-    # The number of steps as a trace can guard it: a second integer would become symbolic.
-    _run: str = ""
     backend: str = "auto"
-    _limit: Limit
+    _kind: ClassVar[StepKind]
+    _row_cache: RowCache
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Set the timesteps of a run, as diffusers does; `timesteps` is int64 on `device`."""
-        super().set_timesteps(num_inference_steps, device)  # type: ignore[misc]
-        self._run = str(num_inference_steps)
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        self: Any = object.__new__(cls)
+        self._row_cache = RowCache()
+        if cls.__module__ == __name__:
+            # What a pipeline's model_index.json names; a subclass is found in its own module.
+            self.__module__ = cls._kind.original.module
+        return self
 
-    @abstractmethod
-    def _columns(self, timesteps: torch.Tensor, eta: float, use_clipped_model_output: bool) -> FloatArray:
-        """The columns `[n, 6]` of int64 timesteps `[n]` or `[]`, with diffusers' roundings."""
+    def _find_row(
+        self, model_output: Any, timestep: Any, sample: Any, eta: Any, use_clipped_model_output: Any, noise: Any
+    ) -> _Row | None:
+        """The row of a step; None where diffusers' own step takes it.
 
-    def _table(self, eta: float, use_clipped_model_output: bool) -> _TimestepTable:
-        config = self._internal_dict  # type: ignore[attr-defined]
-        alphas, n = self.alphas_cumprod, self.num_inference_steps
-        key = self._cache_key
-        if not key or key[0] is not config or key[1] is not alphas or key[2] != n:
-            if n is None:
-                raise ValueError("num_inference_steps: None; call set_timesteps(num_inference_steps) before step()")
-            self._limit = limit_from(config)
-            self._cache, self._cache_key = {}, (config, alphas, n)
-        table = self._cache.get((eta, use_clipped_model_output))
-        if table is None:
-            if len(self._cache) >= _KEPT_TABLES:
-                self._cache.clear()
-            columns_of = partial(self._columns, eta=eta, use_clipped_model_output=use_clipped_model_output)
-            table = _TimestepTable(columns_of, len(alphas))
-            self._cache[(eta, use_clipped_model_output)] = table
-        return table
-
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def _traced_rows(
-        self, own_id: int, run: str, eta: float, use_clipped_model_output: bool, device: torch.device
-    ) -> torch.Tensor:
-        """The rows on a device, found while torch traces instead of by the trace: its arguments are what the trace guards."""
-        return self._table(eta, use_clipped_model_output).on(device)[0]
+        That is where something of it is overridden or patched, where the scheduler or the call has what no row is made of, and
+        where torch follows each operation.
+        """
+        rows: StepRows | TracedRows | None
+        if torch.compiler.is_compiling():
+            rows = read_traced(self, self._kind)
+        else:
+            rows = None if _is_followed() else self._row_cache.rows(self, self._kind)
+        if rows is None or not _fits(rows, model_output, timestep, sample, eta, noise):
+            return None
+        device, rederive = sample.device, bool(use_clipped_model_output)
+        if isinstance(rows, TracedRows):
+            at = torch.as_tensor(timestep, device=device).reshape(())
+            return rows.limit, None, rows.at(at, eta, rederive), torch.zeros_like(at)
+        table, columns, index = rows.table(eta, rederive), None, None
+        if self.backend not in ("auto", "compiled") or (device.type != "cpu" and self.backend == "auto"):
+            columns, index = table.on(device)[0], table.index(timestep, device)
+        if columns is not None and isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu":
+            return rows.limit, None, columns, index
+        row = table.row(timestep)
+        return None if row is None else (rows.limit, row, columns, index)
 
     def _step(
-        self,
-        eta: float,
-        use_clipped_model_output: bool,
-        timestep: int | torch.Tensor,
-        model_output: torch.Tensor,
-        sample: torch.Tensor,
-        noise: torch.Tensor | None,
+        self, found: _Row, model_output: torch.Tensor, sample: torch.Tensor, noise: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        device, rows = sample.device, None
-        tracing = torch.compiler.is_compiling()
-        if tracing:
-            rows = self._traced_rows(id(self), self._run, eta, use_clipped_model_output, device)
-            index = torch.as_tensor(timestep, device=device).reshape(())
-        elif self.backend not in ("auto", "compiled") or (device.type != "cpu" and self.backend == "auto"):
-            table = self._table(eta, use_clipped_model_output)
-            rows, index = table.on(device)[0], table.index(timestep, device)
-        if rows is not None:
-            fused = self._try_fused(rows, index, model_output, sample, noise)
+        limit, row, columns, index = found
+        if columns is not None and index is not None:
+            fused = self._try_fused(columns, index, limit, model_output, sample, noise)
             if fused is not None:
                 return fused
-        on_device = isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu"
-        if rows is not None and (tracing or on_device):
-            row = _row_at(rows, index)
-        else:
-            row = self._table(eta, use_clipped_model_output).row(timestep)
+            if row is None:
+                row = _row_at(columns, index)
+        assert row is not None
         dtype = sample.dtype
         if model_output.shape != sample.shape:
             model_output, sample = torch.broadcast_tensors(model_output, sample)  # type: ignore[no-untyped-call]
-        if self.backend == "compiled" and not compiled.is_traced(model_output, sample) and sample.ndim:
+        if self.backend == "compiled" and not compiled.is_traced(model_output, sample):
             check_backend(self.backend)
-            return compiled.step_with_row(model_output, sample, row, self._limit, noise)
+            return compiled.step_with_row(model_output, sample, row, limit, noise)
         if dtype == torch.float32 and model_output.dtype == torch.float32:
-            return step_with_row(model_output, sample, row, self._limit, noise)
+            return step_with_row(model_output, sample, row, limit, noise)
         dtype = torch.promote_types(dtype, model_output.dtype)
         options = StepOptions(out=torch.empty_like(sample, dtype=dtype) if sample.dtype != dtype else None)
-        if goes_by_blocks(model_output, sample, row, self._limit, noise, options):
-            x_next, x0 = step_by_blocks(model_output, sample, row, self._limit, noise, options)
+        if goes_by_blocks(model_output, sample, row, limit, noise, options):
+            x_next, x0 = step_by_blocks(model_output, sample, row, limit, noise, options)
             assert x0 is not None
             return x_next, x0
         compute = torch.promote_types(dtype, torch.float32)
         if noise is not None:
             noise = noise.to(compute)
-        x_next, x0 = step_with_row(model_output.to(compute), sample.to(compute), row, self._limit, noise)
+        x_next, x0 = step_with_row(model_output.to(compute), sample.to(compute), row, limit, noise)
         return x_next.to(dtype), x0.to(dtype)
 
     def _try_fused(
         self,
-        rows: torch.Tensor,
+        columns: torch.Tensor,
         index: torch.Tensor,
+        limit: Limit,
         model_output: torch.Tensor,
         sample: torch.Tensor,
         noise: torch.Tensor | None,
@@ -211,30 +181,13 @@ class _TableStep:
         out = None
         if model_output.dtype != sample.dtype:
             out = torch.empty_like(sample, dtype=torch.promote_types(sample.dtype, model_output.dtype))
-        options = StepOptions(limit=self._limit, noise=noise, out=out)
-        fused = try_fused(self.backend, model_output, sample, rows, index, options)
+        options = StepOptions(limit=limit, noise=noise, out=out)
+        fused = try_fused(self.backend, model_output, sample, columns.float(), index, options)
         if fused is None:
             return None
         prev_sample, pred_original_sample = fused
         assert pred_original_sample is not None
         return prev_sample, pred_original_sample
-
-    def _transition(
-        self, timesteps: torch.Tensor, final_alpha_cumprod: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32 alpha_bar at each t, and at diffusers' neighbour `t - N // num_inference_steps` or the clean end."""
-        assert self.num_inference_steps is not None
-        alphas = self.alphas_cumprod.cpu()
-        before = (timesteps - len(alphas) // self.num_inference_steps).clamp_max(len(alphas) - 1)
-        return alphas[timesteps], torch.where(before >= 0, alphas[before.clamp_min(0)], final_alpha_cumprod.cpu())
-
-    def _as_columns(self, *roots: torch.Tensor, use_clipped_model_output: bool) -> FloatArray:
-        kind = self._internal_dict["prediction_type"]  # type: ignore[attr-defined]
-        require_choice("prediction_type", kind, PREDICTION_TYPES)
-        signal, sigma, signal_next, direction, noise_scale = (root.double().reshape(-1).numpy() for root in roots)
-        # Without signal diffusers divides by 0 and clips the infinity; a huge number clips alike and stays a number.
-        signal = np.maximum(signal, _LEAST_SIGNAL)
-        return columns(signal, sigma, signal_next, direction, noise_scale, kind, use_clipped_model_output)
 
     @contextmanager
     def _alphas_kept(self) -> Iterator[None]:
@@ -265,10 +218,23 @@ class DDIMScheduler(_TableStep, diffusers.DDIMScheduler):  # type: ignore[misc]
     is almost surely a mistake (`fastddim.Sampler` refuses there). Half-precision states are computed in float32 and
     rounded once, which is more exact than diffusers.
 
+    Each step has the numbers of what is set at that moment: configuration attributes, `alphas_cumprod` (written to in place
+    too), `final_alpha_cumprod`, `num_inference_steps`. diffusers' own step runs where a subclass or a patch replaces something
+    that it calls, where a value or an argument is none that a row is made of (a tensor `eta`, `alphas_cumprod` with gradients,
+    noise of another shape), under the transforms of `torch.func` and under dispatch modes. Under `torch.compile` a
+    timestep in a tensor is not read, and the row is computed at each run. One thing cannot be seen: what is written through
+    `.data` to an `alphas_cumprod` on a device.
+
+    What is saved is diffusers': `scheduler_config.json` and a pipeline's `model_index.json` name its class, so that both load
+    without fastddim; `from_config` and `fastddim.load_pipeline` make it this class again.
+
     Attributes:
         backend: which implementation takes the step: `"auto"` (the fused kernel on a GPU), `"triton"`, `"reference"` or, for
-            states on a CPU, `"compiled"`; see `fastddim.ddim_step`. Not part of the configuration.
+            states on a CPU, `"compiled"`; see `fastddim.ddim_step`. No part of the configuration: a copy or a pickle keeps it,
+            what is loaded or made by `from_config` starts with `"auto"`.
     """
+
+    _kind = FORWARD
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Set the timesteps of a run, as diffusers does; `timesteps` is int64, descending, on `device`."""
@@ -284,15 +250,6 @@ class DDIMScheduler(_TableStep, diffusers.DDIMScheduler):  # type: ignore[misc]
                 " cannot be told from epsilon; use a v_prediction or sample model, or timestep_spacing='leading'",
                 stacklevel=2,
             )
-
-    def _columns(self, timesteps: torch.Tensor, eta: float, use_clipped_model_output: bool) -> FloatArray:
-        alpha_bar, alpha_bar_next = self._transition(timesteps, self.final_alpha_cumprod)
-        # diffusers' own float32 operations, one by one: their roundings matter where 1 - alpha_bar is small.
-        variance = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
-        std_dev = eta * variance**0.5
-        direction = (1 - alpha_bar_next - std_dev**2) ** 0.5
-        roots = (alpha_bar**0.5, (1 - alpha_bar) ** 0.5, alpha_bar_next**0.5, direction, std_dev)
-        return self._as_columns(*roots, use_clipped_model_output=use_clipped_model_output)
 
     def step(
         self,
@@ -320,6 +277,11 @@ class DDIMScheduler(_TableStep, diffusers.DDIMScheduler):  # type: ignore[misc]
         Raises:
             ValueError: called before `set_timesteps`, or with both a generator and a `variance_noise`.
         """
+        row = self._find_row(model_output, timestep, sample, eta, use_clipped_model_output, variance_noise)
+        if row is None:
+            return super().step(  # type: ignore[no-any-return]
+                model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise, return_dict
+            )
         noise = None
         if eta > 0:
             if variance_noise is not None and generator is not None:
@@ -331,18 +293,14 @@ class DDIMScheduler(_TableStep, diffusers.DDIMScheduler):  # type: ignore[misc]
                 noise = randn_tensor(
                     model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
                 )
-        stepped = self._step(eta, bool(use_clipped_model_output), timestep, model_output, sample, noise)
+        stepped = self._step(row, model_output, sample, noise)
         return DDIMSchedulerOutput(*stepped) if return_dict else stepped
 
 
 class DDIMInverseScheduler(_TableStep, diffusers.DDIMInverseScheduler):  # type: ignore[misc]
     """diffusers' `DDIMInverseScheduler` (from a clean state towards noise) with a faster `step`, same numbers."""
 
-    def _columns(self, timesteps: torch.Tensor, eta: float, use_clipped_model_output: bool) -> FloatArray:
-        alpha_bar_next, alpha_bar = self._transition(timesteps, self.initial_alpha_cumprod)
-        direction = (1 - alpha_bar_next) ** 0.5
-        roots = (alpha_bar**0.5, (1 - alpha_bar) ** 0.5, alpha_bar_next**0.5, direction, torch.zeros_like(alpha_bar))
-        return self._as_columns(*roots, use_clipped_model_output=use_clipped_model_output)
+    _kind = INVERSE
 
     def step(
         self,
@@ -356,5 +314,8 @@ class DDIMInverseScheduler(_TableStep, diffusers.DDIMInverseScheduler):  # type:
         Raises:
             ValueError: called before `set_timesteps`.
         """
-        stepped = self._step(0.0, False, timestep, model_output, sample, None)
+        row = self._find_row(model_output, timestep, sample, 0.0, False, None)
+        if row is None:
+            return super().step(model_output, timestep, sample, return_dict)  # type: ignore[no-any-return]
+        stepped = self._step(row, model_output, sample, None)
         return DDIMSchedulerOutput(*stepped) if return_dict else stepped

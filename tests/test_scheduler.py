@@ -132,8 +132,6 @@ def test_the_inverse_step_is_diffusers(prediction_type, spacing, set_alpha_to_on
         ours, theirs = pair(options | {"num_inference_steps": n}, DDIMInverseScheduler, diffusers.DDIMInverseScheduler)
         assert torch.equal(ours.timesteps, theirs.timesteps)
         for t in theirs.timesteps:
-            if prediction_type == "sample" and set_alpha_to_one and t - 1000 // n < 0:
-                continue  # 0 / 0: a clean state has no epsilon
             x, output = randn((2, 3, 4), int(t)), randn((2, 3, 4), int(t) + 1)
             expected, result = theirs.step(output, t, x), ours.step(output, t, x)
             torch.testing.assert_close(result.prev_sample, expected.prev_sample, rtol=2e-6, atol=2e-6)
@@ -185,7 +183,7 @@ class NoHostRead(TorchDispatchMode):
 def test_a_device_timestep_is_never_read_on_the_host(eta, monkeypatch):
     ours, theirs = pair({})
     x, output, noise = randn((2, 3), 0), randn((2, 3), 1), randn((2, 3), 2)
-    table = ours._table(eta, False)
+    table = ours._row_cache.rows(ours, ours._kind).table(eta, False)
     with NoHostRead():
         past_the_end = _row_at(table.on(x.device)[0], table.index(torch.tensor(1000), x.device))
     assert all(value.isnan() for value in past_the_end[:6])
@@ -320,19 +318,264 @@ def test_epsilon_without_signal_is_clipped_as_in_diffusers():
     torch.testing.assert_close(result.prev_sample, expected.prev_sample)
 
 
-def test_changed_settings_are_seen():
-    x, output = randn((2, 3), 0), randn((2, 3), 1)
-    ours, theirs = pair({"num_inference_steps": 10})
+def assign(name, value):
+    return lambda scheduler: setattr(scheduler, name, value)
+
+
+def assign_config(**values):
+    def change(scheduler):
+        for name, value in values.items():
+            setattr(scheduler.config, name, value)
+
+    return change
+
+
+def register(**values):
+    return lambda scheduler: scheduler.register_to_config(**values)
+
+
+def write(values):
+    """Into the memory of alphas_cumprod, which no version counts."""
+
+    def change(scheduler):
+        scheduler.alphas_cumprod.numpy()[:] = values(scheduler.alphas_cumprod.numpy())
+
+    return change
+
+
+def convert(function):
+    return lambda scheduler: setattr(scheduler, "alphas_cumprod", function(scheduler.alphas_cumprod))
+
+
+CHANGES = {
+    "set_timesteps": lambda scheduler: scheduler.set_timesteps(20),
+    "num_inference_steps": assign("num_inference_steps", 7),
+    "a numpy integer": assign("num_inference_steps", np.int64(7)),
+    "prediction_type": assign_config(prediction_type="v_prediction"),
+    "clip_sample": assign_config(clip_sample=False),
+    "clip_sample_range": assign_config(clip_sample_range=0.3),
+    "a range that is a tensor": assign_config(clip_sample_range=torch.tensor(0.3)),
+    "a range of nothing": assign_config(clip_sample_range=0),
+    "thresholding": assign_config(thresholding=True, sample_max_value=1.5),
+    "a dictionary's item": lambda scheduler: scheduler.config.__setitem__("prediction_type", "v_prediction"),
+    "register_to_config": register(clip_sample_range=0.1),
+    "num_train_timesteps": register(num_train_timesteps=500),
+    "alphas": convert(lambda alphas: alphas**1.3),
+    "alphas in place": lambda scheduler: scheduler.alphas_cumprod.mul_(0.9),
+    "alphas' memory": write(lambda alphas: 0.9 * alphas),
+    "alphas' data": lambda scheduler: setattr(scheduler.alphas_cumprod, "data", 0.8 * scheduler.alphas_cumprod),
+    "fewer alphas": convert(lambda alphas: alphas[:600]),
+    "alphas in float64": convert(torch.Tensor.double),
+    "alphas in float16": convert(torch.Tensor.half),
+    "an array of alphas": convert(torch.Tensor.numpy),
+    "a parameter": convert(torch.nn.Parameter),
+    "final_alpha_cumprod": assign("final_alpha_cumprod", torch.tensor(0.9995)),
+    "final_alpha_cumprod in place": lambda scheduler: scheduler.final_alpha_cumprod.mul_(0.9995),
+    "a float": assign("final_alpha_cumprod", 0.9995),
+    "a patched variance": assign("_get_variance", lambda t, t_next: torch.tensor(0.01 if t_next >= 0 else 0.0)),
+}
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_after_a_step_is_seen(change, prediction_type):
+    x, output, noise = (randn((2, 3, 4), k) for k in range(3))
+    # The last step too, which ends beyond the training timesteps.
+    steps = [(t, {"eta": eta, "variance_noise": noise if eta else None}) for t in (500, 9) for eta in (0.0, 0.5)]
+    ours, theirs = pair({"prediction_type": prediction_type})
+    for t, way in steps:
+        ours.step(output, t, x, **way)
+    for scheduler in (ours, theirs):
+        CHANGES[change](scheduler)
+    for t, way in steps:
+        result, expected = ours.step(output, t, x, **way), theirs.step(output, t, x, **way)
+        for name in ("prev_sample", "pred_original_sample"):
+            torch.testing.assert_close(result[name], expected[name], rtol=2e-6, atol=2e-6, check_dtype=True)
+
+
+@pytest.mark.parametrize(
+    "change", ["num_inference_steps", "prediction_type", "clip_sample_range", "num_train_timesteps", "alphas' memory"]
+)
+def test_a_change_is_seen_by_the_inverse_step(change):
+    x, output = randn((2, 3, 4), 0), randn((2, 3, 4), 1)
+    ours, theirs = pair({}, DDIMInverseScheduler, diffusers.DDIMInverseScheduler)
     ours.step(output, 500, x)
     for scheduler in (ours, theirs):
-        scheduler.set_timesteps(20)
+        CHANGES[change](scheduler)
+        scheduler.initial_alpha_cumprod = torch.tensor(0.99)
+    for t in (500, 3):
+        torch.testing.assert_close(
+            ours.step(output, t, x).prev_sample, theirs.step(output, t, x).prev_sample, rtol=2e-6, atol=2e-6
+        )
+
+
+def test_an_inverse_made_of_a_thresholding_scheduler_does_not_threshold():
+    config = diffusers.DDIMScheduler(thresholding=True, sample_max_value=3.0).config
+    x, output = 3 * randn((2, 3, 4), 0), randn((2, 3, 4), 1)
+    results = []
+    for made in (DDIMInverseScheduler, diffusers.DDIMInverseScheduler):
+        scheduler = made.from_config(config)
+        scheduler.set_timesteps(10)
+        results.append(scheduler.step(output, 500, x).prev_sample)
+    torch.testing.assert_close(*results, rtol=2e-6, atol=2e-6)
+
+
+def test_fewer_trained_betas_than_training_timesteps_have_diffusers_neighbours():
+    ours, theirs = pair({"betas": {"trained_betas": TRAINED_BETAS[:800]}})
+    x, output = randn((2, 3), 0), randn((2, 3), 1)
     torch.testing.assert_close(ours.step(output, 500, x).prev_sample, theirs.step(output, 500, x).prev_sample)
-    for scheduler in (ours, theirs):
-        scheduler.alphas_cumprod = scheduler.alphas_cumprod**1.3
-    torch.testing.assert_close(ours.step(output, 500, x).prev_sample, theirs.step(output, 500, x).prev_sample)
-    for scheduler in (ours, theirs):
-        scheduler.register_to_config(clip_sample_range=0.1)
-    torch.testing.assert_close(ours.step(output, 500, x).prev_sample, theirs.step(output, 500, x).prev_sample)
+
+
+def halve(self, *args):
+    return 0.5 * args[-1] if isinstance(args[-1], torch.Tensor) else torch.tensor(0.01)
+
+
+@pytest.mark.parametrize("part", ["_get_variance", "_threshold_sample"])
+@pytest.mark.parametrize("where", ["subclass", "own class", "diffusers' class", "object"])
+def test_an_overridden_part_of_a_step_is_heeded(part, where, monkeypatch):
+    x, output, noise = (randn((2, 3, 4), k) for k in range(3))
+    config = {"thresholding": True, "sample_max_value": 1.5}
+    classes = DDIMScheduler, diffusers.DDIMScheduler
+    if where == "subclass":
+        classes = [type("Own", (base,), {part: halve}) for base in classes]
+    schedulers = ours, theirs = pair({"limit": config}, *classes)
+    unpatched = ours.step(output, 500, x, eta=0.5, variance_noise=noise).prev_sample
+    if where == "object":
+        for scheduler in schedulers:
+            setattr(scheduler, part, lambda *args: halve(None, *args))
+    elif where != "subclass":
+        for base in classes[1:] if where == "diffusers' class" else classes:
+            monkeypatch.setattr(base, part, halve)
+    expected = theirs.step(output, 500, x, eta=0.5, variance_noise=noise).prev_sample
+    result = ours.step(output, 500, x, eta=0.5, variance_noise=noise).prev_sample
+    assert torch.equal(result, expected)
+    assert where == "subclass" or not torch.allclose(result, unpatched, rtol=1e-3)
+
+
+def test_what_diffusers_step_takes_from_its_module_may_be_patched(monkeypatch):
+    ours, _ = pair({})
+    x, noise = randn((2, 3), 0), randn((2, 3), 1)
+    expected = ours.step(x, 500, x, eta=1.0, variance_noise=noise).prev_sample
+    module = diffusers.schedulers.scheduling_ddim
+    monkeypatch.setattr(module, "randn_tensor", lambda shape, **kwargs: noise)
+    torch.testing.assert_close(ours.step(x, 500, x, eta=1.0).prev_sample, expected, rtol=2e-6, atol=2e-6)
+    monkeypatch.setattr(diffusers.DDIMScheduler, "step", lambda self, *args, **kwargs: "patched")
+    assert ours.step(x, 500, x) == "patched"
+
+
+NOISE = randn((2, 3, 4), 2)
+CALLS = {
+    "timestep np.array([500])": {"timestep": np.array([500])},
+    "timestep [1]": {"timestep": torch.tensor([500])},
+    "timestep [1] in half precision": {"timestep": torch.tensor([500]), "dtype": torch.float16},
+    "timestep [1, 1]": {"timestep": torch.tensor([[500]])},
+    "an int16 timestep": {"timestep": torch.tensor(500, dtype=torch.int16)},
+    "broadcast noise": {"eta": 0.5, "variance_noise": NOISE[:1]},
+    "a float for noise": {"eta": 0.5, "variance_noise": 0.3},
+    "noise in float64": {"eta": 0.5, "variance_noise": NOISE.double()},
+    "eta as a tensor": {"eta": torch.tensor(0.3), "variance_noise": NOISE},
+    "eta as a numpy number": {"eta": np.float32(0.3), "variance_noise": NOISE},
+    "a float for the state": {"sample": 0.5},
+    "an integer state": {"sample": torch.arange(24).reshape(2, 3, 4)},
+    "an output of one number": {"model_output": torch.tensor(0.3, dtype=torch.float64)},
+    "a state and an output of one number": {"model_output": torch.tensor(0.3), "sample": torch.tensor(0.2)},
+}
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])
+@pytest.mark.parametrize("call", CALLS)
+def test_any_call_that_diffusers_takes(call, prediction_type):
+    given = {"model_output": randn((2, 3, 4), 0), "sample": randn((2, 3, 4), 1), "timestep": 500, **CALLS[call]}
+    dtype = given.pop("dtype", torch.float32)
+    if dtype is torch.float16:
+        given |= {name: given[name].to(dtype) for name in ("model_output", "sample")}
+    ours, theirs = pair({"prediction_type": prediction_type})
+    torch.testing.assert_close(
+        ours.step(**given, return_dict=False), theirs.step(**given, return_dict=False), rtol=2e-6, atol=2e-6
+    )
+
+
+def test_an_eta_tensor_that_changes_in_place_or_needs_a_gradient():
+    ours, theirs = pair({})
+    x, output = randn((2, 3, 4), 0), randn((2, 3, 4), 1)
+    eta = torch.tensor(0.3, requires_grad=True)
+    for value in (0.3, 0.8):
+        with torch.no_grad():
+            eta.fill_(value)
+        results = [s.step(output, 500, x, eta=eta, variance_noise=NOISE).prev_sample for s in (ours, theirs)]
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(*(torch.autograd.grad(result.sum(), eta) for result in results))
+
+
+def test_learned_alphas_get_their_gradient():
+    x, output = randn((2, 3, 4), 0), randn((2, 3, 4), 1)
+    gradients = []
+    for scheduler in pair({"limit": {"clip_sample": False}}):
+        scheduler.step(output, 500, x)
+        alphas = scheduler.alphas_cumprod.requires_grad_()
+        (gradient,) = torch.autograd.grad(scheduler.step(output, 500, x).prev_sample.sum(), alphas)
+        gradients.append(gradient)
+    torch.testing.assert_close(*gradients)
+    assert gradients[0][500] != 0
+
+
+TRANSFORMS = {
+    "grad": lambda f: torch.func.grad(lambda x: f(x).square().sum()),
+    "jacrev": torch.func.jacrev,
+    "jacfwd": torch.func.jacfwd,
+    "hessian": lambda f: torch.func.hessian(lambda x: f(x).square().sum()),
+    "jvp": lambda f: lambda x: torch.func.jvp(f, (x,), (x,)),
+    "vmap": torch.vmap,
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_of_functions_are_diffusers(transform):
+    x = randn((2, 3, 2), 0)
+    results = [TRANSFORMS[transform](lambda x, s=s: s.step(x.sin(), 500, x, return_dict=False)[0])(x) for s in pair({})]
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    # And what it has kept is good for a plain step.
+    ours, theirs = pair({})
+    torch.testing.assert_close(ours.step(x, 500, x).prev_sample, theirs.step(x, 500, x).prev_sample)
+
+
+def test_a_trace_by_torch_jit_is_diffusers():
+    output, x = randn((2, 3, 2), 0), randn((2, 3, 2), 1)
+    traced = [torch.jit.trace(lambda o, x, s=s: s.step(o, 500, x, return_dict=False)[0], (output, x)) for s in pair({})]
+    other = randn((2, 3, 2), 2)
+    torch.testing.assert_close(traced[0](output, other), traced[1](output, other))
+
+
+COMPILED = ["set_timesteps", "num_inference_steps", "prediction_type", "register_to_config", "alphas", "alphas' memory",
+            "final_alpha_cumprod", "num_train_timesteps", "thresholding"]  # fmt: skip
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("change", COMPILED)
+def test_a_compiled_step_sees_a_change(change, as_tensor):
+    ours, theirs = pair({})
+    x, output = randn((2, 3, 4), 0), randn((2, 3, 4), 1)
+    torch._dynamo.reset()
+    step = torch.compile(lambda o, t, x: ours.step(o, t, x, return_dict=False), backend="eager", fullgraph=True)
+    for _ in range(2):
+        for t in (500, 9):
+            timestep = torch.tensor(t) if as_tensor else t
+            expected = theirs.step(output, t, x, return_dict=False)
+            torch.testing.assert_close(step(output, timestep, x), expected, rtol=2e-6, atol=2e-6)
+        for scheduler in (ours, theirs):
+            CHANGES[change](scheduler)
+
+
+def test_a_compiled_step_sees_a_patch():
+    ours, theirs = pair({})
+    x, output = randn((2, 3, 4), 0), randn((2, 3, 4), 1)
+    torch._dynamo.reset()
+    step = torch.compile(lambda o, x: ours.step(o, 500, x, 0.5, variance_noise=NOISE)[0], backend="eager")
+    for _ in range(2):
+        expected = theirs.step(output, 500, x, 0.5, variance_noise=NOISE)[0]
+        torch.testing.assert_close(step(output, x), expected, rtol=2e-6, atol=2e-6)
+        for scheduler in (ours, theirs):
+            CHANGES["a patched variance"](scheduler)
 
 
 def test_threads_may_share_a_scheduler():

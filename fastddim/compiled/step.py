@@ -415,6 +415,7 @@ def is_traced(*tensors: torch.Tensor) -> bool:
         torch.compiler.is_compiling()
         or functorch.maybe_current_level() is not None
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_tracing()
         or not _PLAIN.issuperset(map(type, tensors))
     )
 
