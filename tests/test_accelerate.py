@@ -1030,6 +1030,40 @@ def test_alphas_that_no_configuration_gives_keep_the_pipelines_loop(caplog):
     assert "alphas_cumprod that its configuration does not give" in log_lines(caplog)[0]
 
 
+def test_assigned_attributes_of_a_configuration_are_heeded(caplog):
+    pipe, call = make("sd")
+    first, _ = run(pipe, call)
+    pipe.scheduler.config.prediction_type = "v_prediction"
+    pipe.scheduler.alphas_cumprod.mul_(0.98)
+    pipe.scheduler.num_inference_steps = 3
+    check_same(pipe, call, caplog)
+    assert not torch.allclose(run(pipe, call)[0], first, rtol=1e-3)
+
+
+def small_variance(timestep, prev_timestep):
+    return torch.tensor(1e-6 if prev_timestep >= 0 else 0.0)
+
+
+@pytest.mark.parametrize("change", ["variance", "step", "eta", "alphas"])
+def test_a_patched_scheduler_keeps_the_pipelines_loop(change, caplog):
+    pipe, call = make("sd")
+    accelerate(pipe)
+    scheduler = pipe.scheduler
+    call["eta"] = torch.tensor(0.5) if change == "eta" else 0.5
+    if change == "variance":
+        scheduler._get_variance = small_variance
+    elif change == "step":
+        own = scheduler.step
+        scheduler.step = lambda *args, **kwargs: own(*args, **{**kwargs, "eta": 0.0})
+    elif change == "alphas":
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.numpy()
+    expected, drawn = run(unaccelerate(copy.copy(pipe)), call)
+    assert run(pipe, call) == (pytest.approx(expected, abs=0), drawn)
+    (line,) = log_lines(caplog)
+    said = {"step": "with a step of its own", "eta": "eta is no number"}
+    assert said.get(change, "that diffusers' own step alone takes") in line
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
 def test_gamma_is_what_the_pipeline_calls_eta(gamma, caplog):
     pipe, call = make("sd")

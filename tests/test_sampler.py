@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastddim import DDIMConfig, DDIMScheduler, Sampler, SamplerOptions, Schedule, load_pipeline
+from fastddim import DDIMConfig, DDIMScheduler, DynamicThreshold, Sampler, SamplerOptions, Schedule, load_pipeline
 from fastddim.noise import STREAM_INITIAL, normal_numpy
 from oracle import ddim, guide
 
@@ -402,3 +402,25 @@ def test_a_subclass_keeps_attributes_of_its_own_and_its_class():
         del sampler.eta
     del sampler.name
     assert not hasattr(sampler, "name")
+
+
+def test_a_schedulers_assigned_attributes_are_heeded():
+    scheduler = diffusers.DDIMScheduler()
+    scheduler.config.prediction_type = "v_prediction"
+    scheduler.config.clip_sample_range = 0.3
+    samplers = [Sampler(lambda x, t: 0.5 * x, each, 4, sample_shape=(3,)) for each in (
+        scheduler, diffusers.DDIMScheduler(prediction_type="v_prediction", clip_sample_range=0.3))]  # fmt: skip
+    assert torch.equal(*(sampler(2, seeds=0) for sampler in samplers))
+
+
+@pytest.mark.parametrize("graph", ["off", "step"])
+@pytest.mark.parametrize("options", [{"eta": 0.5}, {"limit": DynamicThreshold(0.9, 2.0)}, {"method": "dpmsolver++"}])
+def test_another_default_device_changes_nothing(graph, options):
+    def sample():
+        sampler = Sampler(lambda x, t: 0.5 * x, DDIMConfig(), 4, sample_shape=(3, 5), graph=graph, **options)
+        # The second run is captured.
+        return [sampler(2, seeds=7) for _ in range(2)]
+
+    expected = sample()
+    with torch.device("meta"):
+        assert all(map(torch.equal, sample(), expected))

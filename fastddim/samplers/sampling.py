@@ -157,6 +157,8 @@ def read_scheduler(scheduler: Any, method: str = "auto", argument: str = "schedu
             f"{argument}: {type(scheduler).__name__}; pass a fastddim Schedule, a DDIMConfig, a diffusers scheduler or a"
             " StepTable"
         )
+    # diffusers' own code reads attributes, which can be assigned without the items.
+    config = {**config, **{name: value for name, value in getattr(config, "__dict__", {}).items() if name in config}}
     bases = [base.__name__ for base in type(scheduler).__mro__]
     # What is none of diffusers' has a configuration that DDIM can take.
     known = [name for name, found in METHODS.items() if set(bases) & set(found.schedulers)]
