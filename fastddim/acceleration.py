@@ -197,11 +197,11 @@ class _Stepper:
 
     Args:
         view: what the pipeline sees of it.
-        by_table: whether a table has its steps; otherwise its own `step` takes them.
+        unknown: why no table has its steps, after "is", so that its own `step` takes them; None where one has.
     """
 
-    def __init__(self, view: Any, by_table: bool) -> None:
-        self.view, self.by_table = view, by_table
+    def __init__(self, view: Any, unknown: str | None) -> None:
+        self.view, self.unknown = view, unknown
         self.timesteps: list[float] = []
         self._method: _Method | None = None
         self._next = -1
@@ -418,19 +418,16 @@ class _Call:
         return next((original for view, original in self._views.values() if view is value), value)
 
     def _view_scheduler(self, scheduler: Any) -> Any:
-        unknown = _unknown_scheduler(scheduler)
-        if unknown is not None and hasattr(scheduler, "step"):
-            self._acceleration.log_once(self._name, f"the steps are its scheduler's own, as it is {unknown}")
         kind: Any = type(scheduler)
         view = _view(scheduler, _stepped_scheduler_of(kind))
-        self._steppers[id(view)] = _Stepper(view, unknown is None)
+        self._steppers[id(view)] = _Stepper(view, _unknown_scheduler(scheduler))
         return view
 
     def set_timesteps(self, view: Any, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The scheduler's own, which begins a run."""
         self._in_run, self._segment = True, None
         stepper = self._steppers[id(view)]
-        if not stepper.by_table:
+        if stepper.unknown is not None:
             return own(*args, **kwargs)
         given = inspect.signature(own).bind(*args, **kwargs)
         # On the pipeline's device they would have to be read back.
@@ -449,11 +446,16 @@ class _Call:
         calls = self._acceleration.calls_of(model) if self._acceleration.options.hoist else None
         apart = None if calls is None else calls.take_apart(args, kwargs, self._number)
         function, given, named = (model, args, kwargs) if apart is None else (*apart, {})
+        root = self._acceleration.root(_device_of(model))
         if not self._is_captured(model):
+            result = function(*given, **named)
+        elif function in root.outlived:
+            reason = f"its {type(model).__name__} is not captured: what it gives is used after the step"
+            self._acceleration.log_once(self._name, reason)
             result = function(*given, **named)
         else:
             if self._segment is None:
-                self._segment = Segment(self._acceleration.root(_device_of(model)))
+                self._segment = Segment(root)
             result = self._segment.call(function, given, named)
         if calls is None:
             return result
@@ -480,7 +482,9 @@ class _Call:
         output, sample = options.get("model_output"), options.get("sample")
         stepper = self._steppers[id(view)]
         found = None
-        if stepper.by_table and isinstance(output, torch.Tensor) and isinstance(sample, torch.Tensor):
+        if stepper.unknown is not None:
+            self._acceleration.log_once(self._name, f"the steps are its scheduler's own, as it is {stepper.unknown}")
+        elif isinstance(output, torch.Tensor) and isinstance(sample, torch.Tensor):
             found = stepper.find(options["timestep"], options)
         if found is None:
             if isinstance(output, Deferred):
@@ -494,6 +498,7 @@ class _Call:
         self._number = method.first + row + 1
         self._in_run = self._number < len(stepper.timesteps)
         noise = options.get("variance_noise") if method.draws[row] else None
+        noise = None if noise is None else real(noise)
         if noise is None and any(method.draws):
             # A step without takes none, but is one of the same kind.
             drawn = method.draws[row]
@@ -516,10 +521,14 @@ class _Call:
         """The step's next state and x0, or without `work` the model's output."""
         backend = self._acceleration.options.backend
         results = None
-        if isinstance(output, Deferred) and output.segment is segment and segment.end():
-            results = self._try_replay(segment, output.ref, work, backend)
-        if results is not None:
-            return results
+        if isinstance(output, Deferred) and output.segment is segment:
+            if segment.end():
+                results = self._try_replay(segment, output.ref, work, backend)
+            else:
+                self._acceleration.log_once(self._name, f"its steps are launched one by one: {segment.reason}")
+            if results is not None:
+                return results
+            output = segment.value(output.ref)
         output = real(output)
         return (output,) if work is None else work.take(backend, output)
 

@@ -53,11 +53,15 @@ class Node(NamedTuple):
     leaves: list[Any]
     structure: pytree.TreeSpec
 
-    def __call__(self, value_of: Callable[[Ref], torch.Tensor]) -> list[Any]:
-        """The leaves of its result."""
+    def result(self, value_of: Callable[[Ref], torch.Tensor]) -> Any:
+        """What it returns, given the data of its tensors."""
         leaves = [value_of(leaf) if isinstance(leaf, Ref) else leaf for leaf in self.leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self.structure)
-        return pytree.tree_leaves(self.function(*args, **kwargs))
+        return self.function(*args, **kwargs)
+
+    def __call__(self, value_of: Callable[[Ref], torch.Tensor]) -> list[Any]:
+        """The leaves of its result."""
+        return pytree.tree_leaves(self.result(value_of))
 
 
 class Place:
@@ -68,6 +72,8 @@ class Place:
         self.children: dict[Hashable, Place] = {}
         # Products with a number of which there was another one: kinds of such operations.
         self.scalings: set[Hashable] = set()
+        # Where a segment begins: what it has called whose results were read after its end.
+        self.outlived: set[Any] = set()
 
     @classmethod
     def after(cls, result: Any) -> Place | None:
@@ -92,15 +98,19 @@ class Segment:
 
     Args:
         root: where it begins: what it knows.
+
+    Attributes:
+        reason: why what came later was not put off; None while it is.
     """
 
     def __init__(self, root: Place) -> None:
-        self.place = root
+        self._root = self.place = root
         self.nodes: list[Node] = []
         self.inputs: list[torch.Tensor] = []
         self._places: dict[int, int] = {}
-        self._values: list[list[Any]] = []
+        self._values: dict[int, list[Any]] = {}
         self._open = True
+        self.reason: str | None = None
 
     def call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The result of `function(*args, **kwargs)`, with deferred tensors where it is one of a segment that goes on."""
@@ -126,19 +136,19 @@ class Segment:
             if len(self.place.children) >= _MOST_CHILDREN:
                 return self._call_now(function, leaves, structure)
             self._catch_up()
-            result = function(*_real(args), **_real(kwargs))
+            result = node.result(self.value)
             child = Place.after(result)
             if child is None:
-                self.close()
+                self.close(f"{_name_of(function)} returns something else than tensors")
                 return result
             child = self.place.children.setdefault(key, child)
-            self._values.append(pytree.tree_leaves(result))
+            self._values[len(self.nodes)] = pytree.tree_leaves(result)
         self.nodes.append(node)
         self.place = child
         return child.defer(self, len(self.nodes) - 1)
 
     def _call_now(self, function: Callable[..., Any], leaves: list[Any], structure: Any) -> Any:
-        self.close()
+        self.close(f"its own code calls {_name_of(function)} before the scheduler's step")
         args, kwargs = pytree.tree_unflatten(list(map(_value, leaves)), structure)
         return function(*args, **kwargs)
 
@@ -159,30 +169,39 @@ class Segment:
         return leaf, (type(leaf), repr(leaf) if isinstance(leaf, float) else leaf)
 
     def value(self, ref: Ref) -> torch.Tensor:
-        """A tensor's data: everything that was put off is done."""
+        """A tensor's data: what was put off of it is done."""
         if ref.node is None:
             return self.inputs[ref.output]
-        self._catch_up()
+        for index in [] if ref.node in self._values else self.needed(ref):
+            self._do(index)
         value: torch.Tensor = self._values[ref.node][ref.output]
         return value
 
-    def _catch_up(self) -> None:
-        while len(self._values) < len(self.nodes):
-            self._values.append(self.nodes[len(self._values)](self._known))
+    def read(self, ref: Ref) -> torch.Tensor:
+        """A tensor's data, for the pipeline's own code."""
+        if self.reason is None and not self._open:
+            self._root.outlived.update(self.nodes[index].function for index in self.needed(ref))
+        self.close("its own code reads what a model gives before the scheduler's step")
+        return self.value(ref)
 
-    def _known(self, ref: Ref) -> torch.Tensor:
-        value: torch.Tensor = self.inputs[ref.output] if ref.node is None else self._values[ref.node][ref.output]
-        return value
+    def _do(self, index: int) -> None:
+        if index not in self._values:
+            self._values[index] = self.nodes[index](self.value)
+
+    def _catch_up(self) -> None:
+        for index in range(len(self.nodes)):
+            self._do(index)
 
     @property
     def is_done(self) -> bool:
         """Whether everything was done."""
         return len(self._values) == len(self.nodes)
 
-    def close(self) -> None:
+    def close(self, reason: str) -> None:
         """Do what was put off; nothing is from now on."""
-        self._catch_up()
-        self._open = False
+        if self._open:
+            self._catch_up()
+            self._open, self.reason = False, reason
 
     def end(self) -> bool:
         """Let it go without doing what was put off; whether it was still going on."""
@@ -223,7 +242,7 @@ class Deferred(torch.Tensor):
 
     def value(self) -> torch.Tensor:
         """The tensor itself."""
-        return self.segment.value(self.ref)
+        return self.segment.read(self.ref)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -238,7 +257,7 @@ class Deferred(torch.Tensor):
         segments = [leaf.segment for leaf in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(leaf, Deferred)]
         segment = next((each for each in segments if each._open), segments[0])
         if not _repeats(func):
-            segment.close()
+            segment.close(f"its own code calls {func} before the scheduler's step")
         return segment.call(func, args, kwargs)
 
 
@@ -247,6 +266,10 @@ def _repeats(func: Any) -> bool:
     """Whether an operation of torch does the same to the same tensors, changes none of them, and asks nothing of their data."""
     tags = (torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
     return not func._schema.is_mutable and not any(tag in func.tags for tag in tags)
+
+
+def _name_of(function: Any) -> str:
+    return type(function).__name__ if isinstance(function, torch.nn.Module) else str(function)
 
 
 def _value(leaf: Any) -> Any:
