@@ -420,7 +420,8 @@ def make_hunyuan():
 def make_svd():
     unet = network(
         "UNetSpatioTemporalConditionModel", "conv_out", torch.float32, sample_size=8, in_channels=8, out_channels=4,
-        block_out_channels=(32, 64), layers_per_block=1, down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        block_out_channels=(32, 64), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
         up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"), cross_attention_dim=8,
         num_attention_heads=2, projection_class_embeddings_input_dim=12, addition_time_embed_dim=4,
 )  # fmt: skip
