@@ -2,8 +2,8 @@
 
     python scripts/diffusers_pipeline_tests.py CHECKOUT TESTS... [-- pytest arguments]
 
-CHECKOUT is a folder with diffusers' `tests/`, best of the version that is installed; nothing of it is changed or copied. TESTS are
-files and folders in `tests/pipelines`. What passes without `accelerate` has to pass with it. The file is the plugin of both
+CHECKOUT is a folder with diffusers' `tests/`, best of the version that is installed; nothing of it is changed or copied. TESTS
+are files and folders in `tests/pipelines`. What passes without `accelerate` has to pass with it. The file is the plugin of both
 pytests too: nothing is downloaded, small tokenizers and text encoders with random weights take the place of those on the hub.
 """
 
@@ -48,7 +48,7 @@ def accelerate_pipelines() -> None:
             accelerate(self, graph="step")
             return type(self).__call__(self, *args, **kwargs)
 
-        call.accelerates = True  # type: ignore[attr-defined]
+        call.accelerates = True
         kind.__call__ = call
 
     @functools.wraps(register)
@@ -59,7 +59,7 @@ def accelerate_pipelines() -> None:
         register(self, **kwargs)
 
     DiffusionPipeline.register_modules = register_modules
-    acceleration._StaticStep.__call__ = counted  # type: ignore[method-assign]
+    acceleration._StaticStep.__call__ = counted
 
 
 def stand_in() -> None:
