@@ -509,7 +509,8 @@ class _Call:
         previous = None
         if table.looks_back:
             previous = sample.new_zeros(sample.shape) if stepper.previous_x0 is None else stepper.previous_x0
-        dtype = torch.promote_types(sample.dtype, output.dtype)
+        # Schedulers that step through sigmas give the output's dtype.
+        dtype = output.dtype if hasattr(view, "sigmas") else torch.promote_types(sample.dtype, output.dtype)
         work = _Work(sample, table, row, noise, _limit_of(view), previous, dtype)
         x_next, x0 = self._finish(segment, output, work)
         if table.looks_back:
