@@ -203,11 +203,11 @@ def change_scheduler(pipe: Any, k: int, call: dict[str, Any]) -> None:
 # What is run.
 
 
-def controlled(pipeline: str, several: int = 1, **call: Any) -> tuple[Any, dict[str, Any]]:
+def controlled(pipeline: str, several: int = 1, parts: Any = (), **call: Any) -> tuple[Any, dict[str, Any]]:
     is_xl = "XL" in pipeline
     nets = [tiny.controlnet(**(TIME_IDS if is_xl else {})) for _ in range(several)]
     make = sdxl_pipeline if is_xl else text_pipeline
-    parts = {"controlnet": nets[0] if several == 1 else nets}
+    parts = {"controlnet": nets[0] if several == 1 else nets, **dict(parts)}
     pictures = CONTROL if several == 1 else [CONTROL, IMAGE]
     changes = "Img2Img" in pipeline or "Inpaint" in pipeline
     given = {"control_image": pictures, **PICTURES} if changes else {"image": pictures}
@@ -320,6 +320,9 @@ CASES = {
     (f"{SD}PAGPipeline", "adaptive PAG"): case(
         text, f"{SD}PAGPipeline", parts={"pag_applied_layers": "mid"}, pag_adaptive_scale=0.001
     ),
+    (f"{SD}ControlNetPAGPipeline", "PAG and a ControlNet"): case(
+        controlled, f"{SD}ControlNetPAGPipeline", parts={"pag_applied_layers": "mid"}
+    ),
     (f"{XL}PAGPipeline", "PAG"): case(xl, f"{XL}PAGPipeline", parts={"pag_applied_layers": "mid"}),
     (f"{SD}SAGPipeline", "SAG"): case(text, f"{SD}SAGPipeline"),
     (f"{SD}PanoramaPipeline", "two views"): case(text, f"{SD}PanoramaPipeline", height=8, width=16),
@@ -330,10 +333,22 @@ CASES = {
     ("StableUnCLIPImg2ImgPipeline", "image variation"): Case(tiny.make_unclip_img2img),
     ("CycleDiffusionPipeline", "two prompts"): Case(tiny.make_cycle),
     ("MarigoldDepthPipeline", "depth"): Case(tiny.make_marigold),
-    ("AnimateDiffPipeline", "text to video"): Case(tiny.make_animatediff),
+    ("AnimateDiffPipeline", "text to video"): case(tiny.make_animatediff, num_frames=2),
+    ("AnimateDiffVideoToVideoPipeline", "video to video"): case(
+        tiny.make_animatediff, "AnimateDiffVideoToVideoPipeline", video=[IMAGE[0], IMAGE[1]], strength=0.8
+    ),
     ("StableVideoDiffusionPipeline", "image to video"): Case(tiny.make_svd, tolerance=3e-5),
     ("LattePipeline", "text to video"): Case(tiny.make_latte),
     ("AudioLDM2Pipeline", "text to audio"): Case(tiny.make_audioldm2),
+    ("CogVideoXPipeline", "text to video"): Case(tiny.make_cogvideox, tolerance=1e-5),
+    ("WanPipeline", "text to video"): Case(tiny.make_wan, tolerance=1e-5),
+    ("WanPipeline", "a transformer in bfloat16, latents in float32"): Case(
+        lambda: tiny.make_wan(torch.bfloat16), tolerance=0.02
+    ),
+    ("LTXPipeline", "text to video"): Case(tiny.make_ltx, tolerance=1e-5),
+    ("SanaPipeline", "text to image"): Case(tiny.make_sana, tolerance=1e-5),
+    ("AuraFlowPipeline", "text to image"): Case(tiny.make_auraflow, tolerance=1e-5),
+    ("LatentConsistencyModelPipeline", "text to image"): Case(tiny.make_lcm, tolerance=1e-5),
     ("DDIMPipeline", "unconditional"): Case(tiny.make_ddim),
     ("LDMPipeline", "unconditional"): Case(tiny.make_ldm, tolerance=3e-5),
     ("LDMSuperResolutionPipeline", "upscaling"): Case(tiny.make_ldm_super_resolution),

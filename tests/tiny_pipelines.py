@@ -312,7 +312,7 @@ def motion_unet():
 
 def make_animatediff(pipeline="AnimateDiffPipeline", **call):
     embeds = {name: value[:1] for name, value in PROMPT.items()}
-    pipe, call = text_pipeline(pipeline, parts={"motion_adapter": motion_unet()}, num_frames=2, **call)
+    pipe, call = text_pipeline(pipeline, parts={"motion_adapter": motion_unet()}, **call)
     with torch.no_grad():
         # Its last layers start from zeros.
         for parameter in pipe.unet.parameters():
@@ -535,3 +535,77 @@ def make_depth2img():
         depth_map=randn((2, 8, 8), 5),
         strength=0.8,
     )
+
+
+def flow_scheduler():
+    return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
+def make_cogvideox():
+    transformer = network(
+        "CogVideoXTransformer3DModel", "proj_out", num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4,
+        time_embed_dim=2, text_embed_dim=8, num_layers=1, sample_width=4, sample_height=4, sample_frames=5,
+        max_text_seq_length=3,
+    )  # fmt: skip
+    video_vae = network(
+        "AutoencoderKLCogVideoX", down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(2, 2, 2, 2), latent_channels=4, layers_per_block=1, norm_num_groups=2,
+    )  # fmt: skip
+    pipe = assemble("CogVideoXPipeline", transformer=transformer, vae=video_vae, scheduler=scheduler(LATENT, {}))
+    return pipe, {**PROMPT, "height": 32, "width": 32, "num_frames": 5, "output_type": "latent"}
+
+
+def make_wan(dtype=torch.float64):
+    transformer = network(
+        "WanTransformer3DModel", "proj_out", dtype, patch_size=(1, 2, 2), num_attention_heads=1, attention_head_dim=12,
+        in_channels=4, out_channels=4, text_dim=8, freq_dim=16, ffn_dim=8, num_layers=1, rope_max_seq_len=32,
+    )  # fmt: skip
+    video_vae = diffusers.AutoencoderKLWan(base_dim=2, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1).double()
+    pipe = assemble("WanPipeline", transformer=transformer, vae=video_vae, scheduler=flow_scheduler())
+    return pipe, {**PROMPT, "height": 32, "width": 32, "num_frames": 5, "output_type": "latent"}
+
+
+def make_ltx():
+    transformer = network(
+        "LTXVideoTransformer3DModel", "proj_out", in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=4,
+        cross_attention_dim=8, num_layers=1, caption_channels=8,
+    )  # fmt: skip
+    blocks = {f"{name}block_out_channels": (2, 2, 2, 2) for name in ("", "decoder_")}
+    layers = {f"{name}layers_per_block": (1,) * 5 for name in ("", "decoder_")}
+    video_vae = network("AutoencoderKLLTXVideo", latent_channels=8, **blocks, **layers)
+    pipe = assemble("LTXPipeline", transformer=transformer, vae=video_vae, scheduler=flow_scheduler())
+    return pipe, {**PROMPT, **MASKS, "height": 32, "width": 32, "num_frames": 9, "output_type": "latent"}
+
+
+def make_sana():
+    transformer = network(
+        "SanaTransformer2DModel", "proj_out", patch_size=1, in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2,
+        attention_head_dim=4, num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8,
+        caption_channels=8, sample_size=32,
+    )  # fmt: skip
+    blocks = {f"{name}_block_types": ("ResBlock", "ResBlock") for name in ("encoder", "decoder")}
+    channels = {f"{name}_block_out_channels": (8, 8) for name in ("encoder", "decoder")}
+    layers = {"encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1)}
+    scales = {f"{name}_qkv_multiscales": ((), ()) for name in ("encoder", "decoder")}
+    deep_vae = network("AutoencoderDC", latent_channels=4, **blocks, **channels, **layers, **scales)
+    pipe = assemble("SanaPipeline", transformer=transformer, vae=deep_vae, scheduler=flow_scheduler())
+    size = {"height": 32, "width": 32, "use_resolution_binning": False}
+    return pipe, {**PROMPT, **MASKS, **size, "negative_prompt": None, "output_type": "latent"}
+
+
+def make_auraflow():
+    transformer = network(
+        "AuraFlowTransformer2DModel", "proj_out", sample_size=8, patch_size=2, in_channels=4, num_mmdit_layers=1,
+        num_single_dit_layers=1, attention_head_dim=4, num_attention_heads=2, caption_projection_dim=8,
+        joint_attention_dim=8, out_channels=4, pos_embed_max_size=64,
+    )  # fmt: skip
+    pipe = assemble("AuraFlowPipeline", transformer=transformer, vae=vae(), scheduler=flow_scheduler())
+    return pipe, {**PROMPT, **MASKS, "height": 8, "width": 8, "output_type": "latent"}
+
+
+def make_lcm():
+    lcm = diffusers.LCMScheduler.from_config(LATENT)
+    pipe, call = text_pipeline(
+        "LatentConsistencyModelPipeline", text_unet(time_cond_proj_dim=6), {"scheduler": lcm}, guidance_scale=4.0
+    )
+    return pipe, {name: value for name, value in call.items() if name != "negative_prompt_embeds"}
