@@ -161,13 +161,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkout", type=Path, help="a folder with diffusers' tests/")
     parser.add_argument("tests", nargs="+", help="files and folders in tests/pipelines")
-    given, _, rest = " ".join(sys.argv[1:]).partition(" -- ")
-    options = parser.parse_args(given.split())
+    arguments = [*sys.argv[1:], "--"]
+    at = arguments.index("--")
+    options, rest = parser.parse_args(arguments[:at]), arguments[at + 1 : -1]
     tests = options.checkout.resolve() / "tests"
     for name in options.tests:
         if not (tests / "pipelines" / name).exists():
             parser.error(f"tests: {tests / 'pipelines' / name} is missing; pass the root of a checkout of diffusers")
-    own, ours = (run(tests, options.tests, rest.split(), accelerated) for accelerated in (False, True))
+    own, ours = (run(tests, options.tests, rest, accelerated) for accelerated in (False, True))
     for title, outcomes in (("as they are", own), ("accelerated", ours)):
         counts = {kind: list(outcomes.values()).count(kind) for kind in ("passed", "failed", "skipped")}
         print(f"{title}: " + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
