@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import sys
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -19,7 +20,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch.utils import _pytree as pytree
 
@@ -36,7 +37,7 @@ from fastddim.sampler_options import SamplerOptions
 from fastddim.samplers import METHODS, Steps
 from fastddim.samplers.sampling import read_scheduler
 from fastddim.schedule import Schedule
-from fastddim.scheduler import DDIMScheduler, DDIMSchedulerOutput
+from fastddim.scheduler import DDIMScheduler
 from fastddim.scheduler_rows import FORWARD, RowCache, has_rows
 from fastddim.step import Guidance, StepOptions
 
@@ -47,6 +48,23 @@ P = TypeVar("P", bound=DiffusionPipeline)
 # Columns of a table, by what they multiply or give.
 _OF_STATE = [StepCoefficients._fields.index(name) for name in ("x0_from_x", "next_from_x")]
 _OF_NEXT = [index for index, name in enumerate(StepCoefficients._fields) if name.startswith(("next_", "noise_"))]
+
+# Arguments of a step that a table's rows heed.
+_KNOWN = frozenset(
+    {
+        "model_output",
+        "timestep",
+        "sample",
+        "eta",
+        "use_clipped_model_output",
+        "generator",
+        "variance_noise",
+        "return_dict",
+    }
+)
+# Schedulers whose step returns the next state alone, and those that return what they have noised.
+_WITHOUT_X0 = (diffusers.DPMSolverMultistepScheduler, diffusers.FlowMatchEulerDiscreteScheduler)
+_RENOISING = (diffusers.LCMScheduler, diffusers.TCDScheduler)
 
 
 class _Acceleration:
@@ -116,22 +134,31 @@ def _view(original: Any, cls: type) -> Any:
     return view
 
 
-class _CalledModel:
-    """Mixed into the class of a model's view, whose calls the pipeline's call gets."""
+class _View:
+    """Mixed into the class of a member of the pipeline: with its very members, within a call of the pipeline."""
 
-    __slots__ = ("_call", "_model")
+    __slots__ = ("_call", "_original")
     _call: _Call
-    _model: Any
+    _original: Any
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A copy is one of the member itself.
+        return self._original.__reduce_ex__(protocol)
+
+
+class _CalledModel(_View):
+    """A model whose calls the pipeline's call gets."""
+
+    __slots__ = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call.call_model(self._model, args, kwargs)
+        return self._call.call_model(self._original, args, kwargs)
 
 
-class _SteppedScheduler:
-    """Mixed into the class of a scheduler's view, whose steps the pipeline's call takes."""
+class _SteppedScheduler(_View):
+    """A scheduler whose steps the pipeline's call takes."""
 
-    __slots__ = ("_call",)
-    _call: _Call
+    __slots__ = ()
 
 
 @functools.cache
@@ -200,11 +227,11 @@ class _Stepper:
 
     Args:
         view: what the pipeline sees of it.
-        by_table: whether a table has its steps; otherwise its own `step` takes them.
+        unknown: why no table has its steps, after "is", so that its own `step` takes them; None where one has.
     """
 
-    def __init__(self, view: Any, by_table: bool) -> None:
-        self.view, self.by_table = view, by_table
+    def __init__(self, view: Any, unknown: str | None) -> None:
+        self.view, self.unknown = view, unknown
         self.timesteps: list[float] = []
         self._method: _Method | None = None
         self._next = -1
@@ -423,31 +450,28 @@ class _Call:
         elif isinstance(value, torch.nn.Module):
             kind: Any = type(value)
             view = _view(value, _called_model_of(kind))
-            object.__setattr__(view, "_model", value)
         else:
             return value
         object.__setattr__(view, "_call", self)
+        object.__setattr__(view, "_original", value)
         self._views[id(value)] = view, value
         return view
 
     def unsee(self, value: Any) -> Any:
         """The member that the pipeline's code sees as `value`."""
-        return next((original for view, original in self._views.values() if view is value), value)
+        return value._original if isinstance(value, _View) else value
 
     def _view_scheduler(self, scheduler: Any) -> Any:
-        unknown = _unknown_scheduler(scheduler)
-        if unknown is not None and hasattr(scheduler, "step"):
-            self._acceleration.log_once(self._name, f"the steps are its scheduler's own, as it is {unknown}")
         kind: Any = type(scheduler)
         view = _view(scheduler, _stepped_scheduler_of(kind))
-        self._steppers[id(view)] = _Stepper(view, unknown is None)
+        self._steppers[id(view)] = _Stepper(view, _unknown_scheduler(scheduler))
         return view
 
     def set_timesteps(self, view: Any, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The scheduler's own, which begins a run."""
         self._in_run, self._segment = True, None
         stepper = self._steppers[id(view)]
-        if not stepper.by_table:
+        if stepper.unknown is not None:
             return own(*args, **kwargs)
         given = inspect.signature(own).bind(*args, **kwargs)
         # On the pipeline's device they would have to be read back.
@@ -466,11 +490,17 @@ class _Call:
         calls = self._acceleration.calls_of(model) if self._acceleration.options.hoist else None
         apart = None if calls is None else calls.take_apart(args, kwargs, self._number)
         function, given, named = (model, args, kwargs) if apart is None else (*apart, {})
+        root = self._acceleration.root(_device_of(model))
         if not self._is_captured(model):
+            result = function(*given, **named)
+        elif function in root.refused:
+            self._acceleration.log_once(
+                self._name, f"its {type(model).__name__} is not captured: {root.refused[function]}"
+            )
             result = function(*given, **named)
         else:
             if self._segment is None:
-                self._segment = Segment(self._acceleration.root(_device_of(model)))
+                self._segment = Segment(root)
             result = self._segment.call(function, given, named)
         if calls is None:
             return result
@@ -494,20 +524,23 @@ class _Call:
         given = inspect.signature(own).bind(*args, **kwargs)
         given.apply_defaults()
         options = {**given.arguments, **given.arguments.get("kwargs", {})}
-        output, sample = options.get("model_output"), options.get("sample")
+        output: Any = options.get("model_output")
+        sample: Any = options.get("sample")
         stepper = self._steppers[id(view)]
         found = None
-        if stepper.by_table and isinstance(output, torch.Tensor) and isinstance(sample, torch.Tensor):
+        if stepper.unknown is not None:
+            self._acceleration.log_once(self._name, f"the steps are its scheduler's own, as it is {stepper.unknown}")
+        elif _is_usual(output, sample, given, own):
             found = stepper.find(options["timestep"], options)
         if found is None:
             args, kwargs = pytree.tree_map(lambda value: self._resolve(segment, value), (args, kwargs))
             return own(*args, **kwargs)
-        assert output is not None and sample is not None
         method, row = found
         sample = real(sample)
         self._number = method.first + row + 1
         self._in_run = self._number < len(stepper.timesteps)
         noise = options.get("variance_noise") if method.draws[row] else None
+        noise = None if noise is None else real(noise)
         if noise is None and any(method.draws):
             # A step without takes none, but is one of the same kind.
             drawn = method.draws[row]
@@ -518,13 +551,18 @@ class _Call:
         previous = None
         if table.looks_back:
             previous = sample.new_zeros(sample.shape) if stepper.previous_x0 is None else stepper.previous_x0
-        dtype = torch.promote_types(sample.dtype, output.dtype)
+        # Schedulers that step through sigmas give the output's dtype.
+        dtype = output.dtype if hasattr(view, "sigmas") else torch.promote_types(sample.dtype, output.dtype)
         work = _Work(sample, table, row, noise, _limit_of(view), previous, dtype)
         x_next, x0 = self._finish(segment, output, work)
         if table.looks_back:
             stepper.previous_x0 = x0
         _advance(view, options["timestep"])
-        return DDIMSchedulerOutput(x_next, x0) if options.get("return_dict", True) else (x_next, x0)
+        if isinstance(view, _RENOISING):
+            # What was noised to the next state, which comes back without a limit's or a boundary's help.
+            scale = table.rows[row].noise_scale
+            x0 = x_next if noise is None or not scale else (x_next - scale * noise) / (1 - scale**2) ** 0.5
+        return _output_of(view, x_next, x0, options.get("return_dict", True))
 
     def _resolve(self, segment: Segment | None, value: Any) -> Any:
         return self._finish(segment, value, None)[0] if isinstance(value, Deferred) else value
@@ -533,10 +571,14 @@ class _Call:
         """The step's next state and x0, or without `work` the model's output."""
         backend = self._acceleration.options.backend
         results = None
-        if isinstance(output, Deferred) and output.segment is segment and segment.end():
-            results = self._try_replay(segment, output.ref, work, backend)
-        if results is not None:
-            return results
+        if isinstance(output, Deferred) and output.segment is segment:
+            if segment.end():
+                results = self._try_replay(segment, output.ref, work, backend)
+            else:
+                self._acceleration.log_once(self._name, f"its steps are launched one by one: {segment.reason}")
+            if results is not None:
+                return results
+            output = segment.value(output.ref)
         output = real(output)
         return (output,) if work is None else work.take(backend, output)
 
@@ -584,6 +626,35 @@ class _Call:
             self._acceleration.log_once(self._name, f"its steps are launched one by one: {reason}")
 
         return captures.use(key, device, build, use, warn)
+
+
+def _is_usual(output: Any, sample: Any, given: inspect.BoundArguments, own: Callable[..., Any]) -> bool:
+    """Whether a step is one of the arguments that tables know, of tensors without gradients."""
+    if not all(isinstance(each, torch.Tensor) and each.is_floating_point() for each in (output, sample)):
+        return False
+    if output.shape != sample.shape or output.device != sample.device or not sample.ndim:
+        return False
+    if torch.is_grad_enabled() and (output.requires_grad or sample.requires_grad):
+        return False
+    timestep = given.arguments.get("timestep")
+    if not (timestep.numel() == 1 if isinstance(timestep, torch.Tensor) else isinstance(timestep, (int, float))):
+        return False
+    parameters = inspect.signature(own).parameters
+    unusual = (
+        name for name, value in given.arguments.items() if name not in _KNOWN and value is not parameters[name].default
+    )
+    both = given.arguments.get("generator") is not None and given.arguments.get("variance_noise") is not None
+    return not both and not any(name != "kwargs" for name in unusual)
+
+
+def _output_of(scheduler: Any, x_next: torch.Tensor, second: torch.Tensor, as_output: bool) -> Any:
+    """What the scheduler's own `step` would return."""
+    results = (x_next,) if isinstance(scheduler, _WITHOUT_X0) else (x_next, second)
+    if not as_output:
+        return results
+    kind = type(scheduler)
+    output = getattr(sys.modules[kind.__module__], f"{kind.__name__}Output", SchedulerOutput)
+    return output(*results)
 
 
 def _difference(ours: torch.Tensor, own: torch.Tensor) -> str | None:

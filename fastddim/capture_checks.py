@@ -126,8 +126,8 @@ class ModelState:
     functions close over.
 
     Weights that change in place need no new capture: it reads the same memory. Dictionaries of numbers, names and the like are
-    compared by what they have, lists by the names in them. Globals are not noticed, nor what changes within others, or within
-    an object that a function closes over.
+    compared by what they have, lists by the names and numbers that they had. Globals are not noticed, nor what changes within
+    others, or within an object that a function closes over.
 
     Args:
         model: a module, or a function, a method, a `functools.partial` or an object that calls some; or a tuple of such.
@@ -204,7 +204,7 @@ class ModelState:
                 and list(map(torch.Tensor.data_ptr, self._tensors.values())) == self._addresses
                 and all(members[name] is value for members, name, value in self._apart)
                 and all(_is_same(_contents(cell), value) for cell, _, value in self._cells)
-                and all(_contained(now) == before for _, now, before in self._containers)
+                and all(_still_has(now, before) for _, now, before in self._containers)
             )
         except (KeyError, RuntimeError, TypeError, ValueError):
             # A name is gone, or something that has come in place of a number compares its elements.
@@ -226,7 +226,7 @@ class ModelState:
         for cell, name, old in self._cells:
             yield from _compare(name, old, _contents(cell))
         for name, container, before in self._containers:
-            if _contained(container) != before:
+            if not _still_has(container, before):
                 yield name, False
         for (name, tensor), address in zip(self._tensors.items(), self._addresses, strict=True):
             if tensor.data_ptr() != address:
@@ -256,8 +256,16 @@ def _is_same(old: Any, new: Any) -> bool:
 
 
 def _contained(container: Any) -> Any:
-    """What matters of a dictionary or a list: of a list its names, as it may be a log of calls."""
-    return dict(container) if isinstance(container, dict) else [value for value in container if isinstance(value, str)]
+    """What matters of a dictionary or a list."""
+    return dict(container) if isinstance(container, dict) else list(filter(_is_plain, container))
+
+
+def _still_has(container: Any, before: Any) -> bool:
+    """Whether a dictionary or a list has what it had; a list may have got more numbers, as it may be a log of calls."""
+    now = _contained(container)
+    if isinstance(container, dict):
+        return bool(now == before)
+    return bool(now[: len(before)] == before) and not any(isinstance(value, str) for value in now[len(before) :])
 
 
 def _is_plain(value: Any) -> bool:

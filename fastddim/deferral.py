@@ -10,7 +10,7 @@ what is captured is what it did, and what it did not do before runs as it is wri
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,11 +53,15 @@ class Node(NamedTuple):
     leaves: list[Any]
     structure: pytree.TreeSpec
 
-    def __call__(self, value_of: Callable[[Ref], torch.Tensor]) -> list[Any]:
-        """The leaves of its result."""
+    def result(self, value_of: Callable[[Ref], torch.Tensor]) -> Any:
+        """What it returns, given the data of its tensors."""
         leaves = [value_of(leaf) if isinstance(leaf, Ref) else leaf for leaf in self.leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self.structure)
-        return pytree.tree_leaves(self.function(*args, **kwargs))
+        return self.function(*args, **kwargs)
+
+    def __call__(self, value_of: Callable[[Ref], torch.Tensor]) -> list[Any]:
+        """The leaves of its result."""
+        return pytree.tree_leaves(self.result(value_of))
 
 
 class Place:
@@ -67,12 +71,14 @@ class Place:
         outputs: what the last operation gave: kinds of tensors, or None.
         children: operations that came next, and where they lead.
         scalings: products with a number of which there was another one: kinds of such operations.
+        refused: where segments begin, the functions that cannot be put off, and why.
     """
 
     def __init__(self, outputs: Sequence[Any] = (), structure: Any = None) -> None:
         self.outputs, self._structure = outputs, structure
         self.children: dict[Hashable, Place] = {}
         self.scalings: set[Hashable] = set()
+        self.refused: dict[Any, str] = {}
 
     @classmethod
     def after(cls, result: Any) -> Place | None:
@@ -97,16 +103,21 @@ class Segment:
 
     Args:
         root: where it begins: what it knows.
+
+    Attributes:
+        reason: why what came later was not put off; None while it is.
     """
 
     def __init__(self, root: Place) -> None:
-        self.place = root
+        self._root = self.place = root
         self.nodes: list[Node] = []
         self.inputs: list[torch.Tensor] = []
+        self._versions: list[int] = []
         self._places: dict[int, int] = {}
         self._outputs: list[Sequence[Any]] = []
-        self._values: list[list[Any]] = []
+        self._values: dict[int, list[Any]] = {}
         self._open = True
+        self.reason: str | None = None
 
     def call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The result of `function(*args, **kwargs)`, with deferred tensors where it is one of a segment that goes on."""
@@ -132,20 +143,20 @@ class Segment:
             if len(self.place.children) >= _MOST_CHILDREN:
                 return self._call_now(function, leaves, structure)
             self._catch_up()
-            result = function(*_real(args), **_real(kwargs))
+            result = node.result(self.value)
             child = Place.after(result)
             if child is None:
-                self.close()
+                self.close(f"{_name_of(function)} returns something else than tensors")
                 return result
             child = self.place.children.setdefault(key, child)
-            self._values.append(pytree.tree_leaves(result))
+            self._values[len(self.nodes)] = pytree.tree_leaves(result)
         self.nodes.append(node)
         self._outputs.append(child.outputs)
         self.place = child
         return child.defer(self, len(self.nodes) - 1)
 
     def _call_now(self, function: Callable[..., Any], leaves: list[Any], structure: Any) -> Any:
-        self.close()
+        self.close(f"its own code calls {_name_of(function)} before the scheduler's step")
         args, kwargs = pytree.tree_unflatten(list(map(_value, leaves)), structure)
         return function(*args, **kwargs)
 
@@ -159,6 +170,7 @@ class Segment:
             index = self._places.setdefault(id(leaf), len(self.inputs))
             if index == len(self.inputs):
                 self.inputs.append(leaf)
+                self._versions.append(version(leaf))
             return Ref(None, index), (index, *_Kind.of(leaf), isinstance(leaf, torch.nn.Parameter))
         if not isinstance(leaf, _PLAIN):
             raise TypeError(f"{type(leaf).__name__}")
@@ -166,10 +178,11 @@ class Segment:
         return leaf, (type(leaf), repr(leaf) if isinstance(leaf, float) else leaf)
 
     def value(self, ref: Ref) -> torch.Tensor:
-        """A tensor's data: everything that was put off is done."""
+        """A tensor's data: what was put off of it is done."""
         if ref.node is None:
             return self.inputs[ref.output]
-        self._catch_up()
+        for index in [] if ref.node in self._values else self.needed(ref):
+            self._do(index)
         value: torch.Tensor = self._values[ref.node][ref.output]
         return value
 
@@ -178,28 +191,45 @@ class Segment:
         shape: torch.Size = (self.inputs if ref.node is None else self._outputs[ref.node])[ref.output].shape
         return shape
 
-    def _catch_up(self) -> None:
-        while len(self._values) < len(self.nodes):
-            self._values.append(self.nodes[len(self._values)](self._known))
+    def read(self, ref: Ref) -> torch.Tensor:
+        """A tensor's data, for the pipeline's own code."""
+        if self.reason is None and not self._open:
+            self._refuse(self.needed(ref), "what it gives is used after the step")
+        self.close("its own code reads what a model gives before the scheduler's step")
+        return self.value(ref)
 
-    def _known(self, ref: Ref) -> torch.Tensor:
-        value: torch.Tensor = self.inputs[ref.output] if ref.node is None else self._values[ref.node][ref.output]
-        return value
+    def _do(self, index: int) -> None:
+        if index not in self._values:
+            self._values[index] = self.nodes[index](self.value)
+
+    def _catch_up(self) -> None:
+        for index in range(len(self.nodes)):
+            self._do(index)
 
     @property
     def is_done(self) -> bool:
         """Whether everything was done."""
         return len(self._values) == len(self.nodes)
 
-    def close(self) -> None:
+    def close(self, reason: str) -> None:
         """Do what was put off; nothing is from now on."""
-        self._catch_up()
-        self._open = False
+        if self._open:
+            self._catch_up()
+            self._open, self.reason = False, reason
 
     def end(self) -> bool:
-        """Let it go without doing what was put off; whether it was still going on."""
+        """Let it go without doing what was put off; whether it was still going on.
+
+        What was written to since it was given has to be seen while everything is done at once, as it is the first time.
+        """
         was_open, self._open = self._open, False
+        if list(map(version, self.inputs)) != self._versions:
+            self._refuse(range(len(self.nodes)), "what it is called with is written to before the step")
+            return False
         return was_open
+
+    def _refuse(self, nodes: Iterable[int], reason: str) -> None:
+        self._root.refused.update((self.nodes[index].function, reason) for index in nodes)
 
     def needed(self, ref: Ref) -> list[int]:
         """The operations that a tensor needs, in order."""
@@ -272,7 +302,7 @@ class Deferred(torch.Tensor):
 
     def value(self) -> torch.Tensor:
         """The tensor itself."""
-        return self.segment.value(self.ref)
+        return self.segment.read(self.ref)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -287,7 +317,7 @@ class Deferred(torch.Tensor):
         segments = [leaf.segment for leaf in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(leaf, Deferred)]
         segment = next((each for each in segments if each._open), segments[0])
         if not _repeats(func):
-            segment.close()
+            segment.close(f"its own code calls {func} before the scheduler's step")
         return segment.call(func, args, kwargs)
 
 
@@ -296,6 +326,15 @@ def _repeats(func: Any) -> bool:
     """Whether an operation of torch does the same to the same tensors, changes none of them, and asks nothing of their data."""
     tags = (torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
     return not func._schema.is_mutable and not any(tag in func.tags for tag in tags)
+
+
+def _name_of(function: Any) -> str:
+    return type(function).__name__ if isinstance(function, torch.nn.Module) else str(function)
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to; one of inference mode does not count."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _value(leaf: Any) -> Any:

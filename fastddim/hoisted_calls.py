@@ -16,7 +16,7 @@ import torch
 from diffusers.utils import BaseOutput
 from torch.utils import _pytree as pytree
 
-from fastddim.deferral import Deferred
+from fastddim.deferral import Deferred, version
 from fastddim.hoisting import Hoisted, HoistedModel
 from fastddim.model_call import Hoister
 
@@ -135,7 +135,7 @@ class HoistedCalls:
         return timesteps if divisor == 1 else timesteps / divisor
 
     def _prepare(self, parts: HoistedModel, t: torch.Tensor, tensors: list[torch.Tensor]) -> Hoisted | None:
-        self._conditions = [(weakref.ref(tensor), _version(tensor)) for tensor in tensors]
+        self._conditions = [(weakref.ref(tensor), version(tensor)) for tensor in tensors]
         if not self._divisor:
             return None
         self._called = self._divided(t.dtype, self._divisor)
@@ -145,16 +145,11 @@ class HoistedCalls:
 
     def _are_the_same(self, tensors: list[torch.Tensor]) -> bool:
         return len(tensors) == len(self._conditions) and all(
-            kept() is tensor and version == _version(tensor)
-            for (kept, version), tensor in zip(self._conditions, tensors, strict=True)
+            kept() is tensor and written == version(tensor)
+            for (kept, written), tensor in zip(self._conditions, tensors, strict=True)
         )
 
     @staticmethod
     def wrap(prediction: torch.Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The prediction as the model itself would return it."""
         return _Output(sample=prediction) if kwargs.get("return_dict", True) else (prediction,)
-
-
-def _version(tensor: torch.Tensor) -> int:
-    # One of inference mode has none.
-    return -1 if tensor.is_inference() else tensor._version

@@ -18,7 +18,19 @@ from diffusers.models.attention_processor import AttnProcessor
 import fastddim
 from fastddim import accelerate, acceleration, unaccelerate
 from fastddim.scheduler_rows import Original, StepRows
-from unets import small_unet
+from tiny_pipelines import (
+    LATENT,
+    MAKERS,
+    TEXT,
+    WITH_ETA,
+    make,
+    make_flux,
+    make_sd,
+    make_sd3,
+    make_sdxl,
+    randn,
+    text_unet,
+)
 
 GRAPHS = ("off", "step")
 # Its unconditional pipelines give arrays for "pt".
@@ -35,166 +47,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def randn(shape, seed):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def tamed(model, last):
-    """Random weights whose loop is no chaos, in float64: what is compared is the loop, not how rounding grows."""
-    with torch.no_grad():
-        last(model).weight.mul_(0.1)
-    return model.double().eval()
-
-
-@functools.cache
-def image_unet(num_class_embeds=None):
-    torch.manual_seed(0)
-    unet = small_unet(True, in_channels=3, out_channels=3, attention_head_dim=8, num_class_embeds=num_class_embeds)
-    return tamed(unet, lambda model: model.conv_out)
-
-
-@functools.cache
-def text_unet(seed=0, **options):
-    torch.manual_seed(seed)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=8,
-        attention_head_dim=4,
-        **options,
-    )
-    return tamed(unet, lambda model: model.conv_out)
-
-
-@functools.cache
-def transformer(out_channels):
-    torch.manual_seed(0)
-    model = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=4,
-        in_channels=4,
-        out_channels=out_channels,
-        num_layers=1,
-        sample_size=8,
-    )
-    return tamed(model, lambda model: model.proj_out_2)
-
-
-@functools.cache
-def vae():
-    torch.manual_seed(0)
-    return diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8).double().eval()
-
-
-def scheduler(defaults, options):
-    return diffusers.DDIMScheduler(**{**defaults, **options})
-
-
-LATENT = {"clip_sample": False, "beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1}
-PROMPT = {"prompt_embeds": randn((2, 3, 8), 0), "negative_prompt_embeds": randn((2, 3, 8), 1)}
-POOLED = {"pooled_prompt_embeds": randn((2, 8), 2), "negative_pooled_prompt_embeds": randn((2, 8), 3)}
-PICTURES = {"image": randn((2, 3, 8, 8), 4).sigmoid(), "strength": 0.6}
-
-
-def make_ddim(**options):
-    return diffusers.DDIMPipeline(image_unet(), scheduler({}, options)), {"batch_size": 2, "output_type": "pt"}
-
-
-def make_ours(**options):
-    pipe = fastddim.DDIMPipeline(image_unet(5), scheduler({}, options))
-    return pipe, {"batch_size": 2, "output_type": "pt", "class_labels": [0, 3]}
-
-
-def make_dit(out_channels=8, **options):
-    pipe = diffusers.DiTPipeline(transformer(out_channels), vae(), scheduler({"clip_sample": False}, options))
-    return pipe, {"class_labels": [1, 7], "output_type": "pt"}
-
-
-def make_sd(pipeline=diffusers.StableDiffusionPipeline, extra=(), unet=None, **options):
-    parts = (vae(), None, None, unet or text_unet(), scheduler(LATENT, options), None, None)
-    pipe = pipeline(*parts, requires_safety_checker=False)
-    return pipe, {**PROMPT, "output_type": "latent", **dict(extra)}
-
-
-def make_sd_img2img(**options):
-    return make_sd(diffusers.StableDiffusionImg2ImgPipeline, PICTURES, **options)
-
-
-def make_sdxl(pipeline=diffusers.StableDiffusionXLPipeline, extra=(), **options):
-    unet = text_unet(
-        addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=4 * 6 + 8
-    )
-    parts = (vae(), None, None, None, None, unet, scheduler(LATENT, options))
-    return pipeline(*parts, add_watermarker=False), {**PROMPT, **POOLED, "output_type": "latent", **dict(extra)}
-
-
-def make_sdxl_img2img(**options):
-    # One time id fewer than a refiner's.
-    pipe, call = make_sdxl(diffusers.StableDiffusionXLImg2ImgPipeline, PICTURES, **options)
-    pipe.register_to_config(requires_aesthetics_score=False)
-    return pipe, call
-
-
-@functools.cache
-def sd3_transformer():
-    torch.manual_seed(0)
-    model = diffusers.SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=4,
-        num_attention_heads=2, caption_projection_dim=8, joint_attention_dim=8, pooled_projection_dim=8,
-        pos_embed_max_size=8,
-    )  # fmt: skip
-    return tamed(model, lambda model: model.proj_out)
-
-
-@functools.cache
-def flux_transformer():
-    torch.manual_seed(0)
-    model = diffusers.FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4), guidance_embeds=True,
-    )  # fmt: skip
-    return tamed(model, lambda model: model.proj_out)
-
-
-def make_sd3():
-    pipe = diffusers.StableDiffusion3Pipeline(
-        sd3_transformer(), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae(), *[None] * 6
-    )
-    return pipe, {**PROMPT, **POOLED, "height": 8, "width": 8, "output_type": "latent"}
-
-
-def make_flux():
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    pipe = diffusers.FluxPipeline(scheduler, vae(), None, None, None, None, flux_transformer())
-    embeds = {
-        name: PROMPT[name] if name in PROMPT else POOLED[name] for name in ("prompt_embeds", "pooled_prompt_embeds")
-    }
-    return pipe, {**embeds, "height": 16, "width": 16, "output_type": "latent"}
-
-
-MAKERS = {
-    "ddim": make_ddim,
-    "ours": make_ours,
-    "sd": make_sd,
-    "sd_img2img": make_sd_img2img,
-    "sdxl": make_sdxl,
-    "sdxl_img2img": make_sdxl_img2img,
-    "dit": make_dit,
-}
-TEXT = ("sd", "sd_img2img", "sdxl", "sdxl_img2img")
-WITH_ETA = ("ddim", "ours", *TEXT)
-
-
-def make(name, **options):
-    pipe, call = MAKERS[name](**options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe, {"num_inference_steps": 4, **call}
 
 
 def denoiser(pipe):
@@ -630,6 +482,24 @@ class CountingProcessor(AttnProcessor):
         return super().__call__(attn, hidden_states, *args, **kwargs) * (1 + self.calls % 2)
 
 
+def test_members_may_be_copied_and_set_within_a_call():
+    pipe, call = make("sd")
+    copies = []
+
+    def look(pipe, step, timestep, tensors):
+        copies.append((copy.deepcopy(pipe.scheduler), copy.copy(pipe.unet)))
+        pipe.unet = pipe.unet
+        pipe.scheduler = pipe.scheduler
+        return tensors
+
+    own = pipe.unet, pipe.scheduler
+    run(accelerate(pipe, graph="step"), {**call, "callback_on_step_end": look})
+    assert (pipe.unet, pipe.scheduler) == own
+    for scheduler, unet in copies:
+        assert type(scheduler) is diffusers.DDIMScheduler and type(unet) is diffusers.UNet2DConditionModel
+        assert scheduler.config == pipe.scheduler.config
+
+
 def test_a_model_that_counts_its_calls_is_told_and_not_frozen(caplog):
     pipe, call = make("sd")
     results = []
@@ -1045,7 +915,7 @@ def small_variance(timestep, prev_timestep):
 
 
 @pytest.mark.parametrize("change", ["variance", "step", "eta", "alphas"])
-def test_a_patched_scheduler_keeps_the_pipelines_loop(change, caplog):
+def test_a_changed_scheduler_keeps_its_own_steps(change, caplog):
     pipe, call = make("sd")
     accelerate(pipe)
     scheduler = pipe.scheduler
@@ -1059,9 +929,10 @@ def test_a_patched_scheduler_keeps_the_pipelines_loop(change, caplog):
         scheduler.alphas_cumprod = scheduler.alphas_cumprod.numpy()
     expected, drawn = run(unaccelerate(copy.copy(pipe)), call)
     assert run(pipe, call) == (pytest.approx(expected, abs=0), drawn)
-    (line,) = log_lines(caplog)
-    said = {"step": "with a step of its own", "eta": "eta is no number"}
-    assert said.get(change, "that diffusers' own step alone takes") in line
+    said = {"step": "whose step was replaced", "variance": "whose _get_variance was replaced",
+            "alphas": "that diffusers' own step alone takes"}  # fmt: skip
+    assert [line for line in log_lines(caplog) if said.get(change, "") not in line] == []
+    assert len(log_lines(caplog)) == (change != "eta")
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
@@ -1097,6 +968,34 @@ def test_other_schedulers_take_their_own_steps_over_captured_calls(scheduler, sa
         assert torch.equal(run(pipe, call)[0], expected)
     (line,) = log_lines(caplog)
     assert f"the steps are its scheduler's own, as it is {said}" in line and count_captures(pipe) == 1
+
+
+@pytest.mark.parametrize("as_output", [True, False])
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_step_returns_what_the_schedulers_own_does(other, as_output, monkeypatch):
+    pipe, call = make("sd")
+    kind, options = OTHERS[other]
+    pipe.scheduler = exact(kind.from_config({**LATENT, **options}))
+    ours, steps = acceleration._Call.step, []
+
+    def step(self, view, own, args, kwargs):
+        kwargs = {**kwargs, "return_dict": as_output}
+        twin = copy.deepcopy(pipe.scheduler)
+        # The one whose previous outputs the accelerated one does not keep.
+        steps.append(len(steps) == 0 or kind is not diffusers.DPMSolverMultistepScheduler)
+        generator = kwargs.get("generator")
+        again = {"generator": generator.clone_state()} if generator is not None else {}
+        expected = twin.step(*args, **{**kwargs, **again})
+        result = ours(self, view, own, args, kwargs)
+        assert type(result) is type(expected) and len(result) == len(expected)
+        for name in expected if as_output else range(len(expected)):
+            if steps[-1]:
+                assert (result[name] - expected[name]).abs().max() <= 3e-5 * expected[name].abs().max()
+        return (result.prev_sample,) if as_output else result
+
+    monkeypatch.setattr(acceleration._Call, "step", step)
+    run(accelerate(pipe, graph="off"), call)
+    assert len(steps) == 4
 
 
 @pytest.mark.parametrize("member", ["step", "set_timesteps", "scale_model_input", "_get_variance"])
