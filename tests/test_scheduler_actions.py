@@ -124,11 +124,10 @@ def attempt(function, *args):
         return error
 
 
-def assert_same(results, expected, scale):
+def assert_same(results, expected, tolerance):
     for result, wanted in zip(results, expected, strict=True):
         assert (result.dtype, result.shape, result.device) == (wanted.dtype, wanted.shape, wanted.device)
         if wanted.device.type != "meta":
-            tolerance = scale * (2e-6 if wanted.dtype == SINGLE else 1e-9)
             torch.testing.assert_close(result, wanted, rtol=2e-6, atol=tolerance, equal_nan=True)
 
 
@@ -239,7 +238,7 @@ class Schedulers(RuleBasedStateMachine):
         )
         results = self.each(lambda scheduler: scheduler.add_noise(x, noise, timesteps))
         if not self.inverse and not isinstance(results[1], Exception):
-            assert_same(results[:1], results[1:], 1.0)
+            assert_same(results[:1], results[1:], 2e-6)
 
     @rule(
         t=st.sampled_from([999, 981, 500, 333, 10, 0]),
@@ -287,12 +286,13 @@ class Schedulers(RuleBasedStateMachine):
         if self.compiled and not all(bool(wanted.isfinite().all()) for wanted in expected if not wanted.is_meta):
             return  # A trace does not see that diffusers divides by 0.
         alpha_bar = torch.as_tensor(self.pair[1].alphas_cumprod).detach()
-        scale = 4.0
+        # Of two dtypes diffusers rounds to the narrower one first.
+        tolerance = 8e-6 if SINGLE in dtypes else 4e-9
         if not alpha_bar.is_meta:
             # x0 and epsilon are divided by these, and so are their rounding errors.
             at = float(alpha_bar[int(t if timestep is not TIMESTEPS[-1] else t - 1000)])
-            scale /= max(min(abs(at), abs(1 - at), 0.1), 1e-6) ** 0.5
-        assert_same(results, expected, scale)
+            tolerance /= max(min(abs(at), abs(1 - at), 0.1), 1e-6) ** 0.5
+        assert_same(results, expected, tolerance)
 
 
 class CompiledSchedulers(Schedulers):
@@ -319,9 +319,9 @@ def test_any_actions_between_compiled_steps_leave_the_numbers_diffusers():
 
 @pytest.mark.slow
 def test_many_actions_leave_the_numbers_diffusers():
-    run(Schedulers, 5000, 30)
+    run(Schedulers, 2000, 30)
 
 
 @pytest.mark.slow
 def test_many_actions_between_compiled_steps_leave_the_numbers_diffusers():
-    run(CompiledSchedulers, 150, 30)
+    run(CompiledSchedulers, 50, 20)
