@@ -178,7 +178,7 @@ def sample(
     classes = _check(steps, guidance_scale, labels, batch_size, out)
     target = pick_device(device)
 
-    from fastddim.pipeline import null_class
+    from fastddim.model_call import null_class
 
     pipeline = load_model(model)
     null = null_class(pipeline.unet)
@@ -254,7 +254,7 @@ class _Job:
         **options: Any,
     ) -> _Job:
         """Refuse what the model cannot do; `count` images or rows show the classes in turn, or no class."""
-        from fastddim.pipeline import null_class
+        from fastddim.model_call import null_class
 
         null = null_class(pipeline.unet)
         # None halves the work, where guidance would change nothing.

@@ -13,17 +13,12 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from fastddim.model_call import mean_of, null_class
 from fastddim.reference import combine_guidance
 from fastddim.scheduler import DDIMScheduler
 from fastddim.step import Guidance
 
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "digits"
-
-
-def null_class(unet: Any) -> int | None:
-    """The label that means "no class": the last class embedding, as in DiT; None for a model without classes."""
-    num_classes = getattr(unet.config, "num_class_embeds", None)
-    return None if num_classes is None else num_classes - 1
 
 
 class DDIMPipeline(diffusers.DDIMPipeline):  # type: ignore[misc]
@@ -95,7 +90,7 @@ class DDIMPipeline(diffusers.DDIMPipeline):  # type: ignore[misc]
         label_kwargs = {} if labels is None else {"class_labels": labels}
         for t in self.progress_bar(self.scheduler.timesteps):
             model_input = torch.cat([image, image]) if guided else image
-            output = self.unet(model_input, t, **label_kwargs).sample
+            output = mean_of(self.unet(model_input, t, **label_kwargs).sample, model_input)
             if guided:
                 output = combine_guidance(output, Guidance(guidance_scale))
             image = self.scheduler.step(

@@ -679,10 +679,10 @@ def test_a_fused_run_looks_back(graph):
         Network(), SCHEDULES["ddpm"], 7, method="dpmsolver++", sample_shape=SHAPE, graph=graph, backend="triton",
         limit=Clip(2.0), guidance_scale=2.0,
     )  # fmt: skip
-    expected = sampler.replace(backend="reference", graph="off")(2, seeds=0)
-    sampler.warmup(2)
+    expected = sampler.replace(backend="reference", graph="off")(2, seeds=0, uncond_kwargs={})
+    sampler.warmup(2, uncond_kwargs={})
     for _ in range(2):
-        torch.testing.assert_close(sampler(2, seeds=0), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sampler(2, seeds=0, uncond_kwargs={}), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_table_and_the_previous_x0_come_together():
