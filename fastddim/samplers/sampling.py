@@ -177,6 +177,9 @@ def read_scheduler(scheduler: Any, method: str = "auto", argument: str = "schedu
         config = {**asdict(shifted), "clip_sample": False}
     elif chosen != "ddim" and own not in ("ddim", None):
         config = {"clip_sample": False, **{name: value for name, value in config.items() if name in taken}}
+    elif "SchedulerMixin" in bases and "clip_sample" not in taken:
+        # A class that knows no clip has none, whatever DDIM's default; what a file says is kept for pipelines of DDIM's.
+        config = {"clip_sample": False, **config}
     # DDIM's options are no configuration's, and another method than the class's own takes its defaults.
     return _read_config(config, chosen, chosen != "ddim" and chosen in known)
 
