@@ -37,6 +37,7 @@ from fastddim.cli_options import (
     Model,
     Out,
     Steps,
+    Variant,
     check_classes,
     integer,
     integers,
@@ -55,7 +56,6 @@ from fastddim.export import command as cli_export
 if TYPE_CHECKING:
     import torch
 
-    from fastddim.pipeline import DDIMPipeline
     from fastddim.sampler import Sampler
 
 USER_ERROR = 2
@@ -143,6 +143,7 @@ _BatchSize = Annotated[int | None, integer(help="Images at a time. Default: by s
 @app.command()
 def sample(
     model: Model = None,
+    variant: Variant = None,
     num_images: Annotated[int, integer(help="How many images.")] = 100,
     steps: Steps = 50,
     method: Method = "auto",
@@ -178,9 +179,9 @@ def sample(
     classes = _check(steps, guidance_scale, labels, batch_size, out)
     target = pick_device(device)
 
-    from fastddim.pipeline import null_class
+    from fastddim.model_call import null_class
 
-    pipeline = load_model(model)
+    pipeline = load_model(model, variant)
     null = null_class(pipeline.unet)
     if null is not None:
         classes = classes or list(range(max(null, 1)))
@@ -238,11 +239,12 @@ class _Job:
     labels: list[int] | None
     out: Path
     as_json: bool
+    pipeline: Any
 
     @classmethod
     def plan(
         cls,
-        pipeline: DDIMPipeline,
+        pipeline: Any,
         target: torch.device,
         out: Path,
         as_json: bool,
@@ -254,7 +256,8 @@ class _Job:
         **options: Any,
     ) -> _Job:
         """Refuse what the model cannot do; `count` images or rows show the classes in turn, or no class."""
-        from fastddim.pipeline import null_class
+        from fastddim.model_call import null_class
+        from fastddim.pipeline import picture_shape
 
         null = null_class(pipeline.unet)
         # None halves the work, where guidance would change nothing.
@@ -275,13 +278,13 @@ class _Job:
         named = {name: f"--{name.replace('_', '-')}" for name in options_named} | {"num_inference_steps": "--steps"}
         with naming_options(named):
             sampler = fastddim.Sampler(pipeline.unet.to(target), pipeline.scheduler, steps, **options)
-        shape = sampler.sample_shape
+        shape = None if sampler.sample_shape is None else picture_shape(pipeline, sampler.sample_shape)
         if shape is None or len(shape) != 3 or shape[0] not in (1, 3):
             raise ValueError(
                 f"--model: it makes samples of shape {shape}; pass one that makes pictures of 1 or 3 channels"
             )
         labels = None if cycle is None else [cycle[k % len(cycle)] for k in range(count)]
-        return cls(sampler, (shape[0], shape[1], shape[2]), null, labels, out, as_json)
+        return cls(sampler, (shape[0], shape[1], shape[2]), null, labels, out, as_json, pipeline)
 
     def default_batch_size(self) -> int:
         """At most as many pixels at a time as 128 images of 32x32, which a small machine's memory holds."""
@@ -299,6 +302,12 @@ class _Job:
             assert self.null is not None
             kwargs["uncond_kwargs"] = {"class_labels": torch.full((len(labels),), self.null)}
         return kwargs
+
+    def decode(self, samples: torch.Tensor) -> torch.Tensor:
+        """Pictures `[B, C, H, W]` of finished samples, float32 on the CPU."""
+        from fastddim.pipeline import decode_latents
+
+        return decode_latents(self.pipeline, samples).float().cpu()
 
     def check_grid(self, count: int, layout: Mapping[str, Any]) -> None:
         """Refuse before the work a grid that its file's format could not hold."""
@@ -357,8 +366,8 @@ def _sample_batches(job: _Job, num_images: int, batch_size: int, seed: int) -> t
             kwargs = job.class_kwargs(job.labels and job.labels[first : first + count])
             with job.naming_memory("--batch-size", batch_size):
                 images = job.sampler(count, seeds=seed + first, callback=lambda *_: bar.advance(task), **kwargs)
-            assert isinstance(images, torch.Tensor)
-            batches.append(images.float().cpu())
+                assert isinstance(images, torch.Tensor)
+                batches.append(job.decode(images))
     return torch.cat(batches)
 
 
@@ -378,6 +387,7 @@ def _check_strip(
 def invert(
     pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE", help="Anything that Pillow opens.")],
     model: Model = None,
+    variant: Variant = None,
     steps: Steps = 50,
     guidance_scale: _StripGuidance = None,
     labels: _StripLabels = None,
@@ -399,7 +409,11 @@ def invert(
     if out.exists() and any(os.path.samefile(out, path) for path in pictures):
         raise ValueError(f"--out: {str(out)!r} is one of the pictures; pass another path")
     target = pick_device(device)
-    job = _Job.plan(load_model(model), target, out, as_json, len(pictures), classes, steps, guidance_scale)
+    job = _Job.plan(load_model(model, variant), target, out, as_json, len(pictures), classes, steps, guidance_scale)
+    if hasattr(job.pipeline, "vqvae"):
+        raise ValueError(
+            f"--model: {type(job.pipeline).__name__} samples latents, which pictures are not; pass a model of pixels"
+        )
     headings = ("original", "x_T", "reconstruction")
     layout = {"labels": [k + 1 for k in range(len(pictures)) for _ in headings], "columns": 3, "headings": headings}
     job.check_grid(3 * len(pictures), layout)
@@ -431,6 +445,7 @@ def invert(
 @app.command()
 def interpolate(
     model: Model = None,
+    variant: Variant = None,
     seeds: Annotated[str, integers(help='Pairs such as "1,2,3,4": a row from 1 to 2, ...')] = "0,1",
     num: Annotated[int, integer(help="Images in a row, both ends included.")] = 10,
     steps: Steps = 50,
@@ -453,7 +468,7 @@ def interpolate(
     require_int("--num", num, 2, _MOST_IMAGES // len(pairs))
     classes = _check_strip(len(pairs), steps, guidance_scale, labels, None, out)
     target = pick_device(device)
-    job = _Job.plan(load_model(model), target, out, as_json, len(pairs), classes, steps, guidance_scale)
+    job = _Job.plan(load_model(model, variant), target, out, as_json, len(pairs), classes, steps, guidance_scale)
     names = [f"{a}, {b}" for a, b in pairs]
     if classes is not None:
         names = [f"{name}: {label}" for name, label in zip(names, job.labels or (), strict=True)]
@@ -471,7 +486,7 @@ def interpolate(
     for row, (a, b) in enumerate(pairs):
         kwargs = job.class_kwargs(job.labels and [job.labels[row]] * num)
         with job.naming_memory("--num", num):
-            rows.append(job.sampler.interpolate(a, b, num, progress=job.shows_progress(), **kwargs).cpu())
+            rows.append(job.decode(job.sampler.interpolate(a, b, num, progress=job.shows_progress(), **kwargs)))
     seconds = time.perf_counter() - start
     job.save(torch.cat(rows), layout)
     line = f"{str(out)!r}: {len(pairs)} rows of {num} images, {steps} steps on {job.sampler.device}"

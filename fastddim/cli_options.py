@@ -22,8 +22,6 @@ from fastddim.config import require_choice
 if TYPE_CHECKING:
     import torch
 
-    from fastddim.pipeline import DDIMPipeline
-
 
 # The guidance towards class labels, where none is given; that of CFG++ is the paper's lambda (arXiv:2406.08070, section 4).
 DEFAULT_GUIDANCE = {"cfg": 2.0, "cfg++": 0.6, "apg": 2.0}
@@ -59,6 +57,7 @@ Model = Annotated[
     str | None,
     typer.Option(metavar="FOLDER_OR_HUB_ID", help="A diffusers folder or hub id. Default: the embedded digits."),
 ]
+Variant = Annotated[str | None, choice(help="Which weights of the model to take, such as fp16.")]
 Steps = Annotated[int, integer(help="Model calls per image.")]
 Method = Annotated[
     str,
@@ -203,11 +202,11 @@ def naming_options(options: Mapping[str, str]) -> Iterator[None]:
         raise ValueError(message) from error
 
 
-def load_model(model: str | None) -> DDIMPipeline:
-    """`fastddim.load_pipeline` of an option's value, without diffusers' own output."""
+def load_model(model: str | None, variant: str | None = None) -> Any:
+    """`fastddim.load_pipeline` of the options' values, without diffusers' own output."""
     quiet_diffusers()
-    with naming("model", "--model"):
-        return fastddim.load_pipeline(model)
+    with naming_options({"model": "--model", "variant": "--variant"}):
+        return fastddim.load_pipeline(model, variant)
 
 
 def quiet_diffusers() -> None:

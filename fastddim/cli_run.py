@@ -16,6 +16,7 @@ from fastddim.cli_options import (
     DEFAULT_GUIDANCE,
     Json,
     Out,
+    Variant,
     check_classes,
     integer,
     integers,
@@ -160,6 +161,7 @@ def verify(
     *,
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that `fastddim export` wrote.")],
     model: Model = None,
+    variant: Variant = None,
     comparison: ComparisonFlags,
     as_json: Json = False,
 ) -> None:
@@ -172,7 +174,7 @@ def verify(
     if opened.components:
         _require_pipeline(opened, get_runtime(opened.runtime))
     start = time.perf_counter()
-    pipeline = load_model(model)
+    pipeline = load_model(model, variant)
     if opened.components:
         parity = verify_pipeline(opened, pipeline, **compared)
     else:

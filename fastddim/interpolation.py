@@ -38,8 +38,10 @@ def slerp(a: torch.Tensor, b: torch.Tensor, n: int) -> torch.Tensor:
             raise ValueError(f"{name}: {state.dtype}; pass a floating-point tensor")
     if a.shape != b.shape:
         raise ValueError(f"a, b: shapes {tuple(a.shape)} and {tuple(b.shape)}; pass two states of one shape")
-    start, end = a.double().flatten(), b.double().flatten()
-    weight = torch.linspace(0, 1, n, dtype=torch.float64, device=a.device)[:, None]
+    # MPS has no float64.
+    device = torch.device("cpu") if a.device.type == "mps" else a.device
+    start, end = (state.to(device).double().flatten() for state in (a, b))
+    weight = torch.linspace(0, 1, n, dtype=torch.float64, device=device)[:, None]
     start_weight, end_weight = 1 - weight, weight
     angle = _angle(start, end)
     if math.sin(angle) > _LEAST_SINE:
@@ -47,7 +49,7 @@ def slerp(a: torch.Tensor, b: torch.Tensor, n: int) -> torch.Tensor:
     between = start_weight * start + end_weight * end
     # The ends are the states themselves, to the bit.
     between[0], between[-1] = start, end
-    return between.to(torch.promote_types(a.dtype, b.dtype)).reshape(n, *a.shape)
+    return between.to(torch.promote_types(a.dtype, b.dtype)).reshape(n, *a.shape).to(a.device)
 
 
 def _angle(a: torch.Tensor, b: torch.Tensor) -> float:

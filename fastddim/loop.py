@@ -316,6 +316,8 @@ class EagerLoop:
             if on_step is not None:
                 assert x0 is not None
                 on_step(step, self.x, x0)
+                # What was called may have set entries of the state.
+                buffers.fill_input()
         # The caller's tensors are not kept.
         buffers.load({})
         return self.x
@@ -465,6 +467,7 @@ class StaticLoop:
             self._graphs["guided" if guided else "step"].replay()
             if on_step is not None:
                 on_step(step, self.x, self._x0[guided])
+                self.buffers.fill_input()
         return self.x
 
     def _begin(self) -> None:

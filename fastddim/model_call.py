@@ -35,9 +35,26 @@ def prediction_of(output: Any) -> torch.Tensor:
     return first
 
 
+def mean_of(prediction: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The prediction for x `[B, C, ...]`: the first half of `[B, 2 * C, ...]`, whose other one is a learned variance."""
+    if x.ndim < 2 or prediction.shape != (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
+        return prediction
+    return prediction[:, : x.shape[1]].contiguous()
+
+
+def null_class(model: Any) -> int | None:
+    """The label that means "no class" for a diffusers model; None for one without classes.
+
+    The last embedding of a UNet's, or the one behind those that a DiT counts.
+    """
+    config = getattr(model, "config", None)
+    num_classes = getattr(config, "num_class_embeds", None)
+    return getattr(config, "num_embeds_ada_norm", None) if num_classes is None else num_classes - 1
+
+
 def call_model(model: Model, x: torch.Tensor, t: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
     """The prediction of `model(x, t, **kwargs)`, in memory of its own; raises as `prediction_of`."""
-    tensor = prediction_of(model(x, t, **kwargs))
+    tensor = mean_of(prediction_of(model(x, t, **kwargs)), x)
     storage = x.untyped_storage()
     start = storage.data_ptr()
     if start <= tensor.data_ptr() < start + storage.nbytes():

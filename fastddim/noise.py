@@ -112,6 +112,7 @@ def check_seeds(seeds: int | Sequence[int], batch_size: int) -> list[int]:
     values = [given + k for k in range(batch_size)] if isinstance(given, int) else list(given)
     if len(values) != batch_size:
         raise ValueError(f"seeds: {len(values)} for a batch of {batch_size}; pass one per sample, or one integer")
+    values = [seed.tolist() if hasattr(seed, "tolist") else seed for seed in values]
     for seed in values:
         if not isinstance(seed, int) or not 0 <= seed < 1 << 64:
             raise ValueError(f"seeds: {seed}; pass integers in [0, 2**64)")
@@ -184,11 +185,12 @@ def normal_for(
     import torch
 
     steps = step.reshape(-1, 1).long() & _MASK if isinstance(step, torch.Tensor) else step
-    # On a CPU numpy has several times less to do for each of these many small operations.
+    # On a CPU numpy has several times less to do for each of these many small operations; MPS has no float64.
     tensors = [value for value in (seeds, steps) if isinstance(value, torch.Tensor)]
-    plain = all(type(value) is torch.Tensor and value.device.type == "cpu" for value in tensors)
+    plain = all(type(value) is torch.Tensor and value.device.type in ("cpu", "mps") for value in tensors)
     if plain and not torch.compiler.is_compiling():
-        counters = steps.numpy() if isinstance(steps, torch.Tensor) else steps
-        return torch.from_numpy(_draw(np, seeds.numpy(), counters, shape, stream))
+        counters = steps.numpy(force=True) if isinstance(steps, torch.Tensor) else steps
+        drawn = torch.from_numpy(_draw(np, seeds.numpy(force=True), counters, shape, stream))
+        return drawn.to(seeds.device)
     noise: torch.Tensor = _draw(torch, seeds, steps, shape, stream, device=seeds.device)
     return noise

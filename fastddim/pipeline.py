@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from diffusers import LDMPipeline, UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from fastddim.model_call import mean_of, null_class
 from fastddim.reference import combine_guidance
+from fastddim.samplers.sampling import read_scheduler
+from fastddim.schedule import Schedule
 from fastddim.scheduler import DDIMScheduler
 from fastddim.step import Guidance
 
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "digits"
-
-
-def null_class(unet: Any) -> int | None:
-    """The label that means "no class": the last class embedding, as in DiT; None for a model without classes."""
-    num_classes = getattr(unet.config, "num_class_embeds", None)
-    return None if num_classes is None else num_classes - 1
+# A folder with a network and a scheduler at its root.
+_ROOT = "UNet2DModel"
+# The networks of each pipeline that is loaded.
+_PARTS: dict[str, tuple[str, ...]] = {
+    "DDIMPipeline": ("unet",),
+    "DDPMPipeline": ("unet",),
+    "PNDMPipeline": ("unet",),
+    "LDMPipeline": ("unet", "vqvae"),
+    _ROOT: ("unet",),
+}
 
 
 class DDIMPipeline(diffusers.DDIMPipeline):  # type: ignore[misc]
@@ -34,10 +45,19 @@ class DDIMPipeline(diffusers.DDIMPipeline):  # type: ignore[misc]
     Args:
         unet: a `UNet2DModel` or anything with its call and configuration.
         scheduler: any scheduler whose configuration DDIM can take; it is converted.
+
+    Raises:
+        ValueError: a scheduler whose noise levels are no `DDIMScheduler`'s.
     """
 
     def __init__(self, unet: torch.nn.Module, scheduler: SchedulerMixin) -> None:
         DiffusionPipeline.__init__(self)
+        levels = read_scheduler(scheduler, "ddim").schedule
+        if not isinstance(levels, Schedule) or "snr_shift_scale" in scheduler.config:
+            raise ValueError(
+                f"scheduler: {type(scheduler).__name__} has other noise levels than a DDIMScheduler can; pass"
+                " fastddim.Sampler(unet, scheduler) instead"
+            )
         self.register_modules(unet=unet, scheduler=DDIMScheduler.from_config(scheduler.config))
 
     @torch.no_grad()
@@ -94,7 +114,7 @@ class DDIMPipeline(diffusers.DDIMPipeline):  # type: ignore[misc]
         label_kwargs = {} if labels is None else {"class_labels": labels}
         for t in self.progress_bar(self.scheduler.timesteps):
             model_input = torch.cat([image, image]) if guided else image
-            output = self.unet(model_input, t, **label_kwargs).sample
+            output = mean_of(self.unet(model_input, t, **label_kwargs).sample, model_input)
             if guided:
                 output = combine_guidance(output, Guidance(guidance_scale))
             image = self.scheduler.step(
@@ -131,32 +151,46 @@ class DDIMPipeline(diffusers.DDIMPipeline):  # type: ignore[misc]
         return torch.cat([torch.full_like(tensor, null), tensor]) if guided else tensor
 
 
-def load_pipeline(model: str | Path | None = None) -> DDIMPipeline:
-    """Load a model folder as a `DDIMPipeline`.
+def load_pipeline(model: str | Path | None = None, variant: str | None = None) -> DDIMPipeline | LDMPipeline:
+    """Load a model folder as a `DDIMPipeline`, one of an `LDMPipeline` as diffusers' own.
 
     Args:
-        model: a diffusers pipeline folder (`model_index.json`, `unet/`, `scheduler/`), a hub id such as
-            `google/ddpm-cifar10-32` (downloaded by diffusers), or None for the embedded handwritten-digits model.
+        model: a diffusers pipeline folder (`model_index.json`; `unet/` and `scheduler/`, or their files beside it), one of a
+            `UNet2DModel` and a scheduler without an index, a hub id such as `google/ddpm-cifar10-32` (downloaded by
+            diffusers), or None for the embedded handwritten-digits model.
+        variant: the weights to take, such as `"fp16"` for `diffusion_pytorch_model.fp16.safetensors`.
 
     Raises:
         FileNotFoundError: no such folder, or a file that it must have is missing.
-        ValueError: a weight file that is truncated or does not fit the configuration, or a hub id that cannot be fetched.
+        ValueError: another kind of pipeline, a single file, another variant than the folder has, a weight file that is
+            truncated or does not fit the configuration, or a hub id that cannot be fetched.
     """
     folder = EMBEDDED_MODEL if model is None else Path(model)
     if not folder.exists() and _is_hub_id(str(model)):
-        return _from_diffusers(str(model), "is no folder here, and as a hub id it cannot be loaded")
+        with _explaining(str(model), "is no folder here, and as a hub id it cannot be loaded"):
+            kind = DiffusionPipeline.load_config(str(model))["_class_name"]
+        _require_kind(model, kind)
+        return _from_diffusers(str(model), kind, variant, "is no folder here, and as a hub id it cannot be loaded")
+    if folder.is_file():
+        raise ValueError(
+            f"model: {str(folder)!r} is a single file; diffusers' from_single_file reads it, with a configuration that is not"
+            " in it: save what that gives by save_pretrained, and pass the folder"
+        )
     if not folder.is_dir():
         raise FileNotFoundError(
             f"model: {str(folder)!r} is no folder; pass a diffusers folder or a hub id 'owner/name'"
         )
-    for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"model: {str(folder / name)!r} is missing; pass a diffusers pipeline folder")
-    if not any(next((folder / "unet").glob(pattern), None) for pattern in ("*.safetensors", "*.bin")):
-        raise FileNotFoundError(
-            f"model: {str(folder / 'unet')!r} has no weight file; it should hold diffusion_pytorch_model.safetensors"
-        )
-    return _from_diffusers(str(folder), "has a damaged file, or weights that do not fit its configuration")
+    kind = _read_kind(folder)
+    _require_kind(folder, kind)
+    parts = [folder / name if (folder / name).is_dir() else folder for name in _PARTS[kind]]
+    schedulers = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
+    for path in (*(part / "config.json" for part in parts), schedulers / "scheduler_config.json"):
+        if not path.is_file():
+            raise FileNotFoundError(f"model: {str(path)!r} is missing; pass a diffusers pipeline folder")
+    _check_variant(parts, variant)
+    return _from_diffusers(
+        str(folder), kind, variant, "has a damaged file, or weights that do not fit its configuration"
+    )
 
 
 def _is_hub_id(name: str) -> bool:
@@ -164,9 +198,81 @@ def _is_hub_id(name: str) -> bool:
     return bool(slash and owner and repository) and "/" not in repository and not name.startswith((".", "~"))
 
 
-def _from_diffusers(name: str, problem: str) -> DDIMPipeline:
+def decode_latents(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+    """What a pipeline of `load_pipeline` makes of finished samples: pictures `[B, C, H, W]`, of latents by its decoder."""
+    vqvae = getattr(pipe, "vqvae", None)
+    if vqvae is None:
+        return latents
+    with torch.no_grad():
+        decoded: torch.Tensor = (
+            vqvae.to(latents.device).decode((latents / vqvae.config.scaling_factor).to(vqvae.dtype)).sample
+        )
+    return decoded
+
+
+def picture_shape(pipe: Any, sample_shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of one picture of `decode_latents`."""
+    config = getattr(getattr(pipe, "vqvae", None), "config", None)
+    if config is None:
+        return tuple(sample_shape)
+    upscale = 2 ** (len(config.block_out_channels) - 1)
+    return (config.out_channels, *(side * upscale for side in sample_shape[1:]))
+
+
+def _read_kind(folder: Path) -> str:
+    """The class in a folder's index; without one, that of the network at its root."""
+    path = index = folder / "model_index.json"
+    if not index.is_file() and (folder / "scheduler_config.json").is_file():
+        path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"model: {str(index)!r} is missing; pass a diffusers pipeline folder")
     try:
-        pipeline: DDIMPipeline = DDIMPipeline.from_pretrained(name)
+        return str(json.loads(path.read_text("utf-8"))["_class_name"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"model: {str(path)!r} names no class: {error}; save it by save_pretrained") from error
+
+
+def _require_kind(model: str | Path | None, kind: str) -> None:
+    if kind not in _PARTS:
+        names = ", ".join(name for name in _PARTS if name != _ROOT)
+        raise ValueError(
+            f"model: {str(model)!r} is a {kind}; pass one of {names}, or load it by diffusers, for"
+            " fastddim.Sampler(pipe.unet, pipe.scheduler) or fastddim.accelerate(pipe)"
+        )
+
+
+def _check_variant(parts: Sequence[Path], variant: str | None) -> None:
+    """Refuse a variant that no part has, and a part without weights of it or of none."""
+    found = []
+    for part in parts:
+        files = [*part.glob("*.safetensors"), *part.glob("*.bin")]
+        if not files:
+            raise FileNotFoundError(
+                f"model: {str(part)!r} has no weight file; it should hold diffusion_pytorch_model.safetensors"
+            )
+        # Shards of a variant are name.fp16-00001-of-00002.safetensors.
+        found.append({([*re.sub(r"-\d+-of-\d+$", "", file.stem).split("."), None])[1] for file in files})
+    for part, variants in zip(parts, found, strict=True):
+        if not {variant, None} & variants or all(variant not in each for each in found):
+            there = ", ".join(sorted(repr(each) for each in variants))
+            raise ValueError(f"variant: {variant!r}, but {str(part)!r} has the weights of variant {there}; pass that")
+
+
+@contextlib.contextmanager
+def _explaining(name: str, problem: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # diffusers, safetensors, torch and the hub's client each raise their own types
         raise ValueError(f"model: {name!r} {problem}: {error}") from error
+
+
+def _from_diffusers(name: str, kind: str, variant: str | None, problem: str) -> DDIMPipeline | LDMPipeline:
+    with _explaining(name, problem):
+        if kind == _ROOT:
+            unet = UNet2DModel.from_pretrained(name, variant=variant)
+            config = DDIMScheduler.load_config(name)
+            made = getattr(diffusers, config.get("_class_name", "DDIMScheduler"))
+            return DDIMPipeline(unet, made.from_config(config))
+        loader = LDMPipeline if kind == "LDMPipeline" else DDIMPipeline
+        pipeline: DDIMPipeline | LDMPipeline = loader.from_pretrained(name, variant=variant)
     return pipeline

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
@@ -21,9 +22,9 @@ from fastddim.config import DDIMConfig, Limit
 from fastddim.cuda_graph import GraphCache
 from fastddim.interpolation import slerp
 from fastddim.loop import Loop, Run, graph_mode, pad, upload_new
-from fastddim.model_call import Hoister, Model
+from fastddim.model_call import Hoister, Model, has_rows, null_class
 from fastddim.noise import STREAM_INITIAL, check_seeds, normal, seed_bits
-from fastddim.sampler_options import FIXED_BY_A_TABLE, OF_A_METHOD, SamplerOptions
+from fastddim.sampler_options import FIXED_BY_A_TABLE, OF_A_METHOD, SamplerOptions, to_python
 from fastddim.samplers import Steps
 from fastddim.samplers.sampling import Sampling, read_scheduler
 from fastddim.schedule import Pair, Schedule
@@ -244,10 +245,12 @@ class Sampler:
             seeds: one per sample, or an integer s for s, s + 1, ...; sample k depends on its own seed alone, whatever
                 the batch. Needed unless a state is given and no step adds noise.
             uncond_kwargs: the unconditional half's model keyword arguments with guidance, for those that differ
-                (e.g. `{"class_labels": null_labels}`).
+                (e.g. `{"class_labels": null_labels}`). None takes the "no class" label of a diffusers model that is
+                conditioned by class labels alone; `{}` says that the model tells the halves apart by itself.
             progress: show a progress bar.
             callback: called after each step as `callback(step, t, x, x0)`; the next step writes over both, so clone what
-                you keep; it may raise to stop the run.
+                you keep. What it writes to x in place holds: the next model call, the trajectory and the result have it. It
+                may raise to stop the run.
             return_trajectory: also return all states.
             **model_kwargs: passed on to the model, floating-point tensors in its dtype; tensors of B rows are stacked
                 for guidance.
@@ -258,7 +261,7 @@ class Sampler:
 
         Raises:
             ValueError: seeds that are missing or of the wrong number, an unknown sample shape, a state of the wrong
-                shape, `uncond_kwargs` without guidance.
+                shape, `uncond_kwargs` without guidance, or guidance without what its unconditional half is.
         """
         self._check_observers(callback, progress, return_trajectory)
         run = self._run(start, seeds, model_kwargs, uncond_kwargs)
@@ -266,10 +269,10 @@ class Sampler:
         trajectory: list[torch.Tensor] = []
 
         def observe(step: int, x: torch.Tensor, x0: torch.Tensor) -> None:
-            if return_trajectory:
-                trajectory.append(x[:batch].clone())
             if callback is not None:
                 callback(step, self.table.timesteps[step], x[:batch], x0[:batch])
+            if return_trajectory:
+                trajectory.append(x[:batch].clone())
 
         if return_trajectory:
             first = self._first_state(run.start, run.shape, run.seeds)
@@ -473,6 +476,8 @@ class Sampler:
     ) -> tuple[torch.Tensor | None, tuple[int, ...], list[int] | None]:
         """The given state, or None to draw one; its shape; the seeds."""
         state: torch.Tensor | None = None
+        if isinstance(start, np.generic) or (isinstance(start, torch.Tensor) and start.ndim == 0):
+            start = to_python(start)
         if isinstance(start, torch.Tensor):
             self._check_state("start", start, "B")
             state, shape = start, tuple(start.shape)
@@ -515,7 +520,7 @@ class Sampler:
                 else pytree.tree_map(partial(self._place, name), value)
                 for name, value in kwargs.items()
             }
-        uncond = dict(uncond_kwargs or {})
+        uncond = self._null_kwargs(kwargs, batch_size) if uncond_kwargs is None else dict(uncond_kwargs)
         extra = sorted(set(uncond) - set(kwargs))
         if extra:
             raise ValueError(f"uncond_kwargs: {extra} have no conditional counterpart; pass them as keywords too")
@@ -530,6 +535,21 @@ class Sampler:
                 structure,
             )
         return stacked
+
+    def _null_kwargs(self, kwargs: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
+        """The unconditional half where none is given: of a model with classes alone its label for no class."""
+        if any(has_rows(leaf, 2 * batch_size) for leaf in pytree.tree_leaves(dict(kwargs))):
+            # Both halves are in it.
+            return {}
+        labels, null = kwargs.get("class_labels"), null_class(self.model)
+        if isinstance(labels, torch.Tensor) and null is not None and "encoder_hidden_states" not in kwargs:
+            return {"class_labels": torch.full_like(labels, null)}
+        names = ", ".join(kwargs) or "no keyword argument"
+        raise ValueError(
+            f"uncond_kwargs: None with guidance_scale {self.options.guidance_scale:g}, but the model is called with {names},"
+            " and equal halves guide nowhere; pass what differs in the unconditional half, such as"
+            " uncond_kwargs={'class_labels': null_labels}, or {} for a model that tells the halves apart by itself"
+        )
 
     def _stack(self, name: str, differs: bool, batch_size: int, cond: Any, uncond: Any) -> Any:
         """One leaf of a keyword argument for both halves."""
@@ -622,8 +642,14 @@ def _check_signature(model: Model, kwargs: Mapping[str, Any]) -> None:
 
 
 def _model_sample_shape(model: Model) -> tuple[int, ...] | None:
+    """What a diffusers model's configuration says; None for one of videos, which leaves the frames open."""
     config = getattr(model, "config", None)
     channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
-    if channels is None or size is None:
+    kind = type(model).__name__
+    if channels is None or size is None or any(word in kind for word in ("3D", "Motion", "SpatioTemporal")):
         return None
-    return (channels, size, size) if isinstance(size, int) else (channels, *size)
+    # More channels than come out are conditions beside the state, as those of inpainting.
+    channels = min(channels, getattr(config, "out_channels", None) or channels)
+    if isinstance(size, int):
+        return (channels, size) if "1D" in kind else (channels, size, size)
+    return (channels, *size)

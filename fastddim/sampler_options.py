@@ -154,9 +154,10 @@ class SamplerOptions:
         ):
             object.__setattr__(self, name, value)
         for name, noun in (("timesteps", "numbers"), ("sigmas", "numbers"), ("sample_shape", "integers")):
-            given = getattr(self, name)
+            given = to_python(getattr(self, name))
             if given is not None:
                 object.__setattr__(self, name, _convert(name, tuple, given, f"a list of {noun}"))
+        object.__setattr__(self, "num_inference_steps", to_python(self.num_inference_steps))
         for size in self.sample_shape or ():
             require_int("sample_shape", size, 0)
 
@@ -169,6 +170,11 @@ class SamplerOptions:
                 f"compile: {self.compile!r} captures CUDA graphs of its own; pass 'default' or"
                 " 'max-autotune-no-cudagraphs', or graph='off'"
             )
+
+
+def to_python(value: Any) -> Any:
+    """A tensor, an array or a number of numpy as Python's lists and numbers; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _floats(values: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -53,6 +53,19 @@ def make_alphas_cumprod(config: DDIMConfig) -> FloatArray:
         alphas_cumprod = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
     alphas_cumprod.setflags(write=False)
     return alphas_cumprod
+
+
+def shift_snr(config: DDIMConfig, scale: float) -> DDIMConfig:
+    """The configuration with all signal-to-noise ratios divided by a number > 0 (CogVideoX's `snr_shift_scale`).
+
+    Its `trained_betas` say so, before any zero-SNR rescaling (arXiv:2403.03206, equation 23, has the same shift).
+    """
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"snr_shift_scale: {scale!r}; pass a finite number > 0")
+    bars = make_alphas_cumprod(replace(config, rescale_betas_zero_snr=False))
+    bars = bars / (scale + (1 - scale) * bars)
+    betas = 1 - bars / np.concatenate([[1.0], bars[:-1]])
+    return replace(config, trained_betas=tuple(betas.tolist()))
 
 
 def make_timesteps(config: DDIMConfig, num_inference_steps: int) -> list[int]:

@@ -142,7 +142,7 @@ def test_the_sampler_gives_the_same_samples_with_the_kernel(guidance_scale, dtyp
             Halved().to(dtype), DDIMConfig(thresholding=True, sample_max_value=2.0), 4, eta=eta,
             guidance_scale=guidance_scale, sample_shape=(6,), backend=backend,
         )  # fmt: skip
-        return sampler(3, seeds=5, return_trajectory=True)[1]
+        return sampler(3, seeds=5, return_trajectory=True, uncond_kwargs={})[1]
 
     launch._ENTRIES.clear()
     with torch.no_grad():
@@ -156,7 +156,7 @@ def test_a_model_that_returns_its_input_is_not_written_over():
     for guidance_scale in (None, 2.0):
         results = [
             Sampler(lambda x, t: x, DDIMConfig(), 4, guidance_scale=guidance_scale, sample_shape=(6,), backend=backend)(
-                3, seeds=5
+                3, seeds=5, uncond_kwargs={}
             )
             for backend in ("triton", "reference")
         ]

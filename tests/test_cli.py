@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,7 @@ from PIL import Image
 
 import fastddim
 from fastddim.cli import main
-from fastddim.pictures import GridLayout
+from fastddim.pictures import GridLayout, make_grid, save_picture
 from unets import small_unet
 
 ROOT = Path(__file__).parent.parent
@@ -133,6 +134,41 @@ def test_json(run: Run, folders: dict[str, str]) -> None:
         "labels": [2, 0, 2, 0, 2, 0, 2],
     }
     assert os.listdir() == ["some.png"]
+
+
+def test_latents_are_decoded(run: Run, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vqvae = diffusers.VQModel(
+        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
+        up_block_types=("UpDecoderBlock2D",) * 2, num_vq_embeddings=16, latent_channels=3,
+    ).eval()  # fmt: skip
+    unet = small_unet(in_channels=3, out_channels=3).eval()
+    pipe = diffusers.LDMPipeline(vqvae, unet, diffusers.DDIMScheduler(clip_sample=False))
+    pipe.save_pretrained(tmp_path / "ldm")
+    assert run("sample", "--model", "ldm", "--num-images", 2, "--steps", 2, "--device", "cpu").status == 0
+    latents = fastddim.Sampler(unet, pipe.scheduler, 2)(2, seeds=0)
+    with torch.no_grad():
+        expected = vqvae.decode(latents / vqvae.config.scaling_factor).sample
+    save_picture(make_grid(expected), "expected.png")
+    np.testing.assert_allclose(pixels("grid.png").astype(float), pixels("expected.png"), atol=1)
+    assert run("interpolate", "--model", "ldm", "--num", 2, "--steps", 2, "--device", "cpu").status == 0
+    result = run("invert", "expected.png", "--model", "ldm", "--device", "cpu")
+    assert result.status == 2 and "--model: LDMPipeline samples latents" in result.err
+    result = run("export", "onnx", "ldm", "--out", "bundle")
+    assert result.status == 2 and "model: LDMPipeline has a decoder, which is not exported" in result.err
+    assert "--sampler-only" in result.err and not Path("bundle").exists()
+
+
+def test_the_weights_of_a_variant(run: Run, tmp_path: Path) -> None:
+    pipeline = tiny_pipeline()
+    pipeline.save_pretrained("half", variant="fp16")
+    arguments = ("--model", "half", "--num-images", 1, "--steps", 1, "--device", "cpu")
+    assert run("sample", *arguments, "--variant", "fp16").status == 0
+    for variant in ((), ("--variant", "ema")):
+        result = run("sample", *arguments, *variant)
+        assert result.status == 2 and result.err.startswith("error: --variant: ") and "'fp16'; pass that" in result.err
+    result = run("export", "onnx", "half", "--out", "bundle")
+    assert result.status == 2 and result.err.startswith("error: --variant: None, but ")
 
 
 def test_defaults_of_a_model_with_classes(run: Run, folders: dict[str, str]) -> None:

@@ -525,11 +525,11 @@ def test_a_loop_that_is_kept_serves_every_run_of_its_kind_as_a_new_one_would():
     options = {"sample_shape": (3,), "guidance_scale": 2.0, "eta": 1.0, "guidance_interval": (0.0, 0.5)}
     sampler = Sampler(model, DDIMConfig(), 4, **options)
     calls = [
-        (2, {"seeds": [5, 6], "shift": shift}),
-        (torch.ones(2, 3), {"seeds": 1, "shift": -shift}),
+        (2, {"seeds": [5, 6], "shift": shift, "uncond_kwargs": {}}),
+        (torch.ones(2, 3), {"seeds": 1, "shift": -shift, "uncond_kwargs": {}}),
         (torch.ones(2, 3), {"seeds": 2, "shift": -shift, "uncond_kwargs": {"shift": shift}}),
-        (2, {"seeds": [7, 6]}),
-        (1, {"seeds": 3}),
+        (2, {"seeds": [7, 6], "uncond_kwargs": {}}),
+        (1, {"seeds": 3, "uncond_kwargs": {}}),
     ]
     kept = [sampler(start, **given) for start, given in calls]
     copies = [each.clone() for each in kept]
@@ -553,7 +553,7 @@ def test_a_kept_loop_takes_the_table_limit_and_noise_of_each_run():
         for steps in (3, 5, 3):
             ours = sampler.replace(**{"num_inference_steps": steps, **changes})
             fresh = Sampler(model, DDIMConfig(), **{"num_inference_steps": steps, **changes}, sample_shape=(3,))
-            assert torch.equal(ours(x, seeds=1), fresh(x, seeds=1))
+            assert torch.equal(ours(x, seeds=1, uncond_kwargs={}), fresh(x, seeds=1, uncond_kwargs={}))
             del ours
             gc.collect()
 

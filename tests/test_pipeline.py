@@ -1,13 +1,17 @@
 import json
 import socket
 import warnings
+from unittest import mock
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.deprecated.latent_diffusion_uncond import pipeline_latent_diffusion_uncond as ldm
 
-from fastddim import DDIMPipeline, DDIMScheduler, load_pipeline
+from fastddim import DDIMPipeline, DDIMScheduler, Sampler, load_pipeline
+from fastddim.noise import STREAM_INITIAL, normal_numpy
+from fastddim.pipeline import decode_latents, picture_shape
 from unets import small_unet
 
 
@@ -167,6 +171,115 @@ def test_a_missing_folder_or_file_is_named(folder, tmp_path):
     (folder / "model_index.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"model_index\.json"):
         load_pipeline(folder)
+
+
+def at_the_root(folder):
+    """The folder with its files beside the index, as the first ones on the hub are."""
+    for part in ("unet", "scheduler"):
+        for path in (folder / part).iterdir():
+            path.rename(folder / path.name)
+        (folder / part).rmdir()
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_files_may_lie_at_the_root(folder, with_index):
+    call = {"num_inference_steps": 3, "output_type": "np"}
+    expected = quiet(diffusers.DDIMPipeline.from_pretrained(folder))(**call, generator=torch.Generator().manual_seed(0))
+    at_the_root(folder)
+    if not with_index:
+        (folder / "model_index.json").unlink()
+    images = quiet(load_pipeline(folder))(**call, generator=torch.Generator().manual_seed(0)).images
+    np.testing.assert_allclose(images, expected.images, atol=1e-5)
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no weight file"):
+        load_pipeline(folder)
+    (folder / "scheduler_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"scheduler_config\.json|model_index\.json"):
+        load_pipeline(folder)
+
+
+@pytest.mark.parametrize("shard", [None, "30KB"])
+def test_the_weights_of_a_variant_are_loaded_by_name(folder, shard):
+    unet = load_pipeline(folder).unet
+    for path in (folder / "unet").glob("*.safetensors"):
+        path.unlink()
+    unet.half().save_pretrained(folder / "unet", variant="fp16", **({"max_shard_size": shard} if shard else {}))
+    assert len(list((folder / "unet").glob("*.safetensors"))) == (1 if shard is None else 4)
+    loaded = load_pipeline(folder, variant="fp16").unet.state_dict()
+    assert all(torch.equal(loaded[name], value.float()) for name, value in unet.state_dict().items())
+    for variant in (None, "ema"):
+        with pytest.raises(
+            ValueError, match=f"variant: {variant!r}, but .*unet.* has the weights of variant 'fp16'; pass"
+        ):
+            load_pipeline(folder, variant)
+
+
+def latent_pipeline(**options):
+    torch.manual_seed(0)
+    vqvae = diffusers.VQModel(
+        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
+        up_block_types=("UpDecoderBlock2D",) * 2, num_vq_embeddings=16, latent_channels=3,
+    ).eval()  # fmt: skip
+    return quiet(diffusers.LDMPipeline(vqvae, image_unet(), diffusers.DDIMScheduler(clip_sample=False, **options)))
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_latents_are_decoded_as_diffusers_decodes_them(tmp_path, variant):
+    pipe = latent_pipeline()
+    pipe.save_pretrained(tmp_path, variant=variant)
+    # A part may have no weights of the variant.
+    if variant:
+        for path in (tmp_path / "vqvae").glob("*.safetensors"):
+            path.rename(path.with_name("diffusion_pytorch_model.safetensors"))
+    loaded = load_pipeline(tmp_path, variant)
+    assert type(loaded) is diffusers.LDMPipeline
+    sampler = Sampler(loaded.unet, loaded.scheduler, 3)
+    pictures = decode_latents(loaded, sampler(2, seeds=0))
+    assert pictures.shape == (2, *picture_shape(loaded, sampler.sample_shape)) == (2, 3, 16, 16)
+    start = torch.from_numpy(normal_numpy([0, 1], 0, (3, 8, 8), STREAM_INITIAL))
+    with mock.patch.object(ldm, "randn_tensor", return_value=start):
+        expected = pipe(batch_size=2, num_inference_steps=3, output_type="np").images
+    np.testing.assert_allclose((pictures / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1), expected, atol=1e-4)
+
+
+def test_another_kind_of_pipeline_is_refused_by_name(folder, tmp_path):
+    index = folder / "model_index.json"
+    values = json.loads(index.read_text())
+    for kind in ("StableDiffusionPipeline", "ConsistencyModelPipeline", "ScoreSdeVePipeline", "MyPipeline"):
+        index.write_text(json.dumps({**values, "_class_name": kind}))
+        with pytest.raises(ValueError, match=f"model: .* is a {kind}; pass one of DDIMPipeline, DDPMPipeline"):
+            load_pipeline(folder)
+    index.write_text("{}")
+    with pytest.raises(ValueError, match=r"model: .*model_index\.json' names no class"):
+        load_pipeline(folder)
+    single = tmp_path / "sd.safetensors"
+    single.write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"model: .*sd\.safetensors' is a single file; .*from_single_file.*save_pretrained"
+    ):
+        load_pipeline(single)
+
+
+@pytest.mark.parametrize("scheduler", [diffusers.FlowMatchEulerDiscreteScheduler, diffusers.CogVideoXDDIMScheduler])
+def test_a_scheduler_of_other_levels_is_not_converted(scheduler):
+    with pytest.raises(ValueError, match=f"scheduler: {scheduler.__name__} has other noise levels"):
+        DDIMPipeline(image_unet(), scheduler())
+
+
+def test_a_learned_variance_is_left_out():
+    unet = image_unet()
+    torch.manual_seed(0)
+    wide = small_unet(True, in_channels=3, out_channels=6, attention_head_dim=8).eval()
+    state = {name: value for name, value in wide.state_dict().items() if not name.startswith("conv_out")}
+    unet.load_state_dict(state, strict=False)
+    with torch.no_grad():
+        unet.conv_out.weight.copy_(wide.conv_out.weight[:3])
+        unet.conv_out.bias.copy_(wide.conv_out.bias[:3])
+    call = {"num_inference_steps": 3, "output_type": "np"}
+    images = quiet(DDIMPipeline(wide, diffusers.DDIMScheduler()))(**call, generator=torch.Generator().manual_seed(0))
+    theirs = quiet(diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler()))
+    expected = theirs(**call, generator=torch.Generator().manual_seed(0))
+    np.testing.assert_allclose(images.images, expected.images, atol=1e-4)
 
 
 def test_damaged_weights_are_refused(folder):

@@ -9,10 +9,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from fastddim import DDIMConfig, DDIMScheduler, DynamicThreshold, Sampler, SamplerOptions, Schedule, load_pipeline
+from fastddim.interpolation import slerp
 from fastddim.noise import STREAM_INITIAL, normal_numpy
 from oracle import ddim, guide
+from unets import small_unet
 
 SHAPE = (3, 4, 4)
 
@@ -176,6 +180,58 @@ def test_a_callback_may_stop_the_run():
     assert calls == [0, 1, 2]
 
 
+@pytest.mark.parametrize("graph", ["off", "step"])
+@pytest.mark.parametrize(
+    ("dtype", "model_dtype", "atol"),
+    [
+        (torch.float32, torch.float32, 1e-5),
+        (torch.float32, torch.bfloat16, 0.02),
+        (torch.bfloat16, torch.bfloat16, 0.1),
+    ],
+)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"guidance_scale": 2.0}, {"guidance_scale": 2.0, "guidance_interval": (0.25, 0.75)}, {"batch_buckets": (4,)}],
+)
+def test_what_a_callback_sets_holds(options, dtype, model_dtype, atol, graph):
+    """Planning by inpainting as Diffuser does it (arXiv:2205.09991): the first entries of a plan are given."""
+    given = torch.tensor([[0.5, -1.0], [0.25, 2.0]])
+    seen = []
+
+    class Planner(torch.nn.Linear):
+        def forward(self, x, t, shift):
+            seen.append(x.float().clone())
+            return torch_model(x, t, shift)
+
+    def condition(step, t, x, x0):
+        x[:, 0] = given
+
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, prediction_type="sample")
+    options = {"dtype": dtype, "graph": graph, "sample_shape": (6, 2), **options}
+    sampler = Sampler(Planner(1, 1).to(model_dtype), scheduler, 8, **options)
+    x = torch.randn(2, 6, 2, generator=torch.Generator().manual_seed(0))
+    x[:, 0] = given
+    uncond = {"uncond_kwargs": {"shift": torch.zeros(2)}} if "guidance_scale" in options else {}
+    call = {"shift": torch.full((2,), 0.3), **uncond}
+    sampler.warmup(x, **call)
+    seen.clear()
+    result, trajectory = sampler(x, callback=condition, return_trajectory=True, **call)
+    assert torch.equal(result[:, 0].float(), given) and torch.equal(trajectory[-1], result)
+    # Rows behind these fill a bucket.
+    firsts = (0, 2) if uncond else (0,)
+    assert all(torch.equal(rows[k : k + 2, 0], given) for rows in seen for k in firsts if k < len(rows))
+    scheduler.set_timesteps(8)
+    expected, guided = x, sampler._guided_steps
+    for step, t in enumerate(scheduler.timesteps):
+        output = torch_model(expected, t.reshape(1), call["shift"])
+        if uncond and step in guided:
+            plain = torch_model(expected, t.reshape(1), torch.zeros(2))
+            output = plain + 2.0 * (output - plain)
+        expected = scheduler.step(output, t, expected).prev_sample
+        expected[:, 0] = given
+    torch.testing.assert_close(result.float(), expected, rtol=0, atol=atol)
+
+
 def test_a_models_answer_may_be_a_tensor_a_tuple_or_an_output():
     class Output:
         def __init__(self, sample):
@@ -290,6 +346,183 @@ def test_threads_may_share_a_sampler():
     with ThreadPoolExecutor(6) as pool:
         results = list(pool.map(lambda k: sampler(2, seeds=10 * k), range(6)))
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def test_numbers_may_be_numpys_and_tensors():
+    scheduler = diffusers.DDIMScheduler()
+    scheduler.set_timesteps(5)
+    expected = Sampler(torch_model, DDIMConfig(), 5, sample_shape=SHAPE)(2, seeds=3)
+    for steps in ({"timesteps": scheduler.timesteps}, {"timesteps": scheduler.timesteps.numpy()}):
+        for shape in (torch.tensor(SHAPE), np.array(SHAPE)):
+            sampler = Sampler(torch_model, scheduler, sample_shape=shape, **steps)
+            for start, seeds in ((np.int64(2), np.int64(3)), (torch.tensor(2), [np.uint8(3), torch.tensor(4)])):
+                assert torch.equal(sampler(start, seeds=seeds), expected)
+    for number in (np.int32(5), torch.tensor(5)):
+        assert torch.equal(Sampler(torch_model, DDIMConfig(), number, sample_shape=SHAPE)(2, seeds=3), expected)
+    for start in (np.float32(2), torch.tensor(2.0), torch.tensor(True), np.int64(0)):
+        with pytest.raises(ValueError, match="start: "):
+            sampler(start, seeds=0)
+
+
+class Mps(TorchFunctionMode):
+    """Torch as with a device that has no float64: tensors on it are on the CPU, and say that they are not."""
+
+    def __init__(self):
+        super().__init__()
+        # Kept, so that no other tensor takes their place.
+        self.on_cpu = {}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", "")
+        leaves = pytree.tree_leaves((args, kwargs))
+        on_cpu = all(id(leaf) in self.on_cpu for leaf in leaves if isinstance(leaf, torch.Tensor))
+        if name == "__get__" and getattr(function, "__self__", None) is torch.Tensor.device:
+            return torch.device("cpu" if on_cpu else "mps")
+        places = []
+        if name != "device":
+            places = [torch.device(leaf).type for leaf in leaves if isinstance(leaf, torch.device) or leaf == "mps"]
+            on_cpu = places == ["cpu"] if places else on_cpu
+            args, kwargs = pytree.tree_map(
+                lambda leaf: torch.device("cpu") if isinstance(leaf, torch.device) or leaf == "mps" else leaf,
+                (args, dict(kwargs)),
+            )
+        result = function(*args, **kwargs)
+        if isinstance(result, torch.Tensor):
+            if places and result is args[0]:
+                result = result.view_as(result)
+            if on_cpu:
+                self.on_cpu[id(result)] = result
+            elif result.dtype == torch.float64:
+                raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+            else:
+                self.on_cpu.pop(id(result), None)
+        return result
+
+
+@pytest.mark.parametrize("options", [{}, {"limit": DynamicThreshold(0.9, 2.0)}, {"guidance_scale": 2.0}])
+def test_seeds_need_no_float64_on_the_device(options):
+    call = {"shift": torch.full((2,), 0.3)}
+    if options.get("guidance_scale"):
+        call["uncond_kwargs"] = {"shift": torch.zeros(2)}
+    arguments = {"num_inference_steps": 4, "eta": 1.0, "sample_shape": SHAPE, "backend": "reference", **options}
+    expected = Sampler(torch_model, DDIMConfig(), **arguments)(2, seeds=3, **call)
+    with Mps():
+        sampler = Sampler(torch_model, DDIMConfig(), device="mps", **arguments)
+        assert sampler.device.type == "mps"
+        result = sampler(2, seeds=3, **call)
+        ends = [torch.ones(3).to("mps"), torch.arange(3.0).to("mps")]
+        between = slerp(*ends, 4)
+        assert between.device.type == "mps"
+    assert torch.equal(result, expected)
+    assert torch.equal(between, slerp(torch.ones(3), torch.arange(3.0), 4))
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "shape"),
+    [
+        (diffusers.UNet1DModel, {"sample_size": 64, "in_channels": 2}, (2, 64)),
+        (diffusers.UNet2DModel, {"sample_size": 8, "out_channels": 6}, (3, 8, 8)),
+        (diffusers.UNet2DModel, {"sample_size": (8, 16)}, (3, 8, 16)),
+        (diffusers.UNet2DConditionModel, {"sample_size": 8, "in_channels": 9}, (4, 8, 8)),
+        (diffusers.UNet3DConditionModel, {"sample_size": 8}, None),
+        (diffusers.UNetMotionModel, {"sample_size": 8}, None),
+        (diffusers.UNetSpatioTemporalConditionModel, {"sample_size": 8}, None),
+    ],
+)
+def test_the_shape_is_that_of_the_models_class(make, options, shape):
+    # The configuration is all that is read, and most of these are large.
+    model = torch.nn.Module()
+    model.__class__ = type(make.__name__, (torch.nn.Module,), {"forward": fail})
+    with torch.device("meta"):
+        model.config = make(**options).config
+    assert Sampler(model, DDIMConfig(), 2).sample_shape == shape
+
+
+def test_a_one_dimensional_model_is_sampled_as_diffusers_samples_it():
+    torch.manual_seed(0)
+    unet = diffusers.UNet1DModel(
+        sample_size=64, in_channels=2, out_channels=2, block_out_channels=(32, 32), norm_num_groups=4,
+        down_block_types=("DownBlock1D", "DownBlock1D"), up_block_types=("UpBlock1D", "UpBlock1D"),
+        use_timestep_embedding=True, time_embedding_type="positional", act_fn="silu", extra_in_channels=0,
+    ).eval()  # fmt: skip
+    scheduler = diffusers.DDIMScheduler()
+    scheduler.set_timesteps(3)
+    result = Sampler(unet, scheduler, use_clipped_model_output=False, timesteps=scheduler.timesteps)(2, seeds=[4, 9])
+    expected = torch.from_numpy(normal_numpy([4, 9], 0, (2, 64), STREAM_INITIAL))
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            expected = scheduler.step(unet(expected, t).sample, t, expected).prev_sample
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"hoist": True}, {"graph": "step"}])
+def test_of_a_learned_variance_the_mean_is_taken(options):
+    torch.manual_seed(0)
+    unet = small_unet(in_channels=3, out_channels=6, num_class_embeds=3).eval()
+    theirs = diffusers.DDPMScheduler(clip_sample=False)
+    mean = lambda x, t, class_labels: unet(x, t, class_labels).sample[:, :3]  # noqa: E731
+    kwargs = {"class_labels": torch.tensor([0, 1])}
+    for guidance in ({}, {"guidance_scale": 3.0}):
+        call = {**kwargs, "uncond_kwargs": {"class_labels": torch.tensor([2, 2])}} if guidance else kwargs
+        expected = Sampler(mean, theirs, 3, sample_shape=(3, 8, 8), **guidance)(2, seeds=0, **call)
+        result = Sampler(unet, theirs, 3, **options, **guidance)(2, seeds=0, **call)
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", ["unet", "dit"])
+def test_guidance_without_an_unconditional_half_takes_no_class(make):
+    torch.manual_seed(0)
+    if make == "unet":
+        model, null = small_unet(num_class_embeds=5).eval(), 4
+    else:
+        model = diffusers.DiTTransformer2DModel(
+            num_attention_heads=1, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=8,
+            num_embeds_ada_norm=5,
+        ).eval()  # fmt: skip
+        null = 5
+    sampler = Sampler(model, DDIMConfig(), 2, guidance_scale=7.5)
+    labels = torch.tensor([0, 3])
+    given = sampler(2, seeds=0, class_labels=labels, uncond_kwargs={"class_labels": torch.full((2,), null)})
+    assert torch.equal(sampler(2, seeds=0, class_labels=labels), given)
+    equal_halves = sampler(2, seeds=0, class_labels=labels, uncond_kwargs={})
+    assert (equal_halves - given).abs().max() > 1e-3
+
+
+def test_guidance_that_would_guide_nowhere_is_refused():
+    sampler = Sampler(torch_model, DDIMConfig(), 2, guidance_scale=7.5, sample_shape=SHAPE)
+    said = r"uncond_kwargs: None with guidance_scale 7\.5, but the model is called with "
+    for kwargs, names in (({}, "no keyword argument"), ({"shift": torch.ones(2)}, "shift")):
+        with pytest.raises(ValueError, match=f"{said}{names}"):
+            sampler(2, seeds=0, **kwargs)
+        with pytest.raises(ValueError, match=said):
+            sampler.warmup(2, **kwargs)
+    # Both halves are in what is given, or in the model.
+    stacked = sampler(2, seeds=0, shift=torch.tensor([0.0, 0.0, 1.0, 1.0]))
+    halves = sampler(2, seeds=0, shift=torch.ones(2), uncond_kwargs={"shift": torch.zeros(2)})
+    own = Sampler(
+        lambda x, t: torch_model(x, t, torch.tensor([0.0, 0.0, 1.0, 1.0])), DDIMConfig(), 2, guidance_scale=7.5
+    )
+    assert torch.equal(stacked, halves)
+    start = torch.from_numpy(normal_numpy([0, 1], 0, SHAPE, STREAM_INITIAL))
+    assert torch.equal(own(start, uncond_kwargs={}), halves)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("rescale", [False, True])
+def test_cogvideox_levels_are_shifted(prediction_type, rescale):
+    options = {"prediction_type": prediction_type, "rescale_betas_zero_snr": rescale and prediction_type != "epsilon"}
+    theirs = diffusers.CogVideoXDDIMScheduler(**options, timestep_spacing="trailing", snr_shift_scale=2.0)
+    theirs.set_timesteps(10)
+    x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sampler = Sampler(torch_model, theirs, 10, sample_shape=SHAPE, dtype=torch.float64)
+    expected = x
+    for t in theirs.timesteps:
+        expected = theirs.step(torch_model(expected, t.reshape(1)), t, expected, return_dict=False)[0]
+    assert sampler.method == "ddim" and sampler.limit is None
+    torch.testing.assert_close(sampler(x), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="scheduler: FlowMatchHeunDiscreteScheduler is no linear sampler"):
+        Sampler(torch_model, diffusers.FlowMatchHeunDiscreteScheduler(), 10)
 
 
 def fail(*args, **kwargs):

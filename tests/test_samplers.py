@@ -679,10 +679,10 @@ def test_a_fused_run_looks_back(graph):
         Network(), SCHEDULES["ddpm"], 7, method="dpmsolver++", sample_shape=SHAPE, graph=graph, backend="triton",
         limit=Clip(2.0), guidance_scale=2.0,
     )  # fmt: skip
-    expected = sampler.replace(backend="reference", graph="off")(2, seeds=0)
-    sampler.warmup(2)
+    expected = sampler.replace(backend="reference", graph="off")(2, seeds=0, uncond_kwargs={})
+    sampler.warmup(2, uncond_kwargs={})
     for _ in range(2):
-        torch.testing.assert_close(sampler(2, seeds=0), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sampler(2, seeds=0, uncond_kwargs={}), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_table_and_the_previous_x0_come_together():
@@ -699,3 +699,12 @@ def test_a_table_and_the_previous_x0_come_together():
         StepTable.from_columns([2, 1], np.ones((2, 7)))
     with pytest.raises(ValueError, match="not differentiable"):
         fastddim.ddim_step(x.clone().requires_grad_(), x, looking_back(), 1, previous_x0=x.clone())
+
+
+@pytest.mark.parametrize("method", ["auto", "ddim", "euler"])
+def test_a_class_without_a_clip_is_sampled_without_one(method):
+    # Checkpoints of 2022 have PNDM's configuration, without `clip_sample`, for latents.
+    scheduler = diffusers.PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True)
+    assert Sampler(torch.zeros_like, scheduler, 4, method=method).limit is None
+    assert Sampler(torch.zeros_like, diffusers.EulerDiscreteScheduler(), 4, method="ddim").limit is None
+    assert Sampler(torch.zeros_like, diffusers.DDPMScheduler(), 4, method=method).limit == Clip(1.0)

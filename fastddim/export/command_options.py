@@ -21,7 +21,7 @@ from fastddim.cli_options import (
     choice,
     integer,
     integers,
-    naming,
+    naming_options,
     number,
     parse_guidance_method,
     parse_integers,
@@ -97,13 +97,13 @@ class ComparisonFlags:
         return {"parity_steps": self.steps(), "tolerance": self.tolerance}
 
 
-def load_model(model: str | None) -> Any:
+def load_model(model: str | None, variant: str | None = None) -> Any:
     """A diffusers pipeline that can be exported, without diffusers' own output."""
     from fastddim.export.models import load_exportable
 
     quiet_diffusers()
-    with naming("model", "MODEL"):
-        return load_exportable(model)
+    with naming_options({"model": "MODEL", "variant": "--variant"}):
+        return load_exportable(model, variant)
 
 
 def report(bundle: Folder, start: float, what: str, as_json: bool, **facts: Any) -> None:

@@ -28,14 +28,15 @@ TEXT_TO_IMAGE: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-def load_exportable(model: str | Path | None) -> Any:
+def load_exportable(model: str | Path | None, variant: str | None = None) -> Any:
     """Load a diffusers pipeline of a kind that can be exported.
 
     Args:
         model: as `load_pipeline`'s; also the folder or hub id of a text-to-image pipeline or of a `DiTPipeline`.
+        variant: as `load_pipeline`'s.
 
     Returns:
-        The diffusers pipeline; a `DDIMPipeline` for those of a `UNet2DModel`.
+        The diffusers pipeline; a `DDIMPipeline` for those of a `UNet2DModel` alone.
 
     Raises:
         FileNotFoundError, ValueError: as `load_pipeline`.
@@ -46,11 +47,11 @@ def load_exportable(model: str | Path | None) -> Any:
         with contextlib.suppress(Exception):
             kind = diffusers.DiffusionPipeline.load_config(str(model))["_class_name"]
     if kind not in (*TEXT_TO_IMAGE, "DiTPipeline"):
-        return load_pipeline(model)
+        return load_pipeline(model, variant)
     # Only Stable Diffusion's own pipeline has one.
     unchecked = {"safety_checker": None, "requires_safety_checker": False} if kind == "StableDiffusionPipeline" else {}
     try:
-        return diffusers.DiffusionPipeline.from_pretrained(str(model), **unchecked)
+        return diffusers.DiffusionPipeline.from_pretrained(str(model), variant=variant, **unchecked)
     except Exception as error:  # diffusers, safetensors, torch and the hub's client each raise their own types
         raise ValueError(f"model: {str(model)!r} cannot be loaded as a {kind}: {error}") from error
 

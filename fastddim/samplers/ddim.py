@@ -15,7 +15,7 @@ from fastddim.schedule import Schedule
     Schedule,
     schedulers=(
         "DDIMScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler",
-        "PNDMScheduler",
+        "PNDMScheduler", "CogVideoXDDIMScheduler",
     ),
 )  # fmt: skip
 def ddim(

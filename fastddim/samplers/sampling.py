@@ -12,7 +12,7 @@ from fastddim.config import DDIMConfig, Limit, require_choice
 from fastddim.samplers.levels import AnySchedule
 from fastddim.samplers.method import METHODS, get_method
 from fastddim.samplers.steps import Steps
-from fastddim.schedule import EDMSchedule, FlowSchedule, Schedule
+from fastddim.schedule import EDMSchedule, FlowSchedule, Schedule, shift_snr
 
 SCHEDULE_TYPES: dict[str, type[Schedule] | type[FlowSchedule] | type[EDMSchedule]] = {
     "betas": Schedule,
@@ -171,10 +171,17 @@ def read_scheduler(scheduler: Any, method: str = "auto", argument: str = "schedu
         )
     chosen = own if method == "auto" else method
     assert chosen is not None
-    if chosen != "ddim" and own not in ("ddim", None):
-        # A configuration keeps what it was made from (`from_config`), of which a class heeds its own parameters alone.
-        taken = inspect.signature(type(scheduler).__init__).parameters
+    # A configuration keeps what it was made from (`from_config`), of which a class heeds its own parameters alone.
+    taken = inspect.signature(type(scheduler).__init__).parameters
+    if "snr_shift_scale" in taken:
+        # CogVideoX's classes limit nothing, whatever their configurations say.
+        shifted = shift_snr(DDIMConfig.from_dict(config, ignore_unknown=True), config["snr_shift_scale"])
+        config = {**asdict(shifted), "clip_sample": False}
+    elif chosen != "ddim" and own not in ("ddim", None):
         config = {"clip_sample": False, **{name: value for name, value in config.items() if name in taken}}
+    elif "SchedulerMixin" in bases and "clip_sample" not in taken:
+        # A class that knows no clip has none, whatever DDIM's default; what a file says is kept for pipelines of DDIM's.
+        config = {"clip_sample": False, **config}
     # DDIM's options are no configuration's, and another method than the class's own takes its defaults.
     return _read_config(config, chosen, chosen != "ddim" and chosen in known)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Annotated
 
-from fastddim.cli_options import choice, with_options
+from fastddim.cli_options import Variant, choice, with_options
 from fastddim.export.command_options import ComparisonFlags, Destination, Model, SamplerFlags, load_model, report
 
 
@@ -13,6 +13,7 @@ from fastddim.export.command_options import ComparisonFlags, Destination, Model,
 def export_command(
     *,
     model: Model = None,
+    variant: Variant = None,
     destination: Destination,
     sampler: SamplerFlags,
     device: Annotated[str, choice(help="cpu or cuda.")] = "cpu",
@@ -21,7 +22,7 @@ def export_command(
 ) -> None:
     """Compile a model and its sampler for libtorch.
 
-    AOTInductor compiles them for machines like this one, of a text-to-image pipeline the sampler alone.
+    AOTInductor compiles them for machines like this one, of a pipeline with an autoencoder the sampler alone.
     """
     from fastddim.export.aoti.exporter import export_aoti
     from fastddim.export.bundle import check_destination
@@ -32,7 +33,7 @@ def export_command(
     # Before a model is fetched and read.
     check_destination(destination.out, destination.force)
     start = time.perf_counter()
-    pipeline = load_model(model)
+    pipeline = load_model(model, variant)
     bundle = export_aoti(
         denoiser_of(pipeline),
         pipeline.scheduler,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastddim.cli_options import with_options
+from fastddim.cli_options import Variant, with_options
 from fastddim.export.command_options import (
     ComparisonFlags,
     Destination,
@@ -23,6 +23,7 @@ from fastddim.export.command_options import (
 def export_command(
     *,
     model: Model = None,
+    variant: Variant = None,
     destination: Destination,
     sampler: SamplerFlags,
     per_sample_steps: Annotated[
@@ -45,6 +46,6 @@ def export_command(
     check_destination(destination.out, destination.force)
     start = time.perf_counter()
     bundle = export_loaded(
-        load_model(model), destination.out, options, sampler_only, force=destination.force, **compared
+        load_model(model, variant), destination.out, options, sampler_only, force=destination.force, **compared
     )
     report(bundle, start, bundle.kind, destination.as_json, parity=bundle.manifest["parity"])

@@ -120,11 +120,16 @@ def export_loaded(
     Args:
         pipe: the pipeline.
         out, options: as `export_pipeline`'s.
-        sampler_only: the network and schedule of a text-to-image pipeline too.
+        sampler_only: the network and schedule of a pipeline with an autoencoder too.
         **arguments: `force`, `parity_steps` and `tolerance`, as `export_pipeline`'s.
     """
     if is_text_to_image(pipe) and not sampler_only:
         return export_pipeline(pipe, out, options, **arguments)
+    if hasattr(pipe, "vqvae") and not sampler_only:
+        raise ValueError(
+            f"model: {type(pipe).__name__} has a decoder, which is not exported; pass sampler_only=True (--sampler-only) for"
+            " its network and schedule, whose samples are latents"
+        )
     return export_onnx(denoiser_of(pipe), pipe.scheduler, out, options, **arguments)
 
 
