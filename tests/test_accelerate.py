@@ -102,7 +102,9 @@ def test_the_pictures_are_the_pipelines_own(name, steps, caplog):
     check_same(pipe, {**call, "num_inference_steps": steps}, caplog)
 
 
-@pytest.mark.parametrize("name", ["ours", "sd", "sdxl_img2img", "dit"])
+@pytest.mark.parametrize(
+    "name", ["dit", "sdxl_img2img", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ours", "sd"))]
+)
 def test_the_pictures_are_those_of_a_loop_that_computes_all_of_it(name, caplog):
     pipe, call = make(name)
     check_same(pipe, {**call, "num_inference_steps": 3}, caplog, graphs=("off", "step"), hoist=True)

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "diffusers_tests.py"
 TEST = """
 import diffusers
@@ -21,6 +23,7 @@ def run(*arguments):
     return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_the_tests_see_our_classes_and_their_failures_are_passed_on(tmp_path):
     folder = tmp_path / "tests" / "schedulers"
     folder.mkdir(parents=True)

@@ -58,6 +58,7 @@ def test_without_a_gpu_every_part_is_skipped_for_lack_of_one(tmp_path: Path) -> 
     assert os.listdir(tmp_path) == [gpu_check.SUMMARY]
 
 
+@pytest.mark.slow
 def test_a_rehearsal_runs_parts_and_names_what_it_cannot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
