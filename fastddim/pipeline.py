@@ -274,5 +274,10 @@ def _from_diffusers(name: str, kind: str, variant: str | None, problem: str) -> 
             made = getattr(diffusers, config.get("_class_name", "DDIMScheduler"))
             return DDIMPipeline(unet, made.from_config(config))
         loader = LDMPipeline if kind == "LDMPipeline" else DDIMPipeline
+        library, _ = DiffusionPipeline.load_config(name).get("scheduler", ("", ""))
+        if library == "fastddim.scheduler" and loader is DDIMPipeline:
+            # Saved before ours was written as diffusers', which loads nothing from our module.
+            unet = UNet2DModel.from_pretrained(name, subfolder="unet", variant=variant)
+            return DDIMPipeline(unet, DDIMScheduler.from_pretrained(name, subfolder="scheduler"))
         pipeline: DDIMPipeline | LDMPipeline = loader.from_pretrained(name, variant=variant)
     return pipeline

@@ -298,3 +298,15 @@ def test_weights_of_another_configuration_are_refused(folder):
     config.write_text(json.dumps(values))
     with pytest.raises(ValueError, match="model"):
         load_pipeline(folder)
+
+
+def test_a_folder_that_names_our_module_for_its_scheduler_loads(tmp_path):
+    load_pipeline().save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
+    index["scheduler"] = ["fastddim.scheduler", "DDIMScheduler"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    loaded, plain = load_pipeline(tmp_path), load_pipeline()
+    assert type(loaded) is type(plain) and loaded.scheduler.config.beta_schedule == plain.scheduler.config.beta_schedule
+    for name, weight in plain.unet.state_dict().items():
+        assert torch.equal(loaded.unet.state_dict()[name], weight)
