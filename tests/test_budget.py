@@ -29,6 +29,7 @@ def check_budget(folder, *options):
     return figures
 
 
+@pytest.mark.slow
 def test_the_kernels_keep_their_budget_on_every_target(tmp_path):
     figures = check_budget(tmp_path, "--quick")
     instructions = {figure["case"]: figure["instructions"] for figure in figures if figure["target"] == "sm_90"}

@@ -106,7 +106,7 @@ def test_the_loop_samples_as_the_sampler_does(kept):
 
 # A method that looks back carries the previous x0.
 GUIDED = [
-    (DDIMConfig(), {"guidance_method": "cfg++"}),
+    pytest.param(DDIMConfig(), {"guidance_method": "cfg++"}, marks=pytest.mark.slow),
     (
         DDIMConfig(clip_sample=False),
         {"guidance_method": "apg", "apg_eta": 0.3, "apg_norm_threshold": 5.0, "method": "dpmsolver++"},

@@ -300,6 +300,7 @@ def test_time_runs_out_for_what_comes_last(tmp_path: Path, check: Callable[..., 
     assert summary(tmp_path) == {"first": (CUT, "no output"), "last": (SKIPPED, "out of time: 0.05 minutes")}
 
 
+@pytest.mark.slow
 def test_a_suite_without_typer_rich_and_diffusers_is_summarised(tmp_path: Path, check: Callable[..., int]) -> None:
     wheels = tmp_path / "wheels"
     wheels.mkdir()
@@ -368,6 +369,7 @@ def test_a_tool_that_may_not_work_here_is_skipped(sign: str) -> None:
     assert (part.status, part.summary) == (PASSED, "ERROR SUMMARY: 0 errors")
 
 
+@pytest.mark.slow
 def test_every_kernel_that_the_checkers_see_runs_in_the_interpreter() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "benchmarks/launch_kernels.py"],

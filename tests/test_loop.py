@@ -555,7 +555,7 @@ def test_a_kept_loop_takes_the_table_limit_and_noise_of_each_run():
             fresh = Sampler(model, DDIMConfig(), **{"num_inference_steps": steps, **changes}, sample_shape=(3,))
             assert torch.equal(ours(x, seeds=1, uncond_kwargs={}), fresh(x, seeds=1, uncond_kwargs={}))
             del ours
-            gc.collect()
+        gc.collect()
 
 
 def test_a_kept_loop_holds_nothing_of_the_caller():
