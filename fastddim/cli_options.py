@@ -57,7 +57,7 @@ Model = Annotated[
     str | None,
     typer.Option(metavar="FOLDER_OR_HUB_ID", help="A diffusers folder or hub id. Default: the embedded digits."),
 ]
-Variant = Annotated[str | None, choice(help="Which weights of the model to take, such as fp16.")]
+Variant = Annotated[str | None, choice(help="Which weights to take, such as fp16.")]
 Steps = Annotated[int, integer(help="Model calls per image.")]
 Method = Annotated[
     str,

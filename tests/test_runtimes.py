@@ -287,7 +287,7 @@ def test_the_new_spelling_can_be_pasted(fresh, capsys):
     [
         (["tflite"], f"No such command 'tflite'; pass one of {COMMAS}, repository. See fastddim export"),
         (["onnx", "--gidance"], "No such option: --gidance (Possible options: --guidance"),
-        (["aoti", "--zzz"], "No such option: --zzz (Possible options: --out, --force, --json, --kind, "),
+        (["aoti", "--zzz"], "No such option: --zzz (Possible options: --variant, --out, --force, --json, "),
         (["onnx", "--cpu-isa", "avx2"], "No such option: --cpu-isa"),
         (["onnx", "a", "b", "--out", "x"], "unexpected extra argument"),
         (["tensorrt"], "Missing option '--out'. See fastddim export tensorrt --help."),
