@@ -155,7 +155,7 @@ def test_latents_are_decoded(run: Run, tmp_path: Path) -> None:
     result = run("invert", "expected.png", "--model", "ldm", "--device", "cpu")
     assert result.status == 2 and "--model: LDMPipeline samples latents" in result.err
     result = run("export", "onnx", "ldm", "--out", "bundle")
-    assert result.status == 2 and "model: LDMPipeline has a decoder, which is not exported" in result.err
+    assert result.status == 2 and "model: LDMPipeline has encoders or a decoder that are not exported" in result.err
     assert "--sampler-only" in result.err and not Path("bundle").exists()
 
 
@@ -169,6 +169,7 @@ def test_the_weights_of_a_variant(run: Run, tmp_path: Path) -> None:
         assert result.status == 2 and result.err.startswith("error: --variant: ") and "'fp16'; pass that" in result.err
     result = run("export", "onnx", "half", "--out", "bundle")
     assert result.status == 2 and result.err.startswith("error: --variant: None, but ")
+    assert run("export", "onnx", "half", "--variant", "fp16", "--out", "bundle", "--parity-steps", 1).status == 0
 
 
 def test_defaults_of_a_model_with_classes(run: Run, folders: dict[str, str]) -> None:

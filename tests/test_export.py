@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import diffusers
 import jsonschema
@@ -35,6 +36,7 @@ from fastddim.export import (
     verify_bundle,
 )
 from fastddim.export.bundle import FORMAT, write_bundle
+from fastddim.export.denoisers import describe
 from fastddim.export.onnx import exporter
 from fastddim.export.onnx.graph import symbolic_dims
 from fastddim.export.sampler_plan import plan_sampler
@@ -480,9 +482,9 @@ def test_an_infinite_output_that_is_clipped_leaves_a_finite_step(tmp_path):
 def conditional_unet(**options):
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=12,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=12, attention_head_dim=4, **options,
+        attention_head_dim=4, **{"in_channels": 4, "out_channels": 4, **options},
     )  # fmt: skip
     with torch.no_grad():
         unet.conv_out.weight.mul_(0.1)
@@ -536,6 +538,74 @@ def test_text_conditioned_unets_give_diffusers_own_loop(tmp_path):
     )  # fmt: skip
     expected = diffusers_loop(unet, 10, start, embeds, null, 5.0, added, added_null)
     np.testing.assert_allclose(actual, expected, atol=1e-4 * float(expected.abs().max()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [{"in_channels": 9}, {"num_class_embeds": 7}, {"class_embed_type": "timestep"}, {"out_channels": 8}],
+    ids=["inpainting", "classes", "noise levels", "learned variance"],
+)
+def test_what_text_unets_take_beside_texts_is_exported(tmp_path, options):
+    unet = conditional_unet(**options)
+    config = DDIMConfig(clip_sample=False)
+    bundle = export_onnx(unet, config, tmp_path / "bundle", ExportOptions(guided=True), parity_steps=(3,))
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(3))
+    start, embeds, null = draw(2, 4, 8, 8), draw(2, 77, 12), draw(2, 77, 12)
+    beside = {}
+    if "in_channels" in options:
+        beside = {"mask": (draw(2, 1, 8, 8) > 0).float(), "masked_image_latents": draw(2, 4, 8, 8)}
+    has_labels = options.keys() & {"num_class_embeds", "class_embed_type"}
+    labels = {"class_labels": torch.tensor([2, 5])} if has_labels else {}
+    inputs = {item["name"] for item in bundle.manifest["inputs"]}
+    assert inputs >= {*beside, *labels} and not inputs & {f"uncond_{name}" for name in {*beside, *labels}}
+    actual = OrtSampler(bundle)(
+        start.numpy(), num_inference_steps=4, guidance_scale=5.0, encoder_hidden_states=embeds.numpy(),
+        uncond_kwargs={"encoder_hidden_states": null.numpy()},
+        **{name: value.numpy() for name, value in {**beside, **labels}.items()},
+    )  # fmt: skip
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(4)
+    x = start
+    for t in scheduler.timesteps:
+        given = torch.cat([x, *beside.values()], 1)
+        uncond, cond = (unet(given, t, states, **labels).sample[:, :4] for states in (null, embeds))
+        x = scheduler.step(uncond + 5.0 * (cond - uncond), t, x).prev_sample
+    np.testing.assert_allclose(actual, x, atol=1e-4 * float(x.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("width", "projected", "shapes"),
+    # SDXL's own configurations, of the base model and the refiner.
+    [(2048, 2816, (1280, 6)), (1280, 2560, (1280, 5))],
+)
+def test_sdxls_conditions_are_those_of_its_configuration(width, projected, shapes):
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(
+            sample_size=8, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+            cross_attention_dim=width, addition_embed_type="text_time", addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=projected,
+        )  # fmt: skip
+    conditions = describe(unet).conditions
+    assert tuple(conditions[name].example.shape[1] for name in ("text_embeds", "time_ids")) == shapes
+
+
+def test_defaults_fit_a_short_schedule(tmp_path):
+    pipe = class_pipeline()
+    pipe.scheduler = diffusers.DDIMScheduler(num_train_timesteps=20)
+    pipe.save_pretrained(tmp_path / "model")
+    assert main(["export", "onnx", str(tmp_path / "model"), "--out", str(tmp_path / "bundle")]) == 0
+    manifest = open_bundle(tmp_path / "bundle").manifest
+    assert len(manifest["table"]["timesteps"]) == 20
+    assert {entry["steps"] for entry in manifest["parity"]} == {1, 10, 20}
+    worked = mock.patch.object(exporter, "write_sampler", side_effect=AssertionError("work was done first"))
+    with worked, pytest.raises(ValueError, match=r"parity_steps: 21; pass an integer in \[1, 20\]"):
+        export_onnx(pipe.unet, pipe.scheduler, tmp_path / "other", parity_steps=(1, 21))
+
+
+def test_channels_of_another_kind_are_refused():
+    with pytest.raises(ValueError, match=r"model: 8 channels, 4 of them the sample's, cannot be exported"):
+        describe(conditional_unet(in_channels=8))
 
 
 def test_transformers_with_a_learned_variance_export_their_mean(tmp_path):

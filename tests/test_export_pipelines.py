@@ -28,10 +28,12 @@ from fastddim.export import (
     OrtSampler,
     ParityError,
     export_pipeline,
+    load_exportable,
     open_bundle,
 )
 from fastddim.export.bundle import FORMAT
 from fastddim.export.onnx import pipeline_exporter
+from fastddim.export.sampler_plan import plan_sampler
 from fastddim.noise import STREAM_INITIAL, normal
 from fastddim.pictures import make_grid
 
@@ -164,6 +166,58 @@ def test_the_pictures_are_the_pipelines_own(exported, kind, batch):
     # The prompt matters by more than the tolerance.
     other = sample_with_diffusers(kind, negative, prompts, seeds)
     assert np.abs(other - expected).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", [0.0, 0.7, 1.0])
+def test_scales_up_to_one_are_no_guidance_as_in_the_pipeline(exported, kind, scale):
+    for negative in (encode(kind, NEGATIVE), None):
+        actual = OrtPipeline(exported(kind), "cpu")(
+            encode(kind, PROMPTS), negative, seeds=3, num_inference_steps=5, guidance_scale=scale
+        )
+        expected = sample_with_diffusers(kind, PROMPTS, NEGATIVE, [3, 4], scale=scale)
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_a_textual_inversion_of_several_vectors_has_all_its_tokens(tmp_path):
+    make("sd").save_pretrained(tmp_path / "pipeline")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    # The names that diffusers' loader gives to the vectors of two inversions.
+    pipe.tokenizer.add_tokens(["<cat>", "<cat>_1", "<cat>_2", "<dog>"])
+    pipe.text_encoder.resize_token_embeddings(VOCABULARY + 4)
+    bundle = export_pipeline(pipe, tmp_path / "bundle", parity_steps=(1,))
+    prompts = ["a <cat> b <dog>", "ab"]
+    ids = OrtPipeline(bundle).tokenize(prompts)
+    # Ids that a vocabulary with gaps gives are other ones once it is saved.
+    saved = transformers.CLIPTokenizer.from_pretrained(bundle.path / "tokenizer")
+    converted = pipe.maybe_convert_prompt(prompts, saved)
+    assert converted[0] == "a <cat> <cat>_1 <cat>_2 b <dog>"
+    expected = saved(converted, padding="max_length", max_length=77).input_ids
+    assert ids.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.DDIMScheduler(),
+        diffusers.PNDMScheduler(skip_prk_steps=True),
+        diffusers.DDIMScheduler(clip_sample=True),
+    ],
+)
+def test_old_configurations_are_those_that_diffusers_makes_of_them(tmp_path, scheduler):
+    folder = tmp_path / "pipeline"
+    make("sd").save_pretrained(folder)
+    scheduler.save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    pipe = load_exportable(folder)
+    plan = plan_sampler(pipe.unet, pipe.scheduler, ExportOptions(num_inference_steps=10))
+    assert plan.limit is None
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    theirs.scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config)
+    theirs.scheduler.set_timesteps(10)
+    assert list(plan.table.timesteps) == theirs.scheduler.timesteps.tolist() and plan.table.timesteps[-1] == 1
 
 
 def test_sizes_are_free_where_asked_for(exported):

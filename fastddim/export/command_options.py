@@ -64,7 +64,9 @@ class SamplerFlags:
     bake_schedule: Annotated[bool, typer.Option("--bake-schedule", help="Take a number of steps, not a table.")] = False
     dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Take any height and width.")] = False
     dtype: Annotated[str, choice(help="float32 by default, float16, bfloat16.", show_default=False)] = "float32"
-    num_inference_steps: Annotated[int, integer("--steps", help="Steps of the default table.")] = 50
+    num_inference_steps: Annotated[int | None, integer("--steps", help="Steps of the default table. Default: 50.")] = (
+        None
+    )
     method: Method = "auto"
     eta: Eta = None
 

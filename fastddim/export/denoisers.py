@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
-from fastddim.model_call import Model, prediction_of
+from fastddim.model_call import Model, mean_of, prediction_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# What an inpainting UNet takes beside the state, in this order.
+INPAINTING = ("mask", "masked_image_latents")
 # What CLIP's text encoders take.
 TOKENS = 77
 
@@ -25,11 +27,13 @@ class Condition:
         example: `[B, ...]`, what the export traces with.
         null: the value of the unconditional half, where the model has one (a label for "no class").
         meaning: its description in the manifest.
+        shared: whether the unconditional half has the same, and so no input of its own.
     """
 
     example: torch.Tensor
     null: int | None = None
     meaning: str = ""
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,23 +85,29 @@ def describe(
 
 
 def _call(model: Model, x: torch.Tensor, t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """`model(x, t, **conditions)`, whatever it returns."""
-    return prediction_of(model(x, t, **conditions))
+    """`model(x, t, **conditions)`, whatever it returns, without a learned variance."""
+    return mean_of(prediction_of(model(x, t, **conditions)), x)
 
 
 def _call_condition_unet(
     model: Model, x: torch.Tensor, t: torch.Tensor, conditions: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
-    """A UNet whose text states are float32, whatever its dtype, and SDXL's pooled text and sizes in a dictionary."""
+    """A UNet whose text states are float32, whatever its dtype, and SDXL's pooled text and sizes in a dictionary.
+
+    An inpainting one takes what is beside the state as more channels.
+    """
     # The embeddings of the added two are float32 until the UNet itself casts them.
-    added = {name: value for name, value in conditions.items() if name != "encoder_hidden_states"}
+    added = {name: conditions[name] for name in ("text_embeds", "time_ids") if name in conditions}
     states = conditions["encoder_hidden_states"].to(x.dtype)
-    return prediction_of(model(x, t, states, added_cond_kwargs=added or None))
-
-
-def _call_dit(model: Model, x: torch.Tensor, t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A model that predicts a variance too, in its second half of channels."""
-    return _call(model, x, t, conditions)[:, : x.shape[1]]
+    beside = [conditions[name].to(x.dtype) for name in INPAINTING if name in conditions]
+    output = model(
+        torch.cat([x, *beside], 1) if beside else x,
+        t,
+        states,
+        class_labels=conditions.get("class_labels"),
+        added_cond_kwargs=added or None,
+    )
+    return mean_of(prediction_of(output), x)
 
 
 def _square(config: Any, sample_shape: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -106,7 +116,9 @@ def _square(config: Any, sample_shape: tuple[int, ...] | None) -> tuple[int, ...
     size = config.sample_size
     if size is None:
         raise ValueError("sample_shape: the model's configuration has no sample_size; pass (channels, height, width)")
-    return (config.in_channels, *((size, size) if isinstance(size, int) else size))
+    # More channels than come out are conditions.
+    channels = min(config.in_channels, config.out_channels or config.in_channels)
+    return (channels, *((size, size) if isinstance(size, int) else size))
 
 
 def _describe_unet(model: torch.nn.Module, config: Any, sample_shape: tuple[int, ...] | None) -> Denoiser:
@@ -126,26 +138,49 @@ def _describe_condition_unet(model: torch.nn.Module, config: Any, sample_shape: 
     kind = config.addition_embed_type
     if kind not in (None, "text_time"):
         raise ValueError(f"model: addition_embed_type {kind!r} cannot be exported; None and 'text_time' (SDXL) can")
-    if config.encoder_hid_dim_type is not None or config.class_embed_type is not None:
-        raise ValueError("model: encoder_hid_dim_type and class_embed_type have to be None to be exported")
+    if config.encoder_hid_dim_type is not None or config.class_embed_type not in (None, "timestep"):
+        raise ValueError(
+            f"model: encoder_hid_dim_type {config.encoder_hid_dim_type!r} and class_embed_type {config.class_embed_type!r}"
+            " cannot be exported; None and None or 'timestep' can"
+        )
+    shape = _square(config, sample_shape)
+    beside = config.in_channels - shape[0]
+    if beside not in (0, 1 + shape[0]):
+        raise ValueError(
+            f"model: {config.in_channels} channels, {shape[0]} of them the sample's, cannot be exported; of those beside it"
+            " a mask and the masked image's latents can, as inpainting has them"
+        )
     width = config.cross_attention_dim
     width = width[0] if isinstance(width, (tuple, list)) else width
     conditions = {
         "encoder_hidden_states": Condition(torch.zeros(2, TOKENS, width), meaning="the text encoder's states")
     }
     if kind is not None:
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        conditions["text_embeds"] = Condition(torch.zeros(2, pooled), meaning="the pooled text embedding")
-        sizes = "original size, crop corner, target size: h, w each"
-        conditions["time_ids"] = Condition(torch.zeros(2, 6), meaning=sizes)
+        ids, sizes = 6, "original size, crop corner, target size: h, w each"
+        total, each = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
+        if total - 5 * each == width:
+            # SDXL's refiner: one encoder, whose pooled text is as wide as its states.
+            ids, sizes = 5, "original size, crop corner: h, w each; aesthetic score"
+        conditions["text_embeds"] = Condition(torch.zeros(2, total - ids * each), meaning="the pooled text embedding")
+        conditions["time_ids"] = Condition(torch.zeros(2, ids), meaning=sizes)
+    if config.num_class_embeds is not None or config.class_embed_type is not None:
+        # An upscaler's are levels of noise: a text, not they, makes the unconditional half.
+        labels = torch.full((2,), (config.num_class_embeds or 1000) - 1)
+        conditions["class_labels"] = Condition(labels, meaning="class of each sample", shared=True)
+    if beside:
+        for name, channels, meaning in (
+            (INPAINTING[0], 1, "1 where the picture is to be made, 0 where it is given, at the latents' size"),
+            (INPAINTING[1], shape[0], "latents of the picture without what is to be made"),
+        ):
+            conditions[name] = Condition(torch.zeros(2, channels, *shape[1:]), meaning=meaning, shared=True)
     call = functools.partial(_call_condition_unet, model)
-    return Denoiser(model, call, _square(config, sample_shape), conditions, resizable=True)
+    return Denoiser(model, call, shape, conditions, resizable=not beside)
 
 
 def _describe_dit(model: torch.nn.Module, config: Any, sample_shape: tuple[int, ...] | None) -> Denoiser:
     null = config.num_embeds_ada_norm
     labels = Condition(torch.zeros(2, dtype=torch.int64), null, f"class of each sample; {null} is no class")
-    call = functools.partial(_call_dit, model)
+    call = functools.partial(_call, model)
     return Denoiser(model, call, _square(config, sample_shape), {"class_labels": labels})
 
 

@@ -26,13 +26,17 @@ TEXT_TO_IMAGE: dict[str, dict[str, tuple[str, ...]]] = {
         "vae": ("AutoencoderKL",),
     },
 }
+# Of these the network and schedule alone.
+SAMPLERS_ALONE = (
+    "DiTPipeline", "StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline", "StableDiffusionXLImg2ImgPipeline",
+)  # fmt: skip
 
 
 def load_exportable(model: str | Path | None, variant: str | None = None) -> Any:
     """Load a diffusers pipeline of a kind that can be exported.
 
     Args:
-        model: as `load_pipeline`'s; also the folder or hub id of a text-to-image pipeline or of a `DiTPipeline`.
+        model: as `load_pipeline`'s; also the folder or hub id of a text-to-image pipeline or of one of `SAMPLERS_ALONE`.
         variant: as `load_pipeline`'s.
 
     Returns:
@@ -46,10 +50,11 @@ def load_exportable(model: str | Path | None, variant: str | None = None) -> Any
         # What is wrong with it, load_pipeline says.
         with contextlib.suppress(Exception):
             kind = diffusers.DiffusionPipeline.load_config(str(model))["_class_name"]
-    if kind not in (*TEXT_TO_IMAGE, "DiTPipeline"):
+    if kind not in (*TEXT_TO_IMAGE, *SAMPLERS_ALONE):
         return load_pipeline(model, variant)
-    # Only Stable Diffusion's own pipeline has one.
-    unchecked = {"safety_checker": None, "requires_safety_checker": False} if kind == "StableDiffusionPipeline" else {}
+    # Only pipelines of Stable Diffusion before XL have one.
+    checked = kind in ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
+    unchecked = {"safety_checker": None, "requires_safety_checker": False} if checked else {}
     try:
         return diffusers.DiffusionPipeline.from_pretrained(str(model), variant=variant, **unchecked)
     except Exception as error:  # diffusers, safetensors, torch and the hub's client each raise their own types

@@ -37,7 +37,7 @@ class ExportOptions:
         per_sample_steps: each sample has its own `num_inference_steps` `[B]`; it stays as it is once it is finished.
         seeded: the loop takes a `seed` for each sample and draws its starting state and noise itself. The scale of the
             start is fixed in the file, as the limit is: with a seed, a client has nothing else to know of the method.
-        num_inference_steps: the default table's number of steps (50).
+        num_inference_steps: the default table's number of steps (50, or as many as the schedule has).
         method, method_options, spacing, eta, use_clipped_model_output: as those of `SamplerOptions`; a baked schedule keeps
             them.
         dtype: the weights' dtype, `"float32"`, `"float16"` or `"bfloat16"`; the state is float32.

@@ -83,7 +83,7 @@ class StepModule(torch.nn.Module):
             values["guidance_rescale"] = torch.full((2,), 0.5)
         for name, condition in self._plan.denoiser.conditions.items():
             values[name] = condition.example[:2]
-            if options.guided:
+            if options.guided and not condition.shared:
                 null = condition.example[:2].clone()
                 values[f"uncond_{name}"] = null if condition.null is None else null.fill_(condition.null)
         return values
@@ -249,7 +249,9 @@ def model_conditions(plan: SamplerPlan, inputs: Mapping[str, torch.Tensor]) -> d
     if not plan.options.guided:
         return {name: inputs[name] for name in names}
     # Stacked, so that the two halves are seen to have as many rows.
-    return {name: torch.stack([inputs[f"uncond_{name}"], inputs[name]]).flatten(0, 1) for name in names}
+    return {
+        name: torch.stack([inputs.get(f"uncond_{name}", inputs[name]), inputs[name]]).flatten(0, 1) for name in names
+    }
 
 
 def _kept_names(hoisted: HoistedModel) -> dict[str, bool]:

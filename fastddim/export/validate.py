@@ -16,6 +16,7 @@ from fastddim.export.denoisers import DTYPES, Denoiser, describe, prepared
 from fastddim.noise import STREAM_INITIAL, normal
 from fastddim.sampler import Sampler
 from fastddim.samplers import Steps
+from fastddim.samplers.sampling import Sampling
 
 PARITY_STEPS = (1, 10, 50)
 LARGEST_BATCH = 3
@@ -67,12 +68,25 @@ def measure_parity(
 def _tables(bundle: Bundle, steps: Sequence[int]) -> list[StepTable]:
     """The runs to compare, by their numbers of steps."""
     scheduling = bundle.scheduling
-    for count in steps:
-        require_int("parity_steps", count, 1, None if scheduling is None else scheduling.most_steps)
+    steps = fit_parity_steps(steps, scheduling)
     if scheduling is None:
         own = len(bundle.table)
         return [_with_steps(bundle, count).table for count in sorted({min(count, own) for count in steps})]
     return [scheduling.build(Steps(count)) for count in steps]
+
+
+def fit_parity_steps(steps: Sequence[int], sampling: Sampling | None) -> Sequence[int]:
+    """The numbers of steps to compare after, checked; the default ones as far as the schedule goes.
+
+    Raises:
+        ValueError: a number that the schedule does not have.
+    """
+    most = None if sampling is None else sampling.most_steps
+    if most is not None and tuple(steps) == PARITY_STEPS:
+        return sorted({min(count, most) for count in steps})
+    for count in steps:
+        require_int("parity_steps", count, 1, most)
+    return steps
 
 
 def _with_steps(bundle: Bundle, count: int) -> Bundle:
@@ -178,7 +192,7 @@ def _compare(
 def _draw_conditions(
     denoiser: Denoiser, batch: int, device: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Random conditions, and their unconditional counterparts."""
+    """Random conditions, and the unconditional counterparts of those that have one."""
     generator = torch.Generator().manual_seed(1)
     conditions, uncond = {}, {}
     for name, condition in denoiser.conditions.items():
@@ -189,5 +203,7 @@ def _draw_conditions(
             highest = max(1, int(condition.example.max()) if condition.null is None else condition.null)
             drawn = torch.randint(0, highest, shape, generator=generator)
             other = torch.full(shape, condition.null or 0)
-        conditions[name], uncond[name] = drawn.to(device), other.to(device)
+        conditions[name] = drawn.to(device)
+        if not condition.shared:
+            uncond[name] = other.to(device)
     return conditions, uncond

@@ -22,7 +22,7 @@ from fastddim.export.machine import compute_capability, cpu_features
 from fastddim.export.manifest import NOTE_FILE, build_manifest, name_meanings, note
 from fastddim.export.sampler_plan import ExportOptions, SamplerPlan, plan_sampler
 from fastddim.export.step_module import STEP_OUTPUTS, BeforeLoop, hoist
-from fastddim.export.validate import PARITY_STEPS, measure_parity
+from fastddim.export.validate import PARITY_STEPS, fit_parity_steps, measure_parity
 from fastddim.hoisting import HoistedModel
 from fastddim.schedule import Schedule
 from fastddim.tracing import ExportError, quiet, told, trace
@@ -78,6 +78,7 @@ def export_aoti(
     if options is not None and (options.per_sample_steps or options.seeded):
         raise ValueError("per_sample_steps, seeded: are for ONNX files; leave them out, or export with export_onnx")
     plan = plan_sampler(model, scheduler_or_table, options, sample_shape, example_kwargs, limit)
+    fit_parity_steps(parity_steps, plan.sampling)
     require_choice("device", device, DEVICES)
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(

@@ -23,7 +23,7 @@ from fastddim.export.onnx.graph import LOOP_ROWS, as_loop, fed_by, name_dims, si
 from fastddim.export.onnx.noise_module import NoiseModule
 from fastddim.export.sampler_plan import ExportOptions, SamplerPlan, plan_sampler
 from fastddim.export.step_module import STEP_OUTPUTS, BeforeLoop, StepModule, hoist
-from fastddim.export.validate import PARITY_STEPS, measure_parity
+from fastddim.export.validate import PARITY_STEPS, fit_parity_steps, measure_parity
 from fastddim.hoisting import HoistedModel
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP
 from fastddim.schedule import Schedule
@@ -78,6 +78,7 @@ def export_onnx(
     """
     target = check_destination(out, force)
     plan = plan_sampler(model, scheduler_or_table, options, sample_shape, example_kwargs, limit)
+    fit_parity_steps(parity_steps, plan.sampling)
 
     def fill(folder: Path) -> dict[str, Any]:
         manifest = write_sampler(folder, plan, parity_steps, tolerance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,12 @@ class OrtPipeline:
         Args:
             input_ids: `[B, 77]` integers, padded as the tokenizer does; for a bundle with two encoders (SDXL) a pair, as
                 its tokenizers pad differently.
-            negative_input_ids: the same of the negative prompts; None, with `zeros_for_empty_prompt` alone, for none.
+            negative_input_ids: the same of the negative prompts; None for none, with `zeros_for_empty_prompt` or without
+                guidance.
             seeds: one per picture, or an integer s for s, s + 1, ...
             num_inference_steps, eta: the steps and the noise of this run; the bundle's own by default.
-            guidance_scale, guidance_rescale: numbers or `[B]`.
+            guidance_scale, guidance_rescale: numbers or `[B]`; as in the pipelines there is no guidance at scales up to 1,
+                but with CFG++.
             size: `(height, width)` in pixels, for bundles of any size; the model's own by default.
             original_size, crops_coords_top_left, target_size: SDXL's `(height, width)`, `(top, left)` and
                 `(height, width)`; the sizes are the pictures' own by default.
@@ -100,9 +103,13 @@ class OrtPipeline:
             NotFiniteError: with `check_finite`.
         """
         conditions = self._encode("input_ids", input_ids)
+        scales = np.asarray(guidance_scale, dtype=np.float32)
+        if self.bundle.manifest["sampling"].get("guidance_method", "cfg") == "cfg":
+            # As in the pipelines, where no guidance is what any scale up to 1 means.
+            scales = np.maximum(scales, 1)
         batch = len(conditions["encoder_hidden_states"])
         latent_size, pixels = self._sizes(size)
-        uncond = self._uncond(negative_input_ids, conditions)
+        uncond = dict(conditions) if (scales <= 1).all() else self._uncond(negative_input_ids, conditions)
         if self._takes_sizes:
             sizes = (*(original_size or pixels), *crops_coords_top_left, *(target_size or pixels))
             time_ids = np.repeat(np.array([sizes], dtype=np.float32), batch, axis=0)
@@ -116,7 +123,7 @@ class OrtPipeline:
             seeds=seeds,
             num_inference_steps=num_inference_steps,
             eta=eta,
-            guidance_scale=guidance_scale,
+            guidance_scale=scales,
             guidance_rescale=guidance_rescale,
             size=latent_size,
             uncond_kwargs=uncond,
@@ -139,7 +146,12 @@ class OrtPipeline:
         for encoder in self._encoders:
             tokenizer = AutoTokenizer.from_pretrained(self.bundle.path / encoder.replace("text_encoder", "tokenizer"))
             (item,) = self.bundle.components[encoder]["inputs"]
-            given = tokenizer(list(prompts), padding="max_length", max_length=item["shape"][1], truncation=True)
+            given = tokenizer(
+                [_expanded(text, tokenizer) for text in prompts],
+                padding="max_length",
+                max_length=item["shape"][1],
+                truncation=True,
+            )
             ids.append(np.array(given.input_ids, dtype=np.int64))
         return ids[0] if len(ids) == 1 else ids
 
@@ -181,3 +193,12 @@ class OrtPipeline:
         if height < 1 or width < 1 or height % upscale or width % upscale:
             raise ValueError(f"size: {tuple(size)}; pass a height and width that are multiples of {upscale}")
         return (height // upscale, width // upscale), (height, width)
+
+
+def _expanded(prompt: str, tokenizer: Any) -> str:
+    """A prompt with all tokens of each textual inversion of several vectors: `<a>`, then `<a>_1`, `<a>_2`, ..."""
+    added = tokenizer.added_tokens_encoder
+    for token in {*tokenizer.tokenize(prompt)} & {*added}:
+        following = itertools.takewhile(added.__contains__, (f"{token}_{k}" for k in itertools.count(1)))
+        prompt = prompt.replace(token, " ".join([token, *following]))
+    return prompt

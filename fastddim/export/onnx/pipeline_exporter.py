@@ -20,7 +20,14 @@ from fastddim.export.onnx.graph import name_dims, symbolic_dims
 from fastddim.export.onnx.parity import runnable
 from fastddim.export.onnx.sampler import yielding_options
 from fastddim.export.sampler_plan import ExportOptions, plan_sampler
-from fastddim.export.validate import LARGEST_BATCH, PARITY_STEPS, TOLERANCES, parity_entry, verify_bundle
+from fastddim.export.validate import (
+    LARGEST_BATCH,
+    PARITY_STEPS,
+    TOLERANCES,
+    fit_parity_steps,
+    parity_entry,
+    verify_bundle,
+)
 from fastddim.noise import STREAM_INITIAL, normal
 
 _MEANINGS = {
@@ -92,6 +99,7 @@ def export_pipeline(
     _check_pipeline(pipe)
     options = replace(options or ExportOptions(), guided=True)
     plan = plan_sampler(pipe.unet, pipe.scheduler, options)
+    fit_parity_steps(parity_steps, plan.sampling)
     components = {name: make(pipe, name, options, plan.denoiser.sample_shape) for name, make in _components(pipe)}
 
     def fill(folder: Path) -> dict[str, Any]:
@@ -125,10 +133,10 @@ def export_loaded(
     """
     if is_text_to_image(pipe) and not sampler_only:
         return export_pipeline(pipe, out, options, **arguments)
-    if hasattr(pipe, "vqvae") and not sampler_only:
+    if not sampler_only and (hasattr(pipe, "vqvae") or hasattr(pipe, "text_encoder")):
         raise ValueError(
-            f"model: {type(pipe).__name__} has a decoder, which is not exported; pass sampler_only=True (--sampler-only) for"
-            " its network and schedule, whose samples are latents"
+            f"model: {type(pipe).__name__} has encoders or a decoder that are not exported; pass sampler_only=True"
+            " (--sampler-only) for its network and schedule, whose samples are latents"
         )
     return export_onnx(denoiser_of(pipe), pipe.scheduler, out, options, **arguments)
 

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from fastddim.cli_options import Variant, choice, integer, with_options
+from fastddim.cli_options import choice, integer, naming_options, with_options
 from fastddim.export.command_options import ComparisonFlags, Destination, SamplerFlags, SamplerOnly, load_model, report
 
 if TYPE_CHECKING:
@@ -59,7 +59,6 @@ def export_command(
         str | None,
         typer.Argument(metavar="MODEL_OR_BUNDLE", help="As `export onnx`, or an ONNX bundle."),
     ] = None,
-    variant: Variant = None,
     destination: Destination,
     engine: EngineFlags,
     reuse: Annotated[bool, typer.Option("--reuse", help="Keep an engine that would come out the same.")] = False,
@@ -81,7 +80,7 @@ def export_command(
     start = time.perf_counter()
     graphs: Bundle | Callable[[Path], Bundle]
     if source is not None and (Path(source) / FORMAT.file).is_file():
-        _require_defaults(sampler, comparison, sampler_only, variant)
+        _require_defaults(sampler, comparison, sampler_only)
         graphs = open_bundle(source)
     else:
         if engine.fused_step and sampler.kind != "step":
@@ -92,7 +91,10 @@ def export_command(
         check_destination(destination.out, destination.force or reuse)
 
         def graphs(folder: Path) -> Bundle:
-            return export_loaded(load_model(source, variant), folder, exported, sampler_only, **compared)
+            # It takes the bundle then.
+            with naming_options({"--variant": "export onnx --variant"}):
+                pipeline = load_model(source)
+            return export_loaded(pipeline, folder, exported, sampler_only, **compared)
 
     with _build_progress(destination.as_json) as progress:
         bundle = export_tensorrt(
@@ -101,9 +103,7 @@ def export_command(
     report(bundle, start, bundle.kind, destination.as_json, parity=bundle.manifest["parity"])
 
 
-def _require_defaults(
-    sampler: SamplerFlags, comparison: ComparisonFlags, sampler_only: bool, variant: str | None
-) -> None:
+def _require_defaults(sampler: SamplerFlags, comparison: ComparisonFlags, sampler_only: bool) -> None:
     """Refuse what was typed about a graph that is there already."""
     given = [
         field.name
@@ -111,7 +111,7 @@ def _require_defaults(
         for field in dataclasses.fields(flags)
         if getattr(flags, field.name) != field.default
     ]
-    given += ["sampler_only"] * sampler_only + ["variant"] * (variant is not None)
+    given += ["sampler_only"] * sampler_only
     if given:
         raise ValueError(f"{given[0]}: is decided in the ONNX bundle; leave it out")
 
