@@ -116,12 +116,14 @@ def test_in_place_with_a_model_input_and_noise_of_seeds():
     assert torch.equal(model_input, expected[0].bfloat16())
 
 
+@pytest.mark.slow
 @needs_fused
 def test_a_threshold_noise_that_is_given_and_float64():
     x, output, noise = (draw(2, 3, 5, seed=k, dtype=torch.float64) * 3 for k in range(3))
     assert_same_bits(both(output, x, NOISY, 2, limit=DynamicThreshold(0.9, 2.0), noise=noise))
 
 
+@pytest.mark.slow
 @needs_fused
 def test_a_table_that_looks_back_writes_over_the_x0_of_the_step_before():
     output, previous = draw(2, 5, seed=1), [draw(2, 5, seed=2) for _ in range(2)]
@@ -351,6 +353,7 @@ def test_what_it_cannot_take_is_named():
         fastddim.ddim_step(draw(2, 3), draw(2, 3), NOISY, 10, backend="compiled")
 
 
+@pytest.mark.slow
 def test_what_was_checked_once_is_refused_where_it_differs():
     table, x, output = TABLES["epsilon"], draw(2, 3, 5), draw(4, 3, 5, seed=1)
     given = {"guidance": Guidance(2.0), "limit": Clip(), "backend": "compiled"}

@@ -264,6 +264,7 @@ def test_the_manifest_describes_each_component(exported, kind):
     assert bundle.manifest["sampling"]["guided"]
 
 
+@pytest.mark.slow
 def test_a_step_of_half_precision_weights_is_a_pipeline_too(tmp_path):
     bundle = export_pipeline(
         make("sdxl"), tmp_path / "bundle", ExportOptions(kind="step", dtype="float16"), parity_steps=(2,)
@@ -374,6 +375,7 @@ def test_pipelines_that_cannot_be_exported_are_named(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_component_that_differs_from_torch_is_not_written(tmp_path, monkeypatch):
     real = pipeline_exporter.to_graph
 
