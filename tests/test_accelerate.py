@@ -103,7 +103,7 @@ def test_the_pictures_are_the_pipelines_own(name, steps, caplog):
 
 
 @pytest.mark.parametrize(
-    "name", ["dit", "sdxl_img2img", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ours", "sd"))]
+    "name", ["dit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ours", "sd", "sdxl_img2img"))]
 )
 def test_the_pictures_are_those_of_a_loop_that_computes_all_of_it(name, caplog):
     pipe, call = make(name)

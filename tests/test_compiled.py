@@ -137,7 +137,8 @@ def test_a_table_that_looks_back_writes_over_the_x0_of_the_step_before():
         assert torch.equal(*states) and torch.equal(*previous)
 
 
-@pytest.mark.parametrize("method", ["cfg", pytest.param("apg", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["cfg", "apg"])
 def test_guidance_with_sums_is_as_near_to_the_oracle_as_the_reference(method):
     x, output = draw(3, 4, 8, 8), draw(6, 4, 8, 8, seed=1)
     rescale = 0.7 if method == "cfg" else 0.0

@@ -368,6 +368,7 @@ def test_a_stopping_server_says_so_and_a_second_signal_ends_it(serve):
     busy.close()
 
 
+@pytest.mark.slow
 def test_digits_with_guidance_noise_and_rescale(serve, bundles):
     server = serve("digits")
     requests = [
