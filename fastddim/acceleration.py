@@ -85,7 +85,7 @@ class _Acceleration:
 
     def follow(self, models: Mapping[str, Any]) -> None:
         """Forget what was captured of other models than these."""
-        if any(self._models.get(name) is not model for name, model in models.items()):
+        if self._models.keys() != models.keys() or any(self._models[name] is not models[name] for name in models):
             self._roots.clear()
             self.captures.graphs.clear()
             self.captures = Captures((), self.options.max_graphs)
@@ -213,12 +213,14 @@ class _Method(NamedTuple):
         table: its rows, from the run's first step on.
         draws: the steps that draw noise.
         first: the number of the run's first step among the scheduler's timesteps.
+        limit: the limit applied to x0.
         options: the step's options that the table is of.
     """
 
     table: StepTable
     draws: list[bool]
     first: int
+    limit: Limit
     options: tuple[Any, ...]
 
 
@@ -253,7 +255,9 @@ class _Stepper:
             if found is None:
                 return None
             table, draws = found
-            method = self._method = _Method(_unscaled(table, self.view, timestep, step), draws, step, chosen)
+            method = self._method = _Method(
+                _unscaled(table, self.view, timestep, step), draws, step, _limit_of(self.view), chosen
+            )
             self.previous_x0 = None
         self._next = step + 1
         return method, step - method.first
@@ -490,8 +494,8 @@ class _Call:
         calls = self._acceleration.calls_of(model) if self._acceleration.options.hoist else None
         apart = None if calls is None else calls.take_apart(args, kwargs, self._number)
         function, given, named = (model, args, kwargs) if apart is None else (*apart, {})
-        root = self._acceleration.root(_device_of(model))
-        if not self._is_captured(model):
+        root = self._acceleration.root(_device_of(model)) if self._is_captured(model) else None
+        if root is None:
             result = function(*given, **named)
         elif function in root.refused:
             self._acceleration.log_once(
@@ -553,7 +557,7 @@ class _Call:
             previous = sample.new_zeros(sample.shape) if stepper.previous_x0 is None else stepper.previous_x0
         # Schedulers that step through sigmas give the output's dtype.
         dtype = output.dtype if hasattr(view, "sigmas") else torch.promote_types(sample.dtype, output.dtype)
-        work = _Work(sample, table, row, noise, _limit_of(view), previous, dtype)
+        work = _Work(sample, table, row, noise, method.limit, previous, dtype)
         x_next, x0 = self._finish(segment, output, work)
         if table.looks_back:
             stepper.previous_x0 = x0
@@ -847,6 +851,7 @@ def accelerate(pipe: P, *, graph: str = "auto", backend: str = "auto", max_graph
         graph: `"auto"`, `"step"` or `"off"`, as `fastddim.Sampler`'s; the pipeline's own code runs between the steps, so that
             there is no `"loop"`.
         max_graphs: as `fastddim.Sampler`'s.
+        hoist: as `fastddim.Sampler`'s, for the schedulers whose steps the fused kernel takes.
         backend: implementation of the step, as `fastddim.ddim_step`'s.
 
     Returns:
@@ -855,6 +860,13 @@ def accelerate(pipe: P, *, graph: str = "auto", backend: str = "auto", max_graph
     Raises:
         TypeError: something else than a pipeline with a scheduler and a model.
         ValueError: an option that is not one of its choices.
+
+    Example:
+        >>> import fastddim
+        >>> pipe = fastddim.accelerate(fastddim.load_pipeline())
+        >>> pipe.set_progress_bar_config(disable=True)
+        >>> pipe(class_labels=[3], num_inference_steps=4, output_type="np").images.shape
+        (1, 16, 16, 1)
     """
     options = SamplerOptions(graph=graph, backend=backend, max_graphs=max_graphs, hoist=hoist)
     if options.graph == "loop":

@@ -224,7 +224,8 @@ class Segment:
         """
         was_open, self._open = self._open, False
         if list(map(version, self.inputs)) != self._versions:
-            self._refuse(range(len(self.nodes)), "what it is called with is written to before the step")
+            self.reason = "what a model is called with is written to before the step"
+            self._refuse(range(len(self.nodes)), self.reason)
             return False
         return was_open
 

@@ -95,7 +95,7 @@ class HoistedCalls:
             args, kwargs: what the pipeline calls the model with.
             step: the step's number among the run's timesteps; None at the first one, wherever that is.
         """
-        if not self._has_one_output or not self._timesteps or (self._values is None and self._conditions):
+        if not self._has_one_output or not self._timesteps:
             return None
         given = dict(self._signature.bind(*args, **kwargs).arguments)
         x, t = given.pop(self._state), given.pop("timestep")
@@ -107,7 +107,7 @@ class HoistedCalls:
         parts = self._hoister.find(x, t, given, steps=len(self._timesteps))
         if parts is None:
             return None
-        if step is None:
+        if step is None or not self._divisor:
             step = self._find(t)
         if step is None:
             return None
@@ -134,10 +134,8 @@ class HoistedCalls:
         timesteps = torch.tensor(self._timesteps, device="cpu").to(dtype)
         return timesteps if divisor == 1 else timesteps / divisor
 
-    def _prepare(self, parts: HoistedModel, t: torch.Tensor, tensors: list[torch.Tensor]) -> Hoisted | None:
+    def _prepare(self, parts: HoistedModel, t: torch.Tensor, tensors: list[torch.Tensor]) -> Hoisted:
         self._conditions = [(weakref.ref(tensor), version(tensor)) for tensor in tensors]
-        if not self._divisor:
-            return None
         self._called = self._divided(t.dtype, self._divisor)
         values = parts.prepare(self._called.to(t.device), tensors)
         self.nbytes = values.nbytes
@@ -149,7 +147,7 @@ class HoistedCalls:
             for (kept, written), tensor in zip(self._conditions, tensors, strict=True)
         )
 
-    @staticmethod
-    def wrap(prediction: torch.Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The prediction as the model itself would return it."""
-        return _Output(sample=prediction) if kwargs.get("return_dict", True) else (prediction,)
+    def wrap(self, prediction: torch.Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The prediction as the model itself would return it from a call with `args` and `kwargs`."""
+        as_output = self._signature.bind(*args, **kwargs).arguments.get("return_dict", True)
+        return _Output(sample=prediction) if as_output else (prediction,)

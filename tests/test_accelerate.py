@@ -23,6 +23,7 @@ from tiny_pipelines import (
     MAKERS,
     TEXT,
     WITH_ETA,
+    image_unet,
     make,
     make_flux,
     make_sd,
@@ -552,6 +553,32 @@ def test_guidance_is_a_part_of_the_fused_step(make_pipe, caplog, monkeypatch):
         pipe, {**call, "guidance_scale": 4.0}, caplog, graphs=("step",), rtol=1e-5 if make_pipe is make_sd3 else 1e-9
     )
     assert set(seen) == {(4, 4.0)}
+
+
+class WritesBeforeItsStep(diffusers.DDIMPipeline):
+    """Writes over the state between the model's call and the step."""
+
+    @torch.no_grad()
+    def __call__(self, generator, num_inference_steps, batch_size=2, output_type="pt"):
+        image = torch.randn((2, 3, 8, 8), generator=generator, dtype=torch.float64)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.progress_bar(self.scheduler.timesteps):
+            output = self.unet(image, t).sample
+            image[:, :, 0] = 0.5
+            image = self.scheduler.step(output, t, image).prev_sample
+        return diffusers.ImagePipelineOutput(images=image)
+
+
+def test_what_is_written_to_before_the_step_is_not_called_again(caplog):
+    pipe = WritesBeforeItsStep(image_unet(), diffusers.DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 4, "output_type": "pt"}
+    expected, _ = run(pipe, call)
+    accelerate(pipe, graph="step")
+    for _ in range(2):
+        torch.testing.assert_close(run(pipe, call)[0], expected, rtol=1e-9, atol=1e-9)
+    assert count_captures(pipe) == 0
+    assert all("written to before the step" in line for line in log_lines(caplog)) and log_lines(caplog)
 
 
 @pytest.mark.parametrize("scales", [(7.5, 3.0, 3.0, 1.0, 1.0), (2.0, 3.0, 4.0, 5.0, 6.0)])
