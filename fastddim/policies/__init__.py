@@ -1,0 +1,1 @@
+"""Robot policies: diffusion policies and their like, from a checkpoint to actions."""
