@@ -245,8 +245,8 @@ def _resize_matrix(size: int, new_size: int) -> torch.Tensor:
     """`[new_size, size]`: what each new pixel of a line takes of each old one."""
     if size == new_size:
         return torch.eye(size)
-    ones = torch.eye(size)[None, :, :, None]
-    return functional.interpolate(ones, (new_size, 1), mode="bilinear", antialias=True)[0, :, :, 0].T
+    # torch's result of pictures one pixel wide is wrong.
+    return functional.interpolate(torch.eye(size)[None, None], (new_size, size), mode="bilinear", antialias=True)[0, 0]
 
 
 def _resnet(name: str, channels: int, use_group_norm: bool) -> nn.Sequential:
