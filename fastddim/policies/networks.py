@@ -22,6 +22,7 @@ RESNETS: dict[str, tuple[tuple[int, ...], bool]] = {
     "resnet152": ((3, 8, 36, 3), True),
 }
 _BOTTLENECK_EXPANSION = 4
+_LAST_GROUPS = 8
 # Of a group normalisation in place of a batch normalisation.
 _CHANNELS_PER_GROUP = 16
 
@@ -63,6 +64,8 @@ class ConditionalUnet1d(nn.Module):
             require_int("down_dims", channels, 1)
             if channels % n_groups:
                 raise ValueError(f"down_dims: {channels}; pass multiples of n_groups, {n_groups}")
+        if down_dims[0] % _LAST_GROUPS:
+            raise ValueError(f"down_dims: {down_dims[0]} first; pass a multiple of {_LAST_GROUPS} there")
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size: {kernel_size}; pass an odd number")
         if diffusion_step_embed_dim % 2 or diffusion_step_embed_dim < 4:
@@ -92,7 +95,9 @@ class ConditionalUnet1d(nn.Module):
             double = nn.ConvTranspose1d(above, above, 4, stride=2, padding=1)
             self.up_modules.append(nn.ModuleList([block(2 * here, above), block(above, above), double]))
         self.final_conv = nn.Sequential(
-            ConvBlock1d(down_dims[0], down_dims[0], kernel_size, n_groups), nn.Conv1d(down_dims[0], action_dim, 1)
+            # Of eight groups whatever the others have, as in LeRobot and Diffusion Policy.
+            ConvBlock1d(down_dims[0], down_dims[0], kernel_size, _LAST_GROUPS),
+            nn.Conv1d(down_dims[0], action_dim, 1),
         )
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, global_cond: torch.Tensor) -> torch.Tensor:

@@ -111,6 +111,21 @@ class Sampling:
         method.check(self.schedule, merged)
         return replace(self, options=merged, spacing=spacing or self.spacing, limit=limit)
 
+    def by(self, method: str, *, rederive: bool = True) -> Sampling:
+        """The same schedule sampled by another method, with its defaults; `"auto"` is this one's.
+
+        Args:
+            method: a name in `METHODS`.
+            rederive: as for `with_options`.
+
+        Raises:
+            ValueError: an unknown method, or one that does not take the schedule.
+        """
+        if method in ("auto", self.method):
+            return self
+        get_method(method).check(self.schedule, {})
+        return Sampling(self.schedule, method, limit=self.limit).with_options({}, self.limit, rederive=rederive)
+
     def build(self, steps: Steps, **options: Any) -> StepTable:
         """The table of a run; `options` go before those of the attribute, and its spacing where steps have none.
 
