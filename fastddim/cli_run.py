@@ -15,9 +15,9 @@ import typer
 from fastddim.cli_options import (
     DEFAULT_GUIDANCE,
     Json,
-    Out,
     Variant,
     check_classes,
+    choice,
     integer,
     integers,
     naming,
@@ -66,18 +66,38 @@ def run(
     check_finite: Annotated[
         bool, typer.Option("--check-finite", help="Report the step at which NaN or infinities appear.")
     ] = False,
-    out: Out = Path("samples.png"),
+    observations: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Robot policies: arrays by name, .npz; with noise or --seed.")
+    ] = None,
+    method: Annotated[str | None, choice(help="Robot policies: such as ddim. Default: the bundle's.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Default: samples.png, of a robot policy actions.npz.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Sample from a bundle with what runs it.
 
-    It writes one picture. An ONNX bundle needs no torch.
+    It writes one picture, or a robot's actions. An ONNX bundle needs no torch.
     """
     from fastddim.export import get_runtime, open_bundle
     from fastddim.pictures import GridLayout, check_picture, make_grid, save_picture
 
     opened = open_bundle(bundle)
     runtime = get_runtime(opened.runtime)
+    if "policy" in opened.manifest:
+        pictures = {"--num-images": num_images, "--labels": labels, "--prompt": prompt, "--size": size,
+                    "--negative-prompt": negative_prompt, "--guidance-scale": guidance_scale}  # fmt: skip
+        for name, value in pictures.items():
+            if value:
+                raise ValueError(f"{name}: {value!r}, but this bundle is a robot policy's; leave it out")
+        settings = _settings(runtime.load(runtime.sampler or ""), opened.runtime, check_finite, providers, weights)
+        steps = {"num_inference_steps": num_inference_steps, "eta": eta, "method": method}
+        _run_policy(opened, observations, out or Path("actions.npz"), seeds, steps, settings, as_json)
+        return
+    for name, value in (("--observations", observations), ("--method", method)):
+        if value is not None:
+            raise ValueError(f"{name}: '{value}', but this bundle is no robot policy's; leave it out")
+    out = Path("samples.png") if out is None else out
     cycle: Sequence[int] | Sequence[str] | None
     if opened.components:
         _require_pipeline(opened, runtime)
@@ -101,14 +121,7 @@ def run(
     if path is None:
         raise ValueError(f"bundle: runtime {opened.runtime!r} has no sampler in Python")
     loaded = runtime.load(path)
-    settings: dict[str, Any] = {"check_finite": check_finite}
-    for name, given in (("providers", providers), ("weights", weights)):
-        if given is None:
-            continue
-        if name not in inspect.signature(loaded).parameters:
-            raise ValueError(f"--{name}: '{given}', but this bundle is of runtime {opened.runtime!r}; leave it out")
-        settings[name] = given.split(",") if isinstance(given, str) else given
-    draw = loaded(opened, **settings)
+    draw = loaded(opened, **_settings(loaded, opened.runtime, check_finite, providers, weights))
     options: dict[str, Any] = {"seeds": seeds, "num_inference_steps": num_inference_steps, "eta": eta, "size": pixels}
     if guidance_scale is not None:
         options["guidance_scale"] = guidance_scale
@@ -135,6 +148,61 @@ def run(
         typer.echo(json.dumps({"path": str(out), "num_images": num_images, "seconds": seconds, "provider": device}))
     else:
         typer.echo(f"{str(out)!r}: {num_images} images, {seconds / num_images:.3g} s per image on {device}")
+
+
+def _settings(
+    loaded: Any, runtime: str, check_finite: bool, providers: str | None, weights: Path | None
+) -> dict[str, Any]:
+    """The options of a runtime's sampler."""
+    settings: dict[str, Any] = {"check_finite": check_finite}
+    for name, given in (("providers", providers), ("weights", weights)):
+        if given is None:
+            continue
+        if name not in inspect.signature(loaded).parameters:
+            raise ValueError(f"--{name}: '{given}', but this bundle is of runtime {runtime!r}; leave it out")
+        settings[name] = given.split(",") if isinstance(given, str) else given
+    return settings
+
+
+def _run_policy(
+    bundle: Bundle,
+    observations: Path | None,
+    out: Path,
+    seeds: int,
+    steps: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    as_json: bool,
+) -> None:
+    """The actions for observations in a file."""
+    from fastddim.export import PolicySampler
+    from fastddim.files import check_writable, write_whole
+
+    names = ", ".join(bundle.manifest["policy"]["observations"])
+    if observations is None:
+        raise ValueError(f"--observations: missing; pass a .npz file with {names}")
+    if out.suffix != ".npz":
+        raise ValueError(f"--out: {str(out)!r}; pass a name that ends in .npz")
+    check_writable(out, "--out")
+    try:
+        with np.load(observations, allow_pickle=False) as file:
+            arrays = dict(file.items())
+    except FileNotFoundError:
+        raise ValueError(f"--observations: {str(observations)!r} is not there; pass a .npz file with {names}") from None
+    except Exception as error:  # numpy and zipfile each raise their own types
+        raise ValueError(f"--observations: {str(observations)!r} is no .npz file of arrays: {error}") from None
+    given = {name: arrays.pop(name) for name in ("noise", "known", "mask") if name in arrays}
+    draw = PolicySampler(bundle, **settings)
+    start = time.perf_counter()
+    chunk = draw(arrays, seeds=seeds, **given, **steps)
+    seconds = time.perf_counter() - start
+    results = {name: np.asarray(value) for name, value in chunk._asdict().items()}
+    write_whole(out, lambda file: np.savez(file, **results), "--out")
+    shape = list(results["actions"].shape)
+    if as_json:
+        device = draw.sampler.device()
+        typer.echo(json.dumps({"path": str(out), "actions": shape, "seconds": seconds, "provider": device}))
+    else:
+        typer.echo(f"{str(out)!r}: actions {shape}, {1e3 * seconds:.3g} ms on {draw.sampler.device()}")
 
 
 def _pick_labels(labels: str | None, manifest: Mapping[str, Any]) -> list[int] | None:
@@ -168,6 +236,7 @@ def verify(
     """Compare a bundle with the model that it was exported from."""
     from fastddim.export import get_runtime, open_bundle, verify_bundle, verify_pipeline
     from fastddim.export.models import denoiser_of
+    from fastddim.policies import Policy
 
     compared: dict[str, Any] = {"steps": comparison.steps(), "tolerance": comparison.tolerance}
     opened = open_bundle(bundle)
@@ -178,7 +247,7 @@ def verify(
     if opened.components:
         parity = verify_pipeline(opened, pipeline, **compared)
     else:
-        parity = verify_bundle(opened, denoiser_of(pipeline), **compared)
+        parity = verify_bundle(opened, pipeline if isinstance(pipeline, Policy) else denoiser_of(pipeline), **compared)
     report(opened, start, opened.kind, as_json, parity=parity)
 
 

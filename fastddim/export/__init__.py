@@ -13,6 +13,8 @@ _SHARED = {
     "inference_server.options": ("InferenceServerOptions",),
     "inference_server.repository": ("write_repository",),
     "models": ("load_exportable",),
+    "policy_exporter": ("export_policy",),
+    "policy_sampler": ("PolicySampler",),
     "sampler_plan": ("ExportOptions",),
     "validate": ("ParityError", "verify_bundle"),
 }

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
+_RESULTS = ("samples", "next_sample", "pred_original_sample")
+
 _OWN = ("sample", "timestep", "timesteps", "coefficients", "previous_x0", "noise", "guidance_scale", "guidance_rescale",
         "num_inference_steps", "seed")  # fmt: skip
 
@@ -95,6 +97,8 @@ class BundleSampler(ABC):
         manifest = self.bundle.manifest
         self._sampling = manifest["sampling"]
         self._inputs = {item["name"]: item for item in manifest["inputs"]}
+        # What the file has beside a loop's samples or a step's two states.
+        self._made = [name for name in self.bundle.names("outputs") if name not in _RESULTS]
         self._conditions = [name for name in self._inputs if name not in _OWN and not name.startswith("uncond_")]
         self._scheduling = self.bundle.scheduling
 
@@ -117,12 +121,14 @@ class BundleSampler(ABC):
         """What the file runs on, for messages."""
 
     @abstractmethod
-    def _sample_loop(self, inputs: Mapping[str, Any]) -> Any:
-        """`samples` of a file that takes all steps."""
+    def _sample_loop(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What a file that takes all steps gives, by name."""
 
     @abstractmethod
-    def _run_steps(self, sample: Any, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Any]) -> Any:
-        """The finished samples of a file that takes one step."""
+    def _run_steps(
+        self, sample: Any, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What a file that takes one step gives after the last one: `samples`, and what it has beside its two states."""
 
     def __call__(
         self,
@@ -132,6 +138,8 @@ class BundleSampler(ABC):
         num_inference_steps: int | Sequence[int] | None = None,
         timesteps: Sequence[int] | None = None,
         eta: float | None = None,
+        method: str | None = None,
+        strength: float = 1.0,
         guidance_scale: Any = None,
         guidance_rescale: Any = 0.0,
         size: tuple[int, int] | None = None,
@@ -146,6 +154,9 @@ class BundleSampler(ABC):
             num_inference_steps, timesteps, eta: the steps of this run; the bundle's own by default. A baked schedule takes
                 `num_inference_steps` alone, one for each sample where it was exported with `per_sample_steps`. A bundle
                 made from a table takes none of them: it runs its own.
+            method: another sampling method, such as `"ddim"` for a model that is sampled by DDPM; the bundle's own by
+                default.
+            strength: in (0, 1]: below 1 the run starts that far into the chain, from a noised state.
             guidance_scale, guidance_rescale: numbers or `[B]`, for bundles with guidance.
             size: `(height, width)` of the samples, for bundles of any size; the model's own by default.
             uncond_kwargs: the conditions' unconditional halves, where the bundle knows none.
@@ -158,13 +169,36 @@ class BundleSampler(ABC):
             ValueError: inputs that the bundle does not take, or of the wrong shape or dtype.
             NotFiniteError: with `check_finite`.
         """
+        return self.outputs(
+            start, seeds=seeds, num_inference_steps=num_inference_steps, timesteps=timesteps, eta=eta, method=method, strength=strength,
+            guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, size=size, uncond_kwargs=uncond_kwargs,
+            **conditions,
+        )["samples"]  # fmt: skip
+
+    def outputs(
+        self,
+        start: Any,
+        *,
+        seeds: int | Sequence[int] | None = None,
+        num_inference_steps: int | Sequence[int] | None = None,
+        timesteps: Sequence[int] | None = None,
+        eta: float | None = None,
+        method: str | None = None,
+        strength: float = 1.0,
+        guidance_scale: Any = None,
+        guidance_rescale: Any = 0.0,
+        size: tuple[int, int] | None = None,
+        uncond_kwargs: Mapping[str, Any] | None = None,
+        **conditions: Any,
+    ) -> dict[str, Any]:
+        """All that the file gives, by name: `samples`, and of a policy `actions` and `normalised`. Arguments as a call's."""
         shape = self._shape(start, size)
         feeds: dict[str, Any] = {}
         if self._sampling.get("per_sample_steps"):
             counts = self._counts(num_inference_steps, shape[0])
             feeds["num_inference_steps"] = self._arrays.place(counts)
             num_inference_steps = int(counts.max())
-        table = self._table(num_inference_steps, timesteps, eta)
+        table = self.table(num_inference_steps, timesteps=timesteps, eta=eta, method=method, strength=strength)
         seeded = self._sampling.get("seeded", False)
         noisy = self._sampling["stochastic"] and table.stochastic
         given = start in self._arrays
@@ -189,7 +223,7 @@ class BundleSampler(ABC):
         }
         run = self._run_loop if self.bundle.kind == "loop" else self._run_steps
         result = run(sample, table, seed_list if noisy else None, feeds)
-        if self.check_finite and not self._arrays.is_finite(result):
+        if self.check_finite and not self._arrays.is_finite(result["samples"]):
             raise NotFiniteError(self._blame(sample, table, seed_list if noisy else None, feeds))
         return result
 
@@ -207,11 +241,19 @@ class BundleSampler(ABC):
             )
         return np.ascontiguousarray(np.broadcast_to(counts, (batch,)), dtype=np.int64)
 
-    def _table(
-        self, num_inference_steps: int | Sequence[int] | None, timesteps: Sequence[int] | None, eta: float | None
+    def table(
+        self,
+        num_inference_steps: int | Sequence[int] | None = None,
+        *,
+        timesteps: Sequence[int] | None = None,
+        eta: float | None = None,
+        method: str | None = None,
+        strength: float = 1.0,
     ) -> StepTable:
+        """The table of a run; arguments and errors as a call's."""
         default = self.bundle.table
-        given = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "eta": eta}
+        given: dict[str, Any] = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "eta": eta,
+                                 "method": method, "strength": None if strength == 1 else strength}  # fmt: skip
         if self._scheduling is None:
             for name, value in given.items():
                 if value is not None:
@@ -225,8 +267,11 @@ class BundleSampler(ABC):
                 f"num_inference_steps: {num_inference_steps!r}; pass an integer, or export with per_sample_steps=True"
             )
         other_eta = eta is not None and eta != self._scheduling.options.get("eta", 0.0)
-        if self._sampling["baked_schedule"] and (timesteps is not None or other_eta):
-            raise ValueError("timesteps, eta: this bundle derives its table itself; pass num_inference_steps alone")
+        others = (timesteps, method, given["strength"])
+        if self._sampling["baked_schedule"] and (other_eta or any(value is not None for value in others)):
+            raise ValueError(
+                "timesteps, eta, method, strength: this bundle derives its table itself; pass num_inference_steps alone"
+            )
         if all(value is None for value in given.values()):
             return default
         if num_inference_steps is None and timesteps is None:
@@ -234,7 +279,17 @@ class BundleSampler(ABC):
         count = None if num_inference_steps is None else int(num_inference_steps)
         if count is not None and self._sampling["baked_schedule"]:
             require_int("num_inference_steps", count, 1, self._scheduling.most_baked)
-        table = self._scheduling.build(Steps(count, timesteps), **({} if eta is None else {"eta": eta}))
+        scheduling = self._scheduling
+        if method is not None:
+            # A policy keeps the network's epsilon where x0 is limited.
+            scheduling = scheduling.by(method, rederive="policy" not in self.bundle.manifest)
+        steps = Steps(count, timesteps, strength=strength)
+        table = scheduling.build(steps, **({} if eta is None else {"eta": eta}))
+        if table.looks_back != default.looks_back:
+            raise ValueError(
+                f"method: {method!r} {'needs' if table.looks_back else 'has no'} x0 of the step before, unlike this bundle;"
+                " export with this method"
+            )
         if table.stochastic and not self._sampling["stochastic"]:
             raise ValueError(f"eta: {eta!r}, but this bundle has no input for noise; export it with stochastic=True")
         return table
@@ -306,7 +361,9 @@ class BundleSampler(ABC):
             raise ValueError(f"{name}: {value!r}; pass a finite number, or one for each of {batch} samples")
         return self._arrays.place(np.ascontiguousarray(np.broadcast_to(array, (batch,))))
 
-    def _run_loop(self, sample: Any, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Any]) -> Any:
+    def _run_loop(
+        self, sample: Any, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Any]
+    ) -> dict[str, Any]:
         steps = len(table)
         given: dict[str, Any] = {"sample": sample, **feeds} if "sample" in self._inputs else dict(feeds)
         if self._sampling["baked_schedule"]:
@@ -332,7 +389,7 @@ class BundleSampler(ABC):
 
         def breaks(step: int) -> bool:
             part = StepTable.from_columns(table.timesteps[: step + 1], table.columns[: step + 1])
-            return not self._arrays.is_finite(run(sample, part, seeds, feeds))
+            return not self._arrays.is_finite(run(sample, part, seeds, feeds)["samples"])
 
         step = bisect.bisect_left(range(len(table) - 1), True, key=breaks)
         return f"the state has NaN or infinite values after step {step} (timestep {table.timesteps[step]})"

@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 
 Model = Annotated[
     str | None,
-    typer.Argument(metavar="MODEL", help="A diffusers folder or hub id. Default: the embedded digits."),
+    typer.Argument(
+        metavar="MODEL", help="A diffusers folder or hub id, or a LeRobot policy's folder. Default: digits."
+    ),
 ]
 SamplerOnly = Annotated[bool, typer.Option("--sampler-only", help="Leave out encoders and decoder.")]
 
@@ -77,6 +79,25 @@ class SamplerFlags:
         named = {**parse_method(self.method), **parse_guidance_method(self.guidance_method)}
         given = {**dataclasses.asdict(self), **named}
         return ExportOptions(**given, **others)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyFlags:
+    """What is fixed in the file of a robot policy, of which MODEL is the folder."""
+
+    committed: Annotated[bool, typer.Option("--committed", help="Policies: take known actions and a mask.")] = False
+    image_dtype: Annotated[str, choice(help="Policies: uint8 pictures, or float32.")] = "uint8"
+    rate: Annotated[float | None, number(help="Policies: control rate in Hz, to note.")] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of `export_policy`."""
+        return dataclasses.asdict(self)
+
+    def require_default(self) -> None:
+        """Refuse them for a model that is no policy."""
+        for name, value in self.arguments().items():
+            if value != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"{name}: {value!r}, but MODEL is no robot policy; leave it out")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from fastddim.model_call import Model, mean_of, prediction_of
+from fastddim.policies.chunk import KNOWN
+from fastddim.policies.policy import Policy
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What an inpainting UNet takes beside the state, in this order.
@@ -37,6 +39,22 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class Finish:
+    """What becomes of finished samples in the file.
+
+    Attributes:
+        module: `module(samples, inputs)`, with samples `[B, ...]` float32 and the model's conditions by name; it returns the
+            samples again and the other outputs, `[B, ...]` each.
+        outputs: the names of the others, and what they are.
+        reads: the conditions that it takes.
+    """
+
+    module: torch.nn.Module
+    outputs: Mapping[str, str]
+    reads: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Denoiser:
     """A model as the exporters see it.
 
@@ -47,6 +65,9 @@ class Denoiser:
         sample_shape: the shape of one sample.
         conditions: its other inputs by name, in order.
         resizable: whether it takes other heights and widths.
+        finish: what becomes of its samples.
+        facts: what a manifest says of it beside its inputs.
+        repeated: the call for many steps of one run, where what the conditions alone make is computed once for it.
     """
 
     model: torch.nn.Module
@@ -54,6 +75,9 @@ class Denoiser:
     sample_shape: tuple[int, ...]
     conditions: dict[str, Condition] = field(default_factory=dict)
     resizable: bool = False
+    finish: Finish | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    repeated: Callable[[torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor] | None = None
 
 
 def describe(
@@ -64,14 +88,16 @@ def describe(
     """How to call a model: diffusers' UNets and DiT by their configurations, any other from its examples.
 
     Args:
-        model: `UNet2DModel`, `UNet2DConditionModel`, `DiTTransformer2DModel`, or any module called as
-            `model(x, t, **kwargs)` that returns the prediction, a tuple that starts with it, or `.sample`.
+        model: `UNet2DModel`, `UNet2DConditionModel`, `DiTTransformer2DModel`, a `fastddim.policies.Policy`, or any module
+            called as `model(x, t, **kwargs)` that returns the prediction, a tuple that starts with it, or `.sample`.
         sample_shape: the shape of one sample, where the configuration does not say.
         example_kwargs: the keyword tensors `[B, ...]` that any other module takes, B equal for all.
 
     Raises:
         ValueError: a configuration that cannot be exported, or a module without a sample shape; the message names it.
     """
+    if isinstance(model, Policy):
+        return _describe_policy(model, example_kwargs)
     kind = type(model).__name__
     config = getattr(model, "config", None)
     if kind in _DESCRIBED and config is not None:
@@ -182,6 +208,45 @@ def _describe_dit(model: torch.nn.Module, config: Any, sample_shape: tuple[int, 
     labels = Condition(torch.zeros(2, dtype=torch.int64), null, f"class of each sample; {null} is no class")
     call = functools.partial(_call, model)
     return Denoiser(model, call, _square(config, sample_shape), {"class_labels": labels})
+
+
+class _Decode(torch.nn.Module):
+    """A policy's samples as a chunk of actions."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self._decode = policy.decode
+
+    def forward(self, samples: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        chunk = self._decode(samples, inputs.get("known"), inputs.get("mask"))
+        return chunk.samples, chunk.actions, chunk.normalised
+
+
+def _describe_policy(policy: Policy, example_kwargs: Mapping[str, torch.Tensor] | None) -> Denoiser:
+    examples = policy.example_inputs() if example_kwargs is None else example_kwargs
+    conditions = {name: Condition(value, meaning=policy.meaning(name)) for name, value in examples.items()}
+    outputs = {
+        "actions": f"the {policy.n_action_steps} actions to execute, in the robot's units",
+        "normalised": "the same actions as the network has them",
+    }
+    finish = Finish(_Decode(policy), outputs, tuple(name for name in KNOWN[:2] if name in conditions))
+    call = functools.partial(_call, policy)
+    kept: dict[str, Any] = {}
+
+    def repeated(x: torch.Tensor, t: torch.Tensor, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if kept.get("inputs") is None or any(kept["inputs"][name] is not value for name, value in given.items()):
+            kept.update(inputs=dict(given), made=policy.condition(given))
+        return policy.denoiser(x, t, **kept["made"])
+
+    return Denoiser(
+        policy,
+        call,
+        policy.sample_shape,
+        conditions,
+        finish=finish,
+        facts={"policy": policy.record(conditions)},
+        repeated=repeated,
+    )
 
 
 _DESCRIBED: dict[str, Callable[[torch.nn.Module, Any, tuple[int, ...] | None], Denoiser]] = {

@@ -53,7 +53,8 @@ def name_meanings(plan: SamplerPlan) -> dict[str, str]:
     for name, condition in plan.denoiser.conditions.items():
         meanings[name] = condition.meaning or "conditions the model"
         meanings[f"uncond_{name}"] = f"{name} of the unconditional half"
-    return meanings
+    finish = plan.denoiser.finish
+    return meanings if finish is None else {**meanings, **finish.outputs}
 
 
 def build_manifest(
@@ -122,6 +123,7 @@ def build_manifest(
             "stream_step": STREAM_STEP,
         },
         "versions": {"fastddim": fastddim.__version__, **_versions()},
+        **denoiser.facts,
     }
 
 
@@ -174,10 +176,13 @@ def note(manifest: Mapping[str, Any]) -> str:
     )
     runtime = get_runtime(manifest["runtime"])
     runner = (components and runtime.pipeline) or runtime.sampler
-    command = "" if components else "`fastddim run FOLDER --seed 0 --out samples.png`, or "
-    python = (
-        f"\nWith Python: {command}`{public_name(runner)}(FOLDER)`, which needs {runtime.needs}.\n" if runner else ""
-    )
+    command, name = "`fastddim run FOLDER --seed 0 --out samples.png`, or ", public_name(runner or "")
+    if components:
+        command = ""
+    elif "policy" in manifest:
+        command = "`fastddim run FOLDER --observations FILE.npz --out actions.npz`, or "
+        name = "fastddim.export.PolicySampler"
+    python = f"\nWith Python: {command}`{name}(FOLDER)`, which needs {runtime.needs}.\n" if runner else ""
     return f"""# An exported diffusion sampler
 
 `{manifest["model"]}` holds the model and its sampler: {kind}. {runtime.loads}{before}

@@ -10,6 +10,7 @@ import diffusers
 import torch
 
 from fastddim.pipeline import load_pipeline
+from fastddim.policies.lerobot import is_lerobot_folder, load_policy
 
 _ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 # The classes that the parts of each text-to-image pipeline may have.
@@ -36,15 +37,18 @@ def load_exportable(model: str | Path | None, variant: str | None = None) -> Any
     """Load a diffusers pipeline of a kind that can be exported.
 
     Args:
-        model: as `load_pipeline`'s; also the folder or hub id of a text-to-image pipeline or of one of `SAMPLERS_ALONE`.
+        model: as `load_pipeline`'s; also the folder or hub id of a text-to-image pipeline or of one of `SAMPLERS_ALONE`, and
+            the folder of a robot policy.
         variant: as `load_pipeline`'s.
 
     Returns:
-        The diffusers pipeline; a `DDIMPipeline` for those of a `UNet2DModel` alone.
+        The diffusers pipeline; a `DDIMPipeline` for those of a `UNet2DModel` alone; a `Policy`.
 
     Raises:
         FileNotFoundError, ValueError: as `load_pipeline`.
     """
+    if model is not None and is_lerobot_folder(model):
+        return load_policy(model)
     kind = ""
     if model is not None:
         # What is wrong with it, load_pipeline says.

@@ -23,6 +23,8 @@ from fastddim.tracing import ExportError
 
 # The names of what `StepModule` returns.
 STEP_OUTPUTS = ("next_sample", "pred_original_sample")
+# What `FinishModule` takes: not the name of what it gives.
+SAMPLED = "sampled"
 # TensorRT's limit for TopK.
 LARGEST_TOPK = 3840
 _BISECTIONS_TO_ONE_ULP = 24
@@ -45,7 +47,8 @@ class StepModule(torch.nn.Module):
         conditions: by name, `[B, ...]`; with guidance also `uncond_<name>`.
     With a hoisted model, timestep and conditions are there where its second part reads them, and in addition, of
     `BeforeLoop`'s results those that are: step_values `[B, T]`, both_values `[copies, B, F]`, kept_0, kept_1, ...
-    Returns `(next_sample, pred_original_sample)`, `[B, ...]` float32.
+    Returns `outputs`: `(next_sample, pred_original_sample)`, `[B, ...]` float32, and in a file of one step what becomes of the
+    latter, where the model says so.
     """
 
     def __init__(self, plan: SamplerPlan, hoisted: HoistedModel | None = None) -> None:
@@ -57,6 +60,12 @@ class StepModule(torch.nn.Module):
         size = None if plan.options.dynamic_size else math.prod(plan.denoiser.sample_shape)
         self._quantile = functools.partial(quantile_in_graph, rank=find_rank(plan.limit, size))
         self._model_dtype = model_dtype(plan.denoiser.model)
+        self._finish = plan.denoiser.finish if plan.options.kind == "step" else None
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of what `forward` returns."""
+        return (*STEP_OUTPUTS, *(() if self._finish is None else self._finish.outputs))
 
     def example_inputs(self) -> dict[str, torch.Tensor]:
         """Tensors of two samples to trace with, in the order of the inputs."""
@@ -117,8 +126,9 @@ class StepModule(torch.nn.Module):
             else tuple(n for n, by_rows in _kept_names(self._hoisted).items() if not by_rows)
         )
 
-    def forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.update(self._predict(inputs["sample"], inputs), inputs)
+    def forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        x_next, x0 = self.update(self._predict(inputs["sample"], inputs), inputs)
+        return (x_next, x0) if self._finish is None else (x_next, *self._finish.module(x0, inputs))
 
     def options(self, inputs: Mapping[str, torch.Tensor]) -> StepOptions:
         """What `forward`'s inputs ask of the step."""
@@ -206,6 +216,26 @@ class BeforeLoop(torch.nn.Module):
         for by_rows, value in zip(self._hoisted.by_rows, before.kept, strict=True):
             values.append(value.view(*batch, *value.shape[1:]) if by_rows else value)
         return tuple(values)
+
+
+class FinishModule(torch.nn.Module):
+    """What becomes of a run's samples: of a dictionary with `sampled` `[B, ...]` float32 and the conditions that it reads."""
+
+    def __init__(self, plan: SamplerPlan) -> None:
+        super().__init__()
+        assert plan.denoiser.finish is not None
+        self._finish, self._plan = plan.denoiser.finish, plan
+        self.outputs = ("samples", *self._finish.outputs)
+
+    def example_inputs(self) -> dict[str, torch.Tensor]:
+        """Tensors of two samples to trace with."""
+        denoiser = self._plan.denoiser
+        reads = {name: denoiser.conditions[name].example[:2] for name in self._finish.reads}
+        return {SAMPLED: torch.zeros(2, *denoiser.sample_shape), **reads}
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        outputs: tuple[torch.Tensor, ...] = self._finish.module(inputs[SAMPLED], inputs)
+        return outputs
 
 
 def hoist(plan: SamplerPlan, device: str = "cpu") -> HoistedModel | None:

@@ -14,6 +14,8 @@ from fastddim.export.bundle import Bundle
 from fastddim.export.bundle_sampler import BundleSampler, load_sampler_class
 from fastddim.export.denoisers import DTYPES, Denoiser, describe, prepared
 from fastddim.noise import STREAM_INITIAL, normal
+from fastddim.policies.chunk import IMAGE
+from fastddim.policies.policy import Policy
 from fastddim.sampler import Sampler
 from fastddim.samplers import Steps
 from fastddim.samplers.sampling import Sampling
@@ -132,6 +134,11 @@ def verify_bundle(
     Raises:
         ParityError: as `measure_parity`.
     """
+    if isinstance(model, Policy):
+        images = [name for name, feature in model.features.items() if feature.kind == IMAGE]
+        dtypes = {item["name"]: item["dtype"] for item in bundle.manifest["inputs"] if item["name"] in images}
+        committed = bool(bundle.manifest.get("policy", {}).get("committed"))
+        example_kwargs = model.example_inputs(next(iter(dtypes.values()), "uint8"), committed)
     denoiser = describe(model, tuple(bundle.manifest["sample"]["shape"]), example_kwargs)
     with prepared(model, DTYPES[bundle.manifest["sampling"]["dtype"]], bundle.device):
         return measure_parity(bundle, denoiser, steps=steps, tolerance=tolerance)
@@ -150,7 +157,7 @@ def _compare(
     sampling, device = bundle.manifest["sampling"], bundle.device
 
     def model(x: torch.Tensor, t: torch.Tensor, **conditions: torch.Tensor) -> torch.Tensor:
-        return denoiser.call(x.to(dtype), t, conditions).float()
+        return (denoiser.repeated or denoiser.call)(x.to(dtype), t, conditions).float()
 
     sampler = Sampler(
         model,
@@ -168,13 +175,17 @@ def _compare(
     conditions, uncond = _draw_conditions(denoiser, batch, device)
     kwargs: dict[str, Any] = {**conditions, "uncond_kwargs": uncond if sampling["guided"] else None}
     start = normal(range(batch), 0, shape, STREAM_INITIAL, device=device) * table.start_scale
-    expected: Any = sampler(start, seeds=0, **kwargs)
+
+    def finish(samples: Any) -> Any:
+        return samples if denoiser.finish is None else denoiser.finish.module(samples, conditions)[0]
+
+    expected: Any = finish(sampler(start, seeds=0, **kwargs))
     if tolerance is None:
         # A random model is chaotic: what a last-bit change of the start does says how far two programs may be apart.
-        nudged: Any = sampler(start * (1 + 2**-23), seeds=0, **kwargs)
+        nudged: Any = finish(sampler(start * (1 + 2**-23), seeds=0, **kwargs))
         tolerance = max(TOLERANCES[dtype], _AMPLIFIED * float((nudged - expected).abs().max()))
     arrays: dict[str, Any] = {name: value.numpy(force=True) for name, value in conditions.items()}
-    actual = exported(
+    actual = exported.outputs(
         batch if sampling.get("seeded") else start.numpy(force=True),
         seeds=0,
         num_inference_steps=None if bundle.scheduling is None else len(table),
@@ -183,7 +194,12 @@ def _compare(
         uncond_kwargs={name: value.numpy(force=True) for name, value in uncond.items()} if sampling["guided"] else None,
         **arrays,
     )
-    error = float((torch.as_tensor(actual, device=device) - expected).abs().max())
+    error = float((torch.as_tensor(actual["samples"], device=device) - expected).abs().max())
+    if denoiser.finish is not None:
+        made = denoiser.finish.module(torch.as_tensor(actual["samples"], device=device), conditions)[1:]
+        for name, value in zip(denoiser.finish.outputs, made, strict=True):
+            apart = torch.as_tensor(actual[name], device=device) - value
+            error = max(error, float((apart / value.abs().clamp(min=1)).abs().max()))
     steps = len(table)
     where = f"after {steps} steps of a batch of {batch} of {shape}"
     return parity_entry(error, tolerance, where, batch=batch, size=list(shape), steps=steps)
@@ -201,8 +217,10 @@ def _draw_conditions(
             drawn, other = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
         else:
             highest = max(1, int(condition.example.max()) if condition.null is None else condition.null)
-            drawn = torch.randint(0, highest, shape, generator=generator)
-            other = torch.full(shape, condition.null or 0)
+            # Of truth values both.
+            highest += dtype == torch.bool
+            drawn = torch.randint(0, highest, shape, generator=generator).to(dtype)
+            other = torch.full(shape, condition.null or 0, dtype=dtype)
         conditions[name] = drawn.to(device)
         if not condition.shared:
             uncond[name] = other.to(device)

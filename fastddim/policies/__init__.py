@@ -1,1 +1,31 @@
-"""Robot policies: diffusion policies and their like, from a checkpoint to actions."""
+"""Robot policies: from a checkpoint to actions. `docs/policies.md` is the user's page; the names load on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_MODULES = {
+    "chunk": ("Chunk",),
+    "lerobot": ("from_lerobot", "load_policy"),
+    "normalisation": ("Normalisation",),
+    "policy": ("Feature", "Policy", "shifted"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+if TYPE_CHECKING:
+    from fastddim.policies.chunk import Chunk as Chunk
+    from fastddim.policies.lerobot import from_lerobot as from_lerobot
+    from fastddim.policies.lerobot import load_policy as load_policy
+    from fastddim.policies.normalisation import Normalisation as Normalisation
+    from fastddim.policies.policy import Feature as Feature
+    from fastddim.policies.policy import Policy as Policy
+    from fastddim.policies.policy import shifted as shifted
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'fastddim.policies' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"fastddim.policies.{_MODULE_OF[name]}"), name)

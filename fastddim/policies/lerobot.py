@@ -14,7 +14,8 @@ from torch import nn
 from fastddim.config import DDIMConfig, require_choice
 from fastddim.policies.networks import ConditionalUnet1d, ImageEncoder
 from fastddim.policies.normalisation import STATISTICS, Normalisation
-from fastddim.policies.policy import IMAGE, STATE, Feature, Policy
+from fastddim.policies.chunk import IMAGE, STATE
+from fastddim.policies.policy import Feature, Policy
 from fastddim.samplers.sampling import Sampling
 from fastddim.schedule import Schedule
 
@@ -41,8 +42,8 @@ def is_lerobot_folder(path: str | Path) -> bool:
     return isinstance(values, dict) and "output_features" in values and "type" in values
 
 
-def load_lerobot(path: str | Path) -> Policy:
-    """The diffusion policy in a folder that LeRobot's `save_pretrained` wrote, on the CPU.
+def load_policy(path: str | Path) -> Policy:
+    """A robot's diffusion policy, of a folder that LeRobot's `save_pretrained` wrote, on the CPU.
 
     Args:
         path: with `config.json`, `model.safetensors`, `policy_preprocessor.json`, `policy_postprocessor.json` and the files
@@ -78,7 +79,7 @@ def from_lerobot(policy: Any, preprocessor: Any = None, postprocessor: Any = Non
 
     Raises:
         TypeError: something else.
-        ValueError: as `load_lerobot`.
+        ValueError: as `load_policy`.
     """
     if not (hasattr(policy, "config") and hasattr(policy, "diffusion")):
         raise TypeError(f"policy: {type(policy).__name__}; pass LeRobot's DiffusionPolicy")
@@ -293,7 +294,9 @@ class _Underscored(dict[str, dict[str, torch.Tensor]]):
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path.name}: not in {str(path.parent)!r}; pass a folder that LeRobot's save_pretrained wrote")
+        raise FileNotFoundError(
+            f"{path.name}: not in {str(path.parent)!r}; pass a folder that LeRobot's save_pretrained wrote"
+        )
     try:
         values = json.loads(path.read_text("utf-8"))
     except ValueError as error:
@@ -305,7 +308,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path.name}: not in {str(path.parent)!r}; pass a folder that LeRobot's save_pretrained wrote")
+        raise FileNotFoundError(
+            f"{path.name}: not in {str(path.parent)!r}; pass a folder that LeRobot's save_pretrained wrote"
+        )
     try:
         return dict(load_file(path))
     except Exception as error:  # safetensors raises its own type
@@ -347,4 +352,3 @@ def _require_known(name: str, kind: str, where: str) -> None:
     known = (*_NEUTRAL_STEPS, _NORMALISING[kind])
     if name not in known:
         raise ValueError(f"steps: {name!r} in {where}, which cannot be exported; {', '.join(known)} can")
-

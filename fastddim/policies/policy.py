@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastddim.config import require_choice, require_int
 from fastddim.noise import STREAM_INITIAL, check_seeds, normal
+from fastddim.policies.chunk import IMAGE, KNOWN, STATE, Chunk, check_observations
 from fastddim.policies.normalisation import Normalisation
 from fastddim.sampler import Sampler
 from fastddim.samplers.sampling import Sampling
 from fastddim.schedule import FlowSchedule, Schedule
 
-STATE, IMAGE = "state", "image"
 IMAGE_DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
-# What a run takes beside observations.
-KNOWN = ("known", "mask", "known_noise")
+_KNOWN_MEANINGS = {
+    "known": "committed actions in the robot's units, which the chunk keeps",
+    "mask": "which actions are committed",
+    "known_noise": "standard normal, to noise committed actions with; the start, where that is standard normal",
+}
 
 
 @dataclass(frozen=True)
@@ -40,20 +44,6 @@ class Feature:
 
     def __post_init__(self) -> None:
         require_choice("kind", self.kind, (STATE, IMAGE))
-
-
-class Chunk(NamedTuple):
-    """What a policy gives.
-
-    Attributes:
-        actions: `[B, n_action_steps, action_dim]` float32, in the robot's units: what to execute.
-        normalised: the same in the network's range.
-        samples: `[B, horizon, ...]`, the whole of what was sampled, in the network's range.
-    """
-
-    actions: Any
-    normalised: Any
-    samples: Any
 
 
 class Denoiser(nn.Module):
@@ -135,10 +125,10 @@ class Policy(nn.Module):
         first_action: the first of the horizon that is executed.
         num_inference_steps: the steps of a run.
         state_dim: numbers for each moment of the horizon; `action_dim` by default.
-        facts: more that a manifest says of it (`rate` in Hz, `units` by name).
 
     Attributes:
         sample_shape: `(horizon, state_dim)`.
+        facts: more that a manifest says of it, by `described`.
 
     Raises:
         ValueError: lengths that do not fit; the message names them.
@@ -159,7 +149,6 @@ class Policy(nn.Module):
         first_action: int,
         num_inference_steps: int,
         state_dim: int | None = None,
-        facts: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("action_dim", action_dim), ("horizon", horizon), ("n_obs_steps", n_obs_steps)):
@@ -174,7 +163,8 @@ class Policy(nn.Module):
         self.encoder, self.denoiser = encoder, Denoiser(network, sampling, action_dim)
         self.action_dim, self.horizon = action_dim, horizon
         self.n_obs_steps, self.n_action_steps, self.first_action = n_obs_steps, n_action_steps, first_action
-        self.num_inference_steps, self.facts = num_inference_steps, dict(facts or {})
+        self.num_inference_steps = num_inference_steps
+        self.facts: dict[str, Any] = {}
         self.sample_shape = (horizon, state_dim or action_dim)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
@@ -189,12 +179,18 @@ class Policy(nn.Module):
         Returns:
             As `x`.
         """
-        known = {name: inputs[name] for name in KNOWN if name in inputs}
-        if known:
-            known["known"] = self.action.normalise(known["known"])
-        cond = self.encode({name: value for name, value in inputs.items() if name not in known})
-        prediction: torch.Tensor = self.denoiser(x, t, cond, **known)
+        prediction: torch.Tensor = self.denoiser(x, t, **self.condition(inputs))
         return prediction
+
+    def condition(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the denoiser takes beside x and t, of `forward`'s other inputs."""
+        given = {name: inputs[name] for name in KNOWN if name in inputs}
+        observations = {name: value for name, value in inputs.items() if name not in given}
+        if given:
+            # Where nothing is known there may be anything.
+            known = inputs["known"].float().masked_fill(~inputs["mask"], 0.0)
+            given["known"] = self.action.normalise(known)
+        return {"cond": self.encode(observations), **given}
 
     def encode(self, observations: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What conditions the network, in its dtype: of raw observations by name, `[B, n_obs_steps, *shape]` each."""
@@ -218,14 +214,49 @@ class Policy(nn.Module):
             mask: bool, of this shape: which of them are known.
         """
         executed = slice(self.first_action, self.first_action + self.n_action_steps)
-        normalised = samples[:, executed, : self.action_dim].float()
+        samples = samples.float()
+        if known is not None:
+            assert mask is not None
+            decided = torch.where(mask, self.action.normalise(known), samples[..., : self.action_dim])
+            samples = torch.cat([decided, samples[..., self.action_dim :]], dim=-1)
+        normalised = samples[:, executed, : self.action_dim]
         actions = self.action.denormalise(normalised)
         if known is not None:
             assert mask is not None
-            mask, known = mask[:, executed], known[:, executed]
-            actions = torch.where(mask, known, actions)
-            normalised = torch.where(mask, self.action.normalise(known), normalised)
+            actions = torch.where(mask[:, executed], known[:, executed], actions)
         return Chunk(actions, normalised, samples)
+
+    def described(self, rate: float | None = None, units: Mapping[str, str] | None = None) -> Policy:
+        """The same policy, of whose manifest more is known: the control rate in Hz, and units by name."""
+        other = copy.copy(self)
+        other.facts = {"rate": rate, "units": dict(units or {})}
+        return other
+
+    def meaning(self, name: str) -> str:
+        """What an input of `forward` is, in words."""
+        if name in _KNOWN_MEANINGS:
+            return _KNOWN_MEANINGS[name]
+        unit = self.facts.get("units", {}).get(name)
+        kind = "pictures, uint8 or in [0, 1]" if self.features[name].kind == IMAGE else "raw numbers"
+        return f"the last {self.n_obs_steps} observations, {kind}{f' in {unit}' if unit else ''}; the newest last"
+
+    def record(self, inputs: Collection[str]) -> dict[str, Any]:
+        """What a manifest says of the policy, of those of its inputs that a file takes."""
+        return {
+            "n_obs_steps": self.n_obs_steps,
+            "horizon": self.horizon,
+            "n_action_steps": self.n_action_steps,
+            "first_action": self.first_action,
+            "action_dim": self.action_dim,
+            "observations": {
+                name: {"kind": feature.kind, "shape": list(feature.shape)} for name, feature in self.features.items()
+            },
+            "committed": KNOWN[0] in inputs,
+            "action": self.action.record(),
+            "num_inference_steps": self.num_inference_steps,
+            "rate": self.facts.get("rate"),
+            "units": dict(self.facts.get("units", {})),
+        }
 
     def example_inputs(self, image_dtype: str = "uint8", committed: bool = False) -> dict[str, torch.Tensor]:
         """Inputs of `forward` of two samples, to trace with.
@@ -295,17 +326,20 @@ class Policy(nn.Module):
             ValueError: observations or arguments that do not fit; the message names them.
         """
         sampler = self.sampler() if sampler is None else sampler
-        values, batch = self._checked(observations, sampler.device)
+        features = {name: (feature.kind, feature.shape) for name, feature in self.features.items()}
+        batch = check_observations(observations, features, self.n_obs_steps)
+        values = {name: torch.as_tensor(value, device=sampler.device) for name, value in observations.items()}
         if (known is None) != (mask is None):
             raise ValueError("known, mask: one of the two; pass both, or none")
         if noise is None and seeds is None:
-            raise ValueError("seeds: None without noise; pass one integer for each sample, or an integer s for s, s + 1, ...")
+            raise ValueError(
+                "seeds: None without noise; pass one integer for each sample, or an integer s for s, s + 1, ..."
+            )
         start: Any = batch if noise is None else noise.to(sampler.device)
         if previous is not None:
             if noise is not None:
                 raise ValueError("noise: given with previous, which seeds noise; leave out one of them")
             start = sampler.add_noise(previous, seeds)
-        given: dict[str, torch.Tensor] = {"cond": self.encode(values)}
         if known is not None:
             assert mask is not None
             shape = (batch, self.horizon, self.action_dim)
@@ -317,9 +351,7 @@ class Policy(nn.Module):
                 raise ValueError(f"mask: {mask.dtype}; pass torch.bool")
             if noise is None:
                 noise = normal(check_seeds(seeds, batch), 0, self.sample_shape, STREAM_INITIAL, device=sampler.device)
-            # Where nothing is known there may be anything.
-            known = known.float().masked_fill(~mask, 0.0)
-            given |= {"known": self.action.normalise(known), "mask": mask, "known_noise": noise[..., : self.action_dim]}
+            values |= {"known": known, "mask": mask, "known_noise": noise[..., : self.action_dim]}
         best: list[torch.Tensor] = []
 
         def stop(step: int, t: float, x: torch.Tensor, x0: torch.Tensor) -> None:
@@ -328,32 +360,11 @@ class Policy(nn.Module):
                 raise _TimeIsUpError
 
         try:
-            samples: Any = sampler(start, seeds=seeds, callback=None if deadline is None else stop, **given)
+            observe = None if deadline is None else stop
+            samples: Any = sampler(start, seeds=seeds, callback=observe, **self.condition(values))
         except _TimeIsUpError:
             (samples,) = best
         return self.decode(samples, known, mask)
-
-    def _checked(self, observations: Mapping[str, Any], device: torch.device) -> tuple[dict[str, torch.Tensor], int]:
-        """The observations as tensors on the device, and their number."""
-        for name in observations:
-            if name not in self.features:
-                raise ValueError(f"{name}: no observation of this policy, which takes {', '.join(self.features)}")
-        values: dict[str, torch.Tensor] = {}
-        for name, feature in self.features.items():
-            wanted = f"[B, {self.n_obs_steps}, {', '.join(map(str, feature.shape))}]"
-            if name not in observations:
-                raise ValueError(f"{name}: missing; pass an array {wanted}")
-            value = torch.as_tensor(observations[name], device=device)
-            if value.ndim < 2 or tuple(value.shape[1:]) != (self.n_obs_steps, *feature.shape):
-                raise ValueError(f"{name}: shape {tuple(value.shape)}; pass {wanted}")
-            if not value.is_floating_point() and not (feature.kind == IMAGE and value.dtype == torch.uint8):
-                kinds = "uint8, or floating-point numbers in [0, 1]" if feature.kind == IMAGE else "floating-point numbers"
-                raise ValueError(f"{name}: {value.dtype}; pass {kinds}")
-            values[name] = value
-        counts = {name: value.shape[0] for name, value in values.items()}
-        if len(set(counts.values())) > 1:
-            raise ValueError(f"observations: {counts} samples; pass as many of each")
-        return values, next(iter(counts.values()))
 
 
 class _TimeIsUpError(Exception):

@@ -18,6 +18,7 @@ def export_command(
     sampler: SamplerFlags,
     device: Annotated[str, choice(help="cpu or cuda.")] = "cpu",
     cpu_isa: Annotated[str | None, choice(help="The CPU needs avx2 or avx512. Default: avx2.")] = None,
+    policy: PolicyFlags,
     comparison: ComparisonFlags,
 ) -> None:
     """Compile a model and its sampler for libtorch.
@@ -27,21 +28,19 @@ def export_command(
     from fastddim.export.aoti.exporter import export_aoti
     from fastddim.export.bundle import check_destination
     from fastddim.export.models import denoiser_of
+    from fastddim.export.policy_exporter import export_policy
+    from fastddim.policies import Policy
 
     options = sampler.options()
     compared = comparison.arguments()
     # Before a model is fetched and read.
     check_destination(destination.out, destination.force)
     start = time.perf_counter()
-    pipeline = load_model(model, variant)
-    bundle = export_aoti(
-        denoiser_of(pipeline),
-        pipeline.scheduler,
-        destination.out,
-        options,
-        device=device,
-        cpu_isa=cpu_isa,
-        force=destination.force,
-        **compared,
-    )
+    loaded = load_model(model, variant)
+    given = {"device": device, "cpu_isa": cpu_isa, "force": destination.force, **compared}
+    if isinstance(loaded, Policy):
+        bundle = export_policy(loaded, destination.out, options, runtime="aoti", **policy.arguments(), **given)
+    else:
+        policy.require_default()
+        bundle = export_aoti(denoiser_of(loaded), loaded.scheduler, destination.out, options, **given)
     report(bundle, start, bundle.kind, destination.as_json, parity=bundle.manifest["parity"])

@@ -21,7 +21,7 @@ from fastddim.export.denoisers import DTYPES, prepared
 from fastddim.export.machine import compute_capability, cpu_features
 from fastddim.export.manifest import NOTE_FILE, build_manifest, name_meanings, note
 from fastddim.export.sampler_plan import ExportOptions, SamplerPlan, plan_sampler
-from fastddim.export.step_module import STEP_OUTPUTS, BeforeLoop, hoist
+from fastddim.export.step_module import STEP_OUTPUTS, BeforeLoop, FinishModule, hoist
 from fastddim.export.validate import PARITY_STEPS, fit_parity_steps, measure_parity
 from fastddim.hoisting import HoistedModel
 from fastddim.schedule import Schedule
@@ -91,9 +91,9 @@ def export_aoti(
     def fill(folder: Path) -> dict[str, Any]:
         with prepared(plan.denoiser.model, DTYPES[plan.options.dtype], device):
             hoisted = hoist(plan, device)
-            program, dims = _trace(plan, hoisted, device)
+            program, dims, outputs = _trace(plan, hoisted, device)
             _compile(program, folder / MODEL_FILE, cpu_options, type(model).__name__)
-            manifest = _manifest(plan, hoisted, program, dims, device, features)
+            manifest = _manifest(plan, hoisted, program, dims, outputs, device, features)
             manifest["parity"] = measure_parity(
                 Bundle(folder, manifest), plan.denoiser, steps=parity_steps, tolerance=tolerance
             )
@@ -143,13 +143,15 @@ def _require_compiler() -> None:
 
 def _trace(
     plan: SamplerPlan, hoisted: HoistedModel | None, device: str
-) -> tuple[ExportedProgram, dict[str, list[str | int]]]:
-    """The graph, and each input's and output's dimensions, names where they may differ."""
+) -> tuple[ExportedProgram, dict[str, list[str | int]], tuple[str, ...]]:
+    """The graph, each input's and output's dimensions, names where they may differ, and the outputs' names."""
     module: FusedStepModule | LoopModule
     module = step = FusedStepModule(plan, hoisted)
     if plan.options.kind == "loop":
         schedule = plan.baked_schedule() if plan.options.bake_schedule else None
-        module = LoopModule(step, schedule, None if hoisted is None else BeforeLoop(plan, hoisted))
+        before = None if hoisted is None else BeforeLoop(plan, hoisted)
+        finish = None if plan.denoiser.finish is None else FinishModule(plan)
+        module = LoopModule(step, schedule, before, finish)
     examples = module.example_inputs()
     # A number of steps sizes tensors on the host.
     examples = {name: value if name == "num_inference_steps" else value.to(device) for name, value in examples.items()}
@@ -163,7 +165,16 @@ def _trace(
             "num_inference_steps": [],
         }
     dynamic = {name: [index for index, dim in enumerate(dims[name]) if isinstance(dim, str)] for name in examples}
-    return trace(module, examples, dynamic, type(plan.denoiser.model).__name__), dims
+    program = trace(module, examples, dynamic, type(plan.denoiser.model).__name__)
+    for name, value in zip(module.outputs, _outputs_of(program), strict=True):
+        dims.setdefault(name, ["batch", *value.shape[1:]])
+    return program, dims, module.outputs
+
+
+def _outputs_of(program: ExportedProgram) -> list[torch.Tensor]:
+    """Stand-ins of what a traced program returns."""
+    (output,) = (node for node in program.graph.nodes if node.op == "output")
+    return [node.meta["val"] for node in output.args[0]]
 
 
 def _compile(program: ExportedProgram, path: Path, cpu_options: Mapping[str, Any], kind: str) -> None:
@@ -202,12 +213,12 @@ def _manifest(
     hoisted: HoistedModel | None,
     program: ExportedProgram,
     dims: Mapping[str, Sequence[str | int]],
+    outputs: Sequence[str],
     device: str,
     features: Sequence[str],
 ) -> dict[str, Any]:
     assert program.example_inputs is not None
     (examples,), _ = program.example_inputs
-    outputs = ("samples",) if plan.options.kind == "loop" else STEP_OUTPUTS
     dtypes = {name: str(value.dtype).removeprefix("torch.") for name, value in examples.items()}
     meanings = name_meanings(plan)
     inputs, results = (

@@ -9,7 +9,7 @@ from torch._higher_order_ops.while_loop import while_loop
 
 from fastddim.coefficients import NUM_COLUMNS
 from fastddim.export.schedule_module import ScheduleModule, TablesModule
-from fastddim.export.step_module import BeforeLoop, StepModule
+from fastddim.export.step_module import SAMPLED, BeforeLoop, FinishModule, StepModule
 
 _EXAMPLE_STEPS = 3
 
@@ -42,6 +42,7 @@ class LoopModule(torch.nn.Module):
         step: one of them; it takes one row of coefficients for the whole batch too.
         schedule: with it, the loop takes a number of steps and derives the table.
         before: with it, what the step's hoisted model takes is computed before the first of them.
+        finish: with it, the samples go through it.
 
     The inputs of `forward`, in order, those in brackets where the step has them:
         sample: `[B, ...]` float32, the starting state.
@@ -49,7 +50,7 @@ class LoopModule(torch.nn.Module):
         coefficients: `[N, 6]` or `[N, 7]` float32. With a schedule, num_inference_steps `[]` int64 instead of these two.
         [noise]: `[N, B, ...]` float32.
         the step's others.
-    Returns `(samples,)`, `[B, ...]` float32.
+    Returns `outputs`, samples `[B, ...]` float32 first.
     """
 
     def __init__(
@@ -57,11 +58,18 @@ class LoopModule(torch.nn.Module):
         step: StepModule,
         schedule: ScheduleModule | TablesModule | None = None,
         before: BeforeLoop | None = None,
+        finish: FinishModule | None = None,
     ) -> None:
         super().__init__()
         self.step = step
         self.schedule = schedule
         self.before = before
+        self.finish = finish
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of what `forward` returns."""
+        return ("samples",) if self.finish is None else self.finish.outputs
 
     def example_inputs(self) -> dict[str, torch.Tensor]:
         """Tensors of two samples and three steps to trace with."""
@@ -79,7 +87,7 @@ class LoopModule(torch.nn.Module):
                 values[name] = value
         return values
 
-    def forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor]:
+    def forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         fixed = dict(inputs)
         sample, noise = fixed.pop("sample"), fixed.pop("noise", None)
         if self.schedule is None:
@@ -124,4 +132,4 @@ class LoopModule(torch.nn.Module):
         states = (sample, torch.zeros_like(sample)) if coefficients.shape[1] > NUM_COLUMNS else (sample,)
         start = (torch.zeros((), dtype=torch.int64), first, *states)
         samples = while_loop(go_on, body, start)[2]  # type: ignore[no-untyped-call]
-        return (samples,)
+        return (samples,) if self.finish is None else self.finish({**inputs, SAMPLED: samples})

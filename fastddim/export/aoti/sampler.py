@@ -66,16 +66,15 @@ class AotiSampler(BundleSampler):
         """CPU, or CUDA."""
         return self._device.type.upper()
 
-    def _call(self, inputs: Mapping[str, Any]) -> Any:
+    def _sample_loop(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         with torch.no_grad():
             # A number of steps is numpy's, and stays on the host.
-            return self._package({name: as_tensor(inputs[name]) for name in self._inputs})
+            results = self._package({name: as_tensor(inputs[name]) for name in self._inputs})
+        return dict(zip(self.bundle.names("outputs"), results, strict=True))
 
-    def _sample_loop(self, inputs: Mapping[str, Any]) -> Any:
-        (samples,) = self._call(inputs)
-        return samples
-
-    def _run_steps(self, sample: Any, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Any]) -> Any:
+    def _run_steps(
+        self, sample: Any, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Any]
+    ) -> dict[str, Any]:
         batch = sample.shape[0]
         rows = torch.from_numpy(table.columns.astype(np.float32)).to(self._device)
         timesteps = torch.tensor(table.timesteps, dtype=getattr(torch, table.timestep_dtype), device=self._device)
@@ -91,8 +90,9 @@ class AotiSampler(BundleSampler):
                 "noise": noise,
                 **feeds,
             }
-            sample, previous = self._call(given)
-        return sample
+            results = self._sample_loop(given)
+            sample, previous = results["next_sample"], results["pred_original_sample"]
+        return {"samples": sample, **{name: results[name] for name in self._made}}
 
 
 def require_target(bundle: Bundle, device: torch.device) -> None:

@@ -19,10 +19,19 @@ from fastddim.config import DDIMConfig, Limit
 from fastddim.export.bundle import Bundle, check_destination, write_bundle
 from fastddim.export.denoisers import DTYPES, prepared
 from fastddim.export.manifest import NOTE_FILE, build_manifest, name_meanings, note
-from fastddim.export.onnx.graph import LOOP_ROWS, as_loop, fed_by, name_dims, sized_noise, strip, symbolic_dims
+from fastddim.export.onnx.graph import (
+    LOOP_ROWS,
+    as_loop,
+    fed_by,
+    followed_by,
+    name_dims,
+    sized_noise,
+    strip,
+    symbolic_dims,
+)
 from fastddim.export.onnx.noise_module import NoiseModule
 from fastddim.export.sampler_plan import ExportOptions, SamplerPlan, plan_sampler
-from fastddim.export.step_module import STEP_OUTPUTS, BeforeLoop, StepModule, hoist
+from fastddim.export.step_module import SAMPLED, STEP_OUTPUTS, BeforeLoop, FinishModule, StepModule, hoist
 from fastddim.export.validate import PARITY_STEPS, fit_parity_steps, measure_parity
 from fastddim.hoisting import HoistedModel
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP
@@ -105,6 +114,8 @@ def write_sampler(
             graph = _with_values(graph, plan, hoisted, folder / MODEL_FILE)
         if options.bake_schedule:
             graph = fed_by(graph, _schedule_graph(plan, opset), "schedule_")
+        if denoiser.finish is not None and options.kind == "loop":
+            graph = followed_by(graph, _finish_graph(plan, folder / MODEL_FILE), {"samples": SAMPLED}, "finish_")
         if options.seeded:
             start = _noise_graph(denoiser.sample_shape, "sample", opset, plan.table.start_scale)
             graph = fed_by(graph, start, "start_")
@@ -125,7 +136,7 @@ def _step_graph(plan: SamplerPlan, hoisted: HoistedModel | None, path: Path) -> 
     dynamic |= dict.fromkeys(module.second, (1,)) | dict.fromkeys(module.whole, ())
     other_bytes = 0 if hoisted is None else _weight_bytes(hoisted.before)
     graph = to_graph(
-        module, module.example_inputs(), STEP_OUTPUTS, kind, path, dynamic=dynamic, other_bytes=other_bytes
+        module, module.example_inputs(), module.outputs, kind, path, dynamic=dynamic, other_bytes=other_bytes
     )
     dims = {}
     for name, own in symbolic_dims(graph.graph).items():
@@ -161,6 +172,15 @@ def _with_values(graph: onnx.ModelProto, plan: SamplerPlan, hoisted: HoistedMode
     del fed.graph.input[:]
     fed.graph.input.extend(inputs)
     return fed
+
+
+def _finish_graph(plan: SamplerPlan, path: Path) -> onnx.ModelProto:
+    module = FinishModule(plan)
+    examples = module.example_inputs()
+    graph = to_graph(module, examples, module.outputs, type(plan.denoiser.model).__name__, path)
+    dims = {name: ["batch", *own[1:]] for name, own in symbolic_dims(graph.graph).items()}
+    name_dims(graph.graph, dims)
+    return graph
 
 
 def _weight_bytes(module: torch.nn.Module) -> int:

@@ -201,6 +201,32 @@ def fed_by(model: onnx.ModelProto, producer: onnx.ModelProto, prefix: str) -> on
     return helper.make_model(graph, opset_imports=list(model.opset_import), ir_version=model.ir_version)
 
 
+def followed_by(
+    model: onnx.ModelProto, consumer: onnx.ModelProto, handed: Mapping[str, str], prefix: str
+) -> onnx.ModelProto:
+    """A model whose outputs go through another graph.
+
+    Args:
+        model: its inputs of the same name as the consumer's are the same inputs.
+        consumer: its outputs are the result's, and may have the names of the model's.
+        handed: for each of the model's outputs the consumer's input that it becomes.
+        prefix: for the names inside `consumer`.
+    """
+    source = copy.deepcopy(model)
+    for node in source.graph.node:
+        node.output[:] = [handed.get(name, name) for name in node.output]
+    target = compose.add_prefix_graph(consumer.graph, prefix, rename_inputs=False, rename_outputs=False)
+    there = {*handed.values(), *(value.name for value in source.graph.input)}
+    graph = helper.make_graph(
+        [*source.graph.node, *target.node],
+        source.graph.name,
+        [*source.graph.input, *(value for value in target.input if value.name not in there)],
+        list(target.output),
+        initializer=[*source.graph.initializer, *target.initializer],
+    )
+    return helper.make_model(graph, opset_imports=list(model.opset_import), ir_version=model.ir_version)
+
+
 def sized_noise(
     groups: onnx.ModelProto, shape: Sequence[int], name: str, fixed: Mapping[str, int], scale: float = 1.0
 ) -> onnx.ModelProto:

@@ -117,11 +117,13 @@ class OrtSampler(BundleSampler):
         first: str = self.session.get_providers()[0]
         return first.removesuffix("ExecutionProvider")
 
-    def _sample_loop(self, inputs: Mapping[str, Array]) -> Array:
-        samples: Array = self.session.run(["samples"], dict(inputs))[0]
-        return samples
+    def _sample_loop(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        names = ["samples", *self._made]
+        return dict(zip(names, self.session.run(names, dict(inputs)), strict=True))
 
-    def _run_steps(self, sample: Array, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Array]) -> Array:
+    def _run_steps(
+        self, sample: Array, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Array]
+    ) -> dict[str, Array]:
         batch = sample.shape[0]
         device = "cuda" if self._on_gpu else "cpu"
         place = onnxruntime.OrtValue.ortvalue_from_numpy
@@ -141,13 +143,16 @@ class OrtSampler(BundleSampler):
                 drawn = silent if seeds is None else normal_numpy(seeds, step, sample.shape[1:])
                 binding.bind_ortvalue_input("noise", place(drawn, device, 0))
             # The states stay where they are from step to step.
-            binding.bind_output("next_sample", device, 0)
+            names = ["next_sample"]
             if previous is not None:
                 binding.bind_ortvalue_input("previous_x0", previous)
-                binding.bind_output("pred_original_sample", device, 0)
+                names.append("pred_original_sample")
+            if step == len(table) - 1:
+                names += self._made
+            for name in names:
+                binding.bind_output(name, device, 0)
             self.session.run_with_iobinding(binding)
-            state, *rest = binding.get_outputs()
-            previous = rest[0] if rest else None
+            results = dict(zip(names, binding.get_outputs(), strict=True))
+            state, previous = results["next_sample"], results.get("pred_original_sample")
             binding.clear_binding_outputs()
-        result: Array = state.numpy()
-        return result
+        return {"samples": state.numpy(), **{name: results[name].numpy() for name in self._made}}

@@ -228,14 +228,16 @@ class TensorRTSampler(BundleSampler):
         assert isinstance(kept, _Context)
         return _Execution(self, kept.context, inputs)
 
-    def _sample_loop(self, inputs: Mapping[str, Any]) -> Any:
+    def _sample_loop(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         with self._turn():
             # A number of steps stays on the host, where TensorRT reads it.
             execution = self._start({name: as_tensor(value) for name, value in inputs.items()})
             execution.run()
-            return self._kept(execution.result("samples"))
+            return {name: self._kept(execution.result(name)) for name in ("samples", *self._made)}
 
-    def _run_steps(self, sample: Any, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Any]) -> Any:
+    def _run_steps(
+        self, sample: Any, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Any]
+    ) -> dict[str, Any]:
         batch = sample.shape[0]
         with self._turn():
             timesteps = torch.tensor(table.timesteps, dtype=getattr(torch, table.timestep_dtype), device=self._device)
@@ -257,7 +259,8 @@ class TensorRTSampler(BundleSampler):
                 if seeds is not None:
                     execution.inputs["noise"].copy_(self._arrays.normal(seeds, step, sample.shape[1:]))
                 execution.run()
-            return self._kept(execution.result("next_sample"))
+            made = {name: self._kept(execution.result(name)) for name in self._made}
+            return {"samples": self._kept(execution.result("next_sample")), **made}
 
     def _kept(self, result: torch.Tensor) -> torch.Tensor:
         """A result that the caller's stream may go on with."""
