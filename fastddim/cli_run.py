@@ -85,7 +85,7 @@ def run(
     opened = open_bundle(bundle)
     runtime = get_runtime(opened.runtime)
     if "policy" in opened.manifest:
-        pictures = {"--num-images": num_images, "--labels": labels, "--prompt": prompt, "--size": size,
+        pictures: dict[str, Any] = {"--num-images": num_images, "--labels": labels, "--prompt": prompt, "--size": size,
                     "--negative-prompt": negative_prompt, "--guidance-scale": guidance_scale}  # fmt: skip
         for name, value in pictures.items():
             if value:
@@ -94,9 +94,9 @@ def run(
         steps = {"num_inference_steps": num_inference_steps, "eta": eta, "method": method}
         _run_policy(opened, observations, out or Path("actions.npz"), seeds, steps, settings, as_json)
         return
-    for name, value in (("--observations", observations), ("--method", method)):
-        if value is not None:
-            raise ValueError(f"{name}: '{value}', but this bundle is no robot policy's; leave it out")
+    for name, given in (("--observations", observations), ("--method", method)):
+        if given is not None:
+            raise ValueError(f"{name}: '{given}', but this bundle is no robot policy's; leave it out")
     out = Path("samples.png") if out is None else out
     cycle: Sequence[int] | Sequence[str] | None
     if opened.components:
@@ -195,7 +195,7 @@ def _run_policy(
     start = time.perf_counter()
     chunk = draw(arrays, seeds=seeds, **given, **steps)
     seconds = time.perf_counter() - start
-    results = {name: np.asarray(value) for name, value in chunk._asdict().items()}
+    results: dict[str, Any] = {name: np.asarray(value) for name, value in chunk._asdict().items()}
     write_whole(out, lambda file: np.savez(file, **results), "--out")
     shape = list(results["actions"].shape)
     if as_json:

@@ -170,9 +170,9 @@ class BundleSampler(ABC):
             NotFiniteError: with `check_finite`.
         """
         return self.outputs(
-            start, seeds=seeds, num_inference_steps=num_inference_steps, timesteps=timesteps, eta=eta, method=method, strength=strength,
-            guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, size=size, uncond_kwargs=uncond_kwargs,
-            **conditions,
+            start, seeds=seeds, num_inference_steps=num_inference_steps, timesteps=timesteps, eta=eta, method=method,
+            strength=strength, guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, size=size,
+            uncond_kwargs=uncond_kwargs, **conditions,
         )["samples"]  # fmt: skip
 
     def outputs(

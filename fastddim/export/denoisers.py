@@ -236,7 +236,8 @@ def _describe_policy(policy: Policy, example_kwargs: Mapping[str, torch.Tensor] 
     def repeated(x: torch.Tensor, t: torch.Tensor, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if kept.get("inputs") is None or any(kept["inputs"][name] is not value for name, value in given.items()):
             kept.update(inputs=dict(given), made=policy.condition(given))
-        return policy.denoiser(x, t, **kept["made"])
+        prediction: torch.Tensor = policy.denoiser(x, t, **kept["made"])
+        return prediction
 
     return Denoiser(
         policy,

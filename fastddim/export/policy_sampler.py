@@ -84,18 +84,19 @@ class PolicySampler:
         feeds: dict[str, Any] = {name: self._placed(name, value) for name, value in values.items()}
         shape = tuple(self.bundle.manifest["sample"]["shape"])
         seeded = self.bundle.manifest["sampling"]["seeded"]
-        if noise is None and seeds is None:
-            raise ValueError(
-                "seeds: None without noise; pass one integer for each sample, or an integer s for s, s + 1, ..."
-            )
         if noise is not None and previous is not None:
             raise ValueError("noise: given with previous, whose noise seeds draw; leave out one of them")
         if (strength < 1) != (previous is not None):
             raise ValueError(f"strength: {strength!r} {'without' if previous is None else 'with'} previous; pass both")
         drawn = None
-        if noise is None and not seeded:
-            drawn = normal_numpy(check_seeds(seeds, batch), 0, shape, STREAM_INITIAL)
-        start: Any = np.asarray(noise, np.float32) if drawn is None and noise is not None else drawn
+        if noise is not None:
+            start: Any = np.asarray(noise, np.float32)
+        elif seeds is None:
+            raise ValueError(
+                "seeds: None without noise; pass one integer for each sample, or an integer s for s, s + 1, ..."
+            )
+        else:
+            start = drawn = None if seeded else normal_numpy(check_seeds(seeds, batch), 0, shape, STREAM_INITIAL)
         if previous is not None:
             start = self._noised(previous, drawn, (batch, *shape), num_inference_steps, method, eta, strength)
         feeds |= self._known(known, mask, batch, drawn if noise is None else start)

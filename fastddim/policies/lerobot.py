@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastddim.config import DDIMConfig, require_choice
+from fastddim.policies.chunk import IMAGE, STATE
 from fastddim.policies.networks import ConditionalUnet1d, ImageEncoder
 from fastddim.policies.normalisation import STATISTICS, Normalisation
-from fastddim.policies.chunk import IMAGE, STATE
 from fastddim.policies.policy import Feature, Policy
 from fastddim.samplers.sampling import Sampling
 from fastddim.schedule import Schedule

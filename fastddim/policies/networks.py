@@ -117,13 +117,15 @@ class ConditionalUnet1d(nn.Module):
         )
         h = x.transpose(1, 2)
         skips = []
-        for first, second, halve in self.down_modules:  # type: ignore[misc]  # a ModuleList iterates over its three
+        for level in self.down_modules:
+            first, second, halve = cast(nn.ModuleList, level)
             h = second(first(h, cond), cond)
             skips.append(h)
             h = halve(h)
         for block in self.mid_modules:
             h = block(h, cond)
-        for first, second, double in self.up_modules:  # type: ignore[misc]
+        for level in self.up_modules:
+            first, second, double = cast(nn.ModuleList, level)
             h = double(second(first(torch.cat([h, skips.pop()], dim=1), cond), cond))
         prediction: torch.Tensor = self.final_conv(h)
         return prediction.transpose(1, 2).contiguous()

@@ -328,20 +328,21 @@ class Policy(nn.Module):
         sampler = self.sampler() if sampler is None else sampler
         features = {name: (feature.kind, feature.shape) for name, feature in self.features.items()}
         batch = check_observations(observations, features, self.n_obs_steps)
-        values = {name: torch.as_tensor(value, device=sampler.device) for name, value in observations.items()}
         if (known is None) != (mask is None):
             raise ValueError("known, mask: one of the two; pass both, or none")
-        if noise is None and seeds is None:
+        if noise is not None and previous is not None:
+            raise ValueError("noise: given with previous, whose noise seeds draw; leave out one of them")
+        if noise is not None:
+            start = noise = noise.to(sampler.device)
+        elif seeds is None:
             raise ValueError(
                 "seeds: None without noise; pass one integer for each sample, or an integer s for s, s + 1, ..."
             )
-        start: Any = batch if noise is None else noise.to(sampler.device)
-        if previous is not None:
-            if noise is not None:
-                raise ValueError("noise: given with previous, which seeds noise; leave out one of them")
-            start = sampler.add_noise(previous, seeds)
-        if known is not None:
-            assert mask is not None
+        else:
+            noise = normal(check_seeds(seeds, batch), 0, self.sample_shape, STREAM_INITIAL, device=sampler.device)
+            start = noise * sampler.table.start_scale if previous is None else sampler.add_noise(previous, seeds)
+        values = {name: torch.as_tensor(value, device=sampler.device) for name, value in observations.items()}
+        if known is not None and mask is not None:
             shape = (batch, self.horizon, self.action_dim)
             known, mask = (torch.as_tensor(value, device=sampler.device) for value in (known, mask))
             for name, value in (("known", known), ("mask", mask)):
@@ -349,19 +350,17 @@ class Policy(nn.Module):
                     raise ValueError(f"{name}: shape {tuple(value.shape)}; pass {list(shape)}")
             if mask.dtype != torch.bool:
                 raise ValueError(f"mask: {mask.dtype}; pass torch.bool")
-            if noise is None:
-                noise = normal(check_seeds(seeds, batch), 0, self.sample_shape, STREAM_INITIAL, device=sampler.device)
             values |= {"known": known, "mask": mask, "known_noise": noise[..., : self.action_dim]}
         best: list[torch.Tensor] = []
 
         def stop(step: int, t: float, x: torch.Tensor, x0: torch.Tensor) -> None:
-            if time.perf_counter() >= deadline:  # type: ignore[operator]  # only called with one
+            if deadline is not None and time.perf_counter() >= deadline:
                 best.append(x0.clone())
                 raise _TimeIsUpError
 
+        given: dict[str, Any] = self.condition(values)
         try:
-            observe = None if deadline is None else stop
-            samples: Any = sampler(start, seeds=seeds, callback=observe, **self.condition(values))
+            samples: Any = sampler(start, seeds=seeds, callback=None if deadline is None else stop, **given)
         except _TimeIsUpError:
             (samples,) = best
         return self.decode(samples, known, mask)

@@ -6,7 +6,15 @@ import time
 from typing import Annotated
 
 from fastddim.cli_options import Variant, choice, with_options
-from fastddim.export.command_options import ComparisonFlags, Destination, Model, SamplerFlags, load_model, report
+from fastddim.export.command_options import (
+    ComparisonFlags,
+    Destination,
+    Model,
+    PolicyFlags,
+    SamplerFlags,
+    load_model,
+    report,
+)
 
 
 @with_options
