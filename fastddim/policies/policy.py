@@ -60,9 +60,9 @@ class Denoiser(nn.Module):
     def __init__(self, network: nn.Module, sampling: Sampling, action_dim: int) -> None:
         super().__init__()
         self.network, self._action_dim = network, action_dim
-        self._schedule = sampling.schedule
-        if isinstance(self._schedule, Schedule):
-            alpha_bar = torch.tensor(self._schedule.alphas_cumprod)
+        self.schedule = sampling.schedule
+        if isinstance(self.schedule, Schedule):
+            alpha_bar = torch.tensor(self.schedule.alphas_cumprod)
             levels = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()], dim=1).float()
             self.register_buffer("levels", levels, persistent=False)
 
@@ -92,17 +92,17 @@ class Denoiser(nn.Module):
         """
         if known is not None:
             assert mask is not None and known_noise is not None
-            signal, sigma = self._levels_at(t, x.dtype)
+            signal, sigma = self.levels_at(t, x.dtype)
             noised = signal * known.to(x.dtype) + sigma * known_noise.to(x.dtype)
             actions = torch.where(mask, noised, x[..., : self._action_dim])
             x = actions if x.shape[-1] == self._action_dim else torch.cat([actions, x[..., self._action_dim :]], dim=-1)
         prediction: torch.Tensor = self.network(x, t, cond)
         return prediction
 
-    def _levels_at(self, t: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def levels_at(self, t: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Signal and sigma `[B, 1, 1]` at timesteps `[B]`."""
-        if isinstance(self._schedule, FlowSchedule):
-            sigma = (t / self._schedule.num_train_timesteps).to(dtype)[:, None, None]
+        if isinstance(self.schedule, FlowSchedule):
+            sigma = (t / self.schedule.num_train_timesteps).to(dtype)[:, None, None]
             return 1 - sigma, sigma
         signal, sigma = self.levels[t].to(dtype)[:, :, None, None].unbind(1)
         return signal, sigma

@@ -1,0 +1,314 @@
+"""Policies: LeRobot's folders and objects, in torch, against what LeRobot made of the same observations and noise."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+
+from fastddim.noise import STREAM_INITIAL, normal
+from fastddim.policies import Normalisation, Policy, from_lerobot, load_policy, shifted
+from fastddim.policies.networks import RESNETS, ConditionalUnet1d, ImageEncoder
+from fastddim.reference import step_with_row
+from lerobot_policies import NAMES, golden, make_policy
+
+# What float32 leaves: LeRobot's own results are as far from those of float64.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("policies")
+    return {name: make_policy(name, root) for name in NAMES}
+
+
+def assert_lerobots(chunk: Any, expected: dict[str, Any]) -> None:
+    np.testing.assert_allclose(np.asarray(chunk.normalised), expected["normalised"], rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(np.asarray(chunk.actions), expected["actions"], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "ddpm" not in name])
+def test_actions_are_lerobots(folders: dict[str, Path], name: str) -> None:
+    observations, expected = golden(name)
+    policy = load_policy(folders[name])
+    chunk = policy.sample(observations, noise=torch.from_numpy(expected["noise"]))
+    assert chunk.samples.shape == (2, 16, 3)
+    assert_lerobots(chunk, expected)
+
+
+def test_ddpm_is_the_default_of_a_checkpoint_that_says_so(folders: dict[str, Path]) -> None:
+    observations, expected = golden("state-ddpm-epsilon")
+    policy = load_policy(folders["state-ddpm-epsilon"])
+    sampler = policy.sampler()
+    assert (sampler.method, len(sampler.table)) == ("ddpm", 20)
+    # LeRobot's noise is torch's, from the default generator.
+    torch.manual_seed(1234)
+    x = torch.from_numpy(expected["noise"])
+    cond = policy.encode({key: torch.from_numpy(value) for key, value in observations.items()})
+    with torch.no_grad():
+        for row, t in zip(sampler.table.rows, sampler.table.timesteps, strict=True):
+            output = policy.denoiser(x, torch.full((2,), t), cond)
+            noise = torch.randn(x.shape) if t > 0 else None
+            x = step_with_row(output, x, row, sampler.limit, noise)[0]
+    assert_lerobots(policy.decode(x), expected)
+    few = policy.sampler(method="ddim", num_inference_steps=5)
+    assert few.table == type(few.table).build(  # the network's own epsilon, as in LeRobot
+        policy.sampling.schedule, few.pairs, use_clipped_model_output=False
+    )
+
+
+def test_samples_of_a_batch_are_those_alone(folders: dict[str, Path]) -> None:
+    observations, _ = golden("images-ddim")
+    policy = load_policy(folders["images-ddim"])
+    both = policy.sample(observations, seeds=[4, 9]).actions
+    alone = policy.sample({name: value[1:] for name, value in observations.items()}, seeds=[9]).actions
+    torch.testing.assert_close(both[1:], alone, rtol=0, atol=2 * TOLERANCE)
+    floats = {
+        name: value / np.float32(255) if value.dtype == np.uint8 else value for name, value in observations.items()
+    }
+    assert torch.equal(policy.sample(floats, seeds=[4, 9]).actions, both)
+
+
+def test_committed_actions_are_kept(folders: dict[str, Path]) -> None:
+    name = "state-ddim-epsilon"
+    observations, _ = golden(name)
+    policy = load_policy(folders[name])
+    generator = torch.Generator().manual_seed(0)
+    known, mask = torch.full((2, 16, 3), torch.nan), torch.zeros(2, 16, 3, dtype=torch.bool)
+    mask[:, :4] = True
+    known[:, :4] = torch.rand(2, 4, 3, generator=generator) - 0.5
+    chunk = policy.sample(observations, seeds=1, known=known, mask=mask)
+    assert torch.equal(chunk.actions[:, :3], known[:, 1:4])
+    free = policy.sample(observations, seeds=1)
+    assert (chunk.actions[:, 3:] - free.actions[:, 3:]).abs().max() > 1e-3
+    # By hand: before each call the known entries are the known ones noised to the level.
+    schedule, sampler = policy.sampling.schedule, policy.sampler()
+    clean = policy.action.normalise(known[:, :4])
+    cond = policy.encode({key: torch.from_numpy(value) for key, value in observations.items()})
+    noise = x = normal([1, 2], 0, (16, 3), STREAM_INITIAL)
+    with torch.no_grad():
+        for row, t in zip(sampler.table.rows, sampler.table.timesteps, strict=True):
+            alpha_bar = schedule.alphas_cumprod[t]
+            x = x.clone()
+            x[:, :4] = alpha_bar**0.5 * clean + (1 - alpha_bar) ** 0.5 * noise[:, :4]
+            x = step_with_row(policy.denoiser(x, torch.full((2,), t), cond), x, row, sampler.limit, None)[0]
+    torch.testing.assert_close(chunk.samples[:, 4:], x[:, 4:], rtol=0, atol=TOLERANCE)
+
+
+def test_warm_start_and_deadline(folders: dict[str, Path]) -> None:
+    name = "state-ddim-epsilon"
+    observations, _ = golden(name)
+    policy = load_policy(folders[name])
+    first = policy.sample(observations, seeds=1)
+    moved = shifted(first.samples, 8)
+    assert torch.equal(moved[:, :8], first.samples[:, 8:]) and torch.equal(
+        moved[:, 8:], first.samples[:, -1:].expand(2, 8, 3)
+    )
+    sampler = policy.sampler(strength=0.3)
+    calls: list[int] = []
+    handle = policy.denoiser.register_forward_hook(lambda *_: calls.append(1))
+    warm = policy.sample(observations, sampler=sampler, previous=moved, seeds=1)
+    assert len(calls) == len(sampler.table) == 3
+    given: dict[str, Any] = policy.condition({key: torch.from_numpy(value) for key, value in observations.items()})
+    expected = sampler(sampler.add_noise(moved, 1), **given)
+    assert torch.equal(warm.samples, expected)
+    calls.clear()
+    late = policy.sample(observations, seeds=1, deadline=time.perf_counter())
+    handle.remove()
+    assert len(calls) == 1
+    # The x0 of the first step.
+    x0: list[torch.Tensor] = []
+    policy.sampler()(2, seeds=1, callback=lambda step, t, x, own: x0.append(own.clone()), **given)
+    assert torch.equal(late.samples, x0[0])
+
+
+def damaged(folder: Path, target: Path, change: Any) -> Path:
+    shutil.copytree(folder, target)
+    change(target)
+    return target
+
+
+def edit_json(file: str, **values: Any) -> Any:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**config, **values}))
+
+    return change
+
+
+def drop(file: str, name: str) -> Any:
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / file)
+        del tensors[name]
+        save_file(tensors, folder / file)
+
+    return change
+
+
+_STATISTICS = "policy_preprocessor_step_3_normalizer_processor.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (edit_json("config.json", type="act"), ValueError, "type: 'act'.*'diffusion'"),
+        (edit_json("config.json", noise_scheduler_type="PNDM"), ValueError, "noise_scheduler_type: 'PNDM'"),
+        (edit_json("config.json", horizon=None), ValueError, "horizon: None"),
+        (edit_json("config.json", down_dims=[24, 32]), ValueError, "diffusion.unet.*shape"),
+        (edit_json("config.json", output_features={}), ValueError, "output_features: no 'action'"),
+        (edit_json("config.json", n_action_steps=16), ValueError, "n_action_steps"),
+        (drop(_STATISTICS, "observation.state.max"), ValueError, "observation.state: no max among the statistics"),
+        (drop("model.safetensors", "diffusion.unet.final_conv.1.bias"), ValueError, "final_conv.1.bias: missing"),
+        (lambda folder: (folder / _STATISTICS).unlink(), FileNotFoundError, _STATISTICS),
+        (lambda folder: (folder / "model.safetensors").unlink(), FileNotFoundError, "model.safetensors"),
+        (lambda folder: (folder / "policy_postprocessor.json").unlink(), FileNotFoundError, "policy_postprocessor"),
+        (lambda folder: (folder / "config.json").write_text("{"), ValueError, "config.json: .*no JSON"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), ValueError, "model.safetensors: .*read"),
+        (
+            edit_json("policy_preprocessor.json", steps=[{"registry_name": "delta_actions"}]),
+            ValueError,
+            "steps: 'delta_actions'",
+        ),
+    ],
+)  # fmt: skip
+def test_damaged_folders_name_what_is_wrong(
+    folders: dict[str, Path], tmp_path: Path, change: Any, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        load_policy(damaged(folders["state-ddim-epsilon"], tmp_path / "policy", change))
+
+
+def test_observations_that_do_not_fit_are_named(folders: dict[str, Path]) -> None:
+    policy = load_policy(folders["images-ddim"])
+    good, _ = golden("images-ddim")
+    top, state = "observation.images.top", "observation.state"
+    for changed, words in (
+        ({"observation.effort": good[state]}, "observation.effort: no observation"),
+        ({top: None}, f"{top}: missing"),
+        ({state: good[state][:, :1]}, f"{state}: shape"),
+        ({state: good[state].astype(np.int64)}, f"{state}: int64"),
+        ({state: np.where(np.arange(4) == 2, np.nan, good[state])}, f"{state}: has NaN"),
+        ({top: good[top].astype(np.float32)}, f"{top}: pixels from 0 to 255; pass uint8, or divide"),
+        ({top: good[top][..., :32]}, f"{top}: shape"),
+        ({state: good[state][:1]}, "observations: .*as many of each"),
+    ):
+        observations = {name: value for name, value in {**good, **changed}.items() if value is not None}
+        with pytest.raises(ValueError, match=words):
+            policy.sample(observations, seeds=0)
+    with pytest.raises(ValueError, match="seeds: None without noise"):
+        policy.sample(good)
+    with pytest.raises(ValueError, match="known, mask: one of the two"):
+        policy.sample(good, seeds=0, known=torch.zeros(2, 16, 3))
+
+
+def test_objects_in_memory_and_old_checkpoints(folders: dict[str, Path], tmp_path: Path) -> None:
+    """LeRobot's objects by what they have, and the statistics that checkpoints before 0.4 have among their weights."""
+    name = "state-ddim-epsilon"
+    observations, expected = golden(name)
+    noise = torch.from_numpy(expected["noise"])
+    weights = load_file(folders[name] / "model.safetensors")
+    statistics = load_file(folders[name] / _STATISTICS)
+    config = SimpleNamespace(**json.loads((folders[name] / "config.json").read_text()))
+
+    def pipeline(registry_name: str) -> Any:
+        step = type("Step", (), {"_registry_name": registry_name, "eps": 1e-8, "state_dict": lambda self: statistics})()
+        return SimpleNamespace(steps=[step])
+
+    def in_memory(state: dict[str, torch.Tensor]) -> Any:
+        return SimpleNamespace(config=config, diffusion=None, state_dict=lambda: state)
+
+    found = from_lerobot(in_memory(weights), pipeline("normalizer_processor"), pipeline("unnormalizer_processor"))
+    assert_lerobots(found.sample(observations, noise=noise), expected)
+    with pytest.raises(ValueError, match="preprocessor: None"):
+        from_lerobot(in_memory(weights))
+    old = dict(weights)
+    for key, value in statistics.items():
+        feature, statistic = key.rsplit(".", 1)
+        group = "unnormalize_outputs" if feature == "action" else "normalize_inputs"
+        old[f"{group}.buffer_{feature.replace('.', '_')}.{statistic}"] = value
+    assert_lerobots(from_lerobot(in_memory(old)).sample(observations, noise=noise), expected)
+    folder = damaged(folders[name], tmp_path / "old", lambda folder: save_file(old, folder / "model.safetensors"))
+    for file in folder.glob("policy_*"):
+        file.unlink()
+    assert_lerobots(load_policy(folder).sample(observations, noise=noise), expected)
+    # What LeRobot fills statistics with that it has not.
+    old["normalize_inputs.buffer_observation_state.min"].fill_(torch.inf)
+    with pytest.raises(ValueError, match=r"observation.state: min: has NaN or infinite"):
+        from_lerobot(in_memory(old))
+
+
+@pytest.mark.parametrize("mode", ["mean_std", "min_max", "quantiles", "quantile10", "affine", "identity"])
+def test_normalisations_invert(mode: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 3, generator=generator)
+    statistics = {"mean": x.mean(0), "std": x.std(0), "min": x.amin(0), "max": x.amax(0), "scale": torch.tensor([2.0, 3, 4]),
+                  "offset": torch.tensor([1.0, -1, 0])}  # fmt: skip
+    for name, q in (("q01", 0.01), ("q99", 0.99), ("q10", 0.1), ("q90", 0.9)):
+        statistics[name] = x.quantile(q, dim=0)
+    normalisation = Normalisation(mode, statistics)
+    normalised = normalisation.normalise(x)
+    torch.testing.assert_close(normalisation.denormalise(normalised), x, rtol=1e-5, atol=1e-6)
+    if mode == "min_max":
+        assert normalised.amin() == -1 and normalised.amax() == 1
+    if mode == "mean_std":
+        torch.testing.assert_close(normalised.std(0), torch.ones(3), rtol=1e-5, atol=1e-5)
+
+
+def test_image_encoder_resizes_and_crops_as_torch_does() -> None:
+    """The parts before the network, each against torch's own operations."""
+    encoder = ImageEncoder((3, 50, 64), resize_shape=(33, 40), crop_shape=(30, 31), num_keypoints=4).eval()
+    seen: list[torch.Tensor] = []
+    encoder.backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    images = torch.rand(2, 3, 50, 64, generator=torch.Generator().manual_seed(0))
+    assert encoder(images).shape == (2, 8)
+    resized = functional.interpolate(images, (33, 40), mode="bilinear", antialias=True)
+    # Halves are rounded to even: 1.5 to 2, 4.5 to 4.
+    torch.testing.assert_close(seen[0], resized[:, :, 2:32, 4:35], rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"crop_shape: .*smaller"):
+        ImageEncoder((3, 20, 20), crop_shape=(24, 20))
+    # The sizes of the feature maps that the pooling expects.
+    for name in RESNETS:
+        assert ImageEncoder((3, 65, 33), name, num_keypoints=2)(torch.rand(1, 3, 65, 33)).shape == (1, 4)
+
+
+def test_networks_refuse_sizes_by_name() -> None:
+    for wrong, words in (
+        ({"down_dims": (12, 16)}, "down_dims: 12"),
+        ({"down_dims": ()}, "down_dims: empty"),
+        ({"kernel_size": 4}, "kernel_size: 4"),
+        ({"diffusion_step_embed_dim": 3}, "diffusion_step_embed_dim: 3"),
+        ({"n_groups": 4, "down_dims": (12,)}, "down_dims: 12 first"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ConditionalUnet1d(2, 4, **wrong)  # type: ignore[arg-type]
+
+
+def test_a_policy_is_a_module(folders: dict[str, Path]) -> None:
+    """Saved, copied and moved as any other; its sampler sees new weights."""
+    observations, expected = golden("state-ddim-epsilon")
+    noise = torch.from_numpy(expected["noise"])
+    policy = load_policy(folders["state-ddim-epsilon"])
+    assert isinstance(policy, Policy) and not policy.training
+    other = copy.deepcopy(policy)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    sampler = other.sampler()
+    zeros = other.sample(observations, sampler=sampler, noise=noise)
+    other.load_state_dict(policy.state_dict())
+    assert_lerobots(other.sample(observations, sampler=sampler, noise=noise), expected)
+    assert not torch.equal(zeros.actions, other.sample(observations, sampler=sampler, noise=noise).actions)
+    half = copy.deepcopy(policy).to(torch.bfloat16)
+    chunk = half.sample(observations, noise=noise)
+    # The loop's state stays float32.
+    assert chunk.samples.dtype == torch.float32 and torch.isfinite(chunk.actions).all()
