@@ -7,6 +7,7 @@ import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from fastddim.coefficients import StepTable
 from fastddim.config import require_int
 from fastddim.export.bundle import Bundle, BundleError, open_bundle, require_runtime
+from fastddim.export.run_values import RunValues
 from fastddim.export.runtime import get_runtime
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP, check_seeds, normal_numpy
 from fastddim.samplers import Steps
@@ -69,6 +71,23 @@ class NumpyArrays:
         return bool(np.isfinite(array).all())
 
 
+@dataclass(frozen=True)
+class PreparedCall:
+    """A call that its bundle takes.
+
+    Attributes:
+        sample: the starting state `[B, ...]` float32; of a file that draws its own, the shape alone.
+        table: the steps.
+        seeds: those of the steps' noise, where they add any; else None.
+        feeds: by name, the inputs that stay the same in all steps, `[B, ...]`, of the graph before the steps too.
+    """
+
+    sample: Any
+    table: StepTable
+    seeds: list[int] | None
+    feeds: dict[str, Any]
+
+
 class BundleSampler(ABC):
     """What the samplers of all runtimes share: a call is checked and becomes the file's inputs.
 
@@ -95,7 +114,10 @@ class BundleSampler(ABC):
         manifest = self.bundle.manifest
         self._sampling = manifest["sampling"]
         self._inputs = {item["name"]: item for item in manifest["inputs"]}
-        self._conditions = [name for name in self._inputs if name not in _OWN and not name.startswith("uncond_")]
+        before: Mapping[str, Any] = self.bundle.before or {"inputs": (), "outputs": ()}
+        own = {*_OWN, *(item["name"] for item in before["outputs"])}
+        self._taken = {item["name"]: item for item in (*before["inputs"], *manifest["inputs"])}
+        self._conditions = [name for name in self._taken if name not in own and not name.startswith("uncond_")]
         self._scheduling = self.bundle.scheduling
 
     @classmethod
@@ -123,6 +145,26 @@ class BundleSampler(ABC):
     @abstractmethod
     def _run_steps(self, sample: Any, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Any]) -> Any:
         """The finished samples of a file that takes one step."""
+
+    def compute_values(self, table: StepTable, feeds: Mapping[str, Any]) -> RunValues:
+        """What the graph before the steps computes for a run, once; for a bundle that has one (`Bundle.before`).
+
+        Args:
+            table: the run's steps.
+            feeds: a prepared call's.
+        """
+        raise NotImplementedError(f"{type(self).__name__} runs no graph before the steps")
+
+    def step(self, inputs: Mapping[str, Array]) -> tuple[Array, Array]:
+        """One step of a file that takes one: any samples, each with a timestep and a row of its own.
+
+        Args:
+            inputs: every input of the file, as the manifest describes it.
+
+        Returns:
+            The next state and the limited prediction of x0, `[B, ...]`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} takes whole runs alone")
 
     def __call__(
         self,
@@ -158,6 +200,31 @@ class BundleSampler(ABC):
             ValueError: inputs that the bundle does not take, or of the wrong shape or dtype.
             NotFiniteError: with `check_finite`.
         """
+        call = self.prepare(
+            start, seeds=seeds, num_inference_steps=num_inference_steps, timesteps=timesteps, eta=eta, size=size,
+            guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, uncond_kwargs=uncond_kwargs, **conditions,
+        )  # fmt: skip
+        run = self._run_loop if self.bundle.kind == "loop" else self._run_steps
+        result = run(call.sample, call.table, call.seeds, call.feeds)
+        if self.check_finite and not self._arrays.is_finite(result):
+            raise NotFiniteError(self._blame(call.sample, call.table, call.seeds, call.feeds))
+        return result
+
+    def prepare(
+        self,
+        start: Any,
+        *,
+        seeds: int | Sequence[int] | None = None,
+        num_inference_steps: int | Sequence[int] | None = None,
+        timesteps: Sequence[int] | None = None,
+        eta: float | None = None,
+        guidance_scale: Any = None,
+        guidance_rescale: Any = 0.0,
+        size: tuple[int, int] | None = None,
+        uncond_kwargs: Mapping[str, Any] | None = None,
+        **conditions: Any,
+    ) -> PreparedCall:
+        """Check a call, and make of it what the file takes, before any of its work; arguments and errors as a call's."""
         shape = self._shape(start, size)
         feeds: dict[str, Any] = {}
         if self._sampling.get("per_sample_steps"):
@@ -187,11 +254,7 @@ class BundleSampler(ABC):
             **self._scales(shape[0], guidance_scale, guidance_rescale),
             **self._condition_feeds(shape[0], conditions, uncond_kwargs),
         }
-        run = self._run_loop if self.bundle.kind == "loop" else self._run_steps
-        result = run(sample, table, seed_list if noisy else None, feeds)
-        if self.check_finite and not self._arrays.is_finite(result):
-            raise NotFiniteError(self._blame(sample, table, seed_list if noisy else None, feeds))
-        return result
+        return PreparedCall(sample, table, seed_list if noisy else None, feeds)
 
     def _counts(self, num_inference_steps: int | Sequence[int] | None, batch: int) -> Array:
         """Each sample's number of steps."""
@@ -286,16 +349,16 @@ class BundleSampler(ABC):
         feeds = {}
         for name in self._conditions:
             if name not in conditions:
-                raise ValueError(f"{name}: missing; pass an array {self._inputs[name]['shape']}")
-            feeds[name] = fit_array(name, conditions[name], self._inputs[name], batch, self._arrays)
+                raise ValueError(f"{name}: missing; pass an array {self._taken[name]['shape']}")
+            feeds[name] = fit_array(name, conditions[name], self._taken[name], batch, self._arrays)
             other = f"uncond_{name}"
-            if other not in self._inputs:
+            if other not in self._taken:
                 continue
             null = self._sampling["null_values"].get(name)
             if name in uncond:
-                feeds[other] = fit_array(other, uncond[name], self._inputs[other], batch, self._arrays)
+                feeds[other] = fit_array(other, uncond[name], self._taken[other], batch, self._arrays)
             elif null is not None:
-                feeds[other] = self._arrays.full(feeds[name].shape, null, self._inputs[other]["dtype"])
+                feeds[other] = self._arrays.full(feeds[name].shape, null, self._taken[other]["dtype"])
             else:
                 raise ValueError(f"uncond_kwargs: {name!r} is missing, and the bundle knows no value for it; pass it")
         return feeds
