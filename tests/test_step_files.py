@@ -58,8 +58,8 @@ def conditions(batch, seed=0):
     return {"label": draw.integers(0, 4, batch), "text": text}
 
 
-def export(folder, model=None, **options):
-    config = DDIMConfig(clip_sample=False)
+def export(folder, model=None, config=None, **options):
+    config = config or DDIMConfig(clip_sample=False)
     examples = {name: torch.from_numpy(value) for name, value in conditions(2).items()}
     chosen = ExportOptions(**{"kind": "step", "num_inference_steps": 6, **options})
     return export_onnx(
