@@ -28,12 +28,15 @@ from damage import edited, flip_a_byte, put
 from fastddim import DDIMConfig, Schedule, StepTable
 from fastddim.config import BETA_SCHEDULES, PREDICTION_TYPES, TIMESTEP_SPACINGS
 from fastddim.export import Bundle, ExportOptions, OrtSampler, export_onnx, open_bundle
+from fastddim.export.run_values import RunValues
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP, normal_numpy
 from fastddim.samplers import METHODS, Steps
 from fastddim.samplers.sampling import Sampling
 from fastddim.samplers.spacings import SPACINGS
 from fastddim.schedule import EDMSchedule, FlowSchedule
 from flow import SHAPE, START_SCALE, Wave, flow_table, plain_loop
+from test_step_files import conditions as text_conditions
+from test_step_files import export as export_text
 from unets import small_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -346,6 +349,8 @@ def bundles(tmp_path_factory):
         "typed, baked": lambda path: export_typed(path, bake_schedule=True, stochastic=True, eta=1.0),
         "plain": export_typed,
         "resizable": export_resizable,
+        "two graphs": lambda path: export_two(path, stochastic=True, guidance_rescale=True),
+        "two graphs, half": lambda path: export_two(path, method="dpmsolver++", dtype="float16"),
         "flow": export_flow,
         "flow, step": lambda path: export_flow(path, kind="step"),
     }
@@ -365,6 +370,10 @@ def export_digits(path, **options):
 def export_flow(path, table=None, **options):
     options = ExportOptions(**options)
     return export_onnx(Wave(), table or flow_table(), path, options, sample_shape=SHAPE, parity_steps=()).path
+
+
+def export_two(path, **options):
+    return export_text(path, config=DDIMConfig(), guided=True, hoist=True, **options).path
 
 
 def export_resizable(path):
@@ -418,6 +427,68 @@ def test_one_step_a_call(both):
         guidance = {"guidance_scale": 2.0, "uncond_kwargs": typed_conditions(batch)}
         for run in RUNS:
             assert_same(samplers, batch, seeds=2**64 - 3, **typed_conditions(batch), **guidance, **run)
+
+
+@pytest.mark.parametrize("name", ["two graphs", "two graphs, half"])
+def test_a_step_with_values_of_a_second_graph(both, name):
+    samplers = both(name)
+    for batch in (1, 3):
+        given = {**text_conditions(batch), "guidance_scale": [1.5, 3.0, 5.0][:batch], "seeds": 2**64 - 3}
+        given["uncond_kwargs"] = text_conditions(batch, seed=5)
+        runs = RUNS if name == "two graphs" else ({"num_inference_steps": 9}, {})
+        drawn = [assert_same(samplers, batch, **given, **run) for run in runs]
+        assert np.abs(drawn[0] - drawn[1]).max() > 1e-3
+    _, ours = samplers
+    for message, changed in {
+        "text: missing; pass an array": {"text": None},
+        r"label: float32 of shape \[3\] with 3 values; pass int64": {"label": np.zeros(3, np.float32)},
+        "both_values: this bundle takes label, text": {"both_values": np.zeros((2, 3, 8), np.float32)},
+    }.items():
+        with pytest.raises(CppError, match=message) as caught:
+            ours(3, **given | changed)
+        assert caught.value.kind == "invalid_argument"
+
+
+def test_rows_of_a_run_are_pythons(numbers):
+    draw = random.Random(3)
+    requests, expected = [], []
+    for shape in (
+        ["steps", 5],
+        ["steps"],
+        ["steps", 2, "batch", 3, 2],
+        ["steps", "batch"],
+        [2, "batch", 7],
+        ["batch"],
+        [4, 3],
+    ):
+        for _ in range(20):
+            sizes = {"steps": draw.randint(1, 9), "batch": draw.randint(1, 5)}
+            count = draw.randint(1, 6)
+            steps, samples = ([draw.randrange(sizes[name]) for _ in range(count)] for name in ("steps", "batch"))
+            own = [sizes.get(dim, dim) for dim in shape]
+            value = np.arange(math.prod(own), dtype=np.float32).reshape(own)
+            values = RunValues({"value": value}, [{"name": "value", "shape": shape}])
+            expected.append((values.of_steps(steps, samples) | values.of_samples(samples))["value"])
+            requests.append(rows_request(sizes.values(), shape, steps, samples))
+    output, _ = numbers(requests)
+    for rows in expected:
+        head = np.array([rows.ndim, *rows.shape]).tobytes() + rows.tobytes()
+        assert output.startswith(head)
+        output = output[len(head) :]
+    assert not output
+    bad = [([6], [0]), ([0], [2]), ([0, 1], [1])]
+    output, errors = numbers([rows_request((6, 2), ["steps", 3, "batch"], *rows) for rows in bad])
+    assert np.frombuffer(output, np.int64).tolist() == [-1] * 3
+    assert errors == [
+        "step 6 of sample 0; the run has 6 steps and 2 samples",
+        "step 0 of sample 2; the run has 6 steps and 2 samples",
+        "steps, samples: pass as many of both",
+    ]
+
+
+def rows_request(*parts):
+    sizes, *lists = (" ".join(map(str, part)) for part in parts)
+    return " ".join(["rows", sizes, *(f"{part} ." for part in lists)])
 
 
 def test_a_baked_schedule_takes_a_number_of_steps(both):
@@ -877,6 +948,66 @@ def test_a_damaged_bundle_is_refused(checked, bundles, tmp_path):
             assert caught.value.kind == "BundleError" and str(folder) in str(caught.value)
 
 
+def output_of(manifest, name):
+    return next(item for item in manifest["before"]["outputs"] if item["name"] == name)
+
+
+BAD_BEFORE = {
+    r"\$\.before: 'meaning' is a required property": put(None, "before", "meaning"),
+    r"\$\.before\.model: no file \"other\.onnx\" among 'files'": put("other.onnx", "before", "model"),
+    r"\$\.before\.inputs: no 'timesteps'": put("labels", "before", "inputs", 0, "name"),
+    r"\$\.before\.inputs: 'timesteps' is not \[steps\] of the table's dtype": put(
+        ["steps", "batch"], "before", "inputs", 0, "shape"
+    ),
+    r"\$\.before\.inputs: 'noise' is not that of the steps": put("noise", "before", "inputs", 1, "name"),
+    r"\$\.before\.outputs: 'more' is no input of the steps": put("more", "before", "outputs", 0, "name"),
+    r"\$\.before\.outputs: 'sample' is no input of the steps": put("sample", "before", "outputs", 0, "name"),
+    r"\$\.before\.outputs: 'both_values' is no input of the steps": edited(
+        lambda manifest: output_of(manifest, "both_values").update(shape=["steps", 1, "batch", 4])
+    ),
+    r"\$\.before\.outputs: 'kept_0' is no input of the steps": edited(
+        lambda manifest: output_of(manifest, "kept_0").update(dtype="float64")
+    ),
+    r"\$\.before: is there, in a bundle of kind 'step' for 'tensorrt'": edited(
+        lambda manifest: manifest.update(runtime="tensorrt", engine=ENGINE)
+    ),
+    "before.onnx' is not the file that was exported": lambda folder: flip_a_byte(folder, "before.onnx"),
+}
+
+
+def test_a_damaged_second_graph_is_refused(checked, bundles, tmp_path):
+    with CppSampler(checked / "driver") as reader:
+        for k, (message, damage) in enumerate(BAD_BEFORE.items()):
+            folder = shutil.copytree(bundles("two graphs"), tmp_path / str(k))
+            assert reader.open(folder)["steps"] == 6
+            damage(folder)
+            with pytest.raises(CppError, match=message) as caught:
+                reader.open(folder)
+            assert caught.value.kind == "BundleError"
+
+
+def test_a_second_graph_that_gives_something_else_is_named(checked, bundles, tmp_path):
+    """Its manifest and the steps' graph as they were, so that only running it shows."""
+    folder = shutil.copytree(bundles("two graphs"), tmp_path / "other")
+    graph = onnx.load(folder / "before.onnx")
+    for output in graph.graph.output:
+        if output.name == "step_values":
+            # A row too few: of the first step alone.
+            last = next(node for node in graph.graph.node if output.name in node.output)
+            last.output[list(last.output).index(output.name)] = "all_rows"
+            cut = [onnx.helper.make_tensor(f"cut_{k}", onnx.TensorProto.INT64, [1], [k]) for k in (0, 1)]
+            graph.graph.initializer.extend(cut)
+            graph.graph.node.append(onnx.helper.make_node("Slice", ["all_rows", "cut_0", "cut_1"], [output.name]))
+    onnx.save(graph, folder / "before.onnx")
+    told = {"sha256": hashlib.sha256((folder / "before.onnx").read_bytes()).hexdigest()}
+    put(told | {"bytes": (folder / "before.onnx").stat().st_size}, "files", "before.onnx")(folder)
+    given = {**text_conditions(2), "guidance_scale": 2.0, "seeds": 0, "uncond_kwargs": text_conditions(2, seed=5)}
+    with CppSampler(checked / "driver", folder) as ours:
+        with pytest.raises(CppError, match=r"before.onnx' returns step_values: shape \[1, \d+\] with") as caught:
+            ours(2, **given)
+        assert caught.value.kind == "BundleError"
+
+
 BAD_TABLES = {
     r"\$\.table\.timesteps\[1\]: 1e\+39 is not finite in float32": put(1e39, "table", "timesteps", 1),
     r"\$\.table\.timesteps\[1\]: \"7\" is not a number": put("7", "table", "timesteps", 1),
@@ -1034,6 +1165,7 @@ def fuzz(program, bundles, folder, runs):
     corpus = folder / "corpus"
     corpus.mkdir()
     (corpus / "kernels").write_text(json.dumps(KERNELS))
+    shutil.copy(bundles("two graphs") / "manifest.json", corpus / "two-graphs")
     for name in ("typed", "plain", "flow"):
         manifest = json.loads((bundles(name) / "manifest.json").read_text())
         tensors = {group: manifest[group] for group in ("inputs", "outputs")}

@@ -43,6 +43,7 @@ def test_the_code_of_the_page_on_hoisting_runs(
     nbytes, record = capsys.readouterr().out.splitlines()
     assert names["digits"].shape == (4, 1, 16, 16)
     # 20 steps of four samples; the file's values are the same.
+    assert names["state"].shape == (2, 1, 16, 16)
     assert int(nbytes) == 20 * (eval(record)["bytes_per_step"] + 4 * eval(record)["bytes_per_step_and_sample"])
 
 

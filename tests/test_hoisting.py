@@ -378,8 +378,6 @@ def test_bad_options():
         make(Denoiser(), hoist_limit=-1)
     with pytest.raises(ValueError, match="hoist: True for a model that is compiled already; pass compile=True"):
         make(torch.compile(Denoiser()), hoist=True)
-    with pytest.raises(ValueError, match="hoist: True with kind 'step'"):
-        ExportOptions(kind="step", hoist=True)
 
 
 def test_arguments_that_cannot_be_told_from_others_are_not_hoisted():

@@ -58,6 +58,7 @@ OTHER_RUNS = (
     ("digits-2", {"steps": 5, "guidance": 2.0, "seed": 8, "label": 1}),
     ("dpm-step", {"guidance": 2.0, "seed": 8, "label": 1}),
     ("dpm-baked", {"steps": 9, "guidance": 2.0, "seed": 8, "label": 1}),
+    ("dpm-two", {"guidance": 2.0, "seed": 8, "label": 1}),
 )
 
 
@@ -75,7 +76,8 @@ def site(tmp_path_factory):
     export_onnx(pipe.unet, pipe.scheduler, folder / "digits", options, parity_steps=())
     export_class_flow(folder / "flow")
     shutil.copytree(Path(__file__).parent / "bundles" / "loop-1", folder / "loop-1")
-    for name, chosen in {"step": {"kind": "step", "num_inference_steps": 6}, "baked": {"bake_schedule": True}}.items():
+    step = {"kind": "step", "num_inference_steps": 6}
+    for name, chosen in {"step": step, "two": {**step, "hoist": True}, "baked": {"bake_schedule": True}}.items():
         options = ExportOptions(method="dpmsolver++", guided=True, **chosen)
         export_onnx(pipe.unet, pipe.scheduler, folder / f"dpm-{name}", options, parity_steps=())
     manifest = json.loads((folder / "digits" / "manifest.json").read_text())

@@ -90,7 +90,7 @@ class ToySampler(BundleSampler):
                 output = self._denoiser.call(torch.from_numpy(x), timesteps, conditions).numpy()
             x0 = np.clip(c[0] * x + c[1] * output, -limit, limit)
             x = (c[2] * x + c[3] * output + c[4] * x0).astype(np.float32)
-        return x
+        return {"samples": x}
 
-    def _run_steps(self, sample, table, seeds, feeds):
+    def _run_steps(self, call):
         raise NotImplementedError

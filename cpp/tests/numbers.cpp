@@ -6,6 +6,9 @@
 //         int64 count, columns, float timesteps; double start scale, noising[2], timesteps[count], rows[count, columns];
 //         -1 if refused
 //   sha256 FILE                             64 digits
+//   rows STEPS BATCH DIM... . STEP... . SAMPLE... .
+//         a value of a run, float32 numbers 0, 1, ..., for samples at steps of their own; int64 rank, int64[rank], float[...];
+//         -1 if refused
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -13,14 +16,17 @@
 #include <fstream>
 #include <iostream>
 #include <iterator>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fastddim/bundle.hpp"
 #include "fastddim/philox.hpp"
+#include "fastddim/run_values.hpp"
 #include "fastddim/samplers.hpp"
 #include "fastddim/schedule.hpp"
 #include "fastddim/sha256.hpp"
@@ -123,6 +129,50 @@ void method() {
     }
 }
 
+std::vector<std::string> words() {
+    std::vector<std::string> all;
+    for (std::string next = word(); next != "."; next = word()) all.push_back(next);
+    return all;
+}
+
+std::vector<std::size_t> sizes() {
+    std::vector<std::size_t> all;
+    for (const std::string& text : words()) all.push_back(std::stoull(text));
+    return all;
+}
+
+void rows() {
+    const std::int64_t steps = integer(), batch = integer();
+    const std::map<std::string, std::int64_t> named{{"steps", steps}, {"batch", batch}};
+    fastddim::TensorInfo info{"value", "float32", {}, ""};
+    fastddim::Feed feed{"value", "float32", {}, {}};
+    std::size_t count = 1;
+    for (const std::string& dim : words()) {
+        const auto name = named.find(dim);
+        feed.shape.push_back(name == named.end() ? std::stoll(dim) : name->second);
+        info.shape.push_back(name == named.end() ? fastddim::Dim{feed.shape.back(), ""} : fastddim::Dim{0, dim});
+        count *= static_cast<std::size_t>(feed.shape.back());
+    }
+    std::vector<float> numbers(count);
+    for (std::size_t k = 0; k < count; ++k) numbers[k] = static_cast<float>(k);
+    const auto* const bytes = reinterpret_cast<const unsigned char*>(numbers.data());
+    feed.bytes.assign(bytes, bytes + count * sizeof(float));
+    const std::vector<std::size_t> chosen = sizes(), samples = sizes();
+    try {
+        const fastddim::RunValues values({std::move(feed)}, {info}, steps, batch);
+        std::vector<fastddim::Feed> taken = values.of_steps(chosen, samples);
+        for (fastddim::Feed& kept : values.of_samples(samples)) taken.push_back(std::move(kept));
+        const auto rank = static_cast<std::int64_t>(taken.at(0).shape.size());
+        put(&rank, 1);
+        put(taken[0].shape.data(), taken[0].shape.size());
+        put(taken[0].bytes.data(), taken[0].bytes.size());
+    } catch (const std::exception& error) {
+        const std::int64_t refused = -1;
+        put(&refused, 1);
+        std::fprintf(stderr, "%s\n", error.what());
+    }
+}
+
 void digest() {
     std::ifstream file(word(), std::ios::binary);
     const std::string content{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
@@ -147,6 +197,8 @@ int main() {
                 method();
             } else if (request == "sha256") {
                 digest();
+            } else if (request == "rows") {
+                rows();
             } else {
                 throw std::runtime_error("no request '" + request + "'");
             }

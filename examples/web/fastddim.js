@@ -133,7 +133,7 @@ function upgrade(manifest) {
   return version > 1 ? upgraded : { runtime: "onnx", ...upgraded, kind: graph, table: { ...table, start_scale: 1 } };
 }
 
-function checkManifest({ kind, inputs, runtime, sample, sampling, table }) {
+function checkManifest({ before, kind, inputs, runtime, sample, sampling, table }) {
   if (runtime !== "onnx") throw new Error(`bundle: it is of runtime '${runtime}', not 'onnx'; export it as onnx`);
   const [label] = Object.keys(sampling.null_values);
   const { timesteps, coefficients, start_scale: scale } = table;
@@ -141,8 +141,12 @@ function checkManifest({ kind, inputs, runtime, sample, sampling, table }) {
   const steps = kind === "step" ? ["timestep", "coefficients", ...previous]
     : sampling.baked_schedule ? ["num_inference_steps"] : ["timesteps", "coefficients"];
   const wanted = [...steps, "sample", "guidance_scale", label, `uncond_${label}`];
-  if (inputs.length !== wanted.length || !inputs.every(({ name }) => wanted.includes(name))) {
-    throw new Error(`bundle: a ${kind} graph of ${inputs.map(({ name }) => name).join(", ")}; ` +
+  // Of what a graph before the steps takes and gives, the step takes what it gives.
+  const computed = before?.outputs.map(({ name }) => name) ?? [];
+  const given = inputs.map(({ name }) => name).filter((name) => !computed.includes(name));
+  const taken = new Set([...given, ...(before?.inputs ?? []).map(({ name }) => name.replace("timesteps", "timestep"))]);
+  if (taken.size !== wanted.length || !wanted.every((name) => taken.has(name)) || (before && kind !== "step")) {
+    throw new Error(`bundle: a ${kind} graph of ${[...taken].join(", ")}; ` +
       "export a model of one label with --guidance alone, or with --bake-schedule for any number of steps");
   }
   if (!timesteps.length || timesteps.length !== coefficients.length || !timesteps.every(Number.isFinite) || !(scale > 0)) {
@@ -181,15 +185,19 @@ export class Sampler {
    */
   static async open(ort, read) {
     const manifest = parseManifest(await read(MANIFEST));
-    const model = new Uint8Array(await read(manifest.model));
-    await checkFile(manifest.model, model, manifest.files[manifest.model]);
-    return new Sampler(ort, manifest, await ort.InferenceSession.create(model));
+    const load = async ({ model: name }) => {
+      const model = new Uint8Array(await read(name));
+      await checkFile(name, model, manifest.files[name]);
+      return ort.InferenceSession.create(model);
+    };
+    return new Sampler(ort, manifest, await load(manifest), manifest.before && await load(manifest.before));
   }
 
-  constructor(ort, manifest, session) {
+  constructor(ort, manifest, session, sessionBefore) {
     this.ort = ort;
     this.manifest = manifest;
     this.session = session;
+    this.sessionBefore = sessionBefore;
     // The unconditional half's label is the one after the last.
     [[this.labelInput, this.labels]] = Object.entries(manifest.sampling.null_values);
     this.ownSteps = manifest.sampling.baked_schedule ? null : manifest.table.timesteps.length;
@@ -200,7 +208,7 @@ export class Sampler {
    * `ownSteps` takes no `numInferenceSteps`.
    */
   async sample({ numInferenceSteps, guidanceScale, seed, label }) {
-    const { kind, sample, noise, schedule, table } = this.manifest;
+    const { before, kind, sample, noise, schedule, table } = this.manifest;
     if (this.ownSteps === null) {
       checkWhole("numInferenceSteps", numInferenceSteps, 1, this.#mostSteps());
     } else {
@@ -223,8 +231,9 @@ export class Sampler {
     };
     if (kind === "loop") return (await this.#run(values)).samples.data;
     values.previous_x0 = new Float32Array(length);
+    const computed = before ? await this.#run(values, before, this.sessionBefore) : {};
     for (const [step, timestep] of table.timesteps.entries()) {
-      const row = { timestep: [timestep], coefficients: table.coefficients[step] };
+      const row = { timestep: [timestep], coefficients: table.coefficients[step], ...this.#rows(computed, step) };
       const { next_sample: next, pred_original_sample: x0 } = await this.#run({ ...values, ...row });
       values.sample = next.data;
       values.previous_x0 = x0.data;
@@ -242,11 +251,32 @@ export class Sampler {
     return Math.min(MOST_KEPT, method.options.original_inference_steps ?? DISTILLED[method.name] ?? trained);
   }
 
-  /** The graph's outputs by name, of its inputs' numbers. */
-  async #run(values) {
-    const { inputs, sample, table } = this.manifest;
+  /** A step's tensors of those computed for all steps, of one sample. */
+  #rows(computed, step) {
+    const rows = {};
+    for (const { name, shape } of this.manifest.before?.outputs ?? []) {
+      const { type, data, dims } = computed[name];
+      if (shape[0] !== "steps") {
+        rows[name] = computed[name];
+        continue;
+      }
+      const size = data.length / dims[0];
+      // Without a batch of its own, a step's row is the sample's.
+      const own = shape.includes("batch") ? dims.slice(1) : [1, ...dims.slice(1)];
+      rows[name] = new this.ort.Tensor(type, data.slice(step * size, (step + 1) * size), own);
+    }
+    return rows;
+  }
+
+  /** A graph's outputs by name, of its inputs' numbers or tensors. */
+  async #run(values, { inputs } = this.manifest, session = this.session) {
+    const { sample, table } = this.manifest;
     const feeds = {};
     for (const { name, dtype, shape } of inputs) {
+      if (values[name] instanceof this.ort.Tensor) {
+        feeds[name] = values[name];
+        continue;
+      }
       // A height or width of any size is named too: the model's own is taken.
       const sizes = { batch: 1, steps: table.timesteps.length };
       const state = name === "sample" || name === "previous_x0";
@@ -254,6 +284,6 @@ export class Sampler {
       const array = dtype === "int64" ? BigInt64Array.from(values[name], BigInt) : Float32Array.from(values[name]);
       feeds[name] = new this.ort.Tensor(dtype, array, dims);
     }
-    return this.session.run(feeds);
+    return session.run(feeds);
   }
 }

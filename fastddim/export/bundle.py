@@ -90,9 +90,13 @@ class Bundle(Folder):
     format = FORMAT
 
     def missing(self) -> str | None:
-        """A graph's file that is not among the bundle's files."""
-        named = (str(described["model"]) for described in (self.manifest, *self.components.values()))
-        return next((name for name in named if name not in self.manifest["files"]), None)
+        """A graph's file that is not among the bundle's files, or an input that is to take what `before` computes."""
+        before = [] if self.before is None else [self.before]
+        named = (str(described["model"]) for described in (self.manifest, *self.components.values(), *before))
+        computed = (item["name"] for described in before for item in described["outputs"])
+        inputs = self.names("inputs")
+        absent = (name for name in computed if name not in inputs)
+        return next((name for name in named if name not in self.manifest["files"]), None) or next(absent, None)
 
     @property
     def kind(self) -> str:
@@ -118,7 +122,8 @@ class Bundle(Folder):
     def table(self) -> StepTable:
         """The default run; its timesteps are of the dtype that the graph takes."""
         table = self.manifest["table"]
-        dtypes = {item["name"]: item["dtype"] for item in self.manifest["inputs"]}
+        taken = (*self.manifest["inputs"], *(self.before or {"inputs": ()})["inputs"])
+        dtypes = {item["name"]: item["dtype"] for item in taken}
         # A baked schedule has no such input: there the numbers say it.
         dtype = dtypes.get("timesteps", dtypes.get("timestep"))
         built = StepTable.from_columns(
@@ -151,6 +156,18 @@ class Bundle(Folder):
         """The graphs beside the sampler's, by name: empty but for a whole pipeline."""
         found: Mapping[str, Any] = self.manifest.get("components", {})
         return found
+
+    @property
+    def before(self) -> Mapping[str, Any] | None:
+        """The graph that computes values for all steps of a run; None but for a file of one step that takes their rows."""
+        found: Mapping[str, Any] | None = self.manifest.get("before")
+        return found
+
+    @property
+    def before_path(self) -> Path:
+        """The file of that graph."""
+        assert self.before is not None
+        return self.path / str(self.before["model"])
 
     def component_path(self, name: str) -> Path:
         """The file of a component's graph."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import bisect
 import contextlib
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +18,7 @@ import numpy.typing as npt
 from fastddim.coefficients import StepTable
 from fastddim.config import require_int
 from fastddim.export.bundle import Bundle, BundleError, open_bundle, require_runtime
+from fastddim.export.run_values import RunValues
 from fastddim.export.runtime import get_runtime
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP, check_seeds, normal_numpy
 from fastddim.samplers import Steps
@@ -71,6 +74,29 @@ class NumpyArrays:
         return bool(np.isfinite(array).all())
 
 
+@dataclass(frozen=True)
+class PreparedCall:
+    """A call that its bundle takes.
+
+    Attributes:
+        sample: the starting state `[B, ...]` float32; of a file that draws its own, the shape alone.
+        table: the steps.
+        seeds: those of the steps' noise, where they add any; else None.
+        feeds: by name, the inputs that stay the same in all steps, `[B, ...]`, of the graph before the steps too.
+        deadline: the time of `time.perf_counter` after which the run ends with the next finished step's x0; None goes on.
+    """
+
+    sample: Any
+    table: StepTable
+    seeds: list[int] | None
+    feeds: dict[str, Any]
+    deadline: float | None = None
+
+    def is_late(self) -> bool:
+        """Whether the run's time is up."""
+        return self.deadline is not None and time.perf_counter() >= self.deadline
+
+
 class BundleSampler(ABC):
     """What the samplers of all runtimes share: a call is checked and becomes the file's inputs.
 
@@ -99,7 +125,10 @@ class BundleSampler(ABC):
         self._inputs = {item["name"]: item for item in manifest["inputs"]}
         # What the file has beside a loop's samples or a step's two states.
         self._made = [name for name in self.bundle.names("outputs") if name not in _RESULTS]
-        self._conditions = [name for name in self._inputs if name not in _OWN and not name.startswith("uncond_")]
+        before: Mapping[str, Any] = self.bundle.before or {"inputs": (), "outputs": ()}
+        own = {*_OWN, *(item["name"] for item in before["outputs"])}
+        self._taken = {item["name"]: item for item in (*before["inputs"], *manifest["inputs"])}
+        self._conditions = [name for name in self._taken if name not in own and not name.startswith("uncond_")]
         self._scheduling = self.bundle.scheduling
 
     @classmethod
@@ -125,10 +154,28 @@ class BundleSampler(ABC):
         """What a file that takes all steps gives, by name."""
 
     @abstractmethod
-    def _run_steps(
-        self, sample: Any, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def _run_steps(self, call: PreparedCall) -> dict[str, Any]:
         """What a file that takes one step gives after the last one: `samples`, and what it has beside its two states."""
+
+    def compute_values(self, table: StepTable, feeds: Mapping[str, Any]) -> RunValues:
+        """What the graph before the steps computes for a run, once; for a bundle that has one (`Bundle.before`).
+
+        Args:
+            table: the run's steps.
+            feeds: a prepared call's.
+        """
+        raise NotImplementedError(f"{type(self).__name__} runs no graph before the steps")
+
+    def step(self, inputs: Mapping[str, Array]) -> tuple[Array, Array]:
+        """One step of a file that takes one: any samples, each with a timestep and a row of its own.
+
+        Args:
+            inputs: every input of the file, as the manifest describes it.
+
+        Returns:
+            The next state and the limited prediction of x0, `[B, ...]`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} takes whole runs alone")
 
     def __call__(
         self,
@@ -144,6 +191,7 @@ class BundleSampler(ABC):
         guidance_rescale: Any = 0.0,
         size: tuple[int, int] | None = None,
         uncond_kwargs: Mapping[str, Any] | None = None,
+        deadline: float | None = None,
         **conditions: Any,
     ) -> Any:
         """Sample. Arrays are numpy's, or those that the subclass names.
@@ -160,6 +208,8 @@ class BundleSampler(ABC):
             guidance_scale, guidance_rescale: numbers or `[B]`, for bundles with guidance.
             size: `(height, width)` of the samples, for bundles of any size; the model's own by default.
             uncond_kwargs: the conditions' unconditional halves, where the bundle knows none.
+            deadline: a time of `time.perf_counter`: once it has passed, the next finished step ends the run, and its x0 is the
+                result. For bundles of one step, as a loop that is stopped returns nothing.
             **conditions: the model's other inputs `[B, ...]`.
 
         Returns:
@@ -169,13 +219,23 @@ class BundleSampler(ABC):
             ValueError: inputs that the bundle does not take, or of the wrong shape or dtype.
             NotFiniteError: with `check_finite`.
         """
-        return self.outputs(
-            start, seeds=seeds, num_inference_steps=num_inference_steps, timesteps=timesteps, eta=eta, method=method,
-            strength=strength, guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, size=size,
-            uncond_kwargs=uncond_kwargs, **conditions,
-        )["samples"]  # fmt: skip
+        given = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "eta": eta, "method": method}
+        results = self.outputs(
+            start, seeds=seeds, strength=strength, size=size, deadline=deadline, guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale, uncond_kwargs=uncond_kwargs, **given, **conditions,
+        )  # fmt: skip
+        return results["samples"]
 
-    def outputs(
+    def outputs(self, start: Any, **arguments: Any) -> dict[str, Any]:
+        """All that the file gives, by name: `samples`, and of a policy `actions` and `normalised`. Arguments as a call's."""
+        call = self.prepare(start, **arguments)
+        run = self._run_loop if self.bundle.kind == "loop" else self._run_steps
+        results = run(call)
+        if self.check_finite and not self._arrays.is_finite(results["samples"]):
+            raise NotFiniteError(self._blame(call))
+        return results
+
+    def prepare(
         self,
         start: Any,
         *,
@@ -189,9 +249,10 @@ class BundleSampler(ABC):
         guidance_rescale: Any = 0.0,
         size: tuple[int, int] | None = None,
         uncond_kwargs: Mapping[str, Any] | None = None,
+        deadline: float | None = None,
         **conditions: Any,
-    ) -> dict[str, Any]:
-        """All that the file gives, by name: `samples`, and of a policy `actions` and `normalised`. Arguments as a call's."""
+    ) -> PreparedCall:
+        """Check a call, and make of it what the file takes, before any of its work; arguments and errors as a call's."""
         shape = self._shape(start, size)
         feeds: dict[str, Any] = {}
         if self._sampling.get("per_sample_steps"):
@@ -221,11 +282,9 @@ class BundleSampler(ABC):
             **self._scales(shape[0], guidance_scale, guidance_rescale),
             **self._condition_feeds(shape[0], conditions, uncond_kwargs),
         }
-        run = self._run_loop if self.bundle.kind == "loop" else self._run_steps
-        result = run(sample, table, seed_list if noisy else None, feeds)
-        if self.check_finite and not self._arrays.is_finite(result["samples"]):
-            raise NotFiniteError(self._blame(sample, table, seed_list if noisy else None, feeds))
-        return result
+        if deadline is not None and self.bundle.kind == "loop":
+            raise ValueError("deadline: given for a file that takes all steps at once; export it with kind='step'")
+        return PreparedCall(sample, table, seed_list if noisy else None, feeds, deadline)
 
     def _counts(self, num_inference_steps: int | Sequence[int] | None, batch: int) -> Array:
         """Each sample's number of steps."""
@@ -341,16 +400,16 @@ class BundleSampler(ABC):
         feeds = {}
         for name in self._conditions:
             if name not in conditions:
-                raise ValueError(f"{name}: missing; pass an array {self._inputs[name]['shape']}")
-            feeds[name] = fit_array(name, conditions[name], self._inputs[name], batch, self._arrays)
+                raise ValueError(f"{name}: missing; pass an array {self._taken[name]['shape']}")
+            feeds[name] = fit_array(name, conditions[name], self._taken[name], batch, self._arrays)
             other = f"uncond_{name}"
-            if other not in self._inputs:
+            if other not in self._taken:
                 continue
             null = self._sampling["null_values"].get(name)
             if name in uncond:
-                feeds[other] = fit_array(other, uncond[name], self._inputs[other], batch, self._arrays)
+                feeds[other] = fit_array(other, uncond[name], self._taken[other], batch, self._arrays)
             elif null is not None:
-                feeds[other] = self._arrays.full(feeds[name].shape, null, self._inputs[other]["dtype"])
+                feeds[other] = self._arrays.full(feeds[name].shape, null, self._taken[other]["dtype"])
             else:
                 raise ValueError(f"uncond_kwargs: {name!r} is missing, and the bundle knows no value for it; pass it")
         return feeds
@@ -361,9 +420,8 @@ class BundleSampler(ABC):
             raise ValueError(f"{name}: {value!r}; pass a finite number, or one for each of {batch} samples")
         return self._arrays.place(np.ascontiguousarray(np.broadcast_to(array, (batch,))))
 
-    def _run_loop(
-        self, sample: Any, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def _run_loop(self, call: PreparedCall) -> dict[str, Any]:
+        sample, table, seeds, feeds = call.sample, call.table, call.seeds, call.feeds
         steps = len(table)
         given: dict[str, Any] = {"sample": sample, **feeds} if "sample" in self._inputs else dict(feeds)
         if self._sampling["baked_schedule"]:
@@ -379,9 +437,10 @@ class BundleSampler(ABC):
             given["noise"] = noise
         return self._sample_loop(given)
 
-    def _blame(self, sample: Any, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Any]) -> str:
+    def _blame(self, call: PreparedCall) -> str:
         """At which step a run stopped being finite, by runs of the table's first rows."""
-        if not self._arrays.is_finite(sample):
+        table = call.table
+        if not self._arrays.is_finite(call.sample):
             return "start: has NaN or infinite values"
         if self._sampling["baked_schedule"]:
             return "the result has NaN or infinite values; a bundle with a baked schedule cannot tell at which step"
@@ -389,7 +448,7 @@ class BundleSampler(ABC):
 
         def breaks(step: int) -> bool:
             part = StepTable.from_columns(table.timesteps[: step + 1], table.columns[: step + 1])
-            return not self._arrays.is_finite(run(sample, part, seeds, feeds)["samples"])
+            return not self._arrays.is_finite(run(replace(call, table=part))["samples"])
 
         step = bisect.bisect_left(range(len(table) - 1), True, key=breaks)
         return f"the state has NaN or infinite values after step {step} (timestep {table.timesteps[step]})"

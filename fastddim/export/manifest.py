@@ -12,6 +12,7 @@ from fastddim.config import Clip, Limit
 from fastddim.export.bundle import FORMAT, limit_record, read_limit
 from fastddim.export.runtime import get_runtime, public_name
 from fastddim.export.sampler_plan import SamplerPlan
+from fastddim.export.step_module import kept_names
 from fastddim.hoisting import HoistedModel
 from fastddim.noise import STREAM_INITIAL, STREAM_STEP
 
@@ -27,6 +28,8 @@ _MEANINGS = {
     "noise": "standard normal, fresh for each step",
     "guidance_scale": "classifier-free guidance: uncond + guidance_scale * (cond - uncond)",
     "guidance_rescale": "in [0, 1]: how far to pull the guided output's deviation back to the conditional one's",
+    "step_values": "what the model computes of each step's timestep alone",
+    "both_values": "what the model computes of each step's timestep and a sample's conditions",
     "samples": "the finished samples",
     "next_sample": "the state after the step",
     "pred_original_sample": "the limited prediction of x0",
@@ -39,8 +42,8 @@ _COLUMNS = "x0 = limit(c0 * sample + c1 * output); next_sample = c2 * sample + c
 _LOOKING_BACK = " + c6 * previous_x0, where c6 is not 0"
 
 
-def name_meanings(plan: SamplerPlan) -> dict[str, str]:
-    """What each of the sampler's inputs and outputs is, by name."""
+def name_meanings(plan: SamplerPlan, hoisted: HoistedModel | None = None) -> dict[str, str]:
+    """What each of the sampler's inputs and outputs is, by name; with what is `hoisted`, where a second graph computes it."""
     row_of = "step" if plan.options.kind == "loop" else "sample"
     columns = _COLUMNS + (_LOOKING_BACK if plan.table.looks_back else "")
     meanings = {**_MEANINGS, "coefficients": f"c0 to c{plan.num_columns - 1} of each {row_of}: {columns}"}
@@ -53,6 +56,8 @@ def name_meanings(plan: SamplerPlan) -> dict[str, str]:
     for name, condition in plan.denoiser.conditions.items():
         meanings[name] = condition.meaning or "conditions the model"
         meanings[f"uncond_{name}"] = f"{name} of the unconditional half"
+    kept = () if hoisted is None else kept_names(hoisted)
+    meanings |= dict.fromkeys(kept, "what the model computes of a sample's conditions alone")
     finish = plan.denoiser.finish
     return meanings if finish is None else {**meanings, **finish.outputs}
 
@@ -162,18 +167,16 @@ def note(manifest: Mapping[str, Any]) -> str:
         if errors
         else "Not compared with the torch reference at export."
     )
-    components = "".join(
-        f"\n## {name}\n\n`{component['model']}`: {component['meaning']}.\n\n{_tables(component)}\n"
-        for name, component in manifest.get("components", {}).items()
-    )
+    components = "".join(_section(name, component) for name, component in manifest.get("components", {}).items())
     hoisted = manifest["sampling"]["hoisted"]
-    before = (
+    told = (
         f" {hoisted['operations']} of the model's operations run once, before the steps; their results take"
         f" {hoisted['bytes_per_step']} bytes for each step, {hoisted['bytes_per_sample']} for each sample, and"
         f" {hoisted['bytes_per_step_and_sample']} for each step of each sample."
         if hoisted
         else ""
     )
+    before = _section("Before the steps", manifest["before"]) if "before" in manifest else ""
     runtime = get_runtime(manifest["runtime"])
     runner = (components and runtime.pipeline) or runtime.sampler
     command, name = "`fastddim run FOLDER --seed 0 --out samples.png`, or ", public_name(runner or "")
@@ -185,18 +188,23 @@ def note(manifest: Mapping[str, Any]) -> str:
     python = f"\nWith Python: {command}`{name}(FOLDER)`, which needs {runtime.needs}.\n" if runner else ""
     return f"""# An exported diffusion sampler
 
-`{manifest["model"]}` holds the model and its sampler: {kind}. {runtime.loads}{before}
+`{manifest["model"]}` holds the model and its sampler: {kind}. {runtime.loads}{told}
 `manifest.json` says the same as this page for programs, with a default table of timesteps and coefficients; its schema is
 in fastddim.
 
 {_tables(manifest)}
 
 Limit of x0: {limit_text(read_limit(manifest))}. {compared}
-{python}{components}"""
+{python}{before}{components}"""
+
+
+def _section(title: str, described: Mapping[str, Any]) -> str:
+    """What a graph beside the sampler's is."""
+    return f"\n## {title}\n\n`{described['model']}`: {described['meaning']}.\n\n{_tables(described)}\n"
 
 
 def _tables(described: Mapping[str, Any]) -> str:
-    """The inputs and outputs of the sampler or of a component."""
+    """The inputs and outputs of a graph."""
     tables = []
     for group in ("inputs", "outputs"):
         rows = [

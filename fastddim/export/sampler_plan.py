@@ -43,7 +43,7 @@ class ExportOptions:
         dtype: the weights' dtype, `"float32"`, `"float16"` or `"bfloat16"`; the state is float32.
         dynamic_size: heights and widths may differ from call to call, for models that take them.
         hoist: compute what depends on timesteps and conditions alone once for a run, before its steps. By default where the
-            file has the loop.
+            file has the loop. With kind `"step"`, for ONNX alone, a second graph computes it, and each step takes its rows.
         hoist_limit: bytes that this may take in a run of one sample; what would take more is computed in each step.
 
     Raises:
@@ -97,14 +97,17 @@ class ExportOptions:
                 "seeded: True with dynamic_size, but the size of what is drawn is fixed; pass one of the two"
             )
         require_int("hoist_limit", self.hoist_limit, 0)
-        if self.hoist and self.kind == "step":
-            raise ValueError("hoist: True with kind 'step', which has no loop; pass kind='loop'")
+        if self.hoist and self.kind == "step" and self.dtype == "bfloat16":
+            raise ValueError(
+                "hoist: True with kind 'step' and dtype 'bfloat16', but numpy has no such values to hand to a step; pass"
+                " dtype='float16' or 'float32', or leave hoist out"
+            )
         if self.eta and not self.stochastic:
             raise ValueError(f"eta: {self.eta!r} adds noise; pass stochastic=True, which makes noise an input")
 
     @property
     def hoisted(self) -> bool:
-        """Whether what a loop would compute again and again leaves it."""
+        """Whether what every step would compute again is computed before the first."""
         return self.kind == "loop" if self.hoist is None else self.hoist
 
     def of_the_method(self) -> dict[str, Any]:

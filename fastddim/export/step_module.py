@@ -115,15 +115,13 @@ class StepModule(torch.nn.Module):
         if self._hoisted is None:
             return ()
         both = ("both_values",) if self._hoisted.both_width else ()
-        return (*both, *(name for name, by_rows in _kept_names(self._hoisted).items() if by_rows))
+        return (*both, *(name for name, by_rows in kept_names(self._hoisted).items() if by_rows))
 
     @property
     def whole(self) -> tuple[str, ...]:
         """The inputs that have no batch."""
         return (
-            ()
-            if self._hoisted is None
-            else tuple(n for n, by_rows in _kept_names(self._hoisted).items() if not by_rows)
+            () if self._hoisted is None else tuple(n for n, by_rows in kept_names(self._hoisted).items() if not by_rows)
         )
 
     def forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -191,7 +189,7 @@ class BeforeLoop(torch.nn.Module):
         self.model = hoisted.before
         self._hoisted = hoisted
         rows = (("step_values", hoisted.steps_width), ("both_values", hoisted.both_width))
-        self.outputs = (*(name for name, width in rows if width), *_kept_names(hoisted))
+        self.outputs = (*(name for name, width in rows if width), *kept_names(hoisted))
 
     def example_inputs(self) -> dict[str, torch.Tensor]:
         """Tensors of two samples and three steps to trace with."""
@@ -284,7 +282,7 @@ def model_conditions(plan: SamplerPlan, inputs: Mapping[str, torch.Tensor]) -> d
     }
 
 
-def _kept_names(hoisted: HoistedModel) -> dict[str, bool]:
+def kept_names(hoisted: HoistedModel) -> dict[str, bool]:
     """The names of a hoisted model's kept values, and whether each has a row for each of the model's input."""
     return {f"kept_{index}": by_rows for index, by_rows in enumerate(hoisted.by_rows)}
 

@@ -6,14 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastddim.coefficients import StepTable
 from fastddim.config import require_int
 from fastddim.export.bundle import Bundle
-from fastddim.export.bundle_sampler import BundleSampler, load_sampler_class
+from fastddim.export.bundle_sampler import Array, BundleSampler, PreparedCall, load_sampler_class
 from fastddim.export.denoisers import DTYPES, Denoiser, describe, prepared
-from fastddim.noise import STREAM_INITIAL, normal
+from fastddim.noise import STREAM_INITIAL, normal, normal_numpy
 from fastddim.policies.chunk import IMAGE
 from fastddim.policies.policy import Policy
 from fastddim.sampler import Sampler
@@ -185,24 +186,57 @@ def _compare(
         nudged: Any = finish(sampler(start * (1 + 2**-23), seeds=0, **kwargs))
         tolerance = max(TOLERANCES[dtype], _AMPLIFIED * float((nudged - expected).abs().max()))
     arrays: dict[str, Any] = {name: value.numpy(force=True) for name, value in conditions.items()}
-    actual = exported.outputs(
-        batch if sampling.get("seeded") else start.numpy(force=True),
-        seeds=0,
-        num_inference_steps=None if bundle.scheduling is None else len(table),
-        guidance_scale=sampler.guidance_scale,
-        guidance_rescale=sampler.guidance_rescale,
-        uncond_kwargs={name: value.numpy(force=True) for name, value in uncond.items()} if sampling["guided"] else None,
-        **arrays,
-    )
-    error = float((torch.as_tensor(actual["samples"], device=device) - expected).abs().max())
+    given = batch if sampling.get("seeded") else start.numpy(force=True)
+    arrays |= {
+        "seeds": 0,
+        "num_inference_steps": None if bundle.scheduling is None else len(table),
+        "guidance_scale": sampler.guidance_scale,
+        "guidance_rescale": sampler.guidance_rescale,
+    }
+    if sampling["guided"]:
+        arrays["uncond_kwargs"] = {name: value.numpy(force=True) for name, value in uncond.items()}
+    own = exported.outputs(given, **arrays)
+    results = [own["samples"]]
+    if bundle.before is not None and batch > 1:
+        results.append(_run_staggered(exported, exported.prepare(given, **arrays)))
+    # A maximum of torch's, which a NaN stays in.
+    error = float((torch.stack([torch.as_tensor(actual, device=device) for actual in results]) - expected).abs().max())
     if denoiser.finish is not None:
-        made = denoiser.finish.module(torch.as_tensor(actual["samples"], device=device), conditions)[1:]
+        made = denoiser.finish.module(torch.as_tensor(own["samples"], device=device), conditions)[1:]
         for name, value in zip(denoiser.finish.outputs, made, strict=True):
-            apart = torch.as_tensor(actual[name], device=device) - value
+            apart = torch.as_tensor(own[name], device=device) - value
             error = max(error, float((apart / value.abs().clamp(min=1)).abs().max()))
     steps = len(table)
     where = f"after {steps} steps of a batch of {batch} of {shape}"
     return parity_entry(error, tolerance, where, batch=batch, size=list(shape), steps=steps)
+
+
+def _run_staggered(exported: BundleSampler, call: PreparedCall) -> Array:
+    """A run in which sample k starts k steps late, so that the samples of a step are at different ones."""
+    table, batch = call.table, call.sample.shape[0]
+    values = exported.compute_values(table, call.feeds)
+    timesteps, rows = np.array(table.timesteps, dtype=table.timestep_dtype), table.columns.astype(np.float32)
+    state: Array = call.sample.copy()
+    previous = np.zeros_like(state)
+    for tick in range(len(table) + batch - 1):
+        samples = [k for k in range(batch) if 0 <= tick - k < len(table)]
+        steps = [tick - k for k in samples]
+        given = {
+            **{name: value[samples] for name, value in call.feeds.items()},
+            **values.of_samples(samples),
+            **values.of_steps(steps, samples),
+            "sample": state[samples],
+            "timestep": timesteps[steps],
+            "coefficients": rows[steps],
+            "previous_x0": previous[samples],
+            "noise": np.zeros_like(state[samples]),
+        }
+        if call.seeds is not None:
+            drawn = [normal_numpy([call.seeds[k]], tick - k, state.shape[1:]) for k in samples]
+            given["noise"] = np.concatenate(drawn)
+        taken = {name: given[name] for name in exported.bundle.names("inputs")}
+        state[samples], previous[samples] = exported.step(taken)
+    return state
 
 
 def _draw_conditions(

@@ -111,9 +111,7 @@ class RequestReader {
             add_number("guidance_rescale", false, 0, 1, [](Request& request, double value) {
                 request.guidance_rescale = static_cast<float>(value);
             });
-        for (const fastddim::TensorInfo& info : manifest.inputs)
-            if (!fastddim::detail::is_own(info.name) && fastddim::detail::conditional_of(info.name).empty())
-                add_condition(bundle, info);
+        for (const fastddim::TensorInfo* info : manifest.conditions()) add_condition(bundle, *info);
     }
 
     /// Throws BadRequest.
@@ -193,7 +191,7 @@ class RequestReader {
             throw fastddim::BundleError("bundle: '" + bundle.path.string() + "' has an input '" + info.name + "', " +
                                         what);
         };
-        const bool guided = bundle.manifest.find_input("uncond_" + info.name) != nullptr;
+        const bool guided = bundle.manifest.find_taken("uncond_" + info.name) != nullptr;
         if (guided && bundle.manifest.sampling.null_values.count(info.name) == 0)
             fail("and no value for its unconditional half; this server takes bundles that have one");
         const bool scalar = info.shape.size() == 1 && info.shape[0].name == "batch";

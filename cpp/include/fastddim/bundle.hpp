@@ -86,7 +86,7 @@ struct Manifest {
         std::optional<std::array<double, 2>> range;
     };
 
-    /// A graph beside the sampler's: a text encoder or a decoder of a whole pipeline.
+    /// A graph beside the sampler's: a text encoder or a decoder of a whole pipeline, or what runs before the steps.
     struct Component {
         std::string model;
         std::vector<TensorInfo> inputs;
@@ -133,6 +133,8 @@ struct Manifest {
     std::map<std::string, File> files;
     std::vector<TensorInfo> inputs;
     std::vector<TensorInfo> outputs;
+    /// What computes values for all steps of a run, of which a file of one step takes rows; none but for such a file.
+    std::optional<Component> before;
     /// The schedule and the method that tables are made by; none in a bundle made from a table.
     std::optional<fastddim::Sampling> scheduling;
     Sampling sampling;
@@ -147,6 +149,14 @@ struct Manifest {
 
     const TensorInfo* find_input(std::string_view name) const noexcept { return find(inputs, name); }
     const TensorInfo* find_output(std::string_view name) const noexcept { return find(outputs, name); }
+    /// An input of the graph, or of the one before the steps.
+    const TensorInfo* find_taken(std::string_view name) const noexcept {
+        const TensorInfo* const own = find_input(name);
+        return own != nullptr || !before ? own : find(before->inputs, name);
+    }
+
+    /// What the model is conditioned on, but for the unconditional halves.
+    std::vector<const TensorInfo*> conditions() const;
 
     /// The most steps that a run can have.
     std::int64_t most_steps() const noexcept {
@@ -158,7 +168,10 @@ struct Manifest {
     }
 
     /// The input for timesteps; none where the schedule is baked.
-    const TensorInfo* timestep_input() const noexcept { return find_input(kind == "loop" ? "timesteps" : "timestep"); }
+    const TensorInfo* timestep_input() const noexcept {
+        const TensorInfo* const own = find_input("timestep");
+        return own != nullptr ? own : find_taken("timesteps");
+    }
 
    private:
     static const TensorInfo* find(const std::vector<TensorInfo>& infos, std::string_view name) noexcept {
@@ -697,10 +710,54 @@ inline bool is_own(std::string_view name) {
     return std::find(own.begin(), own.end(), name) != own.end();
 }
 
+inline std::string shown(const std::vector<Dim>& shape) {
+    std::string text = "[";
+    for (const Dim& dim : shape)
+        text += (text.size() > 1 ? ", " : "") + (dim.fixed() ? std::to_string(dim.size) : dim.name);
+    return text + "]";
+}
+
 /// The input that a conditioning input is the unconditional half of, or none.
 inline std::string conditional_of(const std::string& name) {
     constexpr std::string_view prefix = "uncond_";
     return name.rfind(prefix, 0) == 0 ? name.substr(prefix.size()) : "";
+}
+
+/// That the graph before the steps takes timesteps and conditions, and gives inputs of the steps.
+inline void check_before(const Field& root, const Manifest& manifest) {
+    if (!manifest.before) return;
+    const Field before = root.at("before");
+    if (manifest.kind != "step" || manifest.runtime != "onnx")
+        before.fail("is there, in a bundle of kind '" + manifest.kind + "' for '" + manifest.runtime + "'");
+    const auto same = [](const TensorInfo& one, const TensorInfo& other) {
+        return one.dtype == other.dtype && shown(one.shape) == shown(other.shape);
+    };
+    const auto timesteps = std::find_if(manifest.before->inputs.begin(), manifest.before->inputs.end(),
+                                        [](const TensorInfo& info) { return info.name == "timesteps"; });
+    if (timesteps == manifest.before->inputs.end()) before.at("inputs").fail("no 'timesteps'");
+    for (const TensorInfo& info : manifest.before->inputs) {
+        const TensorInfo* const other = manifest.find_input(info.name);
+        const bool is_timesteps = info.name == "timesteps";
+        if ((!is_timesteps && is_own(info.name)) || (other != nullptr && !same(info, *other)))
+            before.at("inputs").fail("'" + info.name + "' is not that of the steps");
+        if (is_timesteps && (info.shape.size() != 1 || info.dtype != manifest.table.timestep_dtype()))
+            before.at("inputs").fail("'timesteps' is not [steps] of the table's dtype");
+    }
+    for (TensorInfo info : manifest.before->outputs) {
+        // A row for each sample, in the place of one for each step.
+        const auto is_batch = [](const Dim& dim) { return dim.name == "batch"; };
+        if (!info.shape.empty() && info.shape[0].name == "steps") {
+            info.shape.erase(info.shape.begin());
+            if (std::none_of(info.shape.begin(), info.shape.end(), is_batch))
+                info.shape.insert(info.shape.begin(), Dim{0, "batch"});
+        }
+        const TensorInfo* const input = manifest.find_input(info.name);
+        const bool fits = input != nullptr && !is_own(info.name) && same(info, *input) &&
+                          std::count_if(info.shape.begin(), info.shape.end(), is_batch) <= 1 &&
+                          std::all_of(info.shape.begin(), info.shape.end(),
+                                      [&](const Dim& dim) { return dim.fixed() || is_batch(dim); });
+        if (!fits) before.at("outputs").fail("'" + info.name + "' is no input of the steps");
+    }
 }
 
 /// That the graph has the inputs and outputs that its kind promises, and no input that a call has nothing for.
@@ -716,6 +773,8 @@ inline void check_interface(const Field& root, const Manifest& manifest) {
         needed["num_inference_steps"] = 0;
     } else {
         needed[loop ? "timesteps" : "timestep"] = 1;
+        // A model may need it before the steps alone.
+        if (manifest.before && manifest.find_input("timestep") == nullptr) needed.erase("timestep");
         needed["coefficients"] = 2;
     }
     if (sampling.stochastic && !sampling.seeded) needed["noise"] = loop ? rank + 1 : rank;
@@ -761,6 +820,22 @@ inline void check_interface(const Field& root, const Manifest& manifest) {
 
 }  // namespace detail
 
+inline std::vector<const TensorInfo*> Manifest::conditions() const {
+    std::vector<const TensorInfo*> found;
+    const auto add = [&](const std::vector<TensorInfo>& infos) {
+        for (const TensorInfo& info : infos) {
+            const auto has_its_name = [&](const TensorInfo* other) { return other->name == info.name; };
+            const bool computed = before && find(before->outputs, info.name) != nullptr;
+            if (!detail::is_own(info.name) && detail::conditional_of(info.name).empty() && !computed &&
+                std::none_of(found.begin(), found.end(), has_its_name))
+                found.push_back(&info);
+        }
+    };
+    add(inputs);
+    if (before) add(before->inputs);
+    return found;
+}
+
 /// Reads and checks the text of a manifest; `file` is its name in messages.
 ///
 /// Throws BundleError: it is no manifest, one of a newer format, or one that lacks what the format promises.
@@ -787,6 +862,10 @@ inline Manifest parse_manifest(const std::string& text, const std::string& file 
             check_listed(component.at("model"));
             manifest.components[name] = detail::parse_component(component);
         }
+    if (const std::optional<detail::Field> before = root.find("before")) {
+        check_listed(before->at("model"));
+        manifest.before = detail::parse_component(*before);
+    }
     if (const auto zeros = root.find("zeros_for_empty_prompt")) manifest.zeros_for_empty_prompt = zeros->boolean();
     manifest.inputs = detail::parse_tensors(root.at("inputs"));
     manifest.outputs = detail::parse_tensors(root.at("outputs"));
@@ -798,6 +877,7 @@ inline Manifest parse_manifest(const std::string& text, const std::string& file 
     for (const auto& [name, value] : root.at("versions").members()) manifest.versions[name] = value.string();
     detail::check_records(root);
     detail::check_interface(root, manifest);
+    detail::check_before(root, manifest);
     return manifest;
 }
 
@@ -808,6 +888,9 @@ struct Bundle {
 
     /// The graph's file.
     std::filesystem::path model_path() const { return path / manifest.model; }
+
+    /// The file of the graph before the steps; std::bad_optional_access where the bundle has none.
+    std::filesystem::path before_path() const { return path / manifest.before.value().model; }
 
     /// The file of a component's graph; std::out_of_range where the bundle has none of the name.
     std::filesystem::path component_path(const std::string& name) const {

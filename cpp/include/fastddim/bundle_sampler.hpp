@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -14,6 +15,7 @@
 #include "fastddim/bundle.hpp"
 #include "fastddim/call.hpp"
 #include "fastddim/philox.hpp"
+#include "fastddim/run_values.hpp"
 #include "fastddim/schedule.hpp"
 
 namespace fastddim {
@@ -61,7 +63,24 @@ class BundleSampler {
             names.push_back(name);
             values.push_back(std::move(value));
         }
+
+        /// A view of a feed, which outlives it.
+        void add(Feed& feed) {
+            add(feed.name.c_str(), Sampler::view(feed.bytes.data(), feed.bytes.size(), feed.dtype, feed.shape));
+        }
     };
+
+    /// Those of a call's feeds that a graph takes.
+    static Inputs view_feeds(std::vector<Feed>& feeds, const std::vector<TensorInfo>& taken) {
+        Inputs inputs;
+        for (Feed& feed : feeds)
+            if (std::any_of(taken.begin(), taken.end(), [&](const TensorInfo& info) { return info.name == feed.name; }))
+                inputs.add(feed);
+        return inputs;
+    }
+
+    /// No values: a runtime that runs a graph before the steps hides this with its own.
+    RunValues compute_values(PreparedCall&, const StepTable&) const { return {}; }
 
     /// Throws BundleError: a bundle of another runtime, or with inputs of a dtype that is not supported here.
     BundleSampler(Bundle bundle, const char* runtime, bool check_finite)
@@ -70,7 +89,9 @@ class BundleSampler {
         if (manifest.runtime != runtime)
             throw BundleError("bundle: '" + bundle_.path.string() + "' is of runtime '" + manifest.runtime + "', not '" +
                               runtime + "'; load it with fastddim's class for that");
-        for (const TensorInfo& info : manifest.inputs)
+        std::vector<TensorInfo> inputs = manifest.inputs;
+        if (manifest.before) inputs.insert(inputs.end(), manifest.before->inputs.begin(), manifest.before->inputs.end());
+        for (const TensorInfo& info : inputs)
             if (!Sampler::takes(info.dtype))
                 throw BundleError("bundle: '" + bundle_.model_path().string() + "' has an input '" + info.name +
                                   "' of dtype " + info.dtype + ", which fastddim's C++ loader does not take; export it with another");
@@ -84,13 +105,6 @@ class BundleSampler {
         return Sampler::view(values.data(), values.size() * sizeof(T), dtype_of<T>(), shape);
     }
 
-    static Inputs view_feeds(std::vector<Feed>& feeds) {
-        Inputs inputs;
-        for (Feed& feed : feeds)
-            inputs.add(feed.name.c_str(), Sampler::view(feed.bytes.data(), feed.bytes.size(), feed.dtype, feed.shape));
-        return inputs;
-    }
-
     Array<float> run(PreparedCall& ready, const StepTable& table) const {
         return bundle_.manifest.kind == "loop" ? run_loop(ready, table) : run_steps(ready, table);
     }
@@ -100,7 +114,7 @@ class BundleSampler {
         std::vector<std::int64_t> count{steps};
         std::vector<unsigned char> timesteps = table.timestep_bytes();
         std::vector<float> columns = table.columns(), noise;
-        Inputs inputs = view_feeds(ready.feeds);
+        Inputs inputs = view_feeds(ready.feeds, bundle_.manifest.inputs);
         if (!bundle_.manifest.sampling.seeded) inputs.add("sample", view(ready.start.values, ready.start.shape));
         if (bundle_.manifest.sampling.baked_schedule) {
             inputs.add("num_inference_steps", view(count, {}));
@@ -127,9 +141,16 @@ class BundleSampler {
         const std::size_t width = table.num_columns();
         std::vector<unsigned char> timesteps = table.timestep_bytes(0, samples);
         std::vector<float> rows(width * samples), noise(ready.start.values.size()), zeros;
-        Inputs inputs = view_feeds(ready.feeds);
-        inputs.add("timestep",
-                   Sampler::view(timesteps.data(), timesteps.size(), table.timestep_dtype(), {batch}));
+        const RunValues values = self().compute_values(ready, table);
+        std::vector<std::size_t> all(samples);
+        std::iota(all.begin(), all.end(), std::size_t{0});
+        std::vector<Feed> kept = values.of_samples(all), of_step = values.of_steps(std::vector<std::size_t>(samples), all);
+        Inputs inputs = view_feeds(ready.feeds, bundle_.manifest.inputs);
+        for (std::vector<Feed>* feeds : {&kept, &of_step})
+            for (Feed& feed : *feeds) inputs.add(feed);
+        if (bundle_.manifest.find_input("timestep") != nullptr)
+            inputs.add("timestep",
+                       Sampler::view(timesteps.data(), timesteps.size(), table.timestep_dtype(), {batch}));
         inputs.add("coefficients", view(rows, {batch, static_cast<std::int64_t>(width)}));
         if (bundle_.manifest.sampling.stochastic) inputs.add("noise", view(noise, ready.start.shape));
         std::vector<const char*> outputs{"next_sample"};
@@ -143,6 +164,9 @@ class BundleSampler {
             const std::vector<unsigned char> each = table.timestep_bytes(step, samples);
             // In place: the view is of this memory.
             std::copy(each.begin(), each.end(), timesteps.begin());
+            const std::vector<Feed> now = values.of_steps(std::vector<std::size_t>(samples, step), all);
+            for (std::size_t k = 0; k < now.size(); ++k)
+                std::copy(now[k].bytes.begin(), now[k].bytes.end(), of_step[k].bytes.begin());
             const auto row = columns.begin() + static_cast<std::ptrdiff_t>(width * step);
             for (std::size_t k = 0; k < samples; ++k)
                 std::copy(row, row + static_cast<std::ptrdiff_t>(width),

@@ -66,7 +66,7 @@ struct Call {
     std::map<std::string, Condition> uncond_conditions;
 };
 
-/// An input of the graph that stays the same in all steps.
+/// An input of a graph: one that stays the same in all steps, or a row of what was computed for them.
 struct Feed {
     std::string name;
     std::string dtype;
@@ -89,13 +89,6 @@ namespace detail {
 inline std::string shown(const std::vector<std::int64_t>& shape) {
     std::string text = "[";
     for (const std::int64_t size : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
-    return text + "]";
-}
-
-inline std::string shown(const std::vector<Dim>& shape) {
-    std::string text = "[";
-    for (const Dim& dim : shape)
-        text += (text.size() > 1 ? ", " : "") + (dim.fixed() ? std::to_string(dim.size) : dim.name);
     return text + "]";
 }
 
@@ -299,12 +292,8 @@ inline std::vector<Feed> scales_of(const Manifest& manifest, const Call& call, s
 
 inline std::vector<Feed> conditions_of(const Manifest& manifest, const Call& call, std::int64_t batch) {
     std::string taken;
-    std::vector<const TensorInfo*> conditions;
-    for (const TensorInfo& info : manifest.inputs) {
-        if (is_own(info.name) || !conditional_of(info.name).empty()) continue;
-        conditions.push_back(&info);
-        taken += (taken.empty() ? "" : ", ") + info.name;
-    }
+    const std::vector<const TensorInfo*> conditions = manifest.conditions();
+    for (const TensorInfo* info : conditions) taken += (taken.empty() ? "" : ", ") + info->name;
     for (const auto* group : {&call.conditions, &call.uncond_conditions})
         for (const auto& [name, condition] : *group)
             if (std::none_of(conditions.begin(), conditions.end(),
@@ -316,7 +305,7 @@ inline std::vector<Feed> conditions_of(const Manifest& manifest, const Call& cal
         if (given == call.conditions.end())
             throw std::invalid_argument(info->name + ": missing; pass an array " + shown(info->shape));
         feeds.push_back(fit(info->name, *info, given->second, batch));
-        const TensorInfo* other = manifest.find_input("uncond_" + info->name);
+        const TensorInfo* other = manifest.find_taken("uncond_" + info->name);
         if (other == nullptr) continue;
         const auto uncond = call.uncond_conditions.find(info->name);
         const auto null = manifest.sampling.null_values.find(info->name);

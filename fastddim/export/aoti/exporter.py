@@ -77,6 +77,11 @@ def export_aoti(
     target = check_destination(out, force)
     if options is not None and (options.per_sample_steps or options.seeded):
         raise ValueError("per_sample_steps, seeded: are for ONNX files; leave them out, or export with export_onnx")
+    if options is not None and options.kind == "step" and options.hoisted:
+        raise ValueError(
+            "hoist: True with kind 'step', whose second graph is for ONNX files; leave hoist out, pass kind='loop', or export"
+            " with export_onnx"
+        )
     plan = plan_sampler(model, scheduler_or_table, options, sample_shape, example_kwargs, limit)
     fit_parity_steps(parity_steps, plan.sampling)
     require_choice("device", device, DEVICES)

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastddim.coefficients import StepTable
 from fastddim.export.bundle import Bundle, BundleError
-from fastddim.export.bundle_sampler import BundleSampler
+from fastddim.export.bundle_sampler import BundleSampler, PreparedCall
 from fastddim.export.machine import compute_capability, cpu_features
 from fastddim.export.torch_arrays import TorchArrays, as_tensor
 from fastddim.tracing import quiet
@@ -72,9 +71,8 @@ class AotiSampler(BundleSampler):
             results = self._package({name: as_tensor(inputs[name]) for name in self._inputs})
         return dict(zip(self.bundle.names("outputs"), results, strict=True))
 
-    def _run_steps(
-        self, sample: Any, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def _run_steps(self, call: PreparedCall) -> dict[str, Any]:
+        sample, table, seeds = call.sample, call.table, call.seeds
         batch = sample.shape[0]
         rows = torch.from_numpy(table.columns.astype(np.float32)).to(self._device)
         timesteps = torch.tensor(table.timesteps, dtype=getattr(torch, table.timestep_dtype), device=self._device)
@@ -88,10 +86,13 @@ class AotiSampler(BundleSampler):
                 "coefficients": rows[step].expand(batch, -1).contiguous(),
                 "previous_x0": previous,
                 "noise": noise,
-                **feeds,
+                **call.feeds,
             }
             results = self._sample_loop(given)
             sample, previous = results["next_sample"], results["pred_original_sample"]
+            if call.is_late():
+                sample = previous
+                break
         return {"samples": sample, **{name: results[name] for name in self._made}}
 
 

@@ -120,6 +120,11 @@ def model_config(bundle: Bundle, name: str, options: InferenceServerOptions) -> 
             f"bundle: {str(bundle.path)!r} is a whole pipeline, which is several models; export its sampler alone"
             " (--sampler-only)"
         )
+    if bundle.before is not None:
+        raise ValueError(
+            f"bundle: {str(bundle.path)!r} has a second graph, {bundle.before['model']!r}, and the server runs one file a"
+            " model; export it without hoist=True, or with kind='loop'"
+        )
     if runtime != "onnx" and (options.parameters or options.accelerator):
         raise ValueError(f"parameters, accelerator: are the ONNX Runtime backend's, and this bundle is {runtime}")
     if runtime == "tensorrt":

@@ -39,6 +39,7 @@ from fastddim.schedule import Schedule
 from fastddim.tracing import ExportError, quiet, told, trace
 
 MODEL_FILE = "model.onnx"
+BEFORE_FILE = "before.onnx"
 # 21 and later have slower or refused operators in today's runtimes; 20 has all that the models need, but no bfloat16
 # convolutions.
 _OPSET = 20
@@ -110,8 +111,11 @@ def write_sampler(
             graph = fed_by(graph, _noise_graph(denoiser.sample_shape, "noise", opset), "noise_")
         if options.kind == "loop":
             graph = as_loop(graph, options.per_sample_steps)
+        before = None
         if hoisted is not None:
-            graph = _with_values(graph, plan, hoisted, folder / MODEL_FILE)
+            before = _before_graph(graph, plan, hoisted, folder)
+            if options.kind == "loop":
+                graph, before = _with_values(graph, before, plan), None
         if options.bake_schedule:
             graph = fed_by(graph, _schedule_graph(plan, opset), "schedule_")
         if denoiser.finish is not None and options.kind == "loop":
@@ -120,9 +124,13 @@ def write_sampler(
             start = _noise_graph(denoiser.sample_shape, "sample", opset, plan.table.start_scale)
             graph = fed_by(graph, start, "start_")
         save(graph, folder / MODEL_FILE)
-        meanings = name_meanings(plan)
-        inputs, outputs = (describe_values(values, meanings) for values in (graph.graph.input, graph.graph.output))
+        meanings = name_meanings(plan, hoisted)
+        inputs, outputs = _describe(graph, meanings).values()
         manifest = build_manifest(plan, MODEL_FILE, inputs, outputs, hoisted=hoisted)
+        if before is not None:
+            save(before, folder / BEFORE_FILE)
+            meaning = "what no step changes, computed once for all steps of a run; each step takes its rows"
+            manifest["before"] = {"model": BEFORE_FILE, **_describe(before, meanings), "meaning": meaning}
         manifest["versions"]["opset"] = str(graph.opset_import[0].version)
         manifest["parity"] = measure_parity(Bundle(folder, manifest), denoiser, steps=parity_steps, tolerance=tolerance)
     return manifest
@@ -134,7 +142,8 @@ def _step_graph(plan: SamplerPlan, hoisted: HoistedModel | None, path: Path) -> 
     states = ("sample", "noise", "previous_x0", *STEP_OUTPUTS)
     dynamic: dict[str, Sequence[int]] = dict.fromkeys(states[:3], (0, 2, 3)) if plan.options.dynamic_size else {}
     dynamic |= dict.fromkeys(module.second, (1,)) | dict.fromkeys(module.whole, ())
-    other_bytes = 0 if hoisted is None else _weight_bytes(hoisted.before)
+    # A loop's file has both parts.
+    other_bytes = 0 if hoisted is None or plan.options.kind == "step" else _weight_bytes(hoisted.before)
     graph = to_graph(
         module, module.example_inputs(), module.outputs, kind, path, dynamic=dynamic, other_bytes=other_bytes
     )
@@ -145,9 +154,10 @@ def _step_graph(plan: SamplerPlan, hoisted: HoistedModel | None, path: Path) -> 
     return graph
 
 
-def _with_values(graph: onnx.ModelProto, plan: SamplerPlan, hoisted: HoistedModel, path: Path) -> onnx.ModelProto:
-    """A loop whose hoisted values are computed before it, from `timesteps` and the conditions."""
+def _before_graph(graph: onnx.ModelProto, plan: SamplerPlan, hoisted: HoistedModel, folder: Path) -> onnx.ModelProto:
+    """What gives a loop, or a step for all of its calls, the hoisted values from `timesteps` and the conditions."""
     module = BeforeLoop(plan, hoisted)
+    looped = plan.options.kind == "loop"
     examples = module.example_inputs()
     own_steps = plan.options.per_sample_steps
     kind = type(plan.denoiser.model).__name__
@@ -156,14 +166,23 @@ def _with_values(graph: onnx.ModelProto, plan: SamplerPlan, hoisted: HoistedMode
         examples,
         module.outputs,
         kind,
-        path,
+        folder / (MODEL_FILE if looped else BEFORE_FILE),
         dynamic={"timesteps": (0, 1)[: 1 + own_steps]},
-        other_bytes=_weight_bytes(hoisted.rest),
+        other_bytes=_weight_bytes(hoisted.rest) if looped else 0,
     )
     taken = symbolic_dims(graph.graph)
+    if not looped:
+        # Of a step's rows, which are one for each sample, all that there are.
+        rows = {name: taken[name][name == "step_values" :] for name in module.outputs if name in LOOP_ROWS}
+        taken |= {name: ["steps", *dims] for name, dims in rows.items()}
     dims: dict[str, Sequence[str | int]] = {name: ["batch", *value.shape[1:]] for name, value in examples.items()}
     dims["timesteps"] = ["steps", *(["batch"] if own_steps else [])]
     name_dims(before.graph, dims | {name: taken[name] for name in module.outputs})
+    return before
+
+
+def _with_values(graph: onnx.ModelProto, before: onnx.ModelProto, plan: SamplerPlan) -> onnx.ModelProto:
+    """A loop whose hoisted values are computed before it."""
     fed = fed_by(graph, before, "before_")
     # As those of a loop that computes all of it: what feeds the noise, the step's, then the rows.
     order = [name for name in StepModule(plan).example_inputs() if name not in LOOP_ROWS]
@@ -343,6 +362,12 @@ def save(graph: onnx.ModelProto, path: Path) -> None:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
         raise ExportError(f"model: the exported graph is not valid: {told(error)}") from error
+
+
+def _describe(graph: onnx.ModelProto, meanings: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
+    """A graph's inputs and outputs for the manifest."""
+    values = {"inputs": graph.graph.input, "outputs": graph.graph.output}
+    return {group: describe_values(described, meanings) for group, described in values.items()}
 
 
 def describe_values(values: Iterable[onnx.ValueInfoProto], meanings: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -12,7 +12,8 @@ import onnxruntime
 
 from fastddim.coefficients import StepTable
 from fastddim.export.bundle import Bundle
-from fastddim.export.bundle_sampler import Array, BundleSampler
+from fastddim.export.bundle_sampler import Array, BundleSampler, PreparedCall
+from fastddim.export.run_values import RunValues
 from fastddim.noise import normal_numpy
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class OrtSampler(BundleSampler):
     Attributes:
         bundle: the opened bundle.
         session: ONNX Runtime's.
+        session_before: that of the graph before the steps; None where the bundle has none.
 
     Raises:
         BundleError: a bundle that is damaged, or no ONNX file; ValueError: a provider that is not there.
@@ -95,9 +97,12 @@ class OrtSampler(BundleSampler):
                 "providers: ONNX Runtime's CPU has no bfloat16 convolutions; pass 'cuda' or 'tensorrt', or export the"
                 " model with another dtype"
             )
-        self.session = onnxruntime.InferenceSession(
-            str(self.bundle.model_path), sess_options=session_options, providers=chosen
-        )
+
+        def load(path: Path) -> onnxruntime.InferenceSession:
+            return onnxruntime.InferenceSession(str(path), sess_options=session_options, providers=chosen)
+
+        self.session = load(self.bundle.model_path)
+        self.session_before = None if self.bundle.before is None else load(self.bundle.before_path)
         self._on_gpu = self.session.get_providers()[0] != _PROVIDERS["cpu"]
 
     @classmethod
@@ -121,38 +126,58 @@ class OrtSampler(BundleSampler):
         names = ["samples", *self._made]
         return dict(zip(names, self.session.run(names, dict(inputs)), strict=True))
 
-    def _run_steps(
-        self, sample: Array, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Array]
-    ) -> dict[str, Array]:
+    def compute_values(self, table: StepTable, feeds: Mapping[str, Array]) -> RunValues:
+        if self.bundle.before is None or self.session_before is None:
+            raise ValueError("compute_values: this bundle has no graph before its steps; export it with hoist=True")
+        given = {"timesteps": np.array(table.timesteps, dtype=table.timestep_dtype), **feeds}
+        outputs = self.bundle.before["outputs"]
+        names = [item["name"] for item in outputs]
+        inputs = {item["name"]: given[item["name"]] for item in self.bundle.before["inputs"]}
+        return RunValues(dict(zip(names, self.session_before.run(names, inputs), strict=True)), outputs)
+
+    def step(self, inputs: Mapping[str, Array]) -> tuple[Array, Array]:
+        state, x0 = self.session.run(["next_sample", "pred_original_sample"], dict(inputs))
+        return state, x0
+
+    def _run_steps(self, call: PreparedCall) -> dict[str, Array]:
+        sample, table, seeds, feeds = call.sample, call.table, call.seeds, call.feeds
         batch = sample.shape[0]
         device = "cuda" if self._on_gpu else "cpu"
         place = onnxruntime.OrtValue.ortvalue_from_numpy
         binding = self.session.io_binding()
-        for name, value in feeds.items():
-            binding.bind_ortvalue_input(name, place(value, device, 0))
+        values = RunValues({}, ()) if self.bundle.before is None else self.compute_values(table, feeds)
+        for name, value in {**feeds, **values.of_samples()}.items():
+            if name in self._inputs:
+                binding.bind_ortvalue_input(name, place(value, device, 0))
         state = place(sample, device, 0)
         previous = place(np.zeros_like(sample), device, 0) if table.looks_back else None
         silent = None if "noise" not in self._inputs else np.zeros_like(sample)
         timesteps = np.repeat(np.array(table.timesteps, dtype=table.timestep_dtype)[:, None], batch, axis=1)
         for step, timestep in enumerate(timesteps):
             binding.bind_ortvalue_input("sample", state)
-            binding.bind_ortvalue_input("timestep", place(timestep, device, 0))
             row = np.repeat(table.columns[step : step + 1].astype(np.float32), batch, axis=0)
-            binding.bind_ortvalue_input("coefficients", place(row, device, 0))
+            changed = {"timestep": timestep, "coefficients": row, **values.of_steps([step] * batch)}
+            for name, value in changed.items():
+                if name in self._inputs:
+                    binding.bind_ortvalue_input(name, place(value, device, 0))
             if silent is not None:
                 drawn = silent if seeds is None else normal_numpy(seeds, step, sample.shape[1:])
                 binding.bind_ortvalue_input("noise", place(drawn, device, 0))
             # The states stay where they are from step to step.
             names = ["next_sample"]
+            if previous is not None or call.deadline is not None:
+                names.append("pred_original_sample")
             if previous is not None:
                 binding.bind_ortvalue_input("previous_x0", previous)
-                names.append("pred_original_sample")
-            if step == len(table) - 1:
+            if step == len(table) - 1 or call.deadline is not None:
                 names += self._made
             for name in names:
                 binding.bind_output(name, device, 0)
             self.session.run_with_iobinding(binding)
             results = dict(zip(names, binding.get_outputs(), strict=True))
-            state, previous = results["next_sample"], results.get("pred_original_sample")
+            state, previous = results["next_sample"], None if previous is None else results["pred_original_sample"]
             binding.clear_binding_outputs()
+            if call.is_late():
+                state = results["pred_original_sample"]
+                break
         return {"samples": state.numpy(), **{name: results[name].numpy() for name in self._made}}

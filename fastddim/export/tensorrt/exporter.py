@@ -87,6 +87,11 @@ def export_tensorrt(
         sampling = bundle.manifest["sampling"]
         if sampling.get("per_sample_steps") or sampling.get("seeded"):
             raise ValueError("per_sample_steps, seeded: TensorRT takes no such graph; export one without")
+        if bundle.before is not None:
+            raise ValueError(
+                f"source: {str(bundle.path)!r} has a second graph, {bundle.before['model']!r}, that engines are not built of;"
+                " export it without hoist=True, or with kind='loop'"
+            )
         if options.fused_step:
             require_fusible(bundle.manifest)
         ranges = [profile.ranges(bundle.manifest) for profile in options.profiles]

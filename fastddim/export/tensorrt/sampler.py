@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastddim.coefficients import StepTable
 from fastddim.cuda_graph import CaptureError, Graph, GraphCache, MemoryPool
 from fastddim.export.bundle import Bundle, BundleError, open_bundle, require_runtime
-from fastddim.export.bundle_sampler import BundleSampler
+from fastddim.export.bundle_sampler import BundleSampler, PreparedCall
 from fastddim.export.machine import compute_capability
 from fastddim.export.tensorrt.library import first_error, load_library, require_capability, require_loadable
 from fastddim.export.torch_arrays import TorchArrays, as_tensor
@@ -235,9 +234,8 @@ class TensorRTSampler(BundleSampler):
             execution.run()
             return {name: self._kept(execution.result(name)) for name in ("samples", *self._made)}
 
-    def _run_steps(
-        self, sample: Any, table: StepTable, seeds: list[int] | None, feeds: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def _run_steps(self, call: PreparedCall) -> dict[str, Any]:
+        sample, table, seeds, feeds = call.sample, call.table, call.seeds, call.feeds
         batch = sample.shape[0]
         with self._turn():
             timesteps = torch.tensor(table.timesteps, dtype=getattr(torch, table.timestep_dtype), device=self._device)
@@ -251,6 +249,7 @@ class TensorRTSampler(BundleSampler):
                 if name in self._inputs:
                     given[name] = torch.zeros_like(sample)
             execution = self._start({**given, **feeds})
+            result = "next_sample"
             for step in range(len(table)):
                 if step:
                     execution.feed_back()
@@ -259,8 +258,11 @@ class TensorRTSampler(BundleSampler):
                 if seeds is not None:
                     execution.inputs["noise"].copy_(self._arrays.normal(seeds, step, sample.shape[1:]))
                 execution.run()
+                if call.is_late():
+                    result = "pred_original_sample"
+                    break
             made = {name: self._kept(execution.result(name)) for name in self._made}
-            return {"samples": self._kept(execution.result("next_sample")), **made}
+            return {"samples": self._kept(execution.result(result)), **made}
 
     def _kept(self, result: torch.Tensor) -> torch.Tensor:
         """A result that the caller's stream may go on with."""
