@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from fastddim.noise import STREAM_INITIAL, normal
-from fastddim.policies import Normalisation, Policy, from_lerobot, load_policy, shifted
+from fastddim.policies import Normalisation, Policy, from_diffusion_policy, from_lerobot, load_policy, shifted
 from fastddim.policies.networks import RESNETS, ConditionalUnet1d, ImageEncoder
 from fastddim.reference import step_with_row
 from lerobot_policies import NAMES, golden, make_policy
@@ -312,3 +313,98 @@ def test_a_policy_is_a_module(folders: dict[str, Path]) -> None:
     chunk = half.sample(observations, noise=noise)
     # The loop's state stays float32.
     assert chunk.samples.dtype == torch.float32 and torch.isfinite(chunk.actions).all()
+
+
+class _Conditioned(torch.nn.Module):
+    """Called as Diffusion Policy's `ConditionalUnet1D` is."""
+
+    def __init__(self, width: int, cond: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.mix, self.by_cond = (
+            torch.nn.Parameter(torch.randn(rows, width, generator=generator) / rows**0.5) for rows in (width, cond)
+        )
+
+    def forward(
+        self, sample: torch.Tensor, timestep: Any, local_cond: Any = None, global_cond: Any = None
+    ) -> torch.Tensor:
+        h = sample @ self.mix + sample.roll(1, dims=1)
+        if global_cond is not None:
+            h = h + (global_cond @ self.by_cond)[:, None]
+        if local_cond is not None:
+            h = h + local_cond @ self.by_cond
+        return torch.tanh(h)
+
+
+@pytest.mark.parametrize("role", ["global", "steps-only", "local", "inpainting", "pictures"])
+def test_diffusion_policys_objects(role: str) -> None:
+    """Objects that have what Diffusion Policy's have, against the loop that its code runs with diffusers' scheduler."""
+    horizon, n_obs, executed, action_dim, obs_dim = 8, 2, 3, 2, 5
+    width = obs_dim + 1 if role == "pictures" else obs_dim
+    state_dim = action_dim + (obs_dim if role == "inpainting" else 0)
+    model = _Conditioned(state_dim, obs_dim if role == "local" else n_obs * width)
+    generator = torch.Generator().manual_seed(1)
+
+    def affine(count: int) -> dict[str, torch.Tensor]:
+        drawn = torch.rand(2, count, generator=generator)
+        return {"scale": 0.5 + drawn[0], "offset": drawn[1] - 0.5}
+
+    scheduler = diffusers.DDIMScheduler(num_train_timesteps=100, beta_schedule="squaredcos_cap_v2", clip_sample=True)
+    common = {"model": model, "noise_scheduler": scheduler, "horizon": horizon, "action_dim": action_dim, "kwargs": {},
+              "n_obs_steps": n_obs, "n_action_steps": executed, "num_inference_steps": 5}  # fmt: skip
+    normalisers = {"action": affine(action_dim), "obs": affine(obs_dim), "agent": affine(obs_dim), "camera": affine(1)}
+    if role == "pictures":
+
+        class Encoder(torch.nn.Module):
+            obs_shapes = {"agent": [obs_dim], "camera": [3, 4, 4]}
+
+            def forward(self, obs: dict[str, torch.Tensor]) -> torch.Tensor:
+                return torch.cat([obs["agent"], obs["camera"].mean((1, 2, 3))[:, None]], dim=1)
+
+        own = SimpleNamespace(obs_encoder=Encoder(), obs_as_global_cond=True, obs_feature_dim=width)
+        observations = {
+            "agent": torch.randn(2, n_obs, obs_dim, generator=generator),
+            "camera": torch.rand(2, n_obs, 3, 4, 4, generator=generator),
+        }
+    else:
+        own = SimpleNamespace(
+            obs_dim=obs_dim,
+            obs_as_global_cond=role in ("global", "steps-only"),
+            obs_as_local_cond=role == "local",
+            pred_action_steps_only=role == "steps-only",
+            oa_step_convention=False,
+        )
+        observations = {"obs": torch.randn(2, n_obs, obs_dim, generator=generator)}
+    policy = SimpleNamespace(**common, **vars(own), normalizer=SimpleNamespace(params_dict=normalisers))
+    found = from_diffusion_policy(policy)
+    length = executed if role == "steps-only" else horizon
+    noise = torch.randn(2, length, state_dim, generator=generator)
+    # `conditional_sample` and `predict_action` of diffusion_policy's two classes.
+    normal = {
+        name: value * normalisers[name]["scale"] + normalisers[name]["offset"] for name, value in observations.items()
+    }
+    given: dict[str, Any] = {}
+    mask, data = torch.zeros(2, length, state_dim, dtype=torch.bool), torch.zeros(2, length, state_dim)
+    if role == "pictures":
+        given["global_cond"] = policy.obs_encoder({name: value.flatten(0, 1) for name, value in normal.items()}).view(
+            2, -1
+        )
+    elif role == "local":
+        given["local_cond"] = torch.zeros(2, length, obs_dim)
+        given["local_cond"][:, :n_obs] = normal["obs"]
+    elif role == "inpainting":
+        mask[:, :n_obs, action_dim:], data[:, :n_obs, action_dim:] = True, normal["obs"]
+    else:
+        given["global_cond"] = normal["obs"].reshape(2, -1)
+    scheduler.set_timesteps(5)
+    x = noise.clone()
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x[mask] = data[mask]
+            x = scheduler.step(model(x, t, **given), t, x).prev_sample
+    start = {"steps-only": 0, "pictures": n_obs - 1}.get(role, n_obs)
+    actions = (x[..., :action_dim] - normalisers["action"]["offset"]) / normalisers["action"]["scale"]
+    chunk = found.sample(observations, noise=noise)
+    torch.testing.assert_close(chunk.actions, actions[:, start : start + executed], rtol=0, atol=TOLERANCE)
+    with pytest.raises(TypeError, match="has no model"):
+        from_diffusion_policy(torch.nn.Linear(1, 1))

@@ -106,6 +106,7 @@ class BundleSampler(ABC):
 
     Attributes:
         runtime: the manifest's name of what runs the file.
+        last_output: which of a last step's results the samples are; a policy's are x0, to which its runs lead.
         bundle: the opened bundle.
 
     Raises:
@@ -125,6 +126,7 @@ class BundleSampler(ABC):
         self._inputs = {item["name"]: item for item in manifest["inputs"]}
         # What the file has beside a loop's samples or a step's two states.
         self._made = [name for name in self.bundle.names("outputs") if name not in _RESULTS]
+        self.last_output = "pred_original_sample" if self._made else "next_sample"
         before: Mapping[str, Any] = self.bundle.before or {"inputs": (), "outputs": ()}
         own = {*_OWN, *(item["name"] for item in before["outputs"])}
         self._taken = {item["name"]: item for item in (*before["inputs"], *manifest["inputs"])}

@@ -69,11 +69,11 @@ def export_policy(
     if options.num_inference_steps is None:
         options = replace(options, num_inference_steps=policy.num_inference_steps)
     sampling = policy.sampling.by(options.method, rederive=False)
-    steps = Steps(options.num_inference_steps)
-    if (
-        not options.stochastic
-        and sampling.with_options(options.of_the_method(), sampling.limit).build(steps).stochastic
-    ):
+    table = sampling.with_options(options.of_the_method(), sampling.limit).build(Steps(options.num_inference_steps))
+    last = table.rows[-1]
+    if options.kind == "step" and (last.next_from_x, last.next_from_output, last.next_from_x0) != (0, 0, 1):
+        raise ValueError("kind: 'step' for a policy whose last step does not lead to x0; pass kind='loop'")
+    if table.stochastic:
         options = replace(options, stochastic=True)
     from fastddim.export.runtime import get_runtime
 

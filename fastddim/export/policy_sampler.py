@@ -44,7 +44,8 @@ class PolicySampler:
             name: (described["kind"], tuple(described["shape"]))
             for name, described in self._policy["observations"].items()
         }
-        self._dtypes = {item["name"]: item["dtype"] for item in opened.manifest["inputs"]}
+        before = opened.before or {"inputs": ()}
+        self._dtypes = {item["name"]: item["dtype"] for item in (*before["inputs"], *opened.manifest["inputs"])}
 
     def __call__(
         self,
@@ -59,6 +60,7 @@ class PolicySampler:
         strength: float = 1.0,
         known: Any = None,
         mask: Any = None,
+        deadline: float | None = None,
     ) -> Chunk:
         """A chunk for each sample.
 
@@ -75,6 +77,8 @@ class PolicySampler:
             strength: in (0, 1]: the part of the steps that is taken from there.
             known: committed actions `[B, horizon, action_dim]` in the robot's units, which the chunk keeps.
             mask: bool, of this shape: which actions are committed.
+            deadline: a time of `time.perf_counter`, after whose passing the next finished step ends the run, with its x0; for
+                files of one step.
 
         Raises:
             ValueError: observations or arguments that do not fit, before the network runs; the message names them.
@@ -102,7 +106,7 @@ class PolicySampler:
         feeds |= self._known(known, mask, batch, drawn if noise is None else start)
         results = self.sampler.outputs(
             batch if seeded else start, seeds=seeds, num_inference_steps=num_inference_steps, method=method, eta=eta,
-            strength=strength, **feeds,
+            strength=strength, deadline=deadline, **feeds,
         )  # fmt: skip
         return Chunk(results["actions"], results["normalised"], results["samples"])
 

@@ -103,6 +103,7 @@ class StepModule(torch.nn.Module):
         made = dict(zip(before.outputs, before({**values, "timesteps": values["timestep"]}), strict=True))
         reads = dict(zip(self._plan.denoiser.conditions, hoisted.reads_conditions, strict=True))
         unread = {name for name, is_read in reads.items() if not is_read}
+        unread -= set(() if self._finish is None else self._finish.reads)
         unread |= {f"uncond_{name}" for name in unread}
         if not hoisted.reads_timestep:
             unread.add("timestep")

@@ -137,7 +137,8 @@ def verify_bundle(
     """
     if isinstance(model, Policy):
         images = [name for name, feature in model.features.items() if feature.kind == IMAGE]
-        dtypes = {item["name"]: item["dtype"] for item in bundle.manifest["inputs"] if item["name"] in images}
+        inputs = (*(bundle.before or {"inputs": ()})["inputs"], *bundle.manifest["inputs"])
+        dtypes = {item["name"]: item["dtype"] for item in inputs if item["name"] in images}
         committed = bool(bundle.manifest.get("policy", {}).get("committed"))
         example_kwargs = model.example_inputs(next(iter(dtypes.values()), "uint8"), committed)
     denoiser = describe(model, tuple(bundle.manifest["sample"]["shape"]), example_kwargs)
@@ -236,7 +237,7 @@ def _run_staggered(exported: BundleSampler, call: PreparedCall) -> Array:
             given["noise"] = np.concatenate(drawn)
         taken = {name: given[name] for name in exported.bundle.names("inputs")}
         state[samples], previous[samples] = exported.step(taken)
-    return state
+    return {"next_sample": state, "pred_original_sample": previous}[exported.last_output]
 
 
 def _draw_conditions(

@@ -187,8 +187,8 @@ class TemporalEnsemble:
             raise ValueError(f"actions: shape {chunk.shape}; pass [n_action_steps, action_dim] of one sample")
         with self._lock:
             self._chunks.append((self._now, chunk))
-            while self._now - self._chunks[0][0] >= len(self._chunks[0][1]):
-                self._chunks.popleft()
+            # Of chunks of any length, those that say something of now.
+            self._chunks = deque((begin, own) for begin, own in self._chunks if self._now - begin < len(own))
             said = np.stack([own[self._now - begin] for begin, own in self._chunks])
             weights = np.exp(-self._coefficient * np.arange(len(said)))
             self._now += 1

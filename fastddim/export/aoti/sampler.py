@@ -90,10 +90,13 @@ class AotiSampler(BundleSampler):
             }
             results = self._sample_loop(given)
             sample, previous = results["next_sample"], results["pred_original_sample"]
-            if call.is_late():
-                sample = previous
+            late = call.is_late()
+            if late:
                 break
-        return {"samples": sample, **{name: results[name] for name in self._made}}
+        return {
+            "samples": results["pred_original_sample" if late else self.last_output],
+            **{name: results[name] for name in self._made},
+        }
 
 
 def require_target(bundle: Bundle, device: torch.device) -> None:

@@ -151,6 +151,7 @@ class OrtSampler(BundleSampler):
                 binding.bind_ortvalue_input(name, place(value, device, 0))
         state = place(sample, device, 0)
         previous = place(np.zeros_like(sample), device, 0) if table.looks_back else None
+        late, results = False, {}
         silent = None if "noise" not in self._inputs else np.zeros_like(sample)
         timesteps = np.repeat(np.array(table.timesteps, dtype=table.timestep_dtype)[:, None], batch, axis=1)
         for step, timestep in enumerate(timesteps):
@@ -164,20 +165,22 @@ class OrtSampler(BundleSampler):
                 drawn = silent if seeds is None else normal_numpy(seeds, step, sample.shape[1:])
                 binding.bind_ortvalue_input("noise", place(drawn, device, 0))
             # The states stay where they are from step to step.
-            names = ["next_sample"]
-            if previous is not None or call.deadline is not None:
-                names.append("pred_original_sample")
+            names = {"next_sample"}
             if previous is not None:
                 binding.bind_ortvalue_input("previous_x0", previous)
+                names.add("pred_original_sample")
             if step == len(table) - 1 or call.deadline is not None:
-                names += self._made
+                names |= {"pred_original_sample", *self._made}
             for name in names:
                 binding.bind_output(name, device, 0)
             self.session.run_with_iobinding(binding)
             results = dict(zip(names, binding.get_outputs(), strict=True))
             state, previous = results["next_sample"], None if previous is None else results["pred_original_sample"]
             binding.clear_binding_outputs()
-            if call.is_late():
-                state = results["pred_original_sample"]
+            late = call.is_late()
+            if late:
                 break
-        return {"samples": state.numpy(), **{name: results[name].numpy() for name in self._made}}
+        return {
+            "samples": results["pred_original_sample" if late else self.last_output].numpy(),
+            **{name: results[name].numpy() for name in self._made},
+        }

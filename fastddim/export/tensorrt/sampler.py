@@ -249,7 +249,7 @@ class TensorRTSampler(BundleSampler):
                 if name in self._inputs:
                     given[name] = torch.zeros_like(sample)
             execution = self._start({**given, **feeds})
-            result = "next_sample"
+            result = self.last_output
             for step in range(len(table)):
                 if step:
                     execution.feed_back()
