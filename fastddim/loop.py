@@ -725,5 +725,5 @@ class Loop:
             f"graph: {mode!r} is not used for a state {tuple(run.shape)} of {run.dtype} on {run.device}, the steps are"
             f" launched one by one instead: {reason}",
             RuntimeWarning,
-            stacklevel=6,
+            stacklevel=7,
         )
