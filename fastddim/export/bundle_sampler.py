@@ -114,9 +114,9 @@ class BundleSampler(ABC):
         manifest = self.bundle.manifest
         self._sampling = manifest["sampling"]
         self._inputs = {item["name"]: item for item in manifest["inputs"]}
-        before: Mapping[str, Any] = self.bundle.before or {"inputs": (), "outputs": ()}
-        own = {*_OWN, *(item["name"] for item in before["outputs"])}
-        self._taken = {item["name"]: item for item in (*before["inputs"], *manifest["inputs"])}
+        self._taken = self.bundle.taken
+        computed = () if self.bundle.before is None else self.bundle.before["outputs"]
+        own = {*_OWN, *(item["name"] for item in computed)}
         self._conditions = [name for name in self._taken if name not in own and not name.startswith("uncond_")]
         self._scheduling = self.bundle.scheduling
 
