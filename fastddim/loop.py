@@ -6,7 +6,7 @@ the limit's numbers, the model's keyword arguments. They go there in one transfe
 
 from __future__ import annotations
 
-import math
+import functools
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -41,6 +41,8 @@ _SMALL = 1 << 15
 _MAX_EAGER = 8
 
 
+# Cached, as reading a device's type costs a run as much as an operation.
+@functools.cache
 def graph_mode(graph: str, device: torch.device) -> str:
     """What one of `GRAPH_MODES` comes to on a device: `"auto"` is `"step"` on a GPU and `"off"` elsewhere."""
     if graph != "auto":
@@ -48,9 +50,10 @@ def graph_mode(graph: str, device: torch.device) -> str:
     return "step" if device.type == "cuda" else "off"
 
 
-@dataclass(frozen=True)
+# Not frozen, which would cost a run more than all of its checks.
+@dataclass(slots=True)
 class Run:
-    """One run, checked.
+    """One run, checked; it does not change.
 
     Attributes:
         table: the steps, and the scale of a drawn start.
@@ -651,11 +654,10 @@ class Loop:
         """The captures that are kept."""
         return self.captures.graphs
 
-    @torch.no_grad()
     def __call__(
         self, run: Run, steps: Iterable[int] | None = None, on_step: OnStep | None = None, *, at_once: bool = False
     ) -> torch.Tensor:
-        """The final state `[B, ...]`, in memory of its own.
+        """The final state `[B, ...]`, in memory of its own. To be called where torch records no gradients.
 
         Args:
             run: what to run.
@@ -670,15 +672,14 @@ class Loop:
             if final is not None:
                 return final
         parts = self._find_parts(run)
-        small = mode == "off" and run.device.type == "cpu" and math.prod(run.shape) <= _SMALL
-        keeps = small and parts is None and run.noise is None and not is_traced()
+        usual = mode == "off" and parts is None and run.noise is None and not is_traced()
         # Out of the way of other threads, and of a run within a callback.
-        loop = self._eager.pop(run.shape, None) if keeps else None
+        loop = self._eager.pop(run.shape, None) if usual else None
         if loop is None or not loop.fits(run):
             loop = EagerLoop(self.model, run, parts)
         final = loop(run, steps, on_step)
         self.hoisted_bytes = 0 if parts is None else loop.buffers.hoisted_bytes
-        if keeps:
+        if usual and loop.x.is_cpu and loop.x.numel() <= _SMALL:
             final = final.clone()
             if len(self._eager) >= _MAX_EAGER:
                 self._eager.clear()

@@ -37,7 +37,8 @@ def prediction_of(output: Any) -> torch.Tensor:
 
 def mean_of(prediction: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The prediction for x `[B, C, ...]`: the first half of `[B, 2 * C, ...]`, whose other one is a learned variance."""
-    if x.ndim < 2 or prediction.shape != (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
+    same = prediction.shape == x.shape
+    if same or x.ndim < 2 or prediction.shape != (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
         return prediction
     return prediction[:, : x.shape[1]].contiguous()
 
@@ -146,7 +147,7 @@ class Hoister:
     def _warn(self, error: Exception) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(f"hoist: {error}; every step computes all of it", RuntimeWarning, stacklevel=8)
+            warnings.warn(f"hoist: {error}; every step computes all of it", RuntimeWarning, stacklevel=7)
 
 
 def _kind_of(model: Model) -> str:

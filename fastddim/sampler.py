@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -58,7 +60,7 @@ class Warmup(NamedTuple):
     hoisted_bytes: int = 0
 
 
-F = TypeVar("F", bound=Callable[..., None])
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _naming_options(init: F) -> F:
@@ -69,6 +71,19 @@ def _naming_options(init: F) -> F:
     named: Any = init
     named.__signature__ = inspect.Signature([*own, *(option for option in options if option.name not in names)])
     return init
+
+
+def _without_gradients(method: F) -> F:
+    """`torch.no_grad()`, which takes as long as several operations, where gradients are on alone."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return method(*args, **kwargs)
+        with torch.no_grad():
+            return method(*args, **kwargs)
+
+    return cast("F", call)
 
 
 class Sampler:
@@ -225,7 +240,7 @@ class Sampler:
             setattr(changed, name, getattr(self, name))
         return changed
 
-    @torch.no_grad()
+    @_without_gradients
     def __call__(
         self,
         start: int | torch.Tensor,
@@ -283,7 +298,7 @@ class Sampler:
         x = x if len(x) == batch else x[:batch]
         return (x, torch.stack(trajectory)) if return_trajectory else x
 
-    @torch.no_grad()
+    @_without_gradients
     def warmup(
         self, start: int | torch.Tensor, *, uncond_kwargs: Mapping[str, Any] | None = None, **model_kwargs: Any
     ) -> Warmup:
@@ -306,7 +321,7 @@ class Sampler:
         cold, warm = times
         return Warmup(cold, warm, self.graphs.nbytes, self._loop.hoisted_bytes)
 
-    @torch.no_grad()
+    @_without_gradients
     def invert(
         self,
         x0: torch.Tensor,
@@ -623,7 +638,7 @@ def _check_signature(model: Model, kwargs: Mapping[str, Any]) -> None:
     # Reading a signature takes longer than a short run's other work on the host.
     method, names = getattr(forward, "__func__", None), tuple(kwargs)
     # Any callable can be bound, but not all can be kept.
-    kept = inspect.isfunction(method)
+    kept = isinstance(method, FunctionType)
     if kept and names in _TAKEN.get(method, ()):
         return
     try:

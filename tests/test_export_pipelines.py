@@ -237,6 +237,18 @@ def test_sdxls_sizes_and_missing_negative_prompts_are_the_pipelines_own(exported
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_pipelines_steps_may_be_in_two_graphs(tmp_path):
+    """Of which the first one alone takes texts and sizes."""
+    options = ExportOptions(kind="step", hoist=True)
+    bundle = export_pipeline(make("sdxl"), tmp_path / "bundle", options, parity_steps=(2,))
+    assert bundle.before is not None and "time_ids" not in bundle.names("inputs")
+    sizes = {"original_size": (40, 30), "crops_coords_top_left": (2, 3), "target_size": (20, 10)}
+    given = {"seeds": 3, "num_inference_steps": 5, "guidance_scale": 5.0, **sizes}
+    actual = OrtPipeline(bundle)(encode("sdxl", PROMPTS), None, **given)
+    np.testing.assert_allclose(actual, sample_with_diffusers("sdxl", PROMPTS, None, [3, 4], **sizes), atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_manifest_describes_each_component(exported, kind):
     bundle = open_bundle(exported(kind))

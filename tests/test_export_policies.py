@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from lerobot_policies import golden, make_policy
 
 STATE = "state-ddim-epsilon"
 TOLERANCE = 1e-5
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -243,3 +246,24 @@ def test_a_bundle_of_pictures_is_no_policy(tmp_path: Path, bundles: dict[str, Pa
     del manifest["policy"]
     with pytest.raises(BundleError, match="no policy's"):
         PolicySampler(Bundle(bundles[STATE], manifest))
+
+
+def test_the_code_of_the_page_runs(
+    folders: dict[str, Path], bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`docs/policies.md`, over the file that is exported already, as an export takes long."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folders[STATE], "my_policy")
+    signature = inspect.signature(export_policy)
+
+    def exported(*args: Any, **options: Any) -> Any:
+        given = signature.bind(*args, **options).arguments
+        assert given["committed"] and given["rate"] == open_bundle(bundles[STATE]).manifest["policy"]["rate"]
+        return open_bundle(shutil.copytree(bundles[STATE], given["out"]))
+
+    monkeypatch.setattr("fastddim.export.policy_exporter.export_policy", exported)
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "policies.md").read_text(), re.DOTALL)
+    for block in blocks:
+        exec(compile(block, "docs/policies.md", "exec"), names)
+    assert len(blocks) == 2 and names["action"].shape == (3,)

@@ -300,7 +300,7 @@ def test_a_model_that_cannot_be_captured_is_called_step_by_step_with_one_warning
     sampler(2, seeds=0)
     with pytest.warns(RuntimeWarning, match="not permitted when stream is capturing") as caught:
         first = sampler(2, seeds=0)
-    assert len(caught) == 1 and "(2, 3, 8, 8)" in str(caught[0].message)
+    assert len(caught) == 1 and "(2, 3, 8, 8)" in str(caught[0].message) and caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         second = sampler(2, seeds=0)

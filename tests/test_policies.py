@@ -356,7 +356,7 @@ def test_diffusion_policys_objects(role: str) -> None:
     if role == "pictures":
 
         class Encoder(torch.nn.Module):
-            obs_shapes = {"agent": [obs_dim], "camera": [3, 4, 4]}
+            obs_shapes = (("agent", (obs_dim,)), ("camera", (3, 4, 4)))
 
             def forward(self, obs: dict[str, torch.Tensor]) -> torch.Tensor:
                 return torch.cat([obs["agent"], obs["camera"].mean((1, 2, 3))[:, None]], dim=1)

@@ -265,6 +265,7 @@ def test_what_cannot_run_two_graphs_refuses_them_by_name(exported, tmp_path):
 
 DAMAGE = {
     r"\$.before: 'outputs' is a required property": put(None, "before", "outputs"),
+    r"\$.kind: 'step' was expected": put("loop", "kind"),
     "has no 'other.onnx'": put("other.onnx", "before", "model"),
     "has no 'more'": put("more", "before", "outputs", 0, "name"),
     "before.onnx' is missing": lambda folder: (folder / "before.onnx").unlink(),

@@ -122,8 +122,7 @@ class Bundle(Folder):
     def table(self) -> StepTable:
         """The default run; its timesteps are of the dtype that the graph takes."""
         table = self.manifest["table"]
-        taken = (*self.manifest["inputs"], *(self.before or {"inputs": ()})["inputs"])
-        dtypes = {item["name"]: item["dtype"] for item in taken}
+        dtypes = {name: item["dtype"] for name, item in self.taken.items()}
         # A baked schedule has no such input: there the numbers say it.
         dtype = dtypes.get("timesteps", dtypes.get("timestep"))
         built = StepTable.from_columns(
@@ -168,6 +167,12 @@ class Bundle(Folder):
         """The file of that graph."""
         assert self.before is not None
         return self.path / str(self.before["model"])
+
+    @property
+    def taken(self) -> Mapping[str, Any]:
+        """The inputs of the graph, and of the one before its steps, by name."""
+        before = () if self.before is None else self.before["inputs"]
+        return {item["name"]: item for item in (*before, *self.manifest["inputs"])}
 
     def component_path(self, name: str) -> Path:
         """The file of a component's graph."""

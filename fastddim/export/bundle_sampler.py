@@ -127,9 +127,9 @@ class BundleSampler(ABC):
         # What the file has beside a loop's samples or a step's two states.
         self._made = [name for name in self.bundle.names("outputs") if name not in _RESULTS]
         self.last_output = "pred_original_sample" if self._made else "next_sample"
-        before: Mapping[str, Any] = self.bundle.before or {"inputs": (), "outputs": ()}
-        own = {*_OWN, *(item["name"] for item in before["outputs"])}
-        self._taken = {item["name"]: item for item in (*before["inputs"], *manifest["inputs"])}
+        self._taken = self.bundle.taken
+        computed = () if self.bundle.before is None else self.bundle.before["outputs"]
+        own = {*_OWN, *(item["name"] for item in computed)}
         self._conditions = [name for name in self._taken if name not in own and not name.startswith("uncond_")]
         self._scheduling = self.bundle.scheduling
 

@@ -44,8 +44,7 @@ class PolicySampler:
             name: (described["kind"], tuple(described["shape"]))
             for name, described in self._policy["observations"].items()
         }
-        before = opened.before or {"inputs": ()}
-        self._dtypes = {item["name"]: item["dtype"] for item in (*before["inputs"], *opened.manifest["inputs"])}
+        self._dtypes = {name: item["dtype"] for name, item in opened.taken.items()}
 
     def __call__(
         self,

@@ -137,8 +137,7 @@ def verify_bundle(
     """
     if isinstance(model, Policy):
         images = [name for name, feature in model.features.items() if feature.kind == IMAGE]
-        inputs = (*(bundle.before or {"inputs": ()})["inputs"], *bundle.manifest["inputs"])
-        dtypes = {item["name"]: item["dtype"] for item in inputs if item["name"] in images}
+        dtypes = {name: item["dtype"] for name, item in bundle.taken.items() if name in images}
         committed = bool(bundle.manifest.get("policy", {}).get("committed"))
         example_kwargs = model.example_inputs(next(iter(dtypes.values()), "uint8"), committed)
     denoiser = describe(model, tuple(bundle.manifest["sample"]["shape"]), example_kwargs)

@@ -63,7 +63,7 @@ class OrtPipeline:
         }
         self._encoders = [name for name in components if name != DECODER]
         self.zeros_for_empty_prompt: bool = self.bundle.manifest.get("zeros_for_empty_prompt", False)
-        self._takes_sizes = "time_ids" in self.bundle.names("inputs")
+        self._takes_sizes = "time_ids" in self.bundle.taken
 
     def __call__(
         self,
