@@ -33,6 +33,7 @@ def test_the_page_s_code_runs_in_order(tmp_path: Path, monkeypatch: pytest.Monke
     assert names["digits"].shape == (2, 1, 16, 16)
 
 
+@pytest.mark.slow
 def test_the_code_of_the_page_on_hoisting_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
