@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import logging
 import sys
 import threading
@@ -28,7 +29,7 @@ from fastddim.backends import take_step
 from fastddim.capture_checks import ModelState, owns_graphs
 from fastddim.captures import Captures
 from fastddim.coefficients import StepCoefficients, StepTable
-from fastddim.config import Limit, limit_from
+from fastddim.config import VARIANCE_TYPES, Limit, limit_from
 from fastddim.cuda_graph import CaptureError, Graph, MemoryPool
 from fastddim.deferral import Deferred, Place, Ref, Segment, find_guidance, real
 from fastddim.hoisted_calls import HoistedCalls
@@ -43,7 +44,9 @@ from fastddim.step import Guidance, StepOptions
 
 _log = logging.getLogger("fastddim")
 
-P = TypeVar("P", bound=DiffusionPipeline)
+P = TypeVar("P")
+# The method of LeRobot's and Diffusion Policy's diffusion policies that has their loop.
+_POLICY_LOOP = "conditional_sample"
 
 # Columns of a table, by what they multiply or give.
 _OF_STATE = [StepCoefficients._fields.index(name) for name in ("x0_from_x", "next_from_x")]
@@ -190,9 +193,10 @@ def _component(name: str) -> property:
     """A member of an accelerated pipeline: within a call of it what the call makes of it."""
 
     def get(self: Any) -> Any:
-        if name not in vars(self):
+        members = _members(self)
+        if name not in members:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        value = vars(self)[name]
+        value = members[name]
         running = getattr(_calls, "running", ())
         return running[-1].see(value) if running and running[-1].pipe is self else value
 
@@ -204,6 +208,11 @@ def _component(name: str) -> property:
         del vars(self)[name]
 
     return property(get, put, remove)
+
+
+def _members(pipe: Any) -> dict[str, Any]:
+    """What a pipeline, or a policy, which is a module, consists of."""
+    return {**vars(pipe), **vars(pipe).get("_modules", {})}
 
 
 class _Method(NamedTuple):
@@ -432,7 +441,7 @@ class _Call:
         self._number: int | None = None
         # Models called before a run's timesteps are known, as text encoders, are no part of a step.
         self._in_run = False
-        models = {key: value for key, value in vars(pipe).items() if isinstance(value, torch.nn.Module)}
+        models = {key: value for key, value in _members(pipe).items() if isinstance(value, torch.nn.Module)}
         self._acceleration.follow(models)
 
     def __enter__(self) -> None:
@@ -693,7 +702,9 @@ def _table_of(
         if eta <= 0:
             columns[:, -1] = 0.0
         return StepTable.from_columns(timesteps, columns), [eta > 0] * len(timesteps)
-    sampling = read_scheduler(scheduler)
+    sampling = read_scheduler(scheduler, _method_of(scheduler))
+    if sampling.method == "ddpm" and not _has_neighbours(scheduler, timesteps):
+        return None
     # The numbers that the scheduler steps through, whatever rule or list they are of.
     sigmas = getattr(scheduler, "sigmas", None)
     n = len(skipped) + len(timesteps)
@@ -708,6 +719,8 @@ def _table_of(
     if sampling.method == "euler_ancestral" or sampling.options.get("algorithm_type") == "sde-dpmsolver++":
         # They draw at the last step too, where it is not used.
         draws[-1] = True
+    if sampling.method == "ddpm":
+        draws = [t > 0 for t in timesteps]
     return table, draws
 
 
@@ -723,6 +736,22 @@ def _unscaled(table: StepTable, scheduler: Any, timestep: Any, first: int) -> St
     columns[:, _OF_STATE] *= scales[:-1, None]
     columns[:, [index for index in _OF_NEXT if index < columns.shape[1]]] /= scales[1:, None]
     return StepTable.from_columns(table.timesteps, columns)
+
+
+def _has_neighbours(scheduler: Any, timesteps: list[float]) -> bool:
+    """Whether a DDPM scheduler's steps lead from each timestep of its list to the next, which it computes by itself."""
+    if scheduler.config.variance_type == "fixed_large" and timesteps[-1] > 0:
+        # Its last step adds noise then.
+        return False
+    if scheduler.custom_timesteps:
+        return True
+    stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    return all(t - stride == after for t, after in itertools.pairwise(timesteps)) and timesteps[-1] < stride
+
+
+def _method_of(scheduler: Any) -> str:
+    # A DDPM scheduler's model is sampled by DDIM elsewhere.
+    return "ddpm" if type(scheduler).__name__ == "DDPMScheduler" else "auto"
 
 
 def _limit_of(scheduler: Any) -> Limit:
@@ -782,13 +811,16 @@ def _unknown_scheduler(scheduler: Any) -> str | None:
     if kind is DDIMScheduler or kind is diffusers.DDIMScheduler:
         known = has_rows(scheduler, FORWARD)
         return None if known else f"a {kind.__name__} with a step or values that diffusers' own step alone takes"
-    own = [name for method in METHODS.values() for name in method.schedulers if method.name not in ("ddim", "ddpm")]
+    own = [name for method in METHODS.values() for name in method.schedulers if method.name != "ddim"]
     if kind.__name__ not in own or getattr(diffusers, kind.__name__, None) is not kind:
         return f"a {kind.__name__}"
     try:
-        schedule = read_scheduler(scheduler).schedule
+        schedule = read_scheduler(scheduler, _method_of(scheduler)).schedule
     except ValueError as error:
         return f"a {kind.__name__} with {error}"
+    variance = getattr(scheduler.config, "variance_type", "fixed_small")
+    if kind is diffusers.DDPMScheduler and variance not in VARIANCE_TYPES:
+        return f"a {kind.__name__} with variance_type {variance!r}"
     # Those that have sigmas step through these.
     own_alphas = None if hasattr(scheduler, "sigmas") else getattr(scheduler, "alphas_cumprod", None)
     if own_alphas is not None and isinstance(schedule, Schedule):
@@ -799,14 +831,21 @@ def _unknown_scheduler(scheduler: Any) -> str | None:
 
 
 @functools.cache
-def _accelerated(pipeline: Any) -> type:
-    """The class of accelerated pipelines of a class, which passes for that class everywhere else."""
+def _accelerated(pipeline: Any, entry: str, components: tuple[str, ...]) -> type:
+    """The class of accelerated pipelines of a class, which passes for that class everywhere else.
 
-    @functools.wraps(pipeline.__call__)
+    Args:
+        pipeline: the class.
+        entry: the method that has the loop.
+        components: names of its models and scheduler.
+    """
+    loop = getattr(pipeline, entry)
+
+    @functools.wraps(loop)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         # One at a time: a pipeline keeps a call's guidance, and its scheduler a run's timesteps, on itself.
         with self._acceleration.turn, _Call(self, pipeline.__name__):
-            return pipeline.__call__(self, *args, **kwargs)
+            return loop(self, *args, **kwargs)
 
     def reduce(self: Any, protocol: Any) -> Any:
         plain = object.__new__(pipeline)
@@ -814,24 +853,37 @@ def _accelerated(pipeline: Any) -> type:
         return _attach, (plain, self._acceleration.options)
 
     names = {name: getattr(pipeline, name) for name in ("__module__", "__qualname__", "__doc__")}
-    members = {
-        name: _component(name)
-        for name in inspect.signature(pipeline.__init__).parameters
-        if not hasattr(pipeline, name)
-    }
+    members = {name: _component(name) for name in components}
     return type(
         pipeline.__name__,
         (pipeline,),
-        {**members, **names, "__call__": call, "__reduce_ex__": reduce, "_unaccelerated": pipeline},
+        {**members, **names, entry: call, "__reduce_ex__": reduce, "_unaccelerated": pipeline},
     )
 
 
 def _attach(pipe: P, options: SamplerOptions) -> P:
     """Accelerate a pipeline that was checked; a copied or unpickled one gets graphs of its own."""
-    vars(pipe)["_acceleration"] = _Acceleration(options)
     own: Any = type(pipe)
-    pipe.__class__ = _accelerated(own)
+    if isinstance(pipe, DiffusionPipeline):
+        entry = "__call__"
+        names = [name for name in inspect.signature(own.__init__).parameters if not hasattr(own, name)]
+    else:
+        entry = _POLICY_LOOP
+        names = [name for name, value in _members(pipe).items() if isinstance(value, (SchedulerMixin, torch.nn.Module))]
+    vars(pipe)["_acceleration"] = _Acceleration(options)
+    pipe.__class__ = _accelerated(own, entry, tuple(names))
     return pipe
+
+
+def _holder_of(pipe: Any) -> Any:
+    """What has the loop, with models and a scheduler: the pipeline itself, a policy, or a policy's `diffusion`; or None."""
+    for holder in (pipe, getattr(pipe, "diffusion", None)):
+        if isinstance(holder, type) or not (isinstance(holder, DiffusionPipeline) or hasattr(holder, _POLICY_LOOP)):
+            continue
+        members = list(_members(holder).values())
+        if all(any(isinstance(value, kind) for value in members) for kind in (SchedulerMixin, torch.nn.Module)):
+            return holder
+    return None
 
 
 def accelerate(pipe: P, *, graph: str = "auto", backend: str = "auto", max_graphs: int = 8, hoist: bool = False) -> P:
@@ -846,8 +898,9 @@ def accelerate(pipe: P, *, graph: str = "auto", backend: str = "auto", max_graph
     subclass, or was patched. Each such reason is a warning of the logger `"fastddim"`, once.
 
     Args:
-        pipe: a pipeline of diffusers, or a subclass of one. Accelerated already, it keeps its captured graphs if the options
-            are the same.
+        pipe: a pipeline of diffusers, or a subclass of one, or a diffusion policy of LeRobot or of Diffusion Policy, whose
+            queues, normalisers and encoders stay as they are. Accelerated already, it keeps its captured graphs if the
+            options are the same.
         graph: `"auto"`, `"step"` or `"off"`, as `fastddim.Sampler`'s; the pipeline's own code runs between the steps, so that
             there is no `"loop"`.
         max_graphs: as `fastddim.Sampler`'s.
@@ -858,7 +911,7 @@ def accelerate(pipe: P, *, graph: str = "auto", backend: str = "auto", max_graph
         `pipe`.
 
     Raises:
-        TypeError: something else than a pipeline with a scheduler and a model.
+        TypeError: something else than a pipeline or a policy with a scheduler and a model.
         ValueError: an option that is not one of its choices.
 
     Example:
@@ -871,16 +924,18 @@ def accelerate(pipe: P, *, graph: str = "auto", backend: str = "auto", max_graph
     options = SamplerOptions(graph=graph, backend=backend, max_graphs=max_graphs, hoist=hoist)
     if options.graph == "loop":
         raise ValueError("graph: 'loop'; a pipeline's own code runs between the steps, so pass 'auto', 'step' or 'off'")
-    members = [] if isinstance(pipe, type) else list(getattr(pipe, "__dict__", {}).values())
-    if not isinstance(pipe, DiffusionPipeline) or not all(
-        any(isinstance(value, kind) for value in members) for kind in (SchedulerMixin, torch.nn.Module)
-    ):
-        raise TypeError(f"pipe: {type(pipe).__name__}; pass a diffusers pipeline with a scheduler and a model")
-    if _unaccelerated(pipe) is not None:
-        if pipe._acceleration.options == options:
+    holder = _holder_of(pipe)
+    if holder is None:
+        raise TypeError(
+            f"pipe: {type(pipe).__name__}; pass a diffusers pipeline with a scheduler and a model, or a policy of LeRobot or"
+            " Diffusion Policy"
+        )
+    if _unaccelerated(holder) is not None:
+        if holder._acceleration.options == options:
             return pipe
-        unaccelerate(pipe)
-    return _attach(pipe, options)
+        unaccelerate(holder)
+    _attach(holder, options)
+    return pipe
 
 
 def unaccelerate(pipe: P) -> P:
@@ -889,10 +944,11 @@ def unaccelerate(pipe: P) -> P:
     Returns:
         `pipe`.
     """
-    pipeline = _unaccelerated(pipe)
+    holder: Any = _holder_of(pipe)
+    pipeline = _unaccelerated(holder)
     if pipeline is not None:
-        pipe.__class__ = pipeline
-        vars(pipe).pop("_acceleration").release()
+        holder.__class__ = pipeline
+        vars(holder).pop("_acceleration").release()
     return pipe
 
 

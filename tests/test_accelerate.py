@@ -823,6 +823,8 @@ OTHERS = {
     "dpmsolver++ 1": (diffusers.DPMSolverMultistepScheduler, {"solver_order": 1, "final_sigmas_type": "sigma_min"}),
     "sde-dpmsolver++": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
     "lcm": (diffusers.LCMScheduler, {}),
+    "ddpm": (diffusers.DDPMScheduler, {"clip_sample": False}),
+    "ddpm, large": (diffusers.DDPMScheduler, {"variance_type": "fixed_large", "steps_offset": 0}),
     "tcd": (diffusers.TCDScheduler, {}),
 }
 
@@ -983,7 +985,8 @@ def test_transformers_of_flow_matching_are_the_pipelines_own(make_pipe, scale, s
 @pytest.mark.parametrize(
     ("scheduler", "said"),
     [(diffusers.UniPCMultistepScheduler(), "a UniPCMultistepScheduler"), (diffusers.PNDMScheduler(), "a PNDMScheduler"),
-     (diffusers.DDPMScheduler(), "a DDPMScheduler"), (diffusers.HeunDiscreteScheduler(), "a HeunDiscreteScheduler"),
+     (diffusers.DDPMScheduler(variance_type="fixed_small_log"), "a DDPMScheduler with variance_type 'fixed_small_log'"),
+     (diffusers.HeunDiscreteScheduler(), "a HeunDiscreteScheduler"),
      (diffusers.DPMSolverMultistepScheduler(use_lu_lambdas=True), "a DPMSolverMultistepScheduler with use_lu_lambdas: True"),
      (type("Own", (diffusers.EulerDiscreteScheduler,), {})(), "a Own")],
 )  # fmt: skip

@@ -17,11 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
+from fastddim import accelerate, unaccelerate
 from fastddim.noise import STREAM_INITIAL, normal
 from fastddim.policies import Normalisation, Policy, from_diffusion_policy, from_lerobot, load_policy, shifted
 from fastddim.policies.networks import RESNETS, ConditionalUnet1d, ImageEncoder
 from fastddim.reference import step_with_row
 from lerobot_policies import NAMES, golden, make_policy
+from tape import Tape
 
 # What float32 leaves: LeRobot's own results are as far from those of float64.
 TOLERANCE = 1e-5
@@ -408,3 +410,69 @@ def test_diffusion_policys_objects(role: str) -> None:
     torch.testing.assert_close(chunk.actions, actions[:, start : start + executed], rtol=0, atol=TOLERANCE)
     with pytest.raises(TypeError, match="has no model"):
         from_diffusion_policy(torch.nn.Linear(1, 1))
+
+
+class _DiffusionModel(torch.nn.Module):
+    """What LeRobot's `DiffusionModel` has, and the loop of its `conditional_sample`."""
+
+    def __init__(self, unet: torch.nn.Module, noise_scheduler: Any, num_inference_steps: int) -> None:
+        super().__init__()
+        self.unet = unet
+        self.noise_scheduler = noise_scheduler
+        self.num_inference_steps = num_inference_steps
+
+    def conditional_sample(
+        self, batch_size: int, global_cond: torch.Tensor, generator: Any = None, noise: Any = None
+    ) -> torch.Tensor:
+        sample = torch.randn(batch_size, 16, 3, generator=generator) if noise is None else noise
+        self.noise_scheduler.set_timesteps(self.num_inference_steps)
+        for t in self.noise_scheduler.timesteps:
+            output = self.unet(sample, torch.full(sample.shape[:1], t, dtype=torch.long), global_cond=global_cond)
+            sample = self.noise_scheduler.step(output, t, sample, generator=generator).prev_sample
+        return sample
+
+
+class _DiffusionPolicy(torch.nn.Module):
+    """As LeRobot's: the loop is its `diffusion`'s."""
+
+    def __init__(self, diffusion: torch.nn.Module) -> None:
+        super().__init__()
+        self.diffusion = diffusion
+
+
+@pytest.mark.parametrize("name", ["state-ddim-epsilon", "state-ddpm-epsilon"])
+def test_accelerated_policies_are_their_own(
+    folders: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same actions and generators, by captured calls and fused steps; on the tape, which replays what was recorded."""
+    kind = diffusers.DDPMScheduler if "ddpm" in name else diffusers.DDIMScheduler
+    config = json.loads((folders[name] / "config.json").read_text())
+    fields = ("num_train_timesteps", "beta_schedule", "prediction_type", "clip_sample", "clip_sample_range")
+    scheduler = kind(**{field: config[field] for field in fields})
+    unet = load_policy(folders[name]).denoiser.network
+    policy = _DiffusionPolicy(_DiffusionModel(unet, scheduler, load_policy(folders[name]).num_inference_steps))
+    cond = torch.randn(1, 20, generator=torch.Generator().manual_seed(0))
+
+    def run(seed: int) -> torch.Tensor:
+        with torch.no_grad():
+            return policy.diffusion.conditional_sample(1, cond, torch.Generator().manual_seed(seed))
+
+    own = [run(seed) for seed in range(3)]
+    Tape().install(monkeypatch)
+    assert accelerate(policy, graph="step") is policy
+    assert isinstance(policy.diffusion, _DiffusionModel) and policy.diffusion.unet is unet
+    for seed, expected in enumerate(own):
+        torch.testing.assert_close(run(seed), expected, rtol=0, atol=TOLERANCE)
+    assert not caplog.records and len(policy.diffusion._acceleration.captures.graphs) == 1
+    copied = copy.deepcopy(policy)
+    torch.testing.assert_close(
+        copied.diffusion.conditional_sample(1, cond, torch.Generator().manual_seed(2)).detach(),
+        own[2],
+        rtol=0,
+        atol=TOLERANCE,
+    )
+    assert list(policy.state_dict()) == [f"diffusion.unet.{key}" for key in unet.state_dict()]
+    unaccelerate(policy)
+    assert type(policy.diffusion) is _DiffusionModel and torch.equal(run(1), own[1])
+    with pytest.raises(TypeError, match="or a policy of LeRobot"):
+        accelerate(unet)
