@@ -20,6 +20,7 @@ from fastddim.export import BundleError, ExportOptions, PolicySampler, export_po
 from fastddim.export.bundle import Bundle
 from fastddim.policies import load_policy, shifted
 from lerobot_policies import golden, make_policy
+from test_policies import flow_policy
 
 STATE = "state-ddim-epsilon"
 TOLERANCE = 1e-5
@@ -246,6 +247,18 @@ def test_a_bundle_of_pictures_is_no_policy(tmp_path: Path, bundles: dict[str, Pa
     del manifest["policy"]
     with pytest.raises(BundleError, match="no policy's"):
         PolicySampler(Bundle(bundles[STATE], manifest))
+
+
+@pytest.mark.slow
+def test_flow_matching_policies_become_files_too(tmp_path: Path) -> None:
+    policy = flow_policy()
+    export_policy(policy, tmp_path / "flow", parity_steps=(3,), committed=True)
+    sampler = PolicySampler(tmp_path / "flow")
+    observations = {"observation.state": np.random.default_rng(0).standard_normal((2, 2, 4)).astype(np.float32)}
+    for steps in (10, 4):
+        ours = policy.sample(observations, sampler=policy.sampler(num_inference_steps=steps), seeds=[3, 8])
+        file = sampler(observations, seeds=[3, 8], num_inference_steps=steps)
+        np.testing.assert_allclose(file.actions, ours.actions.numpy(), rtol=0, atol=3 * TOLERANCE)
 
 
 def test_the_code_of_the_page_runs(

@@ -17,11 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from fastddim import accelerate, unaccelerate
+from fastddim import FlowSchedule, accelerate, unaccelerate
+from fastddim.models.action_transformer import ActionTransformer
 from fastddim.noise import STREAM_INITIAL, normal
-from fastddim.policies import Normalisation, Policy, from_diffusion_policy, from_lerobot, load_policy, shifted
+from fastddim.policies import Feature, Normalisation, Policy, from_diffusion_policy, from_lerobot, load_policy, shifted
 from fastddim.policies.networks import RESNETS, ConditionalUnet1d, ImageEncoder
 from fastddim.reference import step_with_row
+from fastddim.samplers.sampling import Sampling
 from lerobot_policies import NAMES, golden, make_policy
 from tape import Tape
 
@@ -476,3 +478,51 @@ def test_accelerated_policies_are_their_own(
     assert type(policy.diffusion) is _DiffusionModel and torch.equal(run(1), own[1])
     with pytest.raises(TypeError, match="or a policy of LeRobot"):
         accelerate(unet)
+
+
+def flow_policy() -> Policy:
+    """A small policy of flow matching with random weights, its states' statistics known."""
+    torch.manual_seed(0)
+    network = ActionTransformer(3, 8, 16, width=16, depth=1, heads=2).eval()
+    statistics = {"mean": torch.arange(4.0), "std": torch.ones(4) * 2}
+    feature = Feature((4,), normalisation=Normalisation("mean_std", statistics))
+    action = Normalisation("min_max", {"min": -torch.ones(3), "max": torch.tensor([1.0, 2, 3])})
+    sampling = Sampling(FlowSchedule(), "euler", spacing="uniform")
+
+    class Encoder(torch.nn.Module):
+        def forward(self, observations: dict[str, torch.Tensor]) -> torch.Tensor:
+            return observations["observation.state"].flatten(1)
+
+    return Policy(
+        {"observation.state": feature}, Encoder(), network, action, sampling, action_dim=3, horizon=16, n_obs_steps=2,
+        n_action_steps=8, first_action=0, num_inference_steps=10,
+    )  # fmt: skip
+
+
+def test_flow_matching_policies_take_lerobots_steps() -> None:
+    """`x += dt * v`, from time 1 to 0, as pi0's and SmolVLA's `sample_actions` have it."""
+    policy = flow_policy()
+    generator = torch.Generator().manual_seed(1)
+    observations = {"observation.state": torch.randn(2, 2, 4, generator=generator)}
+    noise = torch.randn(2, 16, 3, generator=generator)
+    cond = ((observations["observation.state"] - torch.arange(4.0)) / 2).flatten(1)
+    for steps in (10, 3):
+        x, time, dt = noise, 1.0, -1.0 / steps
+        with torch.no_grad():
+            for _ in range(steps):
+                x = x + dt * policy.denoiser.network(x, torch.full((2,), 1000 * time), cond)
+                time += dt
+        chunk = policy.sample(observations, sampler=policy.sampler(num_inference_steps=steps), noise=noise)
+        torch.testing.assert_close(chunk.samples, x, rtol=0, atol=TOLERANCE)
+        expected = (x[:, :8] + 1) / 2 * (torch.tensor([1.0, 2, 3]) + 1) - 1
+        torch.testing.assert_close(chunk.actions, expected, rtol=0, atol=3 * TOLERANCE)
+    known, mask = torch.full((2, 16, 3), 0.5), torch.zeros(2, 16, 3, dtype=torch.bool)
+    mask[:, :4] = True
+    kept = policy.sample(observations, noise=noise, known=known, mask=mask)
+    assert torch.equal(kept.actions[:, :4], known[:, :4]) and not torch.equal(kept.actions[:, 4:], chunk.actions[:, 4:])
+
+
+def test_transformers_refuse_sizes_by_name() -> None:
+    for wrong, words in (({"width": 12}, "width: 12"), ({"depth": 0}, "depth: 0"), ({"horizon": 0}, "horizon: 0")):
+        with pytest.raises(ValueError, match=words):
+            ActionTransformer(2, 4, **wrong)  # type: ignore[arg-type]

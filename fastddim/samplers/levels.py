@@ -195,7 +195,7 @@ def flow_levels(schedule: FlowSchedule, steps: Steps, mu: float | None) -> Noise
             if shifted[0] > 1:
                 raise ValueError(
                     f"spacing: {steps.spacing!r} has levels above 1, which flow matching has not; pass 'karras',"
-                    " 'exponential' or 'beta'"
+                    " 'exponential', 'beta' or 'uniform'"
                 )
         sigmas = np.append(shifted, 0.0)
         timesteps = shifted * schedule.num_train_timesteps if steps.timesteps is None else steps.timesteps

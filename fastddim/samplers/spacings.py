@@ -44,6 +44,12 @@ def beta(n: int, lowest: float, highest: float) -> FloatArray:
     return sigmas
 
 
+def uniform(n: int, lowest: float, highest: float) -> FloatArray:
+    """`[n]`, as far from each other as the last one from the clean end, whatever the lowest: as pi0's and SmolVLA's."""
+    sigmas: FloatArray = highest * (np.arange(n, 0, -1) / n)
+    return sigmas
+
+
 def align_your_steps(model: str, n: int, lowest: float, highest: float) -> FloatArray:
     """`[n]` levels of the list published for a model, log-linear between its own for another number than 10 steps."""
     given = np.log(ALIGN_YOUR_STEPS[model])
@@ -57,5 +63,6 @@ SPACINGS: dict[str, Callable[[int, float, float], FloatArray]] = {
     "karras": karras,
     "exponential": exponential,
     "beta": beta,
+    "uniform": uniform,
     **{f"align_your_steps_{model}": partial(align_your_steps, model) for model in ALIGN_YOUR_STEPS},
 }

@@ -364,7 +364,7 @@ inline void read_fields(const Field& object, const std::string& what, const std:
     }
 }
 
-inline const std::vector<const char*> spacing_names{"karras", "exponential", "beta", "align_your_steps_sd15",
+inline const std::vector<const char*> spacing_names{"karras", "exponential", "beta", "uniform", "align_your_steps_sd15",
                                                     "align_your_steps_sdxl", "align_your_steps_svd"};
 inline const std::vector<const char*> final_sigmas_names{"zero", "sigma_min"};
 

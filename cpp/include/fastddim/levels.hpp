@@ -147,6 +147,14 @@ inline std::vector<double> space_exponential(std::int64_t n, double lowest, doub
     return sigmas;
 }
 
+/// As far from each other as the last one from the clean end.
+inline std::vector<double> space_uniform(std::int64_t n, double highest) {
+    FASTDDIM_EXACT
+    std::vector<double> sigmas;
+    for (std::int64_t k = n; k > 0; --k) sigmas.push_back(highest * (static_cast<double>(k) / static_cast<double>(n)));
+    return sigmas;
+}
+
 /// The list published for a model, log-linear between its own levels for another number than 10 steps.
 inline std::vector<double> space_align_your_steps(Spacing model, std::int64_t n) {
     // Published for 10 steps (arXiv:2404.14507), with the level behind the last one.
@@ -169,6 +177,7 @@ inline std::vector<double> space_align_your_steps(Spacing model, std::int64_t n)
 /// Throws std::invalid_argument: `Spacing::beta`.
 inline std::vector<double> space(Spacing spacing, std::int64_t n, double lowest, double highest) {
     if (spacing == Spacing::karras) return space_karras(n, lowest, highest);
+    if (spacing == Spacing::uniform) return space_uniform(n, highest);
     if (spacing == Spacing::exponential) return space_exponential(n, lowest, highest);
     if (spacing == Spacing::beta)
         throw std::invalid_argument(
@@ -284,7 +293,7 @@ inline NoiseLevels flow_levels(const FlowSchedule& schedule, const Steps& steps,
         if (steps.spacing) sigmas = space(*steps.spacing, *steps.num_inference_steps, sigmas.back(), sigmas.front());
         if (!sigmas.empty() && steps.spacing && sigmas.front() > 1)
             throw std::invalid_argument(
-                "spacing: it has levels above 1, which flow matching has not; pass karras, exponential or beta");
+                "spacing: it has levels above 1, which flow matching has not; pass karras, exponential, beta or uniform");
         if (!steps.timesteps)
             for (const double sigma : sigmas) timesteps.push_back(sigma * n_train);
         sigmas.push_back(0.0);

@@ -32,7 +32,7 @@ enum class VarianceType { fixed_small, fixed_large };
 enum class Transitions { exact, diffusers };
 enum class TimeShift { exponential, linear };
 /// How a number of steps is spaced: noise levels from the highest to the lowest.
-enum class Spacing { karras, exponential, beta, align_your_steps_sd15, align_your_steps_sdxl, align_your_steps_svd };
+enum class Spacing { karras, exponential, beta, uniform, align_your_steps_sd15, align_your_steps_sdxl, align_your_steps_svd };
 
 namespace detail {
 
