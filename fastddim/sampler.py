@@ -422,6 +422,8 @@ class Sampler:
         return draw_start(self.options.backend, words, drawn, self.table.start_scale)
 
     def _check_observers(self, callback: Callback | None, progress: bool, return_trajectory: bool) -> None:
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback: {callback!r}; pass a function of (step, t, x, x0)")
         if self.options.graph != "loop":
             return
         for name, given in (("callback", callback), ("progress", progress), ("return_trajectory", return_trajectory)):
@@ -478,7 +480,7 @@ class Sampler:
         state: torch.Tensor | None = None
         if isinstance(start, np.generic) or (isinstance(start, torch.Tensor) and start.ndim == 0):
             start = to_python(start)
-        if isinstance(start, torch.Tensor):
+        if isinstance(start, (torch.Tensor, np.ndarray)):
             self._check_state("start", start, "B")
             state, shape = start, tuple(start.shape)
         elif isinstance(start, bool) or not isinstance(start, int) or start < 1:
@@ -542,7 +544,10 @@ class Sampler:
             # Both halves are in it.
             return {}
         labels, null = kwargs.get("class_labels"), null_class(self.model)
-        if isinstance(labels, torch.Tensor) and null is not None and "encoder_hidden_states" not in kwargs:
+        if labels is not None and null is not None and "encoder_hidden_states" not in kwargs:
+            if not has_rows(labels, batch_size):
+                given = f"shape {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else type(labels).__name__
+                raise ValueError(f"class_labels: {given}; pass a tensor of {batch_size} labels")
             return {"class_labels": torch.full_like(labels, null)}
         names = ", ".join(kwargs) or "no keyword argument"
         raise ValueError(
