@@ -35,6 +35,7 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "LDMPipeline": ("unet", "vqvae"),
     _ROOT: ("unet",),
 }
+PIPELINES = tuple(name for name in _PARTS if name != _ROOT)
 
 
 class DDIMPipeline(diffusers.DDIMPipeline):  # type: ignore[misc]
@@ -187,10 +188,8 @@ def load_pipeline(model: str | Path | None = None, variant: str | None = None) -
     for path in (*(part / "config.json" for part in parts), schedulers / "scheduler_config.json"):
         if not path.is_file():
             raise FileNotFoundError(f"model: {str(path)!r} is missing; pass a diffusers pipeline folder")
-    _check_variant(parts, variant)
-    return _from_diffusers(
-        str(folder), kind, variant, "has a damaged file, or weights that do not fit its configuration"
-    )
+    check_variant(parts, variant)
+    return _from_diffusers(str(folder), kind, variant, "cannot be loaded")
 
 
 def _is_hub_id(name: str) -> bool:
@@ -234,15 +233,22 @@ def _read_kind(folder: Path) -> str:
 
 def _require_kind(model: str | Path | None, kind: str) -> None:
     if kind not in _PARTS:
-        names = ", ".join(name for name in _PARTS if name != _ROOT)
         raise ValueError(
-            f"model: {str(model)!r} is a {kind}; pass one of {names}, or load it by diffusers, for"
+            f"model: {str(model)!r} is a {kind}; pass one of {', '.join(PIPELINES)}, or load it by diffusers, for"
             " fastddim.Sampler(pipe.unet, pipe.scheduler) or fastddim.accelerate(pipe)"
         )
 
 
-def _check_variant(parts: Sequence[Path], variant: str | None) -> None:
-    """Refuse a variant that no part has, and a part without weights of it or of none."""
+def check_variant(parts: Sequence[Path], variant: str | None) -> None:
+    """Refuse a variant that no part has, and a part without weights of it or of none.
+
+    Args:
+        parts: the folders of a pipeline's networks.
+        variant: as `load_pipeline`'s.
+
+    Raises:
+        FileNotFoundError: a folder without weights; ValueError: with weights of other variants alone.
+    """
     found = []
     for part in parts:
         files = [*part.glob("*.safetensors"), *part.glob("*.bin")]
@@ -254,8 +260,9 @@ def _check_variant(parts: Sequence[Path], variant: str | None) -> None:
         found.append({([*re.sub(r"-\d+-of-\d+$", "", file.stem).split("."), None])[1] for file in files})
     for part, variants in zip(parts, found, strict=True):
         if not {variant, None} & variants or all(variant not in each for each in found):
-            there = ", ".join(sorted(repr(each) for each in variants))
-            raise ValueError(f"variant: {variant!r}, but {str(part)!r} has the weights of variant {there}; pass that")
+            there = ", ".join(sorted(repr(each) for each in variants if each))
+            fix = f"the weights of variant {there}; pass that" if there else "weights of no variant; leave it out"
+            raise ValueError(f"variant: {variant!r}, but {str(part)!r} has {fix}")
 
 
 @contextlib.contextmanager

@@ -564,6 +564,16 @@ def test_what_text_unets_take_beside_texts_is_exported(tmp_path, options):
         uncond_kwargs={"encoder_hidden_states": null.numpy()},
         **{name: value.numpy() for name, value in {**beside, **labels}.items()},
     )  # fmt: skip
+    for name, value in {**beside, **labels}.items():
+        given = {
+            "encoder_hidden_states": embeds.numpy(),
+            **{key: each.numpy() for key, each in {**beside, **labels}.items()},
+        }
+        uncond = {"encoder_hidden_states": null.numpy(), name: value.numpy()}
+        with pytest.raises(
+            ValueError, match=f"uncond_kwargs: '{name}' is one input for both halves here; leave it out"
+        ):
+            OrtSampler(bundle)(start.numpy(), guidance_scale=5.0, uncond_kwargs=uncond, **given)
     scheduler = diffusers.DDIMScheduler(clip_sample=False)
     scheduler.set_timesteps(4)
     x = start

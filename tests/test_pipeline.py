@@ -212,6 +212,11 @@ def test_the_weights_of_a_variant_are_loaded_by_name(folder, shard):
             ValueError, match=f"variant: {variant!r}, but .*unet.* has the weights of variant 'fp16'; pass"
         ):
             load_pipeline(folder, variant)
+    unet.save_pretrained(folder / "unet")
+    for path in (folder / "unet").glob("*.fp16*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"variant: 'fp16', but .*unet' has weights of no variant; leave it out"):
+        load_pipeline(folder, "fp16")
 
 
 def latent_pipeline(**options):
@@ -264,6 +269,18 @@ def test_another_kind_of_pipeline_is_refused_by_name(folder, tmp_path):
 def test_a_scheduler_of_other_levels_is_not_converted(scheduler):
     with pytest.raises(ValueError, match=f"scheduler: {scheduler.__name__} has other noise levels"):
         DDIMPipeline(image_unet(), scheduler())
+
+
+def test_the_folder_of_such_a_scheduler_is_refused_for_that_reason(folder):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"][1] = type(scheduler).__name__
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        ValueError, match="cannot be loaded: scheduler: FlowMatchEulerDiscreteScheduler has other noise"
+    ):
+        load_pipeline(folder)
 
 
 def test_a_learned_variance_is_left_out():

@@ -290,6 +290,8 @@ class BundleSampler(ABC):
             feeds[name] = fit_array(name, conditions[name], self._inputs[name], batch, self._arrays)
             other = f"uncond_{name}"
             if other not in self._inputs:
+                if name in uncond:
+                    raise ValueError(f"uncond_kwargs: {name!r} is one input for both halves here; leave it out")
                 continue
             null = self._sampling["null_values"].get(name)
             if name in uncond:
