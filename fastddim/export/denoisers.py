@@ -131,7 +131,13 @@ def _describe_unet(model: torch.nn.Module, config: Any, sample_shape: tuple[int,
         null = config.num_class_embeds - 1
         labels = torch.zeros(2, dtype=torch.int64)
         conditions["class_labels"] = Condition(labels, null, f"class of each sample; {null} is no class")
-    return Denoiser(model, functools.partial(_call, model), _square(config, sample_shape), conditions, resizable=True)
+    shape = _square(config, sample_shape)
+    if config.in_channels != shape[0]:
+        raise ValueError(
+            f"model: {config.in_channels} channels, {shape[0]} of them the sample's, cannot be exported; wrap it in a module"
+            " that has the others, and pass sample_shape"
+        )
+    return Denoiser(model, functools.partial(_call, model), shape, conditions, resizable=True)
 
 
 def _describe_condition_unet(model: torch.nn.Module, config: Any, sample_shape: tuple[int, ...] | None) -> Denoiser:

@@ -194,17 +194,17 @@ def read_scheduler(scheduler: Any, method: str = "auto", argument: str = "schedu
     sampling = _read_config(config, chosen, chosen != "ddim" and chosen in known)
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if alphas is not None and not getattr(alphas, "is_meta", False) and isinstance(sampling.schedule, Schedule):
-        _require_equal(alphas, sampling.schedule.alphas_cumprod, f"{argument}: {type(scheduler).__name__}")
+        _require_equal(alphas, sampling.schedule.alphas_cumprod)
     return sampling
 
 
-def _require_equal(alphas: Any, configured: FloatArray, whose: str) -> None:
+def _require_equal(alphas: Any, configured: FloatArray) -> None:
     """Refuse `alphas_cumprod` that were replaced, as nothing here would see them."""
     own = np.asarray(alphas.double().cpu() if hasattr(alphas, "cpu") else alphas, dtype=np.float64)
     # A scheduler computes its own in float32.
     if own.shape != configured.shape or not np.allclose(own, configured, rtol=1e-3, atol=1e-6):
         raise ValueError(
-            f"{whose} has alphas_cumprod that its configuration does not give; pass one made with trained_betas="
+            "alphas_cumprod: other numbers than the scheduler's configuration gives; pass one made with trained_betas="
         )
 
 
