@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from fastddim.backends import take_step
 from fastddim.capture_checks import ModelState, owns_graphs
-from fastddim.captures import Captures
+from fastddim.captures import Captures, changes_itself
 from fastddim.coefficients import StepCoefficients, StepTable
 from fastddim.config import Limit, limit_from
 from fastddim.cuda_graph import CaptureError, Graph, MemoryPool
@@ -613,9 +613,7 @@ class _Call:
             finally:
                 before.restore()
             if changed is not None:
-                raise CaptureError(
-                    f"the model changes its {changed!r} whenever it is called, which a replay would not", permanent=True
-                )
+                raise changes_itself(changed)
             error = _difference(ours[0], own[0])
             if error is not None:
                 raise CaptureError(f"its step differs from the pipeline's own by {error}", permanent=True)

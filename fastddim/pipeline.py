@@ -17,6 +17,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from fastddim.config import require_number
 from fastddim.model_call import mean_of, null_class
 from fastddim.reference import combine_guidance
 from fastddim.samplers.sampling import read_scheduler
@@ -89,13 +90,14 @@ class DDIMPipeline(diffusers.DDIMPipeline):  # type: ignore[misc]
             guidance_scale: classifier-free guidance against the "no class" label; 1 is off.
 
         Raises:
-            ValueError: generators or labels of another number than images, labels for a UNet without classes or out of
-                range, guidance without labels, an unknown output type.
+            ValueError: generators or labels of another number than images, labels for a UNet without classes, out of range
+                or no integers, guidance without labels or of no finite scale, an unknown output type.
         """
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"generator: a list of {len(generator)} for batch_size {batch_size}; pass one per image")
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type: {output_type!r}; pass 'pil', 'np' or 'pt'")
+        require_number("guidance_scale", guidance_scale, -1e4, 1e4)
         guided = guidance_scale != 1.0
         labels = self._labels(class_labels, batch_size, guided)
         if not 0.0 <= eta <= 1.0:
@@ -142,7 +144,10 @@ class DDIMPipeline(diffusers.DDIMPipeline):  # type: ignore[misc]
             return None if null is None else torch.full((batch_size,), null, device=self._execution_device)
         if null is None:
             raise ValueError("class_labels: this UNet has no classes; leave them out")
-        tensor = torch.as_tensor(labels, dtype=torch.int64, device=self._execution_device)
+        given = torch.as_tensor(labels)
+        if given.is_floating_point():
+            raise ValueError(f"class_labels: {given.tolist()}; pass integers in [0, {null}] ({null} is no class)")
+        tensor = given.to(self._execution_device, torch.int64)
         if tensor.shape != (batch_size,):
             raise ValueError(
                 f"class_labels: shape {tuple(tensor.shape)}; pass one label for each of {batch_size} images"

@@ -22,7 +22,7 @@ from fastddim.config import DDIMConfig, Limit
 from fastddim.cuda_graph import GraphCache
 from fastddim.interpolation import slerp
 from fastddim.loop import Loop, Run, graph_mode, pad, upload_new
-from fastddim.model_call import Hoister, Model, has_rows, null_class
+from fastddim.model_call import Hoister, Model, has_rows, null_class, sample_shape_of
 from fastddim.noise import STREAM_INITIAL, check_seeds, normal, seed_bits
 from fastddim.sampler_options import FIXED_BY_A_TABLE, OF_A_METHOD, SamplerOptions, to_python
 from fastddim.samplers import Steps
@@ -136,7 +136,7 @@ class Sampler:
         if options.guidance_method == "cfg++":
             require_epsilon_term(self.table, "guidance_method", self.method)
         self._guided_steps = range(*(int(fraction * len(self.table)) for fraction in options.guidance_interval))
-        self.sample_shape = _model_sample_shape(model) if options.sample_shape is None else options.sample_shape
+        self.sample_shape = sample_shape_of(model) if options.sample_shape is None else options.sample_shape
         module = model if isinstance(model, torch.nn.Module) else None
         parameter = None if module is None else next(iter(module.parameters()), None)
         self.model_dtype = parameter.dtype if parameter is not None and parameter.is_floating_point() else options.dtype
@@ -644,17 +644,3 @@ def _check_signature(model: Model, kwargs: Mapping[str, Any]) -> None:
         ) from None
     if kept:
         _TAKEN.setdefault(method, set()).add(names)
-
-
-def _model_sample_shape(model: Model) -> tuple[int, ...] | None:
-    """What a diffusers model's configuration says; None for one of videos, which leaves the frames open."""
-    config = getattr(model, "config", None)
-    channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
-    kind = type(model).__name__
-    if channels is None or size is None or any(word in kind for word in ("3D", "Motion", "SpatioTemporal")):
-        return None
-    # More channels than come out are conditions beside the state, as those of inpainting.
-    channels = min(channels, getattr(config, "out_channels", None) or channels)
-    if isinstance(size, int):
-        return (channels, size) if "1D" in kind else (channels, size, size)
-    return (channels, *size)

@@ -138,6 +138,7 @@ def test_the_embedded_model_is_a_diffusers_folder_too():
         ({"output_type": "jpg"}, ["output_type", "'jpg'", "'pil'"]),
         ({"class_labels": [0]}, ["class_labels", "no classes"]),
         ({"guidance_scale": 2.0}, ["guidance_scale", "class_labels"]),
+        ({"guidance_scale": None}, ["guidance_scale: None", "number"]),
     ],
 )
 def test_bad_calls_are_refused(call, parts):
@@ -147,7 +148,10 @@ def test_bad_calls_are_refused(call, parts):
     assert all(part in str(caught.value) for part in parts), caught.value
 
 
-@pytest.mark.parametrize(("labels", "parts"), [([0], ["(1,)", "2"]), ([0, 5], ["[0, 5]", "[0, 4]"]), ([-1, 0], ["-1"])])
+@pytest.mark.parametrize(
+    ("labels", "parts"),
+    [([0], ["(1,)", "2"]), ([0, 5], ["[0, 5]", "[0, 4]"]), ([-1, 0], ["-1"]), ([1.7, 0.0], ["1.7", "integers"])],
+)
 def test_bad_labels_are_refused(labels, parts):
     pipe = quiet(DDIMPipeline(image_unet(num_class_embeds=5), diffusers.DDIMScheduler()))
     with pytest.raises(ValueError, match="class_labels") as caught:
