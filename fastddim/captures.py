@@ -26,6 +26,13 @@ T = TypeVar("T", bound=Sized)
 R = TypeVar("R")
 
 
+def changes_itself(name: str) -> CaptureError:
+    """Of a model whose member `name` is another one after each call."""
+    return CaptureError(
+        f"the model changes its {name!r} whenever it is called, which a replay would not", permanent=True
+    )
+
+
 class Captures(Generic[T]):
     """Captures of work that calls a model. Thread-safe.
 
@@ -132,9 +139,7 @@ class Captures(Generic[T]):
         # A tensor that each call replaces may be one that it leaves behind: the probe refuses a model that reads it again.
         frozen = [name for name, is_tensor in changes if not (is_tensor and probe)]
         if frozen:
-            raise CaptureError(
-                f"the model changes its {frozen[0]!r} whenever it is called, which a replay would not", permanent=True
-            )
+            raise changes_itself(frozen[0])
         if changes:
             self._left.update(name for name, _ in changes)
             self._state = ModelState(self.model, self._left)

@@ -145,7 +145,7 @@ def sample(
     model: Model = None,
     variant: Variant = None,
     num_images: Annotated[int, integer(help="How many images.")] = 100,
-    steps: Steps = 50,
+    steps: Steps = None,
     method: Method = "auto",
     eta: Eta = None,
     guidance_scale: Annotated[
@@ -202,7 +202,7 @@ def sample(
         [f"{str(out)!r}: {num_images} images, {seconds / num_images:.3g} s per image on {job.sampler.device}"],
         seconds,
         num_images=num_images,
-        steps=steps,
+        steps=job.sampler.num_inference_steps,
         method=job.sampler.method,
         eta=get_method(str(job.sampler.method)).options.get("eta") if eta is None else eta,
         guidance_rescale=guidance_rescale,
@@ -213,12 +213,13 @@ def sample(
 
 
 def _check(
-    steps: int, guidance_scale: float | None, labels: str | None, batch_size: int | None, out: Path
+    steps: int | None, guidance_scale: float | None, labels: str | None, batch_size: int | None, out: Path
 ) -> list[int] | None:
     """The checks that need no model; returns the classes."""
     from fastddim.pictures import check_picture
 
-    require_int("--steps", steps, 1)
+    if steps is not None:
+        require_int("--steps", steps, 1)
     if guidance_scale is not None:
         require_number("--guidance-scale", guidance_scale, -1e4, 1e4)
     if batch_size is not None:
@@ -250,7 +251,7 @@ class _Job:
         as_json: bool,
         count: int,
         classes: list[int] | None,
-        steps: int,
+        steps: int | None,
         guidance_scale: float | None,
         guidance_rescale: float = 0.0,
         **options: Any,
@@ -258,6 +259,7 @@ class _Job:
         """Refuse what the model cannot do; `count` images or rows show the classes in turn, or no class."""
         from fastddim.model_call import null_class
         from fastddim.pipeline import picture_shape
+        from fastddim.samplers.sampling import read_scheduler
 
         null = null_class(pipeline.unet)
         # None halves the work, where guidance would change nothing.
@@ -272,11 +274,15 @@ class _Job:
             )
         check_classes(classes, null, "model")
         cycle = classes or (None if null is None else [null])
-        require_int("--steps", steps, 1, int(pipeline.scheduler.config.num_train_timesteps))
+        if steps is not None:
+            require_int("--steps", steps, 1, int(pipeline.scheduler.config.num_train_timesteps))
         options |= {"guidance_scale": scale, "guidance_rescale": guidance_rescale}
         options_named = ("method", "spacing", "eta", "guidance_method", "guidance_scale")
         named = {name: f"--{name.replace('_', '-')}" for name in options_named} | {"num_inference_steps": "--steps"}
         with naming_options(named):
+            if steps is None:
+                sampling = read_scheduler(pipeline.scheduler, options.get("method", "auto"))
+                steps = sampling.with_options(options.get("method_options") or {}, None).default_steps
             sampler = fastddim.Sampler(pipeline.unet.to(target), pipeline.scheduler, steps, **options)
         shape = None if sampler.sample_shape is None else picture_shape(pipeline, sampler.sample_shape)
         if shape is None or len(shape) != 3 or shape[0] not in (1, 3):
@@ -372,7 +378,7 @@ def _sample_batches(job: _Job, num_images: int, batch_size: int, seed: int) -> t
 
 
 def _check_strip(
-    rows: int, steps: int, guidance_scale: float | None, labels: str | None, batch_size: int | None, out: Path
+    rows: int, steps: int | None, guidance_scale: float | None, labels: str | None, batch_size: int | None, out: Path
 ) -> list[int] | None:
     """`_check`, and what a row for each label asks for."""
     classes = _check(steps, guidance_scale, labels, batch_size, out)
@@ -388,7 +394,7 @@ def invert(
     pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE", help="Anything that Pillow opens.")],
     model: Model = None,
     variant: Variant = None,
-    steps: Steps = 50,
+    steps: Steps = None,
     guidance_scale: _StripGuidance = None,
     labels: _StripLabels = None,
     batch_size: _BatchSize = None,
@@ -438,6 +444,7 @@ def invert(
     job.save(rows.flatten(0, 1), layout)
     paths = [str(path) for path in pictures]
     lines = [f"{k}: {path!r}: reconstruction error {errors[k - 1]:.2g}" for k, path in enumerate(paths, start=1)]
+    steps = job.sampler.num_inference_steps
     lines.append(f"{str(out)!r}: {len(paths)} pictures, {steps} steps each way on {job.sampler.device}")
     job.tell(lines, seconds, pictures=paths, errors=errors, steps=steps)
 
@@ -448,7 +455,7 @@ def interpolate(
     variant: Variant = None,
     seeds: Annotated[str, integers(help='Pairs such as "1,2,3,4": a row from 1 to 2, ...')] = "0,1",
     num: Annotated[int, integer(help="Images in a row, both ends included.")] = 10,
-    steps: Steps = 50,
+    steps: Steps = None,
     guidance_scale: _StripGuidance = None,
     labels: _StripLabels = None,
     out: Out = Path("strip.png"),
@@ -489,6 +496,7 @@ def interpolate(
             rows.append(job.decode(job.sampler.interpolate(a, b, num, progress=job.shows_progress(), **kwargs)))
     seconds = time.perf_counter() - start
     job.save(torch.cat(rows), layout)
+    steps = job.sampler.num_inference_steps
     line = f"{str(out)!r}: {len(pairs)} rows of {num} images, {steps} steps on {job.sampler.device}"
     job.tell([line], seconds, seeds=pairs, num=num, steps=steps)
 

@@ -58,7 +58,7 @@ Model = Annotated[
     typer.Option(metavar="FOLDER_OR_HUB_ID", help="A diffusers folder or hub id. Default: the embedded digits."),
 ]
 Variant = Annotated[str | None, choice(help="Which weights to take, such as fp16.")]
-Steps = Annotated[int, integer(help="Model calls per image.")]
+Steps = Annotated[int | None, integer(help="Model calls per image. Default: 50, or all of a shorter schedule.")]
 Method = Annotated[
     str,
     typer.Option(metavar="NAME,K=V", show_default=False, help="As tcd,gamma=0.2 or euler,spacing=karras."),

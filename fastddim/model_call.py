@@ -53,6 +53,20 @@ def null_class(model: Any) -> int | None:
     return getattr(config, "num_embeds_ada_norm", None) if num_classes is None else num_classes - 1
 
 
+def sample_shape_of(model: Any) -> tuple[int, ...] | None:
+    """What a diffusers model's configuration says; None for one of videos, which leaves the frames open."""
+    config = getattr(model, "config", None)
+    channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
+    kind = type(model).__name__
+    if channels is None or size is None or any(word in kind for word in ("3D", "Motion", "SpatioTemporal")):
+        return None
+    # More channels than come out are conditions beside the state, as those of inpainting.
+    channels = min(channels, getattr(config, "out_channels", None) or channels)
+    if isinstance(size, int):
+        return (channels, size) if "1D" in kind else (channels, size, size)
+    return (channels, *size)
+
+
 def call_model(model: Model, x: torch.Tensor, t: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
     """The prediction of `model(x, t, **kwargs)`, in memory of its own; raises as `prediction_of`."""
     tensor = mean_of(prediction_of(model(x, t, **kwargs)), x)

@@ -8,7 +8,7 @@ Needs numpy only; torch is imported where a tensor is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -106,16 +106,18 @@ def check_seeds(seeds: int | Sequence[int], batch_size: int) -> list[int]:
     """One seed per sample, of a sequence, array or tensor; an integer `s` stands for `s, s + 1, ..., s + batch_size - 1`.
 
     Raises:
-        ValueError: another number of seeds than samples, or a seed outside [0, 2**64).
+        ValueError: no integers, another number of seeds than samples, or a seed outside [0, 2**64).
     """
     given: Any = seeds.tolist() if hasattr(seeds, "tolist") else seeds
+    if not isinstance(given, (int, Iterable)):
+        raise ValueError(f"seeds: {given!r}; pass integers in [0, 2**64), one per sample, or one integer")
     values = [given + k for k in range(batch_size)] if isinstance(given, int) else list(given)
     if len(values) != batch_size:
         raise ValueError(f"seeds: {len(values)} for a batch of {batch_size}; pass one per sample, or one integer")
     values = [seed.tolist() if hasattr(seed, "tolist") else seed for seed in values]
     for seed in values:
         if not isinstance(seed, int) or not 0 <= seed < 1 << 64:
-            raise ValueError(f"seeds: {seed}; pass integers in [0, 2**64)")
+            raise ValueError(f"seeds: {seed!r}; pass integers in [0, 2**64)")
     return values
 
 

@@ -17,6 +17,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from fastddim.config import require_number
 from fastddim.model_call import mean_of, null_class
 from fastddim.reference import combine_guidance
 from fastddim.samplers.sampling import read_scheduler
@@ -35,6 +36,7 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "LDMPipeline": ("unet", "vqvae"),
     _ROOT: ("unet",),
 }
+PIPELINES = tuple(name for name in _PARTS if name != _ROOT)
 
 
 class DDIMPipeline(diffusers.DDIMPipeline):  # type: ignore[misc]
@@ -88,13 +90,14 @@ class DDIMPipeline(diffusers.DDIMPipeline):  # type: ignore[misc]
             guidance_scale: classifier-free guidance against the "no class" label; 1 is off.
 
         Raises:
-            ValueError: generators or labels of another number than images, labels for a UNet without classes or out of
-                range, guidance without labels, an unknown output type.
+            ValueError: generators or labels of another number than images, labels for a UNet without classes, out of range
+                or no integers, guidance without labels or of no finite scale, an unknown output type.
         """
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"generator: a list of {len(generator)} for batch_size {batch_size}; pass one per image")
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type: {output_type!r}; pass 'pil', 'np' or 'pt'")
+        require_number("guidance_scale", guidance_scale, -1e4, 1e4)
         guided = guidance_scale != 1.0
         labels = self._labels(class_labels, batch_size, guided)
         if not 0.0 <= eta <= 1.0:
@@ -141,7 +144,10 @@ class DDIMPipeline(diffusers.DDIMPipeline):  # type: ignore[misc]
             return None if null is None else torch.full((batch_size,), null, device=self._execution_device)
         if null is None:
             raise ValueError("class_labels: this UNet has no classes; leave them out")
-        tensor = torch.as_tensor(labels, dtype=torch.int64, device=self._execution_device)
+        given = torch.as_tensor(labels)
+        if given.is_floating_point():
+            raise ValueError(f"class_labels: {given.tolist()}; pass integers in [0, {null}] ({null} is no class)")
+        tensor = given.to(self._execution_device, torch.int64)
         if tensor.shape != (batch_size,):
             raise ValueError(
                 f"class_labels: shape {tuple(tensor.shape)}; pass one label for each of {batch_size} images"
@@ -187,10 +193,8 @@ def load_pipeline(model: str | Path | None = None, variant: str | None = None) -
     for path in (*(part / "config.json" for part in parts), schedulers / "scheduler_config.json"):
         if not path.is_file():
             raise FileNotFoundError(f"model: {str(path)!r} is missing; pass a diffusers pipeline folder")
-    _check_variant(parts, variant)
-    return _from_diffusers(
-        str(folder), kind, variant, "has a damaged file, or weights that do not fit its configuration"
-    )
+    check_variant(parts, variant)
+    return _from_diffusers(str(folder), kind, variant, "cannot be loaded")
 
 
 def _is_hub_id(name: str) -> bool:
@@ -234,15 +238,22 @@ def _read_kind(folder: Path) -> str:
 
 def _require_kind(model: str | Path | None, kind: str) -> None:
     if kind not in _PARTS:
-        names = ", ".join(name for name in _PARTS if name != _ROOT)
         raise ValueError(
-            f"model: {str(model)!r} is a {kind}; pass one of {names}, or load it by diffusers, for"
+            f"model: {str(model)!r} is a {kind}; pass one of {', '.join(PIPELINES)}, or load it by diffusers, for"
             " fastddim.Sampler(pipe.unet, pipe.scheduler) or fastddim.accelerate(pipe)"
         )
 
 
-def _check_variant(parts: Sequence[Path], variant: str | None) -> None:
-    """Refuse a variant that no part has, and a part without weights of it or of none."""
+def check_variant(parts: Sequence[Path], variant: str | None) -> None:
+    """Refuse a variant that no part has, and a part without weights of it or of none.
+
+    Args:
+        parts: the folders of a pipeline's networks.
+        variant: as `load_pipeline`'s.
+
+    Raises:
+        FileNotFoundError: a folder without weights; ValueError: with weights of other variants alone.
+    """
     found = []
     for part in parts:
         files = [*part.glob("*.safetensors"), *part.glob("*.bin")]
@@ -254,8 +265,9 @@ def _check_variant(parts: Sequence[Path], variant: str | None) -> None:
         found.append({([*re.sub(r"-\d+-of-\d+$", "", file.stem).split("."), None])[1] for file in files})
     for part, variants in zip(parts, found, strict=True):
         if not {variant, None} & variants or all(variant not in each for each in found):
-            there = ", ".join(sorted(repr(each) for each in variants))
-            raise ValueError(f"variant: {variant!r}, but {str(part)!r} has the weights of variant {there}; pass that")
+            there = ", ".join(sorted(repr(each) for each in variants if each))
+            fix = f"the weights of variant {there}; pass that" if there else "weights of no variant; leave it out"
+            raise ValueError(f"variant: {variant!r}, but {str(part)!r} has {fix}")
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from fastddim.config import DDIMConfig, Limit
 from fastddim.cuda_graph import GraphCache
 from fastddim.interpolation import slerp
 from fastddim.loop import Loop, Run, graph_mode, pad, upload_new
-from fastddim.model_call import Hoister, Model, has_rows, null_class
+from fastddim.model_call import Hoister, Model, has_rows, null_class, sample_shape_of
 from fastddim.noise import STREAM_INITIAL, check_seeds, normal, seed_bits
 from fastddim.sampler_options import FIXED_BY_A_TABLE, OF_A_METHOD, SamplerOptions, to_python
 from fastddim.samplers import Steps
@@ -151,7 +151,7 @@ class Sampler:
         if options.guidance_method == "cfg++":
             require_epsilon_term(self.table, "guidance_method", self.method)
         self._guided_steps = range(*(int(fraction * len(self.table)) for fraction in options.guidance_interval))
-        self.sample_shape = _model_sample_shape(model) if options.sample_shape is None else options.sample_shape
+        self.sample_shape = sample_shape_of(model) if options.sample_shape is None else options.sample_shape
         module = model if isinstance(model, torch.nn.Module) else None
         parameter = None if module is None else next(iter(module.parameters()), None)
         self.model_dtype = parameter.dtype if parameter is not None and parameter.is_floating_point() else options.dtype
@@ -437,6 +437,8 @@ class Sampler:
         return draw_start(self.options.backend, words, drawn, self.table.start_scale)
 
     def _check_observers(self, callback: Callback | None, progress: bool, return_trajectory: bool) -> None:
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback: {callback!r}; pass a function of (step, t, x, x0)")
         if self.options.graph != "loop":
             return
         for name, given in (("callback", callback), ("progress", progress), ("return_trajectory", return_trajectory)):
@@ -493,7 +495,7 @@ class Sampler:
         state: torch.Tensor | None = None
         if isinstance(start, np.generic) or (isinstance(start, torch.Tensor) and start.ndim == 0):
             start = to_python(start)
-        if isinstance(start, torch.Tensor):
+        if isinstance(start, (torch.Tensor, np.ndarray)):
             self._check_state("start", start, "B")
             state, shape = start, tuple(start.shape)
         elif isinstance(start, bool) or not isinstance(start, int) or start < 1:
@@ -557,7 +559,10 @@ class Sampler:
             # Both halves are in it.
             return {}
         labels, null = kwargs.get("class_labels"), null_class(self.model)
-        if isinstance(labels, torch.Tensor) and null is not None and "encoder_hidden_states" not in kwargs:
+        if labels is not None and null is not None and "encoder_hidden_states" not in kwargs:
+            if not has_rows(labels, batch_size):
+                given = f"shape {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else type(labels).__name__
+                raise ValueError(f"class_labels: {given}; pass a tensor of {batch_size} labels")
             return {"class_labels": torch.full_like(labels, null)}
         names = ", ".join(kwargs) or "no keyword argument"
         raise ValueError(
@@ -654,17 +659,3 @@ def _check_signature(model: Model, kwargs: Mapping[str, Any]) -> None:
         ) from None
     if kept:
         _TAKEN.setdefault(method, set()).add(names)
-
-
-def _model_sample_shape(model: Model) -> tuple[int, ...] | None:
-    """What a diffusers model's configuration says; None for one of videos, which leaves the frames open."""
-    config = getattr(model, "config", None)
-    channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
-    kind = type(model).__name__
-    if channels is None or size is None or any(word in kind for word in ("3D", "Motion", "SpatioTemporal")):
-        return None
-    # More channels than come out are conditions beside the state, as those of inpainting.
-    channels = min(channels, getattr(config, "out_channels", None) or channels)
-    if isinstance(size, int):
-        return (channels, size) if "1D" in kind else (channels, size, size)
-    return (channels, *size)

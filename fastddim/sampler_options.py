@@ -27,6 +27,10 @@ FIXED_BY_A_TABLE = (
     "num_inference_steps", "timesteps", "sigmas", "spacing", "method", "method_options", "eta", "variance_type",
     "use_clipped_model_output", "strength", "transitions",
 )  # fmt: skip
+# Options that may be tensors or numpy's numbers.
+_NUMBERS = (
+    "num_inference_steps", "guidance_scale", "guidance_rescale", "apg_eta", "apg_norm_threshold", "strength",
+)  # fmt: skip
 # Options that a method has or has not, handed on where they differ from their defaults.
 OF_A_METHOD = ("eta", "variance_type", "use_clipped_model_output", "transitions")
 
@@ -116,6 +120,8 @@ class SamplerOptions:
     max_graphs: int = 8
 
     def __post_init__(self) -> None:
+        for name in _NUMBERS:
+            object.__setattr__(self, name, to_python(getattr(self, name)))
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
             raise ValueError(f"dtype: {self.dtype!r}; pass a floating-point torch.dtype")
         if self.device is not None:
@@ -157,7 +163,6 @@ class SamplerOptions:
             given = to_python(getattr(self, name))
             if given is not None:
                 object.__setattr__(self, name, _convert(name, tuple, given, f"a list of {noun}"))
-        object.__setattr__(self, "num_inference_steps", to_python(self.num_inference_steps))
         for size in self.sample_shape or ():
             require_int("sample_shape", size, 0)
 

@@ -49,6 +49,7 @@ from fastddim.samplers.sampling import Sampling
 from fastddim.schedule import EDMSchedule, FlowSchedule, Schedule
 from oracle import ddim
 from pairwise import pairwise
+from unets import small_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -564,6 +565,16 @@ def test_what_text_unets_take_beside_texts_is_exported(tmp_path, options):
         uncond_kwargs={"encoder_hidden_states": null.numpy()},
         **{name: value.numpy() for name, value in {**beside, **labels}.items()},
     )  # fmt: skip
+    for name, value in {**beside, **labels}.items():
+        given = {
+            "encoder_hidden_states": embeds.numpy(),
+            **{key: each.numpy() for key, each in {**beside, **labels}.items()},
+        }
+        uncond = {"encoder_hidden_states": null.numpy(), name: value.numpy()}
+        with pytest.raises(
+            ValueError, match=f"uncond_kwargs: '{name}' is one input for both halves here; leave it out"
+        ):
+            OrtSampler(bundle)(start.numpy(), guidance_scale=5.0, uncond_kwargs=uncond, **given)
     scheduler = diffusers.DDIMScheduler(clip_sample=False)
     scheduler.set_timesteps(4)
     x = start
@@ -604,6 +615,8 @@ def test_defaults_fit_a_short_schedule(tmp_path):
 
 
 def test_channels_of_another_kind_are_refused():
+    with pytest.raises(ValueError, match=r"model: 6 channels, 3 of them the sample's, cannot be exported"):
+        describe(small_unet(in_channels=6, out_channels=3))
     with pytest.raises(ValueError, match=r"model: 8 channels, 4 of them the sample's, cannot be exported"):
         describe(conditional_unet(in_channels=8))
 
@@ -617,7 +630,13 @@ def test_transformers_with_a_learned_variance_export_their_mean(tmp_path):
     bundle = export_onnx(dit, DDIMConfig(), tmp_path / "bundle", ExportOptions(guided=True), parity_steps=QUICK)
     assert bundle.manifest["sampling"]["null_values"] == {"class_labels": 6}
     labels = np.array([0, 3])
-    actual = OrtSampler(bundle)(2, seeds=0, num_inference_steps=5, guidance_scale=2.0, class_labels=labels)
+    sampler = OrtSampler(bundle)
+    for bad in (-1, 7):
+        with pytest.raises(
+            ValueError, match=rf"class_labels: \[0, {bad}\]; pass integers in \[0, 6\] \(6 is no class\)"
+        ):
+            sampler(2, seeds=0, guidance_scale=2.0, class_labels=np.array([0, bad]))
+    actual = sampler(2, seeds=0, num_inference_steps=5, guidance_scale=2.0, class_labels=labels)
     sampler = Sampler(
         lambda x, t, class_labels: dit(x, timestep=t, class_labels=class_labels).sample[:, :2],
         DDIMConfig(), 5, guidance_scale=2.0, sample_shape=(2, 4, 4),

@@ -382,9 +382,26 @@ def test_pipelines_that_cannot_be_exported_are_named(tmp_path):
         export_pipeline(with_parts(text_encoder=None), out)
     with pytest.raises(ValueError, match="time_cond_proj_dim"):
         export_pipeline(with_parts(unet=unet(12, time_cond_proj_dim=8)), out)
+    with pytest.raises(ValueError, match=r"its unet takes mask, masked_image_latents beside texts.*export_onnx"):
+        export_pipeline(with_parts(unet=unet(12, in_channels=9)), out)
+    with pytest.raises(ValueError, match=r"its unet takes class_labels beside texts.*export_onnx"):
+        export_pipeline(with_parts(unet=unet(12, num_class_embeds=5)), out)
     with pytest.raises(FileExistsError, match="--force"):
         export_pipeline(make("sd"), tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+def test_folders_that_cannot_be_exported_are_named(tmp_path):
+    make("sd").save_pretrained(tmp_path, variant="fp16")
+    for variant in (None, "ema"):
+        with pytest.raises(
+            ValueError, match=rf"variant: {variant!r}, but .* has the weights of variant 'fp16'; pass that"
+        ):
+            load_exportable(tmp_path, variant)
+    edit(tmp_path, lambda index: index.update(_class_name="StableDiffusionImg2ImgPipeline"), "model_index.json")
+    named = r"is a StableDiffusionImg2ImgPipeline; pass one of DDIMPipeline, .*StableDiffusionPipeline, .*export_onnx\("
+    with pytest.raises(ValueError, match=named):
+        load_exportable(tmp_path)
 
 
 @pytest.mark.slow

@@ -138,6 +138,7 @@ def test_the_embedded_model_is_a_diffusers_folder_too():
         ({"output_type": "jpg"}, ["output_type", "'jpg'", "'pil'"]),
         ({"class_labels": [0]}, ["class_labels", "no classes"]),
         ({"guidance_scale": 2.0}, ["guidance_scale", "class_labels"]),
+        ({"guidance_scale": None}, ["guidance_scale: None", "number"]),
     ],
 )
 def test_bad_calls_are_refused(call, parts):
@@ -147,7 +148,10 @@ def test_bad_calls_are_refused(call, parts):
     assert all(part in str(caught.value) for part in parts), caught.value
 
 
-@pytest.mark.parametrize(("labels", "parts"), [([0], ["(1,)", "2"]), ([0, 5], ["[0, 5]", "[0, 4]"]), ([-1, 0], ["-1"])])
+@pytest.mark.parametrize(
+    ("labels", "parts"),
+    [([0], ["(1,)", "2"]), ([0, 5], ["[0, 5]", "[0, 4]"]), ([-1, 0], ["-1"]), ([1.7, 0.0], ["1.7", "integers"])],
+)
 def test_bad_labels_are_refused(labels, parts):
     pipe = quiet(DDIMPipeline(image_unet(num_class_embeds=5), diffusers.DDIMScheduler()))
     with pytest.raises(ValueError, match="class_labels") as caught:
@@ -212,6 +216,11 @@ def test_the_weights_of_a_variant_are_loaded_by_name(folder, shard):
             ValueError, match=f"variant: {variant!r}, but .*unet.* has the weights of variant 'fp16'; pass"
         ):
             load_pipeline(folder, variant)
+    unet.save_pretrained(folder / "unet")
+    for path in (folder / "unet").glob("*.fp16*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"variant: 'fp16', but .*unet' has weights of no variant; leave it out"):
+        load_pipeline(folder, "fp16")
 
 
 def latent_pipeline(**options):
@@ -264,6 +273,18 @@ def test_another_kind_of_pipeline_is_refused_by_name(folder, tmp_path):
 def test_a_scheduler_of_other_levels_is_not_converted(scheduler):
     with pytest.raises(ValueError, match=f"scheduler: {scheduler.__name__} has other noise levels"):
         DDIMPipeline(image_unet(), scheduler())
+
+
+def test_the_folder_of_such_a_scheduler_is_refused_for_that_reason(folder):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"][1] = type(scheduler).__name__
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        ValueError, match="cannot be loaded: scheduler: FlowMatchEulerDiscreteScheduler has other noise"
+    ):
+        load_pipeline(folder)
 
 
 def test_a_learned_variance_is_left_out():

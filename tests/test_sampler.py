@@ -521,8 +521,36 @@ def test_cogvideox_levels_are_shifted(prediction_type, rescale):
         expected = theirs.step(torch_model(expected, t.reshape(1)), t, expected, return_dict=False)[0]
     assert sampler.method == "ddim" and sampler.limit is None
     torch.testing.assert_close(sampler(x), expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="scheduler: FlowMatchHeunDiscreteScheduler is no linear sampler"):
+    with pytest.raises(
+        ValueError, match="scheduler: FlowMatchHeunDiscreteScheduler is the class of no sampling method here"
+    ):
         Sampler(torch_model, diffusers.FlowMatchHeunDiscreteScheduler(), 10)
+
+
+@pytest.mark.parametrize("change", ["alphas_cumprod", "beta_start"])
+def test_levels_that_a_configuration_does_not_give_are_refused(change):
+    scheduler = diffusers.DDIMScheduler()
+    if change == "alphas_cumprod":
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod**2
+    else:
+        # diffusers reads it no more.
+        scheduler.config.beta_start = 0.001
+    with pytest.raises(ValueError, match=r"alphas_cumprod: other numbers than .*; pass one made with trained_betas="):
+        Sampler(torch_model, scheduler, 10)
+
+
+def test_tensors_are_taken_as_numbers():
+    given = {"num_inference_steps": 4, "guidance_scale": 2.0, "guidance_rescale": 0.5, "strength": 0.75}
+    for convert in (torch.tensor, np.array):
+        sampler = Sampler(torch_model, DDIMConfig(), **{name: convert(value) for name, value in given.items()})
+        assert {name: getattr(sampler, name) for name in given} == given
+
+
+@pytest.mark.parametrize("labels", [[1, 2], torch.tensor([1, 2, 3]), torch.tensor(1)])
+def test_labels_without_a_row_for_each_sample_are_named(labels):
+    model = small_unet(num_class_embeds=4)
+    with pytest.raises(ValueError, match=r"class_labels: .*; pass a tensor of 2 labels"):
+        Sampler(model, DDIMConfig(), 2, guidance_scale=2.0)(2, seeds=0, class_labels=labels)
 
 
 def fail(*args, **kwargs):
@@ -567,10 +595,25 @@ def test_bad_options_are_refused(options, error, parts):
 
 
 @pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"start": np.zeros((2, *SHAPE))}, r"start: ndarray; pass a tensor \[B, 3, 4, 4\]"),
+        ({"start": 2, "callback": 3}, "callback: 3; pass a function of"),
+    ],
+)
+def test_calls_of_other_types_are_refused_before_the_model_runs(call, message):
+    sampler = Sampler(fail, DDIMConfig(), 5, sample_shape=SHAPE)
+    with pytest.raises(TypeError, match=message):
+        sampler(seeds=1, **call)
+
+
+@pytest.mark.parametrize(
     ("options", "call", "parts"),
     [
         ({}, {"start": 2}, ["seeds", "None"]),
         ({}, {"start": 2, "seeds": [1]}, ["seeds", "1", "batch of 2"]),
+        ({}, {"start": 2, "seeds": 1.5}, ["seeds: 1.5", "integer"]),
+        ({}, {"start": 2, "seeds": torch.Generator()}, ["seeds: <torch", "integer"]),
         ({}, {"start": 0, "seeds": 1}, ["start", "0", ">= 1"]),
         ({}, {"start": torch.zeros(2, 5)}, ["start", "(2, 5)", "[B, 3, 4, 4]"]),
         ({}, {"start": torch.zeros(2, *SHAPE, dtype=torch.int64)}, ["start", "int64"]),

@@ -404,10 +404,13 @@ class BundleSampler(ABC):
             if name not in conditions:
                 raise ValueError(f"{name}: missing; pass an array {self._taken[name]['shape']}")
             feeds[name] = fit_array(name, conditions[name], self._taken[name], batch, self._arrays)
+            null = self._sampling["null_values"].get(name)
+            _check_labels(name, feeds[name], null)
             other = f"uncond_{name}"
             if other not in self._taken:
+                if name in uncond:
+                    raise ValueError(f"uncond_kwargs: {name!r} is one input for both halves here; leave it out")
                 continue
-            null = self._sampling["null_values"].get(name)
             if name in uncond:
                 feeds[other] = fit_array(other, uncond[name], self._taken[other], batch, self._arrays)
             elif null is not None:
@@ -504,6 +507,13 @@ def fit_array(
     if not _fits(array.shape, shape) or not arrays.casts(array, item["dtype"]):
         raise ValueError(f"{name}: {array.dtype} of shape {tuple(array.shape)}; pass {item['dtype']} of shape {shape}")
     return arrays.cast(array, item["dtype"])
+
+
+def _check_labels(name: str, labels: Any, null: int | None) -> None:
+    """Refuse classes that a model has not, of which a graph takes negative ones from the end; a device is not asked."""
+    known = name == "class_labels" and null is not None and isinstance(labels, np.ndarray)
+    if known and not ((labels >= 0) & (labels <= null)).all():
+        raise ValueError(f"{name}: {labels.tolist()}; pass integers in [0, {null}] ({null} is no class)")
 
 
 def _fits(shape: Sequence[int], expected: Sequence[int | str]) -> bool:

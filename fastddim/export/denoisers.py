@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastddim.model_call import Model, mean_of, prediction_of
+from fastddim.model_call import Model, mean_of, prediction_of, sample_shape_of
 from fastddim.policies.chunk import KNOWN
 from fastddim.policies.policy import Policy
 
@@ -136,15 +136,11 @@ def _call_condition_unet(
     return mean_of(prediction_of(output), x)
 
 
-def _square(config: Any, sample_shape: tuple[int, ...] | None) -> tuple[int, ...]:
-    if sample_shape is not None:
-        return tuple(sample_shape)
-    size = config.sample_size
-    if size is None:
+def _shape_of(model: torch.nn.Module, sample_shape: tuple[int, ...] | None) -> tuple[int, ...]:
+    shape = sample_shape_of(model) if sample_shape is None else tuple(sample_shape)
+    if shape is None:
         raise ValueError("sample_shape: the model's configuration has no sample_size; pass (channels, height, width)")
-    # More channels than come out are conditions.
-    channels = min(config.in_channels, config.out_channels or config.in_channels)
-    return (channels, *((size, size) if isinstance(size, int) else size))
+    return shape
 
 
 def _describe_unet(model: torch.nn.Module, config: Any, sample_shape: tuple[int, ...] | None) -> Denoiser:
@@ -157,7 +153,13 @@ def _describe_unet(model: torch.nn.Module, config: Any, sample_shape: tuple[int,
         null = config.num_class_embeds - 1
         labels = torch.zeros(2, dtype=torch.int64)
         conditions["class_labels"] = Condition(labels, null, f"class of each sample; {null} is no class")
-    return Denoiser(model, functools.partial(_call, model), _square(config, sample_shape), conditions, resizable=True)
+    shape = _shape_of(model, sample_shape)
+    if config.in_channels != shape[0]:
+        raise ValueError(
+            f"model: {config.in_channels} channels, {shape[0]} of them the sample's, cannot be exported; wrap it in a module"
+            " that has the others, and pass sample_shape"
+        )
+    return Denoiser(model, functools.partial(_call, model), shape, conditions, resizable=True)
 
 
 def _describe_condition_unet(model: torch.nn.Module, config: Any, sample_shape: tuple[int, ...] | None) -> Denoiser:
@@ -169,7 +171,7 @@ def _describe_condition_unet(model: torch.nn.Module, config: Any, sample_shape: 
             f"model: encoder_hid_dim_type {config.encoder_hid_dim_type!r} and class_embed_type {config.class_embed_type!r}"
             " cannot be exported; None and None or 'timestep' can"
         )
-    shape = _square(config, sample_shape)
+    shape = _shape_of(model, sample_shape)
     beside = config.in_channels - shape[0]
     if beside not in (0, 1 + shape[0]):
         raise ValueError(
@@ -207,7 +209,7 @@ def _describe_dit(model: torch.nn.Module, config: Any, sample_shape: tuple[int, 
     null = config.num_embeds_ada_norm
     labels = Condition(torch.zeros(2, dtype=torch.int64), null, f"class of each sample; {null} is no class")
     call = functools.partial(_call, model)
-    return Denoiser(model, call, _square(config, sample_shape), {"class_labels": labels})
+    return Denoiser(model, call, _shape_of(model, sample_shape), {"class_labels": labels})
 
 
 class _Decode(torch.nn.Module):

@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import torch
 
-from fastddim.pipeline import load_pipeline
+from fastddim.pipeline import PIPELINES, check_variant, load_pipeline
 from fastddim.policies.lerobot import is_lerobot_folder, load_policy
 
 _ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
@@ -54,11 +54,19 @@ def load_exportable(model: str | Path | None, variant: str | None = None) -> Any
         # What is wrong with it, load_pipeline says.
         with contextlib.suppress(Exception):
             kind = diffusers.DiffusionPipeline.load_config(str(model))["_class_name"]
-    if kind not in (*TEXT_TO_IMAGE, *SAMPLERS_ALONE):
+    beside = (*TEXT_TO_IMAGE, *SAMPLERS_ALONE)
+    if kind and kind not in (*PIPELINES, *beside):
+        raise ValueError(
+            f"model: {str(model)!r} is a {kind}; pass one of {', '.join((*PIPELINES, *beside))}, or load it by diffusers, for"
+            " fastddim.export.export_onnx(pipe.unet, pipe.scheduler, out)"
+        )
+    if kind not in beside:
         return load_pipeline(model, variant)
     # Only pipelines of Stable Diffusion before XL have one.
     checked = kind in ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
     unchecked = {"safety_checker": None, "requires_safety_checker": False} if checked else {}
+    networks = [path.parent for path in Path(str(model)).glob("*/config.json")]
+    check_variant([folder for folder in networks if folder.name not in unchecked], variant)
     try:
         return diffusers.DiffusionPipeline.from_pretrained(str(model), variant=variant, **unchecked)
     except Exception as error:  # diffusers, safetensors, torch and the hub's client each raise their own types

@@ -20,7 +20,6 @@ from fastddim.schedule import Schedule
 from fastddim.step import require_epsilon_term
 
 KINDS = ("loop", "step")
-DEFAULT_STEPS = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +185,7 @@ def plan_sampler(
         limit = sampling.limit
         rederive = options.guidance_method != "cfg++"
         sampling = sampling.with_options(options.of_the_method(), limit, options.spacing, rederive=rederive)
-        table = sampling.build(Steps(options.num_inference_steps or min(DEFAULT_STEPS, sampling.most_steps)))
+        table = sampling.build(Steps(options.num_inference_steps or sampling.default_steps))
         if table.stochastic and not options.stochastic:
             raise ValueError(
                 f"stochastic: False, but method {sampling.method!r} adds noise; pass stochastic=True, which makes noise an"

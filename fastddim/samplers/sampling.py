@@ -7,18 +7,21 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+import numpy as np
+
 from fastddim.coefficients import StepTable
 from fastddim.config import DDIMConfig, Limit, require_choice
 from fastddim.samplers.levels import AnySchedule
 from fastddim.samplers.method import METHODS, get_method
 from fastddim.samplers.steps import Steps
-from fastddim.schedule import EDMSchedule, FlowSchedule, Schedule, shift_snr
+from fastddim.schedule import EDMSchedule, FloatArray, FlowSchedule, Schedule, shift_snr
 
 SCHEDULE_TYPES: dict[str, type[Schedule] | type[FlowSchedule] | type[EDMSchedule]] = {
     "betas": Schedule,
     "flow": FlowSchedule,
     "edm": EDMSchedule,
 }
+_DEFAULT_STEPS = 50
 # EDM's models know no number of training timesteps.
 _MOST_STEPS = 1000
 # More than a user takes with the methods whose tables are kept, and few enough to keep all of them.
@@ -84,6 +87,11 @@ class Sampling:
             # Its first step lies one stride below the end of training.
             trained = max(1, trained - 1)
         return int({**method.options, **self.options}.get("original_inference_steps", trained))
+
+    @property
+    def default_steps(self) -> int:
+        """The steps of a run, where no number of them is given."""
+        return min(_DEFAULT_STEPS, self.most_steps)
 
     @property
     def most_baked(self) -> int:
@@ -152,8 +160,8 @@ def read_scheduler(scheduler: Any, method: str = "auto", argument: str = "schedu
 
     Raises:
         TypeError: something else.
-        ValueError: an unknown method, a class of diffusers that is none of these methods, or a configuration that the
-            method cannot take; the message names what would work.
+        ValueError: an unknown method, a class of diffusers that is none of these methods, a configuration that the
+            method cannot take, or `alphas_cumprod` that are not the configuration's; the message names what would work.
     """
     if method != "auto":
         get_method(method)
@@ -181,7 +189,7 @@ def read_scheduler(scheduler: Any, method: str = "auto", argument: str = "schedu
     if own is None and method == "auto":
         classes = sorted({name for found in METHODS.values() for name in found.schedulers})
         raise ValueError(
-            f"{argument}: {type(scheduler).__name__} is no linear sampler with one model call a step; pass one of"
+            f"{argument}: {type(scheduler).__name__} is the class of no sampling method here; pass one of"
             f" {', '.join(classes)}, or method= to sample its model by one of {', '.join(METHODS)}"
         )
     chosen = own if method == "auto" else method
@@ -198,7 +206,21 @@ def read_scheduler(scheduler: Any, method: str = "auto", argument: str = "schedu
         # A class that knows no clip has none, whatever DDIM's default; what a file says is kept for pipelines of DDIM's.
         config = {"clip_sample": False, **config}
     # DDIM's options are no configuration's, and another method than the class's own takes its defaults.
-    return _read_config(config, chosen, chosen != "ddim" and chosen in known)
+    sampling = _read_config(config, chosen, chosen != "ddim" and chosen in known)
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is not None and not getattr(alphas, "is_meta", False) and isinstance(sampling.schedule, Schedule):
+        _require_equal(alphas, sampling.schedule.alphas_cumprod)
+    return sampling
+
+
+def _require_equal(alphas: Any, configured: FloatArray) -> None:
+    """Refuse `alphas_cumprod` that were replaced, as nothing here would see them."""
+    own = np.asarray(alphas.double().cpu() if hasattr(alphas, "cpu") else alphas, dtype=np.float64)
+    # A scheduler computes its own in float32.
+    if own.shape != configured.shape or not np.allclose(own, configured, rtol=1e-3, atol=1e-6):
+        raise ValueError(
+            "alphas_cumprod: other numbers than the scheduler's configuration gives; pass one made with trained_betas="
+        )
 
 
 def _read_config(config: Mapping[str, Any], method: str, configured: bool) -> Sampling:

@@ -37,6 +37,8 @@ _MEANINGS = {
     "latents": "the sampler's finished samples",
     "images": "pictures in [-1, 1], RGB",
 }
+# What `OrtPipeline` makes of texts and sizes for the sampler.
+_OF_TEXTS = ("encoder_hidden_states", "text_embeds", "time_ids")
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,12 @@ def export_pipeline(
     options = replace(options or ExportOptions(), guided=True)
     plan = plan_sampler(pipe.unet, pipe.scheduler, options)
     fit_parity_steps(parity_steps, plan.sampling)
+    beside = [name for name in plan.denoiser.conditions if name not in _OF_TEXTS]
+    if beside:
+        raise ValueError(
+            f"pipe: its unet takes {', '.join(beside)} beside texts, which no text gives; pass export_onnx(pipe.unet,"
+            " pipe.scheduler, out), which makes them inputs"
+        )
     components = {name: make(pipe, name, options, plan.denoiser.sample_shape) for name, make in _components(pipe)}
 
     def fill(folder: Path) -> dict[str, Any]:
@@ -135,8 +143,8 @@ def export_loaded(
         return export_pipeline(pipe, out, options, **arguments)
     if not sampler_only and (hasattr(pipe, "vqvae") or hasattr(pipe, "text_encoder")):
         raise ValueError(
-            f"model: {type(pipe).__name__} has encoders or a decoder that are not exported; pass sampler_only=True"
-            " (--sampler-only) for its network and schedule, whose samples are latents"
+            f"model: {type(pipe).__name__} has encoders or a decoder that are not exported; pass sampler_only=True for"
+            " its network and schedule, whose samples are latents"
         )
     return export_onnx(denoiser_of(pipe), pipe.scheduler, out, options, **arguments)
 
