@@ -49,7 +49,7 @@ class Bundles(dict[str, Path]):
             )
             assert result.exit_code == 0, result.output
             return path
-        options = ExportOptions(kind="step", hoist=True) if name == "step" else None
+        options = ExportOptions(kind="step") if name == "step" else None
         policy = load_policy(self._folders[STATE if name == "step" else name])
         export_policy(policy, path, options, committed=name == "step", parity_steps=(3,))
         return path

@@ -26,7 +26,17 @@ from fastddim.bench.cases import (
     unless_quick,
 )
 from fastddim.bench.loop_case import LoopInputs, loop_case
-from fastddim.bench.networks import BATCHES, CIFAR10, DIGITS, NETWORKS, POLICY, SD_SMALL, STEPS, Network
+from fastddim.bench.networks import (
+    BATCHES,
+    CIFAR10,
+    DIFFUSION_POLICY,
+    DIGITS,
+    NETWORKS,
+    POLICY,
+    SD_SMALL,
+    STEPS,
+    Network,
+)
 from fastddim.bench.scheduler_loop import class_of, drawing, make_scheduler, run_scheduler
 from fastddim.samplers import METHODS
 
@@ -233,7 +243,7 @@ def _method_candidates(scope: Scope) -> tuple[Candidate, ...]:
 
 def _runs(network: Network, scope: Scope) -> list[tuple[int, int]]:
     """Batches and numbers of steps, the most usual first."""
-    if network is SD_SMALL:
+    if network in (SD_SMALL, DIFFUSION_POLICY):
         # The larger ones of its kind are a GPU's.
         return [(1, network.usual_steps)]
     runs = [(1, network.usual_steps), *((1, steps) for steps in STEPS), *((b, network.usual_steps) for b in BATCHES)]
@@ -243,7 +253,7 @@ def _runs(network: Network, scope: Scope) -> list[tuple[int, int]]:
 
 
 def _missing(network: Network, run: tuple[int, int], scope: Scope) -> str | None:
-    on_cpu = network in (POLICY, DIGITS, SD_SMALL) or (network is CIFAR10 and run in _CIFAR10_ON_CPU)
+    on_cpu = network in (POLICY, DIFFUSION_POLICY, DIGITS, SD_SMALL) or (network is CIFAR10 and run in _CIFAR10_ON_CPU)
     if not scope.on_gpu and not on_cpu:
         return NEEDS_GPU
     return LEFT_OUT if scope.quick and run not in _QUICK.get(network, ()) else None
@@ -257,7 +267,7 @@ def _candidates(network: Network, run: tuple[int, int], scope: Scope) -> tuple[C
         candidates.append(EAGER_LOOP)
     else:
         candidates[1:1] = unless_quick(scope, COMPILED_SAMPLER)
-    (candidates if network in (POLICY, DIGITS) else slow).append(exported.ORT_LOOP)
+    (candidates if network in (POLICY, DIFFUSION_POLICY, DIGITS) else slow).append(exported.ORT_LOOP)
     if run == (1, network.usual_steps) or (network is CIFAR10 and not scope.on_gpu and run == (1, 4)):
         candidates += unless_quick(scope, *slow)
     return tuple(candidates)

@@ -15,6 +15,8 @@ BATCHES = (1, 4, 16)
 
 _DIFFUSERS = installed("diffusers", "pip install diffusers")
 _POLICY_OBS_DIM = 20
+# Two moments of an image's 64 features and two joints.
+_ENCODED_DIM = 132
 _DIGIT = 3
 # A random network's error grows from step to step; with less output, float32 stays close to float64.
 _OUTPUT_SCALE = 0.1
@@ -61,6 +63,23 @@ def _policy(device: str) -> Any:
 
 def _observation(batch: int, device: str) -> dict[str, Any]:
     return {"observation": _draw(1, batch, _POLICY_OBS_DIM).to(device)}
+
+
+def _diffusion_policy(device: str) -> Any:
+    import torch
+
+    from fastddim.policies.networks import ConditionalUnet1d
+
+    with _seeded(device):
+        model = ConditionalUnet1d(2, _ENCODED_DIM, (256, 512, 1024), diffusion_step_embed_dim=256)
+    model = model.eval().requires_grad_(False).to(device)
+    with torch.no_grad():
+        model.final_conv[-1].weight.mul_(_OUTPUT_SCALE)  # type: ignore[operator]
+    return model
+
+
+def _encoded(batch: int, device: str) -> dict[str, Any]:
+    return {"global_cond": _draw(1, batch, _ENCODED_DIM).to(device)}
 
 
 def _digits(device: str) -> Any:
@@ -128,6 +147,16 @@ POLICY = Network(
     needs=lambda: None,
     usual_steps=10,
     schedule=(("num_train_timesteps", 100),),
+)
+# Of the size of Diffusion Policy's own for images (arXiv:2303.04137), as LeRobot builds it.
+DIFFUSION_POLICY = Network(
+    "diffusion-policy",
+    (16, 2),
+    _diffusion_policy,
+    _encoded,
+    needs=lambda: None,
+    usual_steps=10,
+    schedule=(("num_train_timesteps", 100), ("beta_schedule", "squaredcos_cap_v2")),
 )
 DIGITS = Network(
     "digits",
@@ -232,4 +261,4 @@ SDXL = Network(
     repeats=True,
 )
 
-NETWORKS = (POLICY, DIGITS, CIFAR10, SD_SMALL, LSUN256, SD15, SDXL)
+NETWORKS = (POLICY, DIFFUSION_POLICY, DIGITS, CIFAR10, SD_SMALL, LSUN256, SD15, SDXL)

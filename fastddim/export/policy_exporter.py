@@ -39,7 +39,7 @@ def export_policy(
         policy: from `fastddim.policies`; it is not changed.
         out: the folder to write.
         options: what is fixed in the file. Steps and method are the policy's by default, and noise is an input where they
-            need it.
+            need it. A file of one step has a graph before it (`hoist`) where the runtime takes two.
         runtime: `"onnx"` or `"aoti"`; a TensorRT engine is built from the ONNX bundle.
         image_dtype: what pictures are taken as, `"uint8"`, or `"float32"` in [0, 1].
         committed: take `known` actions and a `mask` of them too, which the chunk keeps.
@@ -68,6 +68,9 @@ def export_policy(
         )
     if options.num_inference_steps is None:
         options = replace(options, num_inference_steps=policy.num_inference_steps)
+    if options.kind == "step" and runtime == "onnx" and options.hoist is None:
+        # Or each step would encode the observations again.
+        options = replace(options, hoist=True)
     sampling = policy.sampling.by(options.method, rederive=False)
     table = sampling.with_options(options.of_the_method(), sampling.limit).build(Steps(options.num_inference_steps))
     last = table.rows[-1]
