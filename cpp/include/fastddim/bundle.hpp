@@ -121,6 +121,24 @@ struct Manifest {
         bool strip_plan = false;
     };
 
+    /// A robot policy: what a chunk of its actions is made of.
+    struct Policy {
+        struct Observation {
+            std::string name;
+            /// Pictures, uint8 or in [0, 1].
+            bool image = false;
+            /// Of one moment.
+            std::vector<std::int64_t> shape;
+        };
+
+        std::vector<Observation> observations;
+        std::int64_t n_obs_steps = 1, horizon = 1, n_action_steps = 1, first_action = 0, action_dim = 1;
+        /// Whether known actions and a mask of them are inputs.
+        bool committed = false;
+        /// Of control, in Hz.
+        std::optional<double> rate;
+    };
+
     static constexpr std::int64_t newest_format_version = 3;
 
     /// `loop`: all steps in one call; `step`: one step a call.
@@ -135,6 +153,7 @@ struct Manifest {
     std::vector<TensorInfo> outputs;
     /// What computes values for all steps of a run, of which a file of one step takes rows; none but for such a file.
     std::optional<Component> before;
+    std::optional<Policy> policy;
     /// The schedule and the method that tables are made by; none in a bundle made from a table.
     std::optional<fastddim::Sampling> scheduling;
     Sampling sampling;
@@ -649,6 +668,25 @@ inline Manifest::Sample parse_sample(const Field& field) {
     return sample;
 }
 
+inline Manifest::Policy parse_policy(const Field& field) {
+    Manifest::Policy policy;
+    for (const auto& [name, each] : field.at("observations").members()) {
+        Manifest::Policy::Observation observation{name, each.at("kind").choice({"state", "image"}) == 1, {}};
+        for (const Field& size : each.at("shape").items()) observation.shape.push_back(size.integer(1));
+        policy.observations.push_back(std::move(observation));
+    }
+    for (const auto& [name, to] : {std::pair{"n_obs_steps", &policy.n_obs_steps}, {"horizon", &policy.horizon},
+                                   {"n_action_steps", &policy.n_action_steps}, {"action_dim", &policy.action_dim}})
+        *to = field.at(name).integer(1);
+    policy.first_action = field.at("first_action").integer(0);
+    policy.committed = field.at("committed").boolean();
+    const Field rate = field.at("rate");
+    if (!rate.is_null()) policy.rate = rate.number();
+    if (policy.first_action + policy.n_action_steps > policy.horizon)
+        field.at("n_action_steps").fail("actions past the horizon");
+    return policy;
+}
+
 inline Manifest::Component parse_component(const Field& field) {
     Manifest::Component component{field.at("model").string(), parse_tensors(field.at("inputs")),
                                   parse_tensors(field.at("outputs")), field.at("meaning").string(), std::nullopt};
@@ -866,6 +904,7 @@ inline Manifest parse_manifest(const std::string& text, const std::string& file 
         check_listed(before->at("model"));
         manifest.before = detail::parse_component(*before);
     }
+    if (const auto policy = root.find("policy")) manifest.policy = detail::parse_policy(*policy);
     if (const auto zeros = root.find("zeros_for_empty_prompt")) manifest.zeros_for_empty_prompt = zeros->boolean();
     manifest.inputs = detail::parse_tensors(root.at("inputs"));
     manifest.outputs = detail::parse_tensors(root.at("outputs"));
