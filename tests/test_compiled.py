@@ -102,6 +102,7 @@ def test_rows_of_a_tensor_are_the_rows_alone():
             assert all(torch.equal(a[one], b) for a, b in zip(together, alone, strict=True))
 
 
+@pytest.mark.slow
 @needs_fused
 def test_in_place_with_a_model_input_and_noise_of_seeds():
     x, output, seeds = draw(2, 3, 5), draw(2, 3, 5, seed=1), seed_tensor([3, 2**63])

@@ -65,7 +65,7 @@ def fused(tmp_path_factory):
     return folder
 
 
-PROGRAMS = ["checked", "fused g++", "fused clang++"]
+PROGRAMS = ["checked", pytest.param("fused g++", marks=pytest.mark.slow), "fused clang++"]
 
 
 @pytest.fixture(params=PROGRAMS)
@@ -691,6 +691,7 @@ def test_conditions_of_every_dtype_scales_of_each_sample_and_given_starts(both):
     assert_same(samplers, 3, **arguments, seeds=4)
 
 
+@pytest.mark.slow
 def test_a_model_of_any_size(both):
     samplers = both("resizable")
     for size in (None, (8, 8), (12, 20)):

@@ -59,7 +59,7 @@ def driver() -> Iterator[Driver]:
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = tmp_path_factory.mktemp("policies")
     made: dict[str, Path] = {}
 
@@ -72,7 +72,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             made[name] = root / name
         return made[name]
 
-    yield bundle
+    return bundle
 
 
 KINDS = [STATE, pytest.param("step", marks=pytest.mark.slow)]

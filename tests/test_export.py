@@ -371,7 +371,7 @@ def test_a_file_with_a_baked_schedule_needs_a_number_of_steps_alone(tmp_path):
     for steps in (1, 7, 30):
         actual = run_tiny(bundle, num_inference_steps=steps)
         np.testing.assert_allclose(actual, sample_tiny(config, steps, eta=1.0), atol=2e-5)
-    with pytest.raises(ValueError, match="timesteps, eta: this bundle derives its table itself"):
+    with pytest.raises(ValueError, match="timesteps, eta, method, strength: this bundle derives its table itself"):
         run_tiny(bundle, eta=0.0)
     with pytest.raises(ValueError, match="num_inference_steps: 0"):
         run_tiny(bundle, num_inference_steps=0)
@@ -544,8 +544,12 @@ def test_text_conditioned_unets_give_diffusers_own_loop(tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize(
     "options",
-    [{"in_channels": 9}, {"num_class_embeds": 7}, {"class_embed_type": "timestep"}, {"out_channels": 8}],
-    ids=["inpainting", "classes", "noise levels", "learned variance"],
+    [
+        pytest.param({"in_channels": 9}, id="inpainting"),
+        pytest.param({"num_class_embeds": 7}, id="classes", marks=pytest.mark.slow),
+        pytest.param({"class_embed_type": "timestep"}, id="noise levels", marks=pytest.mark.slow),
+        pytest.param({"out_channels": 8}, id="learned variance", marks=pytest.mark.slow),
+    ],
 )
 def test_what_text_unets_take_beside_texts_is_exported(tmp_path, options):
     unet = conditional_unet(**options)
@@ -681,7 +685,7 @@ def test_half_precision_weights_keep_a_float32_state(tmp_path):
         np.testing.assert_allclose(actual, exact, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("graph", ["loop", "step"])
+@pytest.mark.parametrize("graph", [pytest.param("loop", marks=pytest.mark.slow), "step"])
 def test_bfloat16_weights_are_compared_in_float32(tmp_path, graph, monkeypatch):
     unet = attention_unet()
     before = {name: value.clone() for name, value in unet.state_dict().items()}

@@ -410,6 +410,7 @@ def test_a_bundle_is_compared_again_with_its_model(kept, monkeypatch):
         verify_bundle(open_bundle(kept), model, example_kwargs={"labels": LABELS}, steps=(2,))
 
 
+@pytest.mark.slow
 def test_classes_from_the_shell(tmp_path, capsys):
     class_pipeline().save_pretrained(tmp_path / "pipeline")
     quick = [str(tmp_path / "pipeline"), "--parity-steps", "1,8"]
@@ -460,7 +461,7 @@ for graph, config, options in (
 ):
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
         plan = plan_sampler(Model(), config, ExportOptions(kind=graph, **options), (2, 6, 6))
-        program, dims = exporter._trace(plan, None, "cuda:0")
+        program, dims, outputs = exporter._trace(plan, None, "cuda:0")
         values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
         assert isinstance(values["inputs_sample"].shape[0], torch.SymInt), values
         assert isinstance(values["inputs_coefficients"].shape[0], torch.SymInt), values

@@ -405,7 +405,7 @@ def graph_of(folder):
     "options",
     [
         pytest.param({"guided": True}, marks=pytest.mark.slow),
-        {"bake_schedule": True, "per_sample_steps": True, "guided": True},
+        pytest.param({"bake_schedule": True, "per_sample_steps": True, "guided": True}, marks=pytest.mark.slow),
         pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow),
     ],
     ids=lambda options: "-".join(options) or "plain",
