@@ -737,6 +737,7 @@ def test_a_watch_tells_the_parts_of_a_run_and_the_host_has_the_rest(
     assert breakdown.with_host({}, 4.0) == {"run": 4.0}
 
 
+@pytest.mark.slow
 def test_loops_say_what_their_time_goes_to() -> None:
     candidates = FASTDDIM_SAMPLER, HOISTED_SAMPLER, DIFFUSERS_LOOP, ORT_LOOP, UNHOISTED_ORT_LOOP
     rows = timing.run_case(loop_case(POLICY, 1, 2, CPU, candidates), FAST)

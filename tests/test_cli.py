@@ -172,6 +172,7 @@ def test_the_default_steps_fit_a_short_schedule(run: Run, method: str) -> None:
             assert json.loads(run(*command, *common).out)["steps"] == 3
 
 
+@pytest.mark.slow
 def test_the_weights_of_a_variant(run: Run, tmp_path: Path) -> None:
     pipeline = tiny_pipeline()
     pipeline.save_pretrained("half", variant="fp16")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cpp_driver import build
+from cpp_driver import ROOT, RUNTIME, build
 
 from fastddim.export import ExportOptions, PolicySampler, export_policy
-from fastddim.policies import load_policy
+from fastddim.policies import ActionQueue, load_policy
 from lerobot_policies import golden, make_policy
 
 pytestmark = pytest.mark.cpp
@@ -147,3 +148,64 @@ def test_what_does_not_fit_is_refused_before_the_network(driver: Driver, bundles
     del manifest["policy"]
     (plain / "manifest.json").write_text(json.dumps(manifest))
     assert "no policy's" in driver.ask(load=str(plain))["error"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"lead": 3}, {"lead": 3, "commit": True}, {"strength": 0.5, "lead": 2}],
+    ids=lambda each: "-".join(each),
+)
+def test_queues_execute_what_pythons_do(driver: Driver, bundles: Any, options: dict[str, Any]) -> None:
+    """The same actions over three chunks, sampled in time or while the last one is executed."""
+    assert driver.ask(load=str(bundles(STATE))) == {}
+    said = PolicySampler(bundles(STATE)).bundle.manifest["policy"]
+    sizes = {name: said[name] for name in ("n_obs_steps", "n_action_steps", "horizon", "first_action")}
+    generator = np.random.default_rng(0)
+    ticks = [
+        {
+            name: generator.standard_normal(each["shape"]).astype(np.float32)
+            for name, each in said["observations"].items()
+        }
+        for _ in range(22)
+    ]
+    with ActionQueue(PolicySampler(bundles(STATE)), seed=4, **sizes, **options) as python:
+        expected = [python.act(tick) for tick in ticks]
+    listed = [{name: value.tolist() for name, value in tick.items()} for tick in ticks]
+    answer = driver.ask(queue={"ticks": listed, "seed": 4, **options})
+    assert "error" not in answer, answer
+    np.testing.assert_allclose(answer["actions"], expected, rtol=0, atol=3 * TOLERANCE)
+    assert (answer["allocations"], answer["locks"]) == (0, 0)
+
+
+def test_queues_refuse_options_by_name(driver: Driver, bundles: Any) -> None:
+    assert driver.ask(load=str(bundles(STATE))) == {}
+    for options, words in (
+        ({"lead": 8}, "lead: 8; pass less than the 8"),
+        ({"commit": True}, "commit: true with lead 0"),
+    ):
+        assert words in driver.ask(queue={"ticks": [], **options})["error"]
+
+
+def test_the_bench_prints_what_it_measured(bundles: Any) -> None:
+    program = build("release", "policy_bench") / "policy_bench"
+    line = [program, bundles(STATE), "--chunks", "5", "--cycles", "30", "--rate", "500"]
+    printed = subprocess.run(line, capture_output=True, text=True, check=True).stdout
+    assert "10 steps, 8 actions a chunk" in printed and "a cycle after its time: p50" in printed
+    counts = [int(each) for each in re.findall(r"ms +([0-9]+)", printed)]
+    assert sum(counts) == 30 and max(len(each) for each in printed.splitlines()) <= 80
+    wrong = subprocess.run([program, bundles(STATE), "--rate", "0"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "--rate: '0'" in wrong.stderr
+
+
+def test_the_readmes_program_runs(bundles: Any, tmp_path: Path) -> None:
+    text = (ROOT / "cpp" / "README.md").read_text()
+    (program,) = (block for block in re.findall(r"```cpp\n(.*?)```", text, re.DOTALL) if "action_queue.hpp" in block)
+    (tmp_path / "main.cpp").write_text(program)
+    libraries = RUNTIME / "lib"
+    command = ["g++", "-std=c++17", f"-I{ROOT / 'cpp' / 'include'}", f"-I{RUNTIME / 'include'}", "main.cpp",
+               "-o", "main", f"-L{libraries}", "-lonnxruntime", "-pthread", f"-Wl,-rpath,{libraries}"]  # fmt: skip
+    subprocess.run(command, cwd=tmp_path, check=True)
+    (tmp_path / "policy").symlink_to(bundles(STATE))
+    printed = subprocess.run([tmp_path / "main"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert np.isfinite([[float(each) for each in line.split()] for line in printed.splitlines()]).all()
+    assert len(printed.splitlines()) == 20

@@ -230,7 +230,9 @@ def attention_unet(**options):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize(
+    "limit", [pytest.param(each, marks=pytest.mark.slow if each == "threshold" else ()) for each in LIMITS]
+)
 def test_runs_are_those_of_diffusers_loop(tmp_path, limit):
     """Limits, prediction types, spacings, guidance, eta, batches and sizes."""
     # One with attention is much longer to export.
@@ -523,6 +525,7 @@ def diffusers_loop(unet, steps, start, embeds, null, scale, added, added_null):
     return x
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_text_conditioned_unets_give_diffusers_own_loop(tmp_path):
     """SDXL's, with its added conditions."""
@@ -625,6 +628,7 @@ def test_channels_of_another_kind_are_refused():
         describe(conditional_unet(in_channels=8))
 
 
+@pytest.mark.slow
 def test_transformers_with_a_learned_variance_export_their_mean(tmp_path):
     torch.manual_seed(0)
     dit = diffusers.DiTTransformer2DModel(
@@ -685,7 +689,8 @@ def test_half_precision_weights_keep_a_float32_state(tmp_path):
         np.testing.assert_allclose(actual, exact, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("graph", [pytest.param("loop", marks=pytest.mark.slow), "step"])
+@pytest.mark.slow
+@pytest.mark.parametrize("graph", ["loop", "step"])
 def test_bfloat16_weights_are_compared_in_float32(tmp_path, graph, monkeypatch):
     unet = attention_unet()
     before = {name: value.clone() for name, value in unet.state_dict().items()}
@@ -739,6 +744,7 @@ def test_weights_that_one_file_cannot_hold_lie_beside_it(tmp_path, monkeypatch):
     np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_the_same_export_gives_the_same_bytes(tmp_path):
     first, second = (export_tiny(tmp_path / name, guided=True, bake_schedule=True) for name in "ab")
     assert first.model_path.read_bytes() == second.model_path.read_bytes()

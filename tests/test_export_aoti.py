@@ -114,6 +114,7 @@ GUIDED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "options"), GUIDED, ids=["cfg++", "apg, looks back"])
 def test_the_loop_guides_as_the_sampler_does(tmp_path, config, options):
     export_tiny(tmp_path / "bundle", config, guided=True, **options)
@@ -191,6 +192,7 @@ def test_the_cpp_loader_makes_the_same_samples(kept, step, driver):
                 sampler(3, **{**arguments, "seeds": None})
 
 
+@pytest.mark.slow
 def test_a_tables_own_timesteps_in_both_languages(driver, tmp_path):
     options = ExportOptions(stochastic=True)
     table = flow_table(noise=0.3)

@@ -457,6 +457,7 @@ def test_texts_to_pictures_from_the_shell(shop, tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["pictures.png"]
 
 
+@pytest.mark.slow
 def test_the_sampler_alone_of_a_pipelines_folder(tmp_path, capsys):
     make("sdxl").save_pretrained(tmp_path / "pipeline")
     arguments = ["export", "onnx", str(tmp_path / "pipeline"), "--sampler-only", "--parity-steps", "1"]

@@ -112,7 +112,7 @@ BUILDS = {
     "Stable Diffusion XL": lambda folder: write_unet(conditional_unet(**XL), folder, kind="step"),
     "Stable Diffusion, float16": lambda folder: write_unet(conditional_unet(), folder, dtype="float16"),
 }
-SLOW = ("digits, step", "DiT", "Stable Diffusion XL", "Stable Diffusion, float16")
+SLOW = ("digits, loop", "digits, step", "DiT", "Stable Diffusion XL", "Stable Diffusion, float16")
 NAMED = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in BUILDS]
 
 

@@ -204,6 +204,7 @@ def test_in_place_operations_of_a_model_are_no_obstacle():
     torch.testing.assert_close(predict(parts, x, torch.tensor([900, 3]), 1), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_past_a_limit_values_stay_in_the_loop():
     torch.manual_seed(0)
     model, shape, conditions, call = text()

@@ -307,7 +307,9 @@ def test_the_threshold_is_torch_quantiles(kind, n):
 
 
 @pytest.mark.usefixtures("_small_statistics")
-@pytest.mark.parametrize("kind", MAGNITUDES)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in ("normal", "ties") else pytest.mark.slow) for kind in MAGNITUDES]
+)
 @pytest.mark.parametrize("choose", [pairwise, pytest.param(itertools.product, marks=pytest.mark.slow)])
 def test_the_threshold_of_large_samples_is_torch_quantiles(kind, choose):
     workspace, sizes = Workspace(), (1, 7, 150)

@@ -172,6 +172,7 @@ def test_the_sampler_takes_it_as_it_is() -> None:
     torch.testing.assert_close(sampler(1, seeds=6, observation=observation[2:]), together[2:], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_example_runs_and_repeats_itself(tmp_path: Path) -> None:
     plot = tmp_path / "trajectories.png"
     command = [sys.executable, str(ROOT / "examples" / "policy.py"), "--quick"]

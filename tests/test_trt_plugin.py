@@ -290,6 +290,7 @@ def fuse(bundle, fake):
 
 
 # ONNX Runtime has no bfloat16 convolution.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in BUNDLES if name != "bfloat16"])
 def test_the_graph_with_the_plugin_computes_the_graph(bundles, driven, fake, name):
     """ONNX Runtime as far as the node, the code launched as TensorRT is told to, against the operations it replaces."""
@@ -346,6 +347,7 @@ def test_a_graph_whose_step_cannot_be_told_is_an_error(bundles, fake, monkeypatc
         fuse(bundles("plain"), fake)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", ["noise", "threshold", "bfloat16"])
 def test_the_code_for_every_target_takes_the_references_step(bundles, driven, name, target):
@@ -365,6 +367,7 @@ def test_the_code_for_every_target_takes_the_references_step(bundles, driven, na
 # TensorRT's own classes.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUNDLES)
 def test_tensorrts_own_classes_take_the_plugin(bundles, driven, name):
     found, manifest = told(driven, name), bundles(name).manifest
@@ -390,6 +393,7 @@ def test_tensorrts_own_classes_take_the_plugin(bundles, driven, name):
 # PTX.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", ["noise", "threshold", "bfloat16"])
 def test_the_ptx_has_the_parameters_that_tensorrt_passes(driven, tmp_path, name, target):

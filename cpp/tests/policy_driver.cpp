@@ -3,6 +3,8 @@
 //   {"sample": {...}}           observations by name, seed or noise, num_inference_steps, ddim, eta, strength, previous and
 //                               shift, known and mask, late; the answer has the chunk, and what the call after it allocated
 //                               and locked outside of ONNX Runtime
+//   {"queue": {...}}            an ActionQueue over `ticks`, each the observations by name: lead, commit, strength, seed; the
+//                               answer has the actions, and what all but the first chunk's ticks allocated and locked
 #include <dlfcn.h>
 #include <pthread.h>
 
@@ -17,9 +19,10 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
-#include "fastddim/policy_sampler.hpp"
+#include "fastddim/action_queue.hpp"
 
 namespace {
 
@@ -104,6 +107,32 @@ Json sample(fastddim::PolicySampler& policy, const Json& call) {
             {"steps", run.num_steps()}};
 }
 
+Json queue(fastddim::PolicySampler& policy, const Json& call) {
+    fastddim::ActionQueueOptions options;
+    options.lead = call.value("lead", std::size_t{0});
+    options.commit = call.value("commit", false);
+    options.seed = call.value("seed", std::uint64_t{0});
+    options.steps.strength = call.value("strength", 1.0);
+    fastddim::ActionQueue actions(policy, options);
+    std::vector<std::vector<std::pair<fastddim::Span<float>, std::vector<float>>>> ticks;
+    for (const Json& tick : call.at("ticks")) {
+        auto& each = ticks.emplace_back();
+        for (const auto& [name, values] : tick.items())
+            each.emplace_back(actions.observation<float>(name), values.get<std::vector<float>>());
+    }
+    const auto warm = static_cast<std::size_t>(policy.policy().n_action_steps);
+    std::vector<std::vector<float>> executed(ticks.size(), std::vector<float>(static_cast<std::size_t>(policy.policy().action_dim)));
+    allocations = locks = 0;
+    for (std::size_t k = 0; k < ticks.size(); ++k) {
+        for (const auto& [to, values] : ticks[k]) std::copy(values.begin(), values.end(), to.begin());
+        counting = k >= warm;
+        const fastddim::Span<const float> action = actions.act();
+        counting = false;
+        std::copy(action.begin(), action.end(), executed[k].begin());
+    }
+    return {{"actions", executed}, {"allocations", allocations.load()}, {"locks", locks.load()}};
+}
+
 }  // namespace
 
 int main() {
@@ -118,6 +147,8 @@ int main() {
                 policy = std::make_unique<fastddim::PolicySampler>(
                     fastddim::open_bundle(request.at("load").get<std::string>()), options);
                 answer = Json::object();
+            } else if (request.contains("queue")) {
+                answer = queue(*policy, request.at("queue"));
             } else {
                 answer = sample(*policy, request.at("sample"));
             }
