@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_refused_before_the_network(driver: Driver, bundles
     one = {key: value[:1] for key, value in observations.items()}
     assert driver.ask(load=str(bundles(STATE))) == {}
     # JSON has no infinity; this is one in float32.
-    bad = {**one, "observation.state": np.where(np.arange(4) == 2, 1e300, one["observation.state"])}
+    bad = {**one, "observation.state": np.where(np.arange(4) == 2, 1e300, one["observation.state"].astype(np.float64))}
     for given, call, words in (
         (bad, {}, "observation.state: has NaN or infinite values"),
         (one, {"previous": np.zeros(48)}, "previous: given for a whole run"),

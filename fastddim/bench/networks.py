@@ -156,7 +156,7 @@ DIFFUSION_POLICY = Network(
     _encoded,
     needs=lambda: None,
     usual_steps=10,
-    schedule=(("num_train_timesteps", 100), ("beta_schedule", "squaredcos_cap_v2")),
+    schedule=(("num_train_timesteps", 100),),
 )
 DIGITS = Network(
     "digits",
